@@ -1,0 +1,146 @@
+"""Every setting of the kit, as frozen dataclasses that save to JSON and come back equal.
+
+Cross-field checks live in `__post_init__`, so that an impossible setting is refused where it is written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+from lorsa_utils.store import UserError
+
+SCHEMA_VERSION = 1
+ROPE_TYPES = ("none", "default", "linear", "llama3")
+
+
+class Config:
+    """Shared behaviour: to and from JSON-ready dicts, refusing unknown fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a JSON-ready dict."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            UserError: a field is unknown or a value impossible.
+        """
+        known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - set(known)):
+            raise UserError(f"Unknown setting {unknown[0]!r} for {cls.__name__}; it was written by another version, known are {sorted(known)}.")
+        arguments = dict(values)
+        if "rotary" in arguments and isinstance(arguments["rotary"], Mapping):
+            arguments["rotary"] = RotaryConfig.from_dict(arguments["rotary"])
+        return cls(**arguments)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed (checked again)."""
+        return replace(self, **changes)  # type: ignore[type-var]
+
+
+def _check(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+@dataclass(frozen=True)
+class RotaryConfig(Config):
+    """Rotary position embedding of one attention layer, always derived from the model, never typed in."""
+
+    rope_type: str = "none"
+    """`none` (no rotation), `default`, `linear` or `llama3`."""
+    rotary_dim: int = 0
+    """How many of the d_qk dimensions are rotated (fewer than d_qk in GPT-NeoX: partial RoPE)."""
+    theta: float = 10000.0
+    """Base of the geometric series of frequencies."""
+    adjacent_pairs: bool = False
+    """False: dimension i turns with i + rotary_dim/2 (NeoX, Llama). True: 2i turns with 2i+1 (GPT-J)."""
+    factor: float = 1.0
+    """Scaling factor of `linear` and `llama3`."""
+    low_freq_factor: float = 1.0
+    """`llama3`: wavelengths longer than original_context/low_freq_factor are stretched by `factor`."""
+    high_freq_factor: float = 4.0
+    """`llama3`: wavelengths shorter than original_context/high_freq_factor are left alone."""
+    original_context: int = 8192
+    """`llama3`: context length before scaling, in tokens."""
+
+    def __post_init__(self) -> None:
+        _check(self.rope_type in ROPE_TYPES, f"Rope type {self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}.")
+        _check(self.rotary_dim % 2 == 0 and self.rotary_dim >= 0, f"rotary_dim must be even, not {self.rotary_dim}.")
+        _check(self.rope_type == "none" or self.rotary_dim > 0, "rotary_dim must be positive when there is a rotation.")
+
+
+@dataclass(frozen=True)
+class LorsaConfig(Config):
+    """Shape and options of one Lorsa module (paper, Sec. 3)."""
+
+    d_model: int
+    """Width of the residual stream."""
+    n_ov_heads: int
+    """Number of Lorsa heads, each with a rank-1 OV circuit."""
+    n_qk_heads: int
+    """Number of QK groups; every n_ov_heads / n_qk_heads consecutive heads share one (W_Q, W_K)."""
+    d_qk: int
+    """Width of queries and keys (that of the MHSA head by default)."""
+    k: int
+    """Heads kept for each token."""
+    attn_scale: float = 0.0
+    """Factor on query-key products; 0 means 1/sqrt(d_qk)."""
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    """Rotary position embedding, copied from the model."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys before the rotation (Qwen3)."""
+    qk_norm_eps: float = 1e-6
+    """Epsilon of that norm."""
+    score: Literal["relu", "abs"] = "relu"
+    """Selection score: relu(z)*||w_o|| (heads act one way only) or |z|*||w_o||."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_ov_heads", "n_qk_heads", "d_qk", "k"):
+            _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
+        _check(
+            self.n_ov_heads % self.n_qk_heads == 0,
+            f"n_heads ({self.n_ov_heads}) must be a multiple of n_qk ({self.n_qk_heads}), because every QK group holds equally many heads.",
+        )
+        _check(self.k <= self.n_ov_heads, f"k ({self.k}) must not exceed the number of heads ({self.n_ov_heads}).")
+        _check(self.score in ("relu", "abs"), f"score must be 'relu' or 'abs', not {self.score!r}.")
+        _check(self.rotary.rotary_dim <= self.d_qk, f"rotary_dim ({self.rotary.rotary_dim}) must not exceed d_qk ({self.d_qk}).")
+
+    @property
+    def group_size(self) -> int:
+        """G: heads that share one QK circuit."""
+        return self.n_ov_heads // self.n_qk_heads
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights without biases, as the paper counts them: 2 n_qk d_model d_qk + 2 n_ov d_model."""
+        return 2 * self.d_model * (self.n_qk_heads * self.d_qk + self.n_ov_heads)
+
+
+@dataclass(frozen=True)
+class SAEConfig(Config):
+    """Shape and options of a Top-K sparse autoencoder, or of a transcoder when input and target differ."""
+
+    d_model: int
+    """Width of input and target."""
+    n_features: int
+    """Number of features."""
+    k: int
+    """Features kept for each token."""
+    kind: Literal["sae", "transcoder"] = "sae"
+    """`sae`: reads the layer's output and rebuilds it. `transcoder`: reads the layer's input and predicts its output."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_features", "k"):
+            _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
+        _check(self.k <= self.n_features, f"k ({self.k}) must not exceed the number of features ({self.n_features}).")
+        _check(self.kind in ("sae", "transcoder"), f"kind must be 'sae' or 'transcoder', not {self.kind!r}.")
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights without biases: 2 n_features d_model."""
+        return 2 * self.n_features * self.d_model

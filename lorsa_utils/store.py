@@ -1,0 +1,167 @@
+"""Files written whole or not at all, hashes, and the one error type that users see.
+
+Every artefact of the kit goes through this module: a file is written under a temporary name in the same folder, flushed to
+the disk, and renamed. A reader therefore sees the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+class UserError(Exception):
+    """Bad input or a broken environment, told in one sentence that names the fix. The command line prints it and exits 1."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on failure remove it.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise _write_error(target, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _write_error(target: Path, error: Exception) -> UserError:
+    """Turn an operating-system error met while writing into a sentence with its fix."""
+    text = str(error)
+    if getattr(error, "errno", None) == 28 or "No space left" in text:
+        return UserError(f"The disk is full: {target} was not written; free some space and run the same command again.")
+    return UserError(f"Cannot write {target} ({text}); choose a folder you can write to.")
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike[str], content: str) -> None:
+    """Write `content` as UTF-8 to `path`, whole or not at all."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write `content` as indented JSON (keys in the order given), whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}); check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); make it again or restore a copy.") from error
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file, whole or not at all."""
+    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+
+
+def read_tensors(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: the file is missing, cut short or not safetensors.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; check the path or make it again.")
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and make it again.") from error
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while piece := handle.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_json(content: Any) -> str:
+    """SHA-256 of a JSON value; the same for the same value whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Free bytes on the disk that holds `path` (or its nearest existing parent)."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def require_free_bytes(path: str | os.PathLike[str], needed: int, what: str) -> None:
+    """Refuse before starting when `needed` bytes plus a 1 GiB reserve do not fit on the disk of `path`.
+
+    Raises:
+        UserError: the disk has too little room.
+    """
+    free = free_bytes(path)
+    if needed + (1 << 30) > free:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.1f} GB in {path}, but only {free / 1e9:.1f} GB are free (1 GiB is kept in reserve); "
+            "free some space, ask for less, or choose another folder."
+        )
+
+
+def require_writable(folder: str | os.PathLike[str]) -> Path:
+    """Create `folder` when needed and prove that it can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    path = Path(folder)
+    probe = path / f".write-test-{uuid.uuid4().hex[:8]}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"Cannot write to {path} ({error.strerror}); choose a folder you can write to.") from error
+    return path
+
+
+def data_dir() -> Path:
+    """The `data/` folder: $LORSA_DATA when set, else `data/` of the checkout that holds this package, else `./data`."""
+    if configured := os.environ.get("LORSA_DATA"):
+        return Path(configured)
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout / "data" if (checkout / "pyproject.toml").is_file() else Path.cwd() / "data"
