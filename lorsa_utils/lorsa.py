@@ -1,0 +1,263 @@
+"""The Lorsa layer: thousands of sparse attention heads with rank-1 OV circuits in place of one attention layer.
+
+Identity worth knowing: this is ordinary attention with n_qk heads whose values have width G = n_ov / n_qk, followed by an
+elementwise top-K over all n_ov numbers and a linear decode. `reference.lorsa_forward` is the same layer in loops.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorsa_utils import ops, store
+from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig
+from lorsa_utils.models import AttentionSite
+
+
+class SparseOutput(NamedTuple):
+    """What a Lorsa, SAE or transcoder returns."""
+
+    y: Tensor
+    """Predicted output, [batch, length, d_model]."""
+    indices: Tensor
+    """Kept heads or features, [batch, length, k], int64, in no order."""
+    values: Tensor
+    """Their activations, [batch, length, k]; zero where a kept one is not active."""
+    pre_activations: Tensor
+    """Activations of all heads or features before the selection, [batch, length, n]."""
+
+
+class SparseModule(nn.Module):
+    """What Lorsa and SAE share: selection, decode, norm folding, saving. Subclasses compute `pre_activations`.
+
+    The parameter `W_O` [n, d_model] holds the write directions and `b_O` [d_model] the output bias.
+    """
+
+    W_O: Tensor
+    b_O: Tensor
+    config: object
+
+    @property
+    def k(self) -> int:
+        """Heads or features kept for each token."""
+        return int(self.config.k)  # type: ignore[attr-defined]
+
+    @property
+    def score(self) -> str:
+        """Selection score, `relu` or `abs`."""
+        return str(getattr(self.config, "score", "relu"))
+
+    @property
+    def n_units(self) -> int:
+        """Number of heads or features."""
+        return self.W_O.shape[0]
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """Activations of all units before the selection, [batch, length, d_model] to [batch, length, n]."""
+        raise TypeError(f"{type(self).__name__} does not say how it computes its activations")
+
+    def select(self, pre: Tensor, k: int | None = None, among: Tensor | None = None, backend: str = "torch") -> tuple[Tensor, Tensor]:
+        """Top-K selection.
+
+        Args:
+            pre: pre-activations, [batch, length, n].
+            k: heads to keep, the config's by default (training anneals it).
+            among: optional mask [n]; only these units compete (dead ones, in AuxK).
+
+        Returns:
+            indices and activations, each [batch, length, k]. Gradients flow through the kept activations alone.
+        """
+        flat = pre.reshape(-1, pre.shape[-1])
+        with torch.no_grad():
+            scores = flat.clamp_min(0) if self.score == "relu" else flat.abs()
+            scores = scores.float() * self.W_O.norm(dim=1)
+            if among is not None:
+                scores = scores.masked_fill(~among, -1.0)
+            indices = ops.select_top_k(scores, k or self.k, backend)
+        values = flat.gather(1, indices)
+        if self.score == "relu":
+            values = values.relu()
+        shape = (*pre.shape[:-1], indices.shape[-1])
+        return indices.view(shape), values.view(shape)
+
+    def encode(self, x: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
+        """Kept units and their activations for x [batch, length, d_model]: indices, values, each [batch, length, k]."""
+        return self.select(self.pre_activations(x), backend=backend)
+
+    def decode(self, indices: Tensor, values: Tensor, bias: bool = True, backend: str = "torch") -> Tensor:
+        """Output [batch, length, d_model] of kept units [batch, length, k]."""
+        flat = ops.sparse_decode(indices.reshape(-1, indices.shape[-1]), values.reshape(-1, values.shape[-1]), self.W_O, backend)
+        y = flat.view(*indices.shape[:-1], -1)
+        return y + self.b_O if bias else y
+
+    def forward(self, x: Tensor, k: int | None = None) -> SparseOutput:
+        """Predict the layer's output from raw activations x [batch, length, d_model]."""
+        pre = self.pre_activations(x)
+        indices, values = self.select(pre, k)
+        return SparseOutput(self.decode(indices, values), indices, values, pre)
+
+    @torch.no_grad()
+    def _fold_norms(self, readers: list[Tensor]) -> None:
+        norms = self.W_O.norm(dim=1).clamp_min(torch.finfo(self.W_O.dtype).tiny)
+        self.W_O /= norms[:, None]
+        for reader in readers:
+            reader *= norms.view(-1, *[1] * (reader.dim() - 1))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`. Weights are for raw activations."""
+        path = store.require_writable(folder)
+        store.write_tensors(path / "model.safetensors", dict(self.state_dict()))
+        kind = "lorsa" if isinstance(self, Lorsa) else self.config.kind  # type: ignore[attr-defined]
+        config = self.config.to_dict()  # type: ignore[attr-defined]
+        store.write_json(path / "config.json", {"schema_version": SCHEMA_VERSION, "module": {**config, "kind": kind}})
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Fill the module from `folder`/model.safetensors.
+
+        Raises:
+            UserError: a tensor is missing, has another shape, or is not finite.
+        """
+        path = Path(folder) / "model.safetensors"
+        tensors = store.read_tensors(path)
+        expected = self.state_dict()
+        for name, value in expected.items():
+            if name not in tensors or tensors[name].shape != value.shape:
+                found = "missing" if name not in tensors else f"of shape {list(tensors[name].shape)}"
+                raise store.UserError(f"{path}: {name} is {found}, expected {list(value.shape)}; the file and config.json do not belong together.")
+            if not torch.isfinite(tensors[name]).all():
+                raise store.UserError(f"{path}: {name} holds values that are not finite; restore a copy or train again.")
+        self.load_state_dict({name: tensors[name] for name in expected})
+
+
+class Lorsa(SparseModule):
+    """Low-rank sparse attention (paper, Sec. 3).
+
+    Parameters: W_Q, W_K [n_qk, d_model, d_qk]; b_Q, b_K [n_qk, d_qk]; W_V, W_O [n_ov, d_model]; b_V [n_ov]; b_O [d_model];
+    with `qk_norm` also q_norm, k_norm [n_qk, d_qk]. The heads of one group are consecutive.
+    """
+
+    def __init__(self, config: LorsaConfig) -> None:
+        super().__init__()
+        self.config: LorsaConfig = config
+        n_qk, n_ov, d = config.n_qk_heads, config.n_ov_heads, config.d_model
+        self.W_Q = nn.Parameter(torch.zeros(n_qk, d, config.d_qk))
+        self.W_K = nn.Parameter(torch.zeros(n_qk, d, config.d_qk))
+        self.b_Q = nn.Parameter(torch.zeros(n_qk, config.d_qk))
+        self.b_K = nn.Parameter(torch.zeros(n_qk, config.d_qk))
+        self.W_V = nn.Parameter(torch.zeros(n_ov, d))
+        self.b_V = nn.Parameter(torch.zeros(n_ov))
+        self.W_O = nn.Parameter(torch.zeros(n_ov, d))
+        self.b_O = nn.Parameter(torch.zeros(d))
+        if config.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(n_qk, config.d_qk))
+            self.k_norm = nn.Parameter(torch.ones(n_qk, config.d_qk))
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def config_for_site(cls, site: AttentionSite, n_heads: int, n_qk: int, k: int, d_qk: int | None = None) -> LorsaConfig:
+        """Config for one attention layer: widths, scale, rotation and QK norm are derived from the model."""
+        return LorsaConfig(
+            d_model=site.d_model,
+            n_ov_heads=n_heads,
+            n_qk_heads=n_qk,
+            d_qk=d_qk or site.d_head,
+            k=k,
+            attn_scale=site.attn_scale,
+            rotary=site.rotary,
+            qk_norm=site.qk_norm,
+            qk_norm_eps=site.qk_norm_eps,
+        )
+
+    @property
+    def attn_scale(self) -> float:
+        """Factor on query-key products."""
+        return self.config.attn_scale or self.config.d_qk**-0.5
+
+    def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        tables = self._tables
+        if tables is None or tables[0].shape[0] < length or tables[0].device != like.device or tables[0].dtype != like.dtype:
+            tables = ops.rotary_tables(self.config.rotary, length, like.device, like.dtype)
+            self._tables = tables
+        return tables[0][:length], tables[1][:length]
+
+    def queries_keys(self, x: Tensor, groups: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys of QK groups: x [batch, length, d_model] to two [batch, n_groups, length, d_qk]."""
+        cos, sin = self._rotary(x.shape[1], self.W_Q)
+        sides = []
+        for weight, bias, norm in ((self.W_Q, self.b_Q, "q_norm"), (self.W_K, self.b_K, "k_norm")):
+            w = weight[groups]
+            rows = x @ w.permute(1, 0, 2).reshape(w.shape[1], -1) + bias[groups].flatten()
+            side = rows.view(*x.shape[:2], w.shape[0], w.shape[2]).transpose(1, 2)
+            if self.config.qk_norm:
+                side = ops.rms_norm(side, getattr(self, norm)[groups][:, None], self.config.qk_norm_eps)
+            sides.append(ops.apply_rotary(side, cos, sin, self.config.rotary.adjacent_pairs))
+        return sides[0], sides[1]
+
+    def values(self, x: Tensor) -> Tensor:
+        """v of every head before attention, [batch, length, n_ov]."""
+        return torch.nn.functional.linear(x, self.W_V, self.b_V)
+
+    def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
+        """z of every head before the selection, [batch, length, n_ov]."""
+        q, k = self.queries_keys(x)
+        v = self.values(x).view(*x.shape[:2], self.config.n_qk_heads, self.config.group_size).transpose(1, 2)
+        z = ops.causal_attention(q, k, v, self.attn_scale, backend)
+        return z.transpose(1, 2).reshape(*x.shape[:2], self.config.n_ov_heads)
+
+    def attention_pattern(self, x: Tensor, group: int) -> Tensor:
+        """Pattern A of one QK group, [batch, length, length]; rows are queries and sum to 1."""
+        self._check_index(group, self.config.n_qk_heads, "QK group")
+        q, k = self.queries_keys(x, slice(group, group + 1))
+        return ops.attention_pattern(q, k, self.attn_scale)[:, 0]
+
+    def z_pattern(self, x: Tensor, head: int) -> Tensor:
+        """Exact split of a head's z over source tokens, [batch, length, length]: entry i, j is A_ij v_j and row i sums to z_i."""
+        self._check_index(head, self.config.n_ov_heads, "head")
+        v = x @ self.W_V[head] + self.b_V[head]
+        return self.attention_pattern(x, head // self.config.group_size) * v[:, None, :]
+
+    @staticmethod
+    def _check_index(index: int, count: int, what: str) -> None:
+        if not 0 <= index < count:
+            raise store.UserError(f"There is no {what} {index}; choose one from 0 to {count - 1}.")
+
+    def fold_norms(self) -> None:
+        """Give every w_o norm 1 and its head the scale instead: w_v, b_V <- * ||w_o|| (paper, Sec. 5); outputs stay the same."""
+        self._fold_norms([self.W_V.data, self.b_V.data])
+
+    @torch.no_grad()
+    def fold_scales(self, input_scale: float, output_scale: float) -> None:
+        """Turn weights made for scaled activations into weights for raw ones: reads * input_scale, writes / output_scale."""
+        for reader in (self.W_Q, self.W_K, self.W_V):
+            reader *= input_scale
+        self.W_O /= output_scale
+        self.b_O /= output_scale
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Load a saved Lorsa; it takes raw activations."""
+        settings = dict(read_module_settings(folder))
+        kind = settings.pop("kind")
+        if kind != "lorsa":
+            raise store.UserError(f"{folder} holds a {kind}, not a Lorsa; load it with lorsa_utils.sae.load_module.")
+        module = cls(LorsaConfig.from_dict(settings))
+        module.load_weights(folder)
+        return module
+
+
+def read_module_settings(folder: str | Path) -> dict[str, object]:
+    """The `module` part of a run folder's config.json.
+
+    Raises:
+        UserError: no such folder, or it was written by another schema version.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise store.UserError(f"{folder} is not a run folder (config.json is missing); give the --out folder of `lorsa train`.")
+    config = store.read_json(path)
+    if config.get("schema_version") != SCHEMA_VERSION or "module" not in config:
+        raise store.UserError(f"{path} has schema version {config.get('schema_version')}, this version reads {SCHEMA_VERSION}; train again.")
+    return dict(config["module"])
