@@ -1,0 +1,15 @@
+"""Shared by all tests: one thread for each parallel worker, and property tests without a time limit per example."""
+
+import os
+
+from hypothesis import settings
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and inherited by the processes that tests start
+    import torch
+
+    torch.set_num_threads(1)
+
+# In CI the same examples every time, so that a failure there is the fault of the change.
+settings.register_profile("kit", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("kit")

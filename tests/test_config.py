@@ -1,0 +1,134 @@
+"""Configurations come back equal from JSON, and impossible ones are refused in a sentence."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorsa_utils import config
+from lorsa_utils.config import Config, LorsaConfig, RotaryConfig, SAEConfig
+from lorsa_utils.store import UserError
+
+positive = st.integers(1, 10**6)
+number = st.floats(0.1, 1e9)
+
+
+@st.composite
+def rotaries(draw: st.DrawFn, d_qk: int = 256) -> RotaryConfig:
+    return RotaryConfig(
+        rope_type=draw(st.sampled_from(config.ROPE_TYPES)),
+        rotary_dim=2 * draw(st.integers(1, d_qk // 2)),
+        theta=draw(number),
+        adjacent_pairs=draw(st.booleans()),
+        factor=draw(number),
+        low_freq_factor=draw(number),
+        high_freq_factor=draw(number),
+        original_context=draw(positive),
+    )
+
+
+@st.composite
+def lorsas(draw: st.DrawFn) -> LorsaConfig:
+    n_qk, group, d_qk = draw(st.integers(1, 300)), draw(st.integers(1, 300)), draw(st.integers(2, 512))
+    return LorsaConfig(
+        d_model=draw(positive),
+        n_ov_heads=n_qk * group,
+        n_qk_heads=n_qk,
+        d_qk=d_qk,
+        k=draw(st.integers(1, n_qk * group)),
+        attn_scale=draw(number),
+        rotary=draw(rotaries(d_qk)),
+        qk_norm=draw(st.booleans()),
+        qk_norm_eps=draw(st.floats(1e-12, 1e-2)),
+        score=draw(st.sampled_from(["relu", "abs"])),
+    )
+
+
+@st.composite
+def saes(draw: st.DrawFn) -> SAEConfig:
+    n_features = draw(positive)
+    return SAEConfig(draw(positive), n_features, draw(st.integers(1, n_features)), draw(st.sampled_from(["sae", "transcoder"])))
+
+
+STRATEGIES: dict[type[Config], st.SearchStrategy[Any]] = {RotaryConfig: rotaries(), LorsaConfig: lorsas(), SAEConfig: saes()}
+KINDS = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Config) and kind is not Config]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_comes_back_equal_from_json(kind: type[Config], data: st.DataObject) -> None:
+    assert kind in STRATEGIES, f"{kind.__name__} is new: add a strategy that draws it"
+    one = data.draw(STRATEGIES[kind])
+    again = kind.from_dict(json.loads(json.dumps(one.to_dict())))
+    assert again == one
+    assert hash(again) == hash(one)
+    assert type(again) is kind
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_field_is_explained(kind: type[Config]) -> None:
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+    for index, node in enumerate(body):
+        if isinstance(node, ast.AnnAssign):
+            following = body[index + 1]
+            explained = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            assert explained, f"{kind.__name__}.{ast.unparse(node.target)} has no line that explains it"
+
+
+LORSA = {"d_model": 8, "n_ov_heads": 12, "n_qk_heads": 3, "d_qk": 4, "k": 2}
+SAE = {"d_model": 8, "n_features": 16, "k": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "change", "words"),
+    [
+        (RotaryConfig, {}, {"rope_type": "yarn"}, "'yarn' is not supported; supported are none, default, linear, llama3"),
+        (RotaryConfig, {}, {"rotary_dim": 3}, "must be even"),
+        (RotaryConfig, {}, {"rotary_dim": -2}, "must be even"),
+        (RotaryConfig, {}, {"rope_type": "default", "rotary_dim": 0}, "must be positive"),
+        (LorsaConfig, LORSA, {"d_model": 0}, "d_model must be at least 1, not 0"),
+        (LorsaConfig, LORSA, {"k": 0}, "k must be at least 1"),
+        (LorsaConfig, LORSA, {"k": 13}, r"k \(13\) must not exceed the number of heads \(12\)"),
+        (LorsaConfig, LORSA, {"n_qk_heads": 5}, r"n_heads \(12\) must be a multiple of n_qk \(5\)"),
+        (LorsaConfig, LORSA, {"score": "best"}, "score must be"),
+        (LorsaConfig, LORSA, {"rotary": RotaryConfig("default", 8)}, r"rotary_dim \(8\) must not exceed d_qk \(4\)"),
+        (LorsaConfig, LORSA, {"n_heads": 12}, "Unknown setting 'n_heads'"),
+        (LorsaConfig, LORSA, {"rotary": {"base": 1.0}}, "Unknown setting 'base'"),
+        (SAEConfig, SAE, {"k": 17}, r"k \(17\) must not exceed the number of features \(16\)"),
+        (SAEConfig, SAE, {"n_features": 0}, "n_features must be at least 1"),
+        (SAEConfig, SAE, {"kind": "crosscoder"}, "kind must be"),
+    ],
+)
+def test_impossible_settings_are_refused_in_a_sentence(
+    kind: type[Config], good: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    kind.from_dict(good)
+    with pytest.raises(UserError, match=words) as caught:
+        kind.from_dict(good | change)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_copy_is_checked_again_and_the_original_stays() -> None:
+    one = LorsaConfig.from_dict(LORSA)
+    assert one.replace(k=12).k == 12
+    with pytest.raises(UserError, match="must not exceed"):
+        one.replace(k=13)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.k = 3  # type: ignore[misc]
+    assert one.k == 2
+
+
+def test_sizes_are_those_of_the_paper() -> None:
+    pythia = LorsaConfig(d_model=768, n_ov_heads=6144, n_qk_heads=96, d_qk=64, k=64)
+    llama = LorsaConfig(d_model=4096, n_ov_heads=32768, n_qk_heads=256, d_qk=128, k=128)
+    assert pythia.n_parameters == 18 * 2**20
+    assert llama.n_parameters == 512 * 2**20
+    assert (pythia.group_size, llama.group_size) == (64, 128)
+    assert SAEConfig(d_model=768, n_features=12288, k=64).n_parameters == pythia.n_parameters
