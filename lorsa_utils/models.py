@@ -1,0 +1,760 @@
+"""Load a causal language model and reach one attention layer: its input, its output, its weights per head, its RoPE.
+
+The Hugging Face module stays as it is; forward hooks read from it and put outputs in its place. Two ends name a layer's site:
+
+- attention input: what the attention module reads, after the pre-attention norm and its gain;
+- attention output: what the attention module returns, after the output projection and its bias, before the residual sum.
+
+Names with a capital and an underscore (W_Q [n_heads, d_model, d_head]) follow the usual mathematical framework for transformer
+circuits: a vector x [d_model] is read as x @ W_Q[h].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorsa_utils import ops, reference
+from lorsa_utils.config import ROPE_TYPES, RotaryConfig
+from lorsa_utils.fetch import EMBEDDED_NAME, fetch_embedded_model
+from lorsa_utils.store import UserError, sha256_json
+
+Replacement = Callable[[Tensor, Tensor], Tensor]
+"""(attention input, attention output), each [batch, length, d_model], to the new attention output of the same shape."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_LOGIT_VALUES_AT_ONCE = 1 << 26  # 256 MiB of fp32 logits while the loss is computed
+
+
+# ---------------------------------------------------------------------------------------------------------- architectures
+
+
+@dataclass(frozen=True)
+class _HeadWeights:
+    """One attention layer's weights split by head, in the model's own dtype; None where the layer has no such weight."""
+
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    W_O: Tensor
+    b_Q: Tensor | None
+    b_K: Tensor | None
+    b_V: Tensor | None
+    b_O: Tensor | None
+    attn_scale: float
+    q_norm_weight: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    qk_norm_eps: float = 0.0
+
+
+def _in_heads(weight: Tensor, n_heads: int) -> Tensor:
+    """A projection [n_heads * d_head, d_model] as [n_heads, d_model, d_head]."""
+    return weight.unflatten(0, (n_heads, -1)).transpose(1, 2)
+
+
+def _bias_in_heads(bias: Tensor | None, n_heads: int) -> Tensor | None:
+    return None if bias is None else bias.unflatten(0, (n_heads, -1))
+
+
+def _gpt_neox_heads(config: Any, attention: nn.Module) -> _HeadWeights:
+    """GPT-NeoX: one fused projection whose rows run head by head, each head's query, key and value in turn."""
+    n_heads = config.num_attention_heads
+    d_head = config.hidden_size // n_heads
+    fused: Any = attention.query_key_value
+    W_Q, W_K, W_V = fused.weight.unflatten(0, (n_heads, 3, d_head)).transpose(2, 3).unbind(1)
+    b_Q, b_K, b_V = (None,) * 3 if fused.bias is None else fused.bias.unflatten(0, (n_heads, 3, d_head)).unbind(1)
+    dense: Any = attention.dense
+    W_O = dense.weight.T.unflatten(0, (n_heads, d_head))
+    return _HeadWeights(n_heads, n_heads, d_head, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, dense.bias, d_head**-0.5)
+
+
+def _gpt2_heads(config: Any, attention: nn.Module) -> _HeadWeights:
+    """GPT-2: a fused projection stored input-first ([d_model, 3 d_model]), all queries, then all keys, then all values."""
+    n_heads = config.num_attention_heads
+    d_head = config.hidden_size // n_heads
+    fused: Any = attention.c_attn
+    W_Q, W_K, W_V = (_in_heads(weight.T, n_heads) for weight in fused.weight.chunk(3, dim=1))
+    b_Q, b_K, b_V = (_bias_in_heads(bias, n_heads) for bias in fused.bias.chunk(3))
+    projection: Any = attention.c_proj
+    W_O = projection.weight.unflatten(0, (n_heads, d_head))
+    scale = d_head**-0.5 if config.scale_attn_weights else 1.0
+    if config.scale_attn_by_inverse_layer_idx:
+        layer_idx: Any = attention.layer_idx
+        scale /= layer_idx + 1
+    return _HeadWeights(n_heads, n_heads, d_head, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, projection.bias, scale)
+
+
+def _llama_heads(config: Any, attention: nn.Module) -> _HeadWeights:
+    """Llama and Qwen3: separate projections, fewer key and value heads than query heads (GQA), QK norm in Qwen3."""
+    n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
+    d_head = q.weight.shape[0] // n_heads
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return _HeadWeights(
+        n_heads,
+        n_kv_heads,
+        d_head,
+        _in_heads(q.weight, n_heads),
+        _in_heads(k.weight, n_kv_heads),
+        _in_heads(v.weight, n_kv_heads),
+        o.weight.T.unflatten(0, (n_heads, d_head)),
+        _bias_in_heads(q.bias, n_heads),
+        _bias_in_heads(k.bias, n_kv_heads),
+        _bias_in_heads(v.bias, n_kv_heads),
+        o.bias,
+        attn_scale=d_head**-0.5,
+        q_norm_weight=None if q_norm is None else q_norm.weight,
+        k_norm_weight=None if k_norm is None else k_norm.weight,
+        qk_norm_eps=0.0 if q_norm is None else float(q_norm.variance_epsilon),
+    )
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    attention_path: str
+    heads: Callable[[Any, nn.Module], _HeadWeights]
+    has_rotary: bool = True
+
+
+ARCHITECTURES: dict[str, _Architecture] = {
+    "gpt2": _Architecture("transformer.h.{layer}.attn", _gpt2_heads, has_rotary=False),
+    "gpt_neox": _Architecture("gpt_neox.layers.{layer}.attention", _gpt_neox_heads),
+    "llama": _Architecture("model.layers.{layer}.self_attn", _llama_heads),
+    "qwen3": _Architecture("model.layers.{layer}.self_attn", _llama_heads),
+}
+"""What is supported, by the `model_type` of the Hugging Face config."""
+
+
+def _architecture(model_type: str | None) -> _Architecture:
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"Architecture {model_type!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}.")
+    return ARCHITECTURES[model_type]
+
+
+# ------------------------------------------------------------------------------------------------------------------- RoPE
+
+
+def rotary_from_config(config: Any) -> RotaryConfig:
+    """The rotary embedding of a Hugging Face config, in the spelling of transformers 4 (`rope_theta`, `rotary_pct`,
+    `rope_scaling`) or 5 (`rope_parameters`).
+
+    Raises:
+        UserError: the architecture or the rope type is not supported, or a scaling factor is missing.
+    """
+    if not _architecture(config.model_type).has_rotary:
+        return RotaryConfig()
+    parameters = _rope_parameters(config)
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type == "none" or rope_type not in ROPE_TYPES:
+        supported = ", ".join(name for name in ROPE_TYPES if name != "none")
+        raise UserError(f"Rope type {rope_type!r} of this model is not supported; supported are {supported}.")
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    settings: dict[str, Any] = {}
+    if rope_type in ("linear", "llama3"):
+        settings["factor"] = parameters.get("factor")
+    if rope_type == "llama3":
+        settings |= {name: parameters.get(name) for name in ("low_freq_factor", "high_freq_factor")}
+        settings["original_context"] = parameters.get("original_max_position_embeddings")
+    if missing := [name for name, value in settings.items() if value is None]:
+        raise UserError(f"The model's config has rope type {rope_type!r} without {missing[0]}; repair its config.json.")
+    return RotaryConfig(
+        rope_type=rope_type,
+        rotary_dim=int(d_head * parameters.get("partial_rotary_factor", 1.0)),
+        theta=float(parameters["rope_theta"]),
+        **settings,
+    )
+
+
+def _rope_parameters(config: Any) -> dict[str, Any]:
+    """All rope settings of a config as one dict in transformers 5's spelling."""
+    parameters = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise UserError("This model's RoPE differs between layer types, which is not supported; use a model with one RoPE for all layers.")
+    for name, older_names in (("rope_theta", ("rope_theta", "rotary_emb_base")), ("partial_rotary_factor", ("rotary_pct",))):
+        for older_name in older_names:
+            if parameters.get(name) is None and getattr(config, older_name, None) is not None:
+                parameters[name] = getattr(config, older_name)
+    parameters.setdefault("rope_theta", 10000.0)
+    return parameters
+
+
+def _respell_rope(config: Any) -> None:
+    """Give transformers 4 the names it reads when the config was saved by transformers 5: it would take its defaults in silence."""
+    if not getattr(config, "rope_parameters", None):
+        return
+    parameters = _rope_parameters(config)
+    config.rope_theta = config.rotary_emb_base = parameters.pop("rope_theta")
+    if (fraction := parameters.pop("partial_rotary_factor", None)) is not None:
+        config.rotary_pct = fraction
+    config.rope_scaling = parameters if parameters.get("rope_type", "default") != "default" else None
+
+
+def _check_rotary(model: Any, rotary: RotaryConfig) -> None:
+    """Refuse a model whose rotary module turns by other angles than the config promises."""
+    if rotary.rope_type == "none":
+        return
+    module = model.base_model.rotary_emb
+    expected = torch.tensor(reference.inverse_frequencies(rotary), dtype=torch.float64)
+    found = module.inv_freq.double().cpu()
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=0) or module.attention_scaling != 1.0:
+        raise UserError(
+            "The rotary frequencies in the loaded model differ from its config, so its attention cannot be rebuilt; "
+            "save the model again with the installed version of transformers."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- attention site
+
+
+@dataclass(eq=False)
+class AttentionSite:
+    """One attention layer: its shape, its weights by head (fp32 copies), its RoPE, and its parts recomputed by head."""
+
+    layer: int
+    module_path: str
+    d_model: int
+    n_heads: int
+    """Query heads."""
+    n_kv_heads: int
+    """Key and value heads; query head h reads key head h // (n_heads / n_kv_heads)."""
+    d_head: int
+    attn_scale: float
+    """Factor on query-key products."""
+    rotary: RotaryConfig
+    qk_norm: bool
+    """Whether queries and keys pass an RMSNorm over d_head before they are rotated (Qwen3)."""
+    qk_norm_eps: float
+    W_Q: Tensor = field(repr=False)
+    """[n_heads, d_model, d_head]"""
+    W_K: Tensor = field(repr=False)
+    """[n_kv_heads, d_model, d_head]"""
+    W_V: Tensor = field(repr=False)
+    """[n_kv_heads, d_model, d_head]"""
+    W_O: Tensor = field(repr=False)
+    """[n_heads, d_head, d_model]"""
+    b_Q: Tensor = field(repr=False)
+    """[n_heads, d_head], zeros where the model has none; so are the other biases."""
+    b_K: Tensor = field(repr=False)
+    """[n_kv_heads, d_head]"""
+    b_V: Tensor = field(repr=False)
+    """[n_kv_heads, d_head]"""
+    b_O: Tensor = field(repr=False)
+    """[d_model]"""
+    q_norm_weight: Tensor | None = field(default=None, repr=False)
+    """[d_head], with QK norm only."""
+    k_norm_weight: Tensor | None = field(default=None, repr=False)
+    """[d_head], with QK norm only."""
+
+    def expand_kv(self, tensor: Tensor) -> Tensor:
+        """Repeat a tensor [n_kv_heads, ...] so that row h belongs to query head h: [n_heads, ...]."""
+        return tensor.repeat_interleave(self.n_heads // self.n_kv_heads, dim=0)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """The layer's RoPE: rotate x [..., length, d_head] by the positions 0 .. length - 1."""
+        if self.rotary.rope_type == "none":
+            return x
+        cos, sin = ops.rotary_tables(self.rotary, x.shape[-2], x.device, x.dtype)
+        return ops.apply_rotary(x, cos, sin, self.rotary.adjacent_pairs)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries as the layer compares them (normed, rotated): x [batch, length, d_model] to [batch, n_heads, length, d_head]."""
+        q = self._project(x, self.W_Q, self.b_Q)
+        return self.rotate(q if self.q_norm_weight is None else ops.rms_norm(q, self.q_norm_weight, self.qk_norm_eps))
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys as the layer compares them, one for each query head: x [batch, length, d_model] to [batch, n_heads, length, d_head]."""
+        k = self._project(x, self.W_K, self.b_K)
+        k = self.rotate(k if self.k_norm_weight is None else ops.rms_norm(k, self.k_norm_weight, self.qk_norm_eps))
+        return self.expand_kv(k.transpose(0, 1)).transpose(0, 1)
+
+    def values(self, x: Tensor) -> Tensor:
+        """Values, one for each query head: x [batch, length, d_model] to [batch, n_heads, length, d_head]."""
+        return self.expand_kv(self._project(x, self.W_V, self.b_V).transpose(0, 1)).transpose(0, 1)
+
+    def pattern(self, x: Tensor) -> Tensor:
+        """Causal attention pattern of every head: x [batch, length, d_model] to [batch, n_heads, length, length], rows sum to 1."""
+        return ops.attention_pattern(self.queries(x), self.keys(x), self.attn_scale)
+
+    def head_values(self, x: Tensor) -> Tensor:
+        """What each head moved, before W_O (z_h): x [batch, length, d_model] to [batch, length, n_heads, d_head]."""
+        return ops.causal_attention(self.queries(x), self.keys(x), self.values(x), self.attn_scale).transpose(1, 2)
+
+    def head_outputs(self, x: Tensor) -> Tensor:
+        """Each head's part of the output: x [batch, length, d_model] to [batch, length, n_heads, d_model]; with b_O they sum to it."""
+        return torch.einsum("blhe,hed->blhd", self.head_values(x), self.W_O)
+
+    @staticmethod
+    def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.einsum("bld,hde->bhle", x.to(weight.dtype), weight) + bias[:, None, :]
+
+
+# ---------------------------------------------------------------------------------------------------------- language model
+
+
+class _DeepestLayerReached(Exception):
+    """Raised by a hook to leave the forward pass when everything asked for has been read."""
+
+
+class LanguageModel:
+    """A frozen causal language model with its tokenizer. Made by `load_model`; `model` is the unmodified Hugging Face module."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any | None, revision: str | None = None):
+        self.name = name
+        self.revision = revision
+        self.model = model
+        self.config = model.config
+        self._tokenizer = tokenizer
+        self._architecture = _architecture(self.config.model_type)
+        self.rotary = rotary_from_config(self.config)
+        _check_rotary(model, self.rotary)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer.
+
+        Raises:
+            UserError: the model came without one.
+        """
+        if self._tokenizer is None:
+            raise UserError(f"Model {self.name} has no tokenizer files beside its weights; put its tokenizer.json there.")
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of captured activations."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of attention layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the model is meant for, in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over what decides the activations: shape, norms, RoPE, and for every weight its name, dtype, size, both ends
+        and the sum of its bits. The same on every load and device; another dtype or fine-tune gives another."""
+        fields = ("hidden_act", "activation_function", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "use_parallel_residual")
+        site = self.site(0)
+        head = {"n_heads": site.n_heads, "n_kv_heads": site.n_kv_heads, "d_head": site.d_head, "attn_scale": site.attn_scale}
+        shape = {"model_type": self.config.model_type, "n_layers": self.n_layers, "rotary": self.rotary.to_dict(), **head}
+        digest = hashlib.sha256(sha256_json(shape | {name: getattr(self.config, name, None) for name in fields}).encode())
+        for name, parameter in sorted(self.model.named_parameters()):
+            digest.update(_weight_summary(name, parameter))
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 over the tokenizer's rules, vocabulary and special tokens.
+
+        Raises:
+            UserError: the model came without a tokenizer.
+        """
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+        for transient in ("truncation", "padding"):  # calls with these options leave them behind
+            rules.pop(transient, None)
+        return sha256_json([rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """The attention module of one layer.
+
+        Raises:
+            UserError: the layer does not exist.
+        """
+        return self.model.get_submodule(self.module_path(layer))
+
+    def module_path(self, layer: int) -> str:
+        """Dotted path of one layer's attention module inside `model`.
+
+        Raises:
+            UserError: the layer does not exist.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise UserError(f"Layer {layer} does not exist in {self.name}; choose one of 0..{self.n_layers - 1}.")
+        return self._architecture.attention_path.format(layer=layer)
+
+    def site(self, layer: int) -> AttentionSite:
+        """One attention layer, derived from the config and the weights.
+
+        Raises:
+            UserError: the layer does not exist, or it attends within a sliding window.
+        """
+        module = self.attention_module(layer)
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types and layer_types[layer] != "full_attention":
+            raise UserError(f"Layer {layer} of {self.name} uses {layer_types[layer]}; choose a layer with full attention.")
+        heads = self._architecture.heads(self.config, module)
+
+        def copied(weight: Tensor | None, *shape: int) -> Tensor:
+            if weight is None:
+                return torch.zeros(*shape, device=self.device)
+            return weight.detach().to(torch.float32, copy=True).contiguous()
+
+        return AttentionSite(
+            layer=layer,
+            module_path=self.module_path(layer),
+            d_model=self.d_model,
+            n_heads=heads.n_heads,
+            n_kv_heads=heads.n_kv_heads,
+            d_head=heads.d_head,
+            attn_scale=heads.attn_scale,
+            rotary=self.rotary,
+            qk_norm=heads.q_norm_weight is not None,
+            qk_norm_eps=heads.qk_norm_eps,
+            W_Q=copied(heads.W_Q),
+            W_K=copied(heads.W_K),
+            W_V=copied(heads.W_V),
+            W_O=copied(heads.W_O),
+            b_Q=copied(heads.b_Q, heads.n_heads, heads.d_head),
+            b_K=copied(heads.b_K, heads.n_kv_heads, heads.d_head),
+            b_V=copied(heads.b_V, heads.n_kv_heads, heads.d_head),
+            b_O=copied(heads.b_O, self.d_model),
+            q_norm_weight=None if heads.q_norm_weight is None else copied(heads.q_norm_weight),
+            k_norm_weight=None if heads.k_norm_weight is None else copied(heads.k_norm_weight),
+        )
+
+    @torch.no_grad()
+    def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Attention input and output of some layers from one forward pass, which ends at the deepest of them.
+
+        Inside `splice` the outputs are the replaced ones.
+
+        Args:
+            tokens: [batch, length] token ids; padding, if any, on the right.
+            layers: layer numbers.
+
+        Returns:
+            layer -> (attention input, attention output), each [batch, length, d_model] in the model's dtype.
+
+        Raises:
+            UserError: a layer does not exist, or the tokens are not valid.
+        """
+        tokens = self._checked(tokens)
+        captured: dict[int, tuple[Tensor, Tensor]] = {}
+        deepest = max(layers, default=-1)
+        if deepest < 0:
+            raise UserError("No layer was named; give at least one.")
+
+        def reader(layer: int) -> Callable[..., None]:
+            def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                captured[layer] = (_attention_input(args, kwargs).detach(), output[0].detach())
+                if layer == deepest:
+                    raise _DeepestLayerReached
+
+            return read
+
+        with contextlib.ExitStack() as stack:
+            for layer in set(layers):
+                stack.callback(self.attention_module(layer).register_forward_hook(reader(layer), with_kwargs=True).remove)
+            stack.enter_context(contextlib.suppress(_DeepestLayerReached))
+            self._hidden(tokens)
+        return {layer: captured[layer] for layer in layers}
+
+    def logits(self, tokens: Tensor, positions: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Next-token logits [batch, length, vocabulary], or [batch, n_positions, vocabulary] at some positions only.
+
+        Gradients reach a `splice` replacement that asks for them.
+
+        Raises:
+            UserError: the tokens are not valid.
+        """
+        hidden = self._hidden(self._checked(tokens))
+        if positions is not None:
+            hidden = hidden[:, torch.as_tensor(positions, device=hidden.device)]
+        return self.model.get_output_embeddings()(hidden)
+
+    @torch.no_grad()
+    def loss(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Next-token cross-entropy, without ever holding the logits of the whole batch.
+
+        Args:
+            tokens: [batch, length]; padding, if any, on the right.
+            mask: [batch, length] bool, False for tokens that do not count as targets (BOS, padding); all count without it.
+
+        Returns:
+            losses [batch, length - 1] in nats, fp32: entry t is the loss of predicting token t + 1;
+            counted [batch, length - 1] bool: whether that token counts.
+
+        Raises:
+            UserError: the tokens are not valid or the mask has another shape.
+        """
+        tokens = self._checked(tokens)
+        if mask is None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+        if mask.shape != tokens.shape:
+            raise UserError(f"The mask has shape {list(mask.shape)}, the tokens {list(tokens.shape)}; give one entry per token.")
+        hidden = self._hidden(tokens)[:, :-1].flatten(0, 1)
+        targets = tokens[:, 1:].flatten()
+        head = self.model.get_output_embeddings()
+        rows = max(1, _LOGIT_VALUES_AT_ONCE // head.weight.shape[0])
+        losses = [
+            F.cross_entropy(head(some).float(), wanted, reduction="none") for some, wanted in zip(hidden.split(rows), targets.split(rows))
+        ]
+        return torch.cat(losses).view(tokens.shape[0], -1), mask[:, 1:].to(self.device).bool()
+
+    @contextlib.contextmanager
+    def splice(self, replacements: Mapping[int, Replacement]) -> Iterator[None]:
+        """Inside the context every forward pass uses `replacement(attention input, attention output)` as a layer's output.
+
+        Raises:
+            UserError: a layer does not exist, or (in the forward pass) a replacement has another shape than the output.
+        """
+
+        def replacer(layer: int, replacement: Replacement) -> Callable[..., Any]:
+            def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                new = replacement(_attention_input(args, kwargs), output[0])
+                if new.shape != output[0].shape:
+                    raise UserError(
+                        f"The replacement of layer {layer} has shape {list(new.shape)}; give {list(output[0].shape)} like the layer's output."
+                    )
+                return (new.to(output[0].dtype), *output[1:])
+
+            return replace
+
+        with contextlib.ExitStack() as stack:
+            for layer, replacement in replacements.items():
+                hook = self.attention_module(layer).register_forward_hook(replacer(layer, replacement), with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """What the unembedding reads, [batch, length, d_model]."""
+        return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        """Tokens on the model's device; an impossible id would otherwise end the process on a GPU."""
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+            raise UserError(f"Tokens must be integers of shape [batch, length], not {tokens.dtype} of shape {list(tokens.shape)}.")
+        n_tokens = self.model.get_input_embeddings().weight.shape[0]
+        low, high = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or high >= n_tokens:
+            raise UserError(f"Token id {low if low < 0 else high} is outside 0..{n_tokens - 1} of {self.name}; use its own tokenizer.")
+        if not self._architecture.has_rotary and tokens.shape[1] > self.context_length:
+            raise UserError(
+                f"{self.name} has learned positions for {self.context_length} tokens, not {tokens.shape[1]}; choose a shorter context."
+            )
+        return tokens.to(self.device)
+
+
+def _attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states given to an attention module, by position or by name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _weight_summary(name: str, parameter: Tensor) -> bytes:
+    """Name, dtype, shape, first and last 1024 values, and the integer sum of a weight's bit patterns (exact, whatever the order)."""
+    flat = parameter.detach().reshape(-1)
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    bits = flat.view(width)
+    ends = torch.cat((bits[:1024], bits[-1024:])).cpu().numpy().tobytes()
+    header = f"{name} {parameter.dtype} {list(parameter.shape)} {int(bits.sum(dtype=torch.int64))} "
+    return header.encode() + ends
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model's files are, and the arguments with which transformers reads them."""
+
+    name: str
+    location: str
+    is_local: bool
+    arguments: dict[str, Any]
+
+
+def load_model(
+    name: str | Path, *, revision: str | None = None, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """Load a causal language model, frozen and in eval mode.
+
+    Args:
+        name: "smollm2" (the embedded model, fetched when needed), a local folder, a local .gguf file, or a Hugging Face Hub id.
+            Local paths never touch the network; a Hub id is looked up in the local cache first.
+        revision: commit, branch or tag of a Hub id.
+        device: "auto" (CUDA when there is one, else CPU) or a torch device.
+        dtype: of the weights; by default float32 on the CPU and bfloat16 elsewhere.
+
+    Raises:
+        UserError: the model cannot be found, read or downloaded, or its architecture or RoPE is not supported.
+    """
+    place = resolve_device(device)
+    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    source = _resolve(str(name), revision)
+    with _quiet_transformers():
+        if source.is_local or _offline():
+            model, tokenizer = _read(source, dtype, local_files_only=True)
+        else:
+            try:
+                model, tokenizer = _read(source, dtype, local_files_only=True)
+            except _NotRead:
+                model, tokenizer = _read(source, dtype, local_files_only=False)
+    model.requires_grad_(False).eval()
+    return LanguageModel(source.name, model.to(place), tokenizer, getattr(model.config, "_commit_hash", None) or revision)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A torch device from its name; "auto" is CUDA when there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"Device {str(device)!r} is not available here; use auto, cpu or cuda.") from error
+
+
+class _NotRead(UserError):
+    """The files of a model could not be read; a Hub id may still be downloaded."""
+
+
+def _resolve(name: str, revision: str | None) -> _Source:
+    """Decide what `name` means; see `load_model`."""
+    if name == EMBEDDED_NAME:
+        return _Source(name, str(fetch_embedded_model()), True, {})
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(f"{name} is a file but not a .gguf one; give the folder that holds config.json and the weights.")
+        return _Source(name, str(path.absolute().parent), True, {"gguf_file": path.name})
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"The folder {name} has no config.json; give the folder of a saved Hugging Face model.")
+        return _Source(name, str(path.absolute()), True, {})
+    if path.is_absolute() or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".gguf"):
+        raise UserError(f"There is no model at {name}; give {EMBEDDED_NAME}, a local folder, a .gguf file or a Hugging Face Hub id.")
+    return _Source(name, name, False, {"revision": revision} if revision else {})
+
+
+def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[Any, Any | None]:
+    """Model and tokenizer, from disk alone or by download."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers import __version__ as transformers_version
+
+    arguments = source.arguments | {"local_files_only": local_files_only}
+    gguf = "gguf_file" in arguments
+    with _load_errors(source.name):
+        # The plain dict first: an unknown architecture is named before any code or weight of it is touched.
+        plain, _ = PretrainedConfig.get_config_dict(source.location, **arguments)
+    if not gguf:
+        _architecture(plain.get("model_type"))
+        if plain.get("quantization_config"):
+            raise UserError(f"The weights of {source.name} are quantized; use the float checkpoint of the same model.")
+    with _load_errors(source.name):
+        config = AutoConfig.from_pretrained(source.location, **arguments)
+    if transformers_version.startswith("4."):
+        _respell_rope(config)
+    rotary_from_config(config)
+    rescaled = getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True)
+    arguments |= {} if gguf else {"config": config, "use_safetensors": True}
+    with _load_errors(source.name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=dtype,
+            # GPT-2's unusual scales are read by SDPA in transformers 5 only.
+            attn_implementation="eager" if rescaled else "sdpa",
+            output_loading_info=True,
+            **arguments,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{source.name} is not a whole causal language model: {missing[0]} is missing; load the original checkpoint.")
+    return model, _read_tokenizer(source, local_files_only)
+
+
+def _read_tokenizer(source: _Source, local_files_only: bool) -> Any | None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(source.location)
+    if source.is_local and not source.arguments and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    with _load_errors(source.name):
+        try:
+            return AutoTokenizer.from_pretrained(source.location, local_files_only=local_files_only, **source.arguments)
+        except ValueError as error:
+            # transformers 4 does not know the class names that transformers 5 writes beside tokenizer.json.
+            if "Tokenizer class" not in str(error):
+                raise
+            return PreTrainedTokenizerFast.from_pretrained(source.location, local_files_only=local_files_only, **source.arguments)
+
+
+def _offline() -> bool:
+    """Whether the user switched the Hub off (HF_HUB_OFFLINE=1)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+@contextlib.contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """Turn whatever a loader raises into one sentence; the loaders below raise many unrelated types."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _load_error(name, error) from error
+
+
+def _load_error(name: str, error: Exception) -> UserError:
+    text = str(error) or type(error).__name__
+    if "gated repo" in text.lower() or "GatedRepoError" in type(error.__cause__ or error).__name__:
+        return _NotRead(f"{name} is gated: accept its licence on its Hugging Face page, run `hf auth login`, and try again.")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return UserError(f"{name} does not fit in memory; use a smaller model, another device or a smaller dtype.")
+    first_line = text.strip().splitlines()[0].rstrip(".")
+    if Path(name).exists() or name == EMBEDDED_NAME:
+        return _NotRead(f"The model at {name} cannot be read ({first_line}); restore its files or save it again.")
+    offline = "HF_HUB_OFFLINE is set, so only the local cache was searched" if _offline() else first_line
+    return _NotRead(
+        f"Model {name} cannot be loaded ({offline}); check the name and the network, or give {EMBEDDED_NAME} or a local folder."
+    )
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no hints while loading: they end up as widgets in notebooks and in `--json` logs."""
+    from transformers.utils import logging
+
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
