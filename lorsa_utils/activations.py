@@ -1,0 +1,403 @@
+"""What an attention layer reads and writes, from memory (stream) or from disk (cache), behind one iterator interface.
+
+Cache folder: `manifest.json` plus shards `<split>-00000.safetensors` with `tokens`, `mask` and, per layer, `<layer>.input` and
+`<layer>.output`. A shard is renamed into place first and listed in the manifest after, with its size and sha256, so a killed
+run goes on from the last listed shard, and a cut, flipped or foreign shard is named and refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from lorsa_utils import store
+from lorsa_utils.config import SCHEMA_VERSION
+from lorsa_utils.corpus import Sequences
+from lorsa_utils.models import LanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 64 << 20
+SPLITS = ("train", "held_out")
+
+
+class ActivationBatch(NamedTuple):
+    """A few sequences with what the asked layers read and wrote."""
+
+    tokens: Tensor
+    """[batch, length] token ids."""
+    mask: Tensor
+    """[batch, length] bool, True where the token counts (no BOS, no padding)."""
+    inputs: dict[int, Tensor]
+    """Per layer, what attention reads, [batch, length, d_model]."""
+    outputs: dict[int, Tensor]
+    """Per layer, what attention writes, [batch, length, d_model]."""
+
+
+class ActivationSource(Protocol):
+    """What `ActivationStream` and `ActivationCache` have in common."""
+
+    layers: tuple[int, ...]
+    n_sequences: int
+    n_tokens: int
+    context: int
+
+    def batches(self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None) -> Iterator[ActivationBatch]:
+        """Batches in stored order from sequence `start` to the end (one epoch); the last one may be smaller."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two sources to give the same batches (model, text, BOS policy, dtype)."""
+
+
+class ActivationStream:
+    """Activations computed on the way: one model pass serves all layers and stops after the deepest."""
+
+    def __init__(self, model: LanguageModel, sequences: Sequences, layers: Sequence[int]) -> None:
+        """Check the layers; nothing is computed yet.
+
+        Raises:
+            UserError: a layer is out of range.
+        """
+        for layer in layers:
+            model.site(layer)
+        self.model, self.sequences = model, sequences
+        self.layers = tuple(sorted(set(layers)))
+        self.n_sequences, self.context = sequences.tokens.shape
+        self.n_tokens = sequences.n_tokens
+
+    def batches(self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None) -> Iterator[ActivationBatch]:
+        """See `ActivationSource.batches`."""
+        chosen = self.layers if layers is None else tuple(layers)
+        device = self.model.device
+        for first in range(start, self.n_sequences, batch_size):
+            tokens = self.sequences.tokens[first : first + batch_size].to(device, torch.long)
+            mask = self.sequences.mask[first : first + batch_size].to(device)
+            captured = self.model.capture(tokens, chosen)
+            yield ActivationBatch(
+                tokens, mask, {layer: pair[0] for layer, pair in captured.items()}, {layer: pair[1] for layer, pair in captured.items()}
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """See `ActivationSource.identity`."""
+        return {**source_identity(self.model, self.sequences), "dtype": str(self.model.dtype).removeprefix("torch.")}
+
+
+def source_identity(model: LanguageModel, sequences: Sequences) -> dict[str, Any]:
+    """Model, tokenizer and text that activations come from."""
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "model_sha256": model.fingerprint,
+        "tokenizer_sha256": model.tokenizer_fingerprint,
+        "text_sha256": sequences.sha256,
+        "bos_policy": sequences.bos_policy,
+        "context": int(sequences.tokens.shape[1]),
+    }
+
+
+@dataclass(frozen=True)
+class CacheEstimate:
+    """What a cache will cost."""
+
+    bytes_on_disk: int
+    bytes_in_memory: int
+    seconds: float
+
+    def sentence(self) -> str:
+        """The estimate for a person."""
+        minutes = f"about {self.seconds / 60:.1f} minutes" if self.seconds >= 60 else f"about {self.seconds:.0f} seconds"
+        return f"{self.bytes_on_disk / 1e9:.2f} GB on disk, {self.bytes_in_memory / 1e9:.2f} GB of memory, {minutes}"
+
+
+def bytes_per_sequence(d_model: int, n_layers: int, context: int, dtype: str) -> int:
+    """Bytes of one cached sequence: input and output of every layer, tokens (int32) and mask."""
+    return context * (n_layers * 2 * d_model * DTYPES[dtype].itemsize + 5)
+
+
+def estimate_cache(model: LanguageModel, sequences: Sequences, layers: Sequence[int], dtype: str, batch_size: int = 8) -> CacheEstimate:
+    """Disk and memory by arithmetic, time by running one batch."""
+    probe = sequences.tokens[:batch_size].to(model.device, torch.long)
+    began = time.perf_counter()
+    model.capture(probe, layers)
+    seconds = (time.perf_counter() - began) / max(1, len(probe)) * len(sequences.tokens)
+    one = bytes_per_sequence(model.d_model, len(layers), sequences.tokens.shape[1], dtype)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+    # While one shard is being filled its pieces and their concatenation exist together.
+    memory = weights + 2 * max(SHARD_BYTES, one * batch_size) + 4 * one * batch_size
+    return CacheEstimate(one * len(sequences.tokens), memory, seconds)
+
+
+def build_cache(
+    model: LanguageModel,
+    splits: Mapping[str, Sequences],
+    layers: Sequence[int],
+    folder: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Path:
+    """Write activations of `layers` for every split into `folder`; a killed run goes on where it stopped.
+
+    Args:
+        model: the language model; one pass serves all layers.
+        splits: `train` and, usually, `held_out` sequences.
+        layers: layers to keep.
+        folder: cache folder, made when missing.
+        dtype: `float32`, `bfloat16` (half the disk, relative rounding 2^-9) or `float16`.
+        batch_size: sequences in one model pass.
+        progress: show a bar and, above a minute, the estimate.
+
+    Raises:
+        UserError: the folder holds a cache of something else, cannot be written, or the disk is too small.
+    """
+    if dtype not in DTYPES:
+        raise store.UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}.")
+    path = store.require_writable(folder)
+    layers = sorted(set(layers))
+    for layer in layers:
+        model.site(layer)
+    manifest = _open_or_start(path, model, splits, layers, dtype)
+    if manifest["complete"]:
+        return path
+    _estimate_or_refuse(path, manifest, model, splits, layers, dtype, batch_size, progress)
+    for split, sequences in splits.items():
+        _write_split(path, manifest, split, model, sequences, batch_size, progress)
+    manifest["complete"] = True
+    store.write_json(path / "manifest.json", manifest)
+    return path
+
+
+def _new_manifest(model: LanguageModel, splits: Mapping[str, Sequences], layers: Sequence[int], dtype: str) -> dict[str, Any]:
+    described = {}
+    for split, sequences in splits.items():
+        described[split] = {
+            "source": source_identity(model, sequences),
+            "n_sequences": len(sequences.tokens),
+            "n_tokens": sequences.n_tokens,
+            "shards": [],
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "complete": False,
+        "layers": list(layers),
+        "d_model": model.d_model,
+        "dtype": dtype,
+        "splits": described,
+    }
+
+
+def _open_or_start(
+    path: Path, model: LanguageModel, splits: Mapping[str, Sequences], layers: Sequence[int], dtype: str
+) -> dict[str, Any]:
+    """The manifest to continue, or a new one; refuses a folder that holds something else."""
+    wanted = _new_manifest(model, splits, layers, dtype)
+    if not (path / "manifest.json").is_file():
+        if strangers := sorted(path.glob("*.safetensors")):
+            raise store.UserError(f"{path} holds {strangers[0].name} but no manifest.json; choose an empty folder for the cache.")
+        store.write_json(path / "manifest.json", wanted)
+        return wanted
+    found = store.read_json(path / "manifest.json")
+    differing = _differences(_without_progress(found), _without_progress(wanted))
+    if differing:
+        name, old, new = differing[0]
+        raise store.UserError(f"{path} holds another cache: its {name} is {old!r}, asked is {new!r}; choose another --out or delete that folder.")
+    return dict(found)
+
+
+def _without_progress(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat view of a manifest without what changes while it is written."""
+    flat = {key: value for key, value in manifest.items() if key not in ("splits", "complete")}
+    for split, entry in manifest.get("splits", {}).items():
+        flat.update({f"{split} {key}": value for key, value in entry["source"].items()})
+        flat[f"{split} n_sequences"] = entry["n_sequences"]
+    return flat
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = sorted(set(found) | set(wanted))
+    return [(key, found.get(key), wanted.get(key)) for key in keys if found.get(key) != wanted.get(key)]
+
+
+def _estimate_or_refuse(
+    path: Path,
+    manifest: Mapping[str, Any],
+    model: LanguageModel,
+    splits: Mapping[str, Sequences],
+    layers: Sequence[int],
+    dtype: str,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    total = CacheEstimate(0, 0, 0.0)
+    for split, sequences in splits.items():
+        part = estimate_cache(model, sequences, layers, dtype, batch_size)
+        done = sum(shard["n_sequences"] for shard in manifest["splits"][split]["shards"]) / max(1, len(sequences.tokens))
+        total = CacheEstimate(
+            total.bytes_on_disk + int(part.bytes_on_disk * (1 - done)),
+            max(total.bytes_in_memory, part.bytes_in_memory),
+            total.seconds + part.seconds * (1 - done),
+        )
+    store.require_free_bytes(path, total.bytes_on_disk, "The activation cache")
+    if progress:
+        tqdm.write(f"Caching layers {', '.join(map(str, layers))}: {total.sentence()}.")
+
+
+def _write_split(
+    path: Path, manifest: dict[str, Any], split: str, model: LanguageModel, sequences: Sequences, batch_size: int, progress: bool
+) -> None:
+    """Append the missing shards of one split."""
+    entry = manifest["splits"][split]
+    layers, dtype = manifest["layers"], DTYPES[manifest["dtype"]]
+    one = bytes_per_sequence(model.d_model, len(layers), sequences.tokens.shape[1], manifest["dtype"])
+    per_shard = max(batch_size, SHARD_BYTES // one // batch_size * batch_size)
+    start = sum(shard["n_sequences"] for shard in entry["shards"])
+    stream = ActivationStream(model, sequences, layers)
+    bar = tqdm(total=len(sequences.tokens), initial=start, unit="seq", desc=f"cache {split}", disable=not progress)
+    pending: dict[str, list[Tensor]] = {}
+    n_pending = 0
+    for batch in stream.batches(batch_size, start):
+        pieces = {"tokens": batch.tokens.to(torch.int32), "mask": batch.mask}
+        for layer in layers:
+            pieces[f"{layer}.input"] = batch.inputs[layer].to(dtype)
+            pieces[f"{layer}.output"] = batch.outputs[layer].to(dtype)
+        for name, piece in pieces.items():
+            pending.setdefault(name, []).append(piece.cpu())
+        n_pending += len(batch.tokens)
+        start += len(batch.tokens)
+        bar.update(len(batch.tokens))
+        if n_pending >= per_shard or start == len(sequences.tokens):
+            _write_shard(path, manifest, split, {name: torch.cat(parts) for name, parts in pending.items()})
+            pending, n_pending = {}, 0
+    bar.close()
+
+
+def _write_shard(path: Path, manifest: dict[str, Any], split: str, tensors: dict[str, Tensor]) -> None:
+    shards = manifest["splits"][split]["shards"]
+    file = path / f"{split}-{len(shards):05d}.safetensors"
+    store.write_tensors(file, tensors)
+    shards.append(
+        {
+            "file": file.name,
+            "n_sequences": len(tensors["tokens"]),
+            "n_tokens": int(tensors["mask"].sum()),
+            "bytes": file.stat().st_size,
+            "sha256": store.sha256_file(file),
+        }
+    )
+    store.write_json(path / "manifest.json", manifest)
+
+
+class ActivationCache:
+    """A finished cache folder, one split of it. Every shard is checked before its first use."""
+
+    def __init__(self, folder: str | Path, split: str = "train", *, model: LanguageModel | None = None, bos_policy: str | None = None) -> None:
+        """Open a split and check that it belongs to `model` and `bos_policy`, when given.
+
+        Raises:
+            UserError: not a cache, unfinished, damaged, of another model, tokenizer or BOS policy.
+        """
+        self.folder, self.split = Path(folder), split
+        if not (self.folder / "manifest.json").is_file():
+            raise store.UserError(f"{folder} is not an activation cache (manifest.json is missing); make one with `lorsa cache --out {folder}`.")
+        manifest = store.read_json(self.folder / "manifest.json")
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise store.UserError(f"{folder} has schema version {manifest.get('schema_version')}, this version reads {SCHEMA_VERSION}; cache again.")
+        if split not in manifest["splits"]:
+            raise store.UserError(f"{folder} has no split {split!r}, it has {', '.join(manifest['splits'])}; cache again with it.")
+        if not manifest["complete"]:
+            raise store.UserError(f"{folder} is unfinished; run the same `lorsa cache` command again, it goes on where it stopped.")
+        entry = manifest["splits"][split]
+        self.dtype = str(manifest["dtype"])
+        self.source: dict[str, Any] = entry["source"]
+        self.layers = tuple(manifest["layers"])
+        self.n_sequences, self.n_tokens = int(entry["n_sequences"]), int(entry["n_tokens"])
+        self.context = int(self.source["context"])
+        self.shards: list[dict[str, Any]] = entry["shards"]
+        self._verified: set[str] = set()
+        self._check_files(manifest)
+        self._check_source(model, bos_policy)
+
+    def _check_files(self, manifest: Mapping[str, Any]) -> None:
+        listed = {shard["file"] for entry in manifest["splits"].values() for shard in entry["shards"]}
+        if strangers := sorted(file.name for file in self.folder.glob("*.safetensors") if file.name not in listed):
+            raise store.UserError(f"{self.folder / strangers[0]} does not belong to this cache; move it away.")
+        for shard in self.shards:
+            file = self.folder / shard["file"]
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard["bytes"]:
+                state = "missing" if size is None else f"cut or foreign ({size} bytes instead of {shard['bytes']})"
+                raise store.UserError(f"{file} is {state}; delete {self.folder} and cache again.")
+
+    def _check_source(self, model: LanguageModel | None, bos_policy: str | None) -> None:
+        if model is not None:
+            for key, wanted in (("model_sha256", model.fingerprint), ("tokenizer_sha256", model.tokenizer_fingerprint)):
+                if self.source[key] != wanted:
+                    what = key.removesuffix("_sha256")
+                    raise store.UserError(
+                        f"{self.folder} was made with another {what} ({self.source['model']}) than {model.name}; cache again with that model."
+                    )
+        if bos_policy is not None and self.source["bos_policy"] != bos_policy:
+            raise store.UserError(f"{self.folder} has BOS policy {self.source['bos_policy']!r}, asked is {bos_policy!r}; cache again.")
+
+    def _open_shard(self, shard: Mapping[str, Any]) -> Path:
+        file = self.folder / shard["file"]
+        if shard["file"] not in self._verified:
+            if not file.is_file() or store.sha256_file(file) != shard["sha256"]:
+                raise store.UserError(f"{file} is damaged (its sha256 is not the one in manifest.json); delete {self.folder} and cache again.")
+            self._verified.add(shard["file"])
+        return file
+
+    def batches(self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None) -> Iterator[ActivationBatch]:
+        """See `ActivationSource.batches`. Activations come back in float32, on the CPU."""
+        chosen = self.layers if layers is None else tuple(layers)
+        if missing := sorted(set(chosen) - set(self.layers)):
+            raise store.UserError(f"{self.folder} holds layers {list(self.layers)}, not {missing[0]}; cache that layer.")
+        held: list[dict[str, Tensor]] = []
+        n_held = first = 0
+        for shard in self.shards:
+            skip = max(0, start - first)
+            first += shard["n_sequences"]
+            if skip >= shard["n_sequences"]:
+                continue
+            for piece in self._read_shard(shard, chosen, skip, batch_size):
+                held.append(piece)
+                n_held += len(piece["tokens"])
+                while n_held >= batch_size:
+                    joined = _join(held)
+                    yield _to_batch({name: value[:batch_size] for name, value in joined.items()}, chosen)
+                    held = [{name: value[batch_size:] for name, value in joined.items()}] if n_held > batch_size else []
+                    n_held -= batch_size
+        if n_held:
+            yield _to_batch(_join(held), chosen)
+
+    def _read_shard(self, shard: Mapping[str, Any], layers: Sequence[int], skip: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        names = ["tokens", "mask", *(f"{layer}.{side}" for layer in layers for side in ("input", "output"))]
+        with safe_open(self._open_shard(shard), framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in names}
+            for begin in range(skip, shard["n_sequences"], batch_size):
+                yield {name: part[begin : begin + batch_size] for name, part in slices.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """See `ActivationSource.identity`."""
+        return {**self.source, "dtype": self.dtype}
+
+
+def _join(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return pieces[0] if len(pieces) == 1 else {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _to_batch(tensors: Mapping[str, Tensor], layers: Sequence[int]) -> ActivationBatch:
+    return ActivationBatch(
+        tensors["tokens"].long(),
+        tensors["mask"],
+        {layer: tensors[f"{layer}.input"].float() for layer in layers},
+        {layer: tensors[f"{layer}.output"].float() for layer in layers},
+    )

@@ -1,0 +1,139 @@
+"""Where training starts. Needs a few batches of activations, because good starts are matched to the data.
+
+Lorsa, `mhsa`: QK group g copies the (W_Q, W_K) of MHSA head h = g mod n_heads. A Lorsa head of that group writes along a random
+direction of the head's output space and reads what makes its z the head output's component along it: with value map V_h
+[d_model, d_head], output map O_h [d_head, d_model] and a random r in R^d_head,
+
+    w_o = r O_h / ||r O_h||,   e = O_h w_o,   w_v = V_h e,   b_V = -e . mean(z_h)
+
+so that z = w_o . (head output - its mean). Attention outputs fill only a part of the residual stream; heads drawn outside that
+part would be dead from the start.
+
+Lorsa, `random`: weights of the size that linear layers usually start with; heads write along their reading direction's image.
+
+SAE and transcoder: write directions are drawn from the data's covariance, read directions equal them (SAE) or are the
+least-squares map to them (transcoder).
+
+All starts end with one least-squares scalar on the reads, so that the first prediction has the right size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorsa_utils.config import SAEConfig
+from lorsa_utils.lorsa import Lorsa, SparseModule
+from lorsa_utils.models import AttentionSite
+from lorsa_utils.sae import SAE
+from lorsa_utils.store import UserError
+
+INITS = ("mhsa", "random")
+CALIBRATION_SEQUENCES = 32
+
+
+@torch.no_grad()
+def initialize(module: SparseModule, site: AttentionSite, x: Tensor, y: Tensor, mask: Tensor, init: str, seed: int) -> tuple[float, float]:
+    """Fill a fresh module for training in scaled space and return the scales.
+
+    Args:
+        module: a Lorsa, SAE or transcoder.
+        site: the attention layer that is being replaced.
+        x: calibration inputs of the layer, raw, [n, length, d_model].
+        y: calibration outputs of the layer, raw, [n, length, d_model].
+        mask: counted tokens, [n, length].
+        init: `mhsa` or `random`; an SAE or transcoder has one start and ignores it.
+        seed: seed of the draws.
+
+    Returns:
+        input and output scale: factors that bring the mean token norm of what the module reads and writes to sqrt(d_model).
+
+    Raises:
+        UserError: unknown start, or d_qk is not the head width that `mhsa` copies.
+    """
+    if init not in INITS:
+        raise UserError(f"init must be one of {', '.join(INITS)}, not {init!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    reads = y if getattr(module.config, "kind", "lorsa") == "sae" else x
+    input_scale, output_scale = norm_scale(reads, mask), norm_scale(y, mask)
+    if isinstance(module, Lorsa):
+        if init == "mhsa":
+            _start_from_mhsa(module, site, x, mask, generator)
+            module.fold_scales(1 / input_scale, 1 / output_scale)
+        else:
+            _start_random(module, generator)
+    elif isinstance(module, SAE):
+        _start_dictionary(module, reads * input_scale, y * output_scale, mask, generator)
+    module.fold_norms()
+    module.b_O.copy_((y[mask] * output_scale).mean(dim=0))
+    match_scale(module, reads * input_scale, y * output_scale, mask)
+    return input_scale, output_scale
+
+
+def norm_scale(values: Tensor, mask: Tensor) -> float:
+    """sqrt(d_model) / mean token norm of values [n, length, d_model] over counted tokens."""
+    return float(values.shape[-1] ** 0.5 / values[mask].norm(dim=-1).mean())
+
+
+def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor, generator: torch.Generator) -> None:
+    """The `mhsa` start, in raw space; see the module's docstring."""
+    config = module.config
+    if config.d_qk != site.d_head:
+        raise UserError(f"The mhsa start copies heads of width {site.d_head}, not {config.d_qk}; use d_qk {site.d_head} or --init random.")
+    heads = torch.arange(config.n_qk_heads) % site.n_heads
+    W_K, b_K, W_V, b_V = (site.expand_kv(tensor) for tensor in (site.W_K, site.b_K, site.W_V, site.b_V))
+    for target, source in ((module.W_Q, site.W_Q), (module.W_K, W_K), (module.b_Q, site.b_Q), (module.b_K, b_K)):
+        target.copy_(source[heads.to(source.device)])
+    if config.qk_norm:
+        module.q_norm.copy_(site.q_norm_weight.expand_as(module.q_norm))
+        module.k_norm.copy_(site.k_norm_weight.expand_as(module.k_norm))
+    mean_z = torch.cat([site.head_values(rows)[kept] for rows, kept in zip(x.split(8), mask.split(8), strict=True)]).mean(dim=0)
+    size = config.group_size
+    for group, head in enumerate(heads.tolist()):
+        block = slice(group * size, (group + 1) * size)
+        draw = torch.randn(size, site.d_head, generator=generator).to(x.device)
+        write = torch.nn.functional.normalize(draw @ site.W_O[head], dim=1)
+        read = write @ site.W_O[head].T
+        module.W_O[block] = write
+        module.W_V[block] = read @ W_V[head].T
+        module.b_V[block] = read @ (b_V[head] - mean_z[head])
+
+
+def _start_random(module: Lorsa, generator: torch.Generator) -> None:
+    """Plain random weights for inputs of norm sqrt(d_model): queries, keys and values start with entries of size 1."""
+    for parameter in (module.W_Q, module.W_K, module.W_V, module.W_O):
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * module.config.d_model**-0.5)
+
+
+def _start_dictionary(module: SAE, x: Tensor, y: Tensor, mask: Tensor, generator: torch.Generator) -> None:
+    """Write directions from the covariance of the targets; reads equal them (SAE) or their least-squares image (transcoder)."""
+    inputs, targets = x[mask], y[mask]
+    inputs_mean, targets_mean = inputs.mean(dim=0), targets.mean(dim=0)
+    centred_x, centred_y = inputs - inputs_mean, targets - targets_mean
+    tokens = torch.randn(module.n_units, min(len(targets), 4096), generator=generator).to(y.device)
+    # A random mixture of tokens is a draw from a normal distribution with the data's covariance.
+    write = torch.nn.functional.normalize(tokens @ centred_y[: tokens.shape[1]], dim=1)
+    read = write
+    if module.config.kind == "transcoder":
+        gram = centred_x.T @ centred_x + 1e-3 * len(centred_x) * torch.eye(x.shape[-1], device=x.device)
+        read = write @ torch.linalg.solve(gram, centred_x.T @ centred_y).T
+    module.W_O.copy_(write)
+    module.W_E.copy_(read)
+    module.b_E.copy_(-(read @ inputs_mean))
+
+
+@torch.no_grad()
+def match_scale(module: SparseModule, x: Tensor, y: Tensor, mask: Tensor, batch_size: int = 8) -> float:
+    """Multiply a module's reads by the least-squares scalar between its prediction and the target; returns the scalar."""
+    dot = norm = 0.0
+    for rows, target, kept in zip(x.split(batch_size), y.split(batch_size), mask.split(batch_size), strict=True):
+        predicted = (module(rows).y - module.b_O)[kept]
+        dot += float((predicted * (target - module.b_O)[kept]).sum())
+        norm += float(predicted.square().sum())
+    scalar = dot / norm if norm > 0 and dot > 0 else 1.0
+    readers: Sequence[Tensor] = (module.W_V, module.b_V) if isinstance(module, Lorsa) else (module.W_E, module.b_E)  # type: ignore[attr-defined]
+    for reader in readers:
+        reader *= scalar
+    return scalar

@@ -1,0 +1,203 @@
+"""How well a module rebuilds an attention layer, defined once.
+
+    FVU            = sum_t ||y_t - yhat_t||^2 / sum_t ||y_t - mean(y)||^2          (ratio of sums; the paper's "normalised MSE" family)
+    FVU token mean = mean_t ( ||y_t - yhat_t||^2 / ||y_t - mean(y)||^2 )
+    L0             = mean number of active heads per token
+    dead fraction  = share of heads never active within the evaluated tokens (their number is always given beside it)
+    CE recovered   = (CE mean-ablated - CE with module) / (CE mean-ablated - CE original), cross-entropy in nats per token
+
+Sums run over the tokens of the mask alone (no BOS, no padding) and are kept in float64, so results do not depend on the batch
+size or on padding. mean(y) is the mean over the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lorsa_utils.activations import ActivationSource
+from lorsa_utils.corpus import Sequences
+from lorsa_utils.lorsa import SparseModule, SparseOutput
+from lorsa_utils.models import LanguageModel
+from lorsa_utils.store import UserError
+
+
+class MeanTarget:
+    """Running mean of the layer's output over counted tokens, [d_model], float64."""
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def update(self, y: Tensor, mask: Tensor) -> None:
+        """Add y [batch, length, d_model] where mask [batch, length]."""
+        part = y[mask].double().sum(dim=0).cpu()
+        self.sum = part if self.sum is None else self.sum + part
+        self.count += int(mask.sum())
+
+    def value(self) -> Tensor:
+        """The mean.
+
+        Raises:
+            UserError: no token was counted.
+        """
+        if self.sum is None or self.count == 0:
+            raise UserError("There is not one counted token in this text; give a longer text.")
+        return self.sum / self.count
+
+
+class Reconstruction:
+    """Running sums of FVU, cosine, L0 and dead units of one module against a fixed mean target."""
+
+    def __init__(self, mean: Tensor, n_units: int) -> None:
+        self.mean = mean
+        self.error = self.deviation = self.token_fvu = self.cosine = self.active = 0.0
+        self.n_tokens = 0
+        self.fired = torch.zeros(n_units, dtype=torch.long)
+
+    def update(self, y: Tensor, output: SparseOutput, mask: Tensor) -> None:
+        """Add a batch: targets y [batch, length, d_model], what the module returned, counted tokens mask [batch, length]."""
+        target, predicted = y[mask].double(), output.y[mask].double()
+        error = (target - predicted).square().sum(dim=-1)
+        deviation = (target - self.mean.to(target.device)).square().sum(dim=-1)
+        self.error += float(error.sum())
+        self.deviation += float(deviation.sum())
+        self.token_fvu += float((error / deviation.clamp_min(torch.finfo(torch.float64).tiny)).sum())
+        self.cosine += float(torch.nn.functional.cosine_similarity(target, predicted, dim=-1).sum())
+        indices, active = output.indices[mask], output.values[mask] != 0
+        self.active += float(active.sum())
+        self.fired += torch.bincount(indices[active].cpu(), minlength=len(self.fired))
+        self.n_tokens += int(mask.sum())
+
+    def result(self) -> dict[str, float]:
+        """`fvu`, `fvu_token_mean`, `cosine`, `l0`, `dead_fraction`, `n_tokens`.
+
+        Raises:
+            UserError: no token was counted, or all targets are equal.
+        """
+        if self.n_tokens == 0 or self.deviation == 0:
+            raise UserError("FVU is undefined: the text has no two counted tokens with different targets; give a longer text.")
+        return {
+            "fvu": self.error / self.deviation,
+            "fvu_token_mean": self.token_fvu / self.n_tokens,
+            "cosine": self.cosine / self.n_tokens,
+            "l0": self.active / self.n_tokens,
+            "dead_fraction": float((self.fired == 0).double().mean()),
+            "n_tokens": self.n_tokens,
+        }
+
+
+def module_input(module: SparseModule, attn_input: Tensor, attn_output: Tensor) -> Tensor:
+    """What a module reads: the SAE reads the layer's output, Lorsa and the transcoder its input."""
+    return attn_output if getattr(module.config, "kind", "lorsa") == "sae" else attn_input
+
+
+@torch.no_grad()
+def evaluate_activations(modules: Mapping[str, tuple[int, SparseModule]], source: ActivationSource, batch_size: int = 8) -> dict[str, dict[str, float]]:
+    """Reconstruction of several modules on the same held-out activations.
+
+    Args:
+        modules: name to (layer, module); modules take raw activations.
+        source: held-out activations; read twice, first for the mean target.
+        batch_size: sequences at a time.
+
+    Returns:
+        per name the dict of `Reconstruction.result`.
+    """
+    layers = sorted({layer for layer, _ in modules.values()})
+    means = {layer: MeanTarget() for layer in layers}
+    for batch in source.batches(batch_size, layers=layers):
+        for layer in layers:
+            means[layer].update(batch.outputs[layer], batch.mask)
+    sums = {name: Reconstruction(means[layer].value(), module.n_units) for name, (layer, module) in modules.items()}
+    for batch in source.batches(batch_size, layers=layers):
+        for name, (layer, module) in modules.items():
+            device = module.b_O.device
+            x = module_input(module, batch.inputs[layer], batch.outputs[layer]).to(device)
+            y, mask = batch.outputs[layer].to(device), batch.mask.to(device)
+            sums[name].update(y, module(x.to(module.b_O.dtype)), mask)
+    return {name: running.result() for name, running in sums.items()}
+
+
+class _LossSum:
+    """Cross-entropy over counted next tokens, in nats."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def update(self, model: LanguageModel, tokens: Tensor, mask: Tensor) -> None:
+        losses, counted = model.loss(tokens, mask)
+        self.total += float(losses[counted].double().sum())
+        self.count += int(counted.sum())
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.count)
+
+
+@torch.no_grad()
+def evaluate_spliced(
+    model: LanguageModel, layer: int, module: SparseModule, sequences: Sequences, batch_size: int = 8, progress: bool = False
+) -> dict[str, float]:
+    """Everything `lorsa eval` prints: reconstruction, and the model's loss with the layer's output replaced.
+
+    Three passes over the text: the untouched model (loss and mean target), the module spliced in (loss and reconstruction), the
+    mean target spliced in. Positions that are not counted (BOS, padding) keep their original output in both splices.
+
+    Returns:
+        the keys of `Reconstruction.result` and `ce`, `ce_spliced`, `ce_mean_ablated` (nats per token), `ce_recovered`.
+    """
+    batches = [
+        (sequences.tokens[i : i + batch_size].to(model.device, torch.long), sequences.mask[i : i + batch_size].to(model.device))
+        for i in range(0, len(sequences.tokens), batch_size)
+    ]
+    bar = tqdm(total=3 * len(batches), unit="batch", desc="eval", disable=not progress)
+    original, spliced, ablated = _LossSum(), _LossSum(), _LossSum()
+    target = MeanTarget()
+    current: dict[str, Tensor] = {}
+
+    def observe(attn_input: Tensor, attn_output: Tensor) -> Tensor:
+        target.update(attn_output, current["mask"])
+        return attn_output
+
+    def run(losses: _LossSum, replacement: Any) -> None:
+        with model.splice({layer: replacement}):
+            for tokens, mask in batches:
+                current["mask"] = mask
+                losses.update(model, tokens, mask)
+                bar.update()
+
+    run(original, observe)
+    mean = target.value()
+    sums = Reconstruction(mean, module.n_units)
+
+    def replace(attn_input: Tensor, attn_output: Tensor) -> Tensor:
+        x = module_input(module, attn_input, attn_output)
+        output = module(x.to(module.b_O.dtype))
+        sums.update(attn_output, output, current["mask"])
+        return torch.where(current["mask"][..., None], output.y.to(attn_output.dtype), attn_output)
+
+    def ablate(attn_input: Tensor, attn_output: Tensor) -> Tensor:
+        return torch.where(current["mask"][..., None], mean.to(attn_output), attn_output)
+
+    run(spliced, replace)
+    run(ablated, ablate)
+    bar.close()
+    gap = ablated.mean - original.mean
+    return {
+        **sums.result(),
+        "ce": original.mean,
+        "ce_spliced": spliced.mean,
+        "ce_mean_ablated": ablated.mean,
+        "ce_recovered": (ablated.mean - spliced.mean) / gap if gap else float("nan"),
+    }
+
+
+def mean_of(results: Iterable[Mapping[str, float]], key: str) -> float:
+    """Plain mean of one number over several results."""
+    values = [result[key] for result in results]
+    return sum(values) / len(values)

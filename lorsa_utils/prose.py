@@ -1,0 +1,307 @@
+"""Prose out of markup: articles in wiki markup and docstrings in reStructuredText become paragraphs of running English.
+
+Wiki markup is parsed by mwparserfromhell; what this module decides is which parts of the parse are words of a sentence.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+MIN_DOCUMENTATION_CHARACTERS = 600
+
+# --- wiki markup -----------------------------------------------------------------------------------------------------
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split(";"))
+
+
+_END_SECTIONS = _set(
+    "references;external links;see also;further reading;notes;bibliography;footnotes;citations;sources;works cited;notes and references;"
+    "references and notes;gallery;filmography;discography;selected works;selected publications;publications;works;awards and nominations;"
+    "other uses;list of characters;primary sources;secondary sources;collections of works;notes and citations;references and footnotes;"
+    "literature;bibliography and references;external sources;explanatory notes;specific references;major works;written works"
+)
+_DROPPED_TAGS = _set("ref;references;table;gallery;timeline;imagemap;score;source;syntaxhighlight;hiero")
+_FIRST_ARGUMENT = _set(
+    "nowrap;nobr;small;smaller;big;ipa;vanchor;visible anchor;sc;smallcaps;small caps;flag;flagcountry;vr;abbr;mvar;math;nobold;noitalic;"
+    "polytonic;hebrew;script/hebrew;mono;var;em;strong;zh;key"
+)
+_FIXED = {
+    **{"'s": "'s", "'": "'", "nbsp": " ", "thinsp": " ", "spaces": " ", "=": "=", "pi": "π", "okina": "ʻ", "degree": "°", "euro": "€"},
+    **dict.fromkeys(("snd", "spaced ndash", "spnd", "dash"), " – "),
+    **dict.fromkeys(("ndash", "endash"), "–"),
+    **dict.fromkeys(("mdash", "mdashb", "emdash"), "—"),
+}
+_CONVERT_RANGE = {"to": "to", "-": "to", "–": "to", "and": "and", "or": "or", "x": "by", "by": "by", "to(-)": "to", "and(-)": "and"}
+_UNITS = {
+    **{"mi": "miles", "km": "kilometres", "m": "metres", "ft": "feet", "in": "inches", "cm": "centimetres", "mm": "millimetres"},
+    **{
+        "yd": "yards",
+        "nmi": "nautical miles",
+        "kg": "kilograms",
+        "g": "grams",
+        "lb": "pounds",
+        "lbs": "pounds",
+        "oz": "ounces",
+        "t": "tonnes",
+    },
+    **dict.fromkeys(("sqmi", "sq mi", "mi2"), "square miles"),
+    **dict.fromkeys(("sqkm", "sq km", "km2"), "square kilometres"),
+    **{
+        "acre": "acres",
+        "ha": "hectares",
+        "m2": "square metres",
+        "m3": "cubic metres",
+        "cuft": "cubic feet",
+        "l": "litres",
+        "C": "°C",
+        "F": "°F",
+    },
+}
+_COMMON_WORDS = _set(
+    "the;of;and;to;in;a;is;that;it;for;as;was;with;be;by;on;not;are;this;at;from;or;have;an;which;you;were;but;one;all;can;if;has;its;it's;"
+    "when;will;more;no;other;than;then;into;may;these;their;such;only;also;he;his;she;her;they;we;there;been;any;each;both;between;where;used;"
+    "use;using;so;do;does;did;who;what;how;most;some;many;after;before;while;during;about;over;under;first;two;new;time;would;could;should;"
+    "must;same;because"
+)
+
+
+def _template_text(template: Any) -> str:
+    """Text of a wiki template when it stands for words in a sentence, else nothing."""
+    name = str(template.name).strip().lower().replace("_", " ")
+    arguments = [_wiki_text(p.value.nodes).strip() for p in template.params if str(p.name).strip().isdigit()]
+    if name in _FIXED:
+        return _FIXED[name]
+    if not arguments:
+        return ""
+    if name in _FIRST_ARGUMENT or name.startswith(("lang-", "ipa-")):
+        return arguments[0]
+    if name in ("lang", "script", "transl", "transliteration", "unicode"):
+        return arguments[-1]
+    if name in ("convert", "cvt"):
+        return _convert_text(arguments)
+    if name == "as of":
+        return " ".join(["as of" if template.has("lc") else "As of", *arguments[:1]])
+    if name in ("circa", "c."):
+        return f"c. {arguments[0]}"
+    if name in ("chem", "chem2"):
+        return "".join(arguments)
+    if name in ("angbr", "angle bracket"):
+        return f"⟨{arguments[0]}⟩"
+    if name in ("frac", "sfrac"):
+        return "/".join(arguments) if len(arguments) < 3 else f"{arguments[0]} {arguments[1]}/{arguments[2]}"
+    if name == "val":
+        exponent = f" × 10^{template.get('e').value}" if template.has("e") else ""
+        return arguments[0] + exponent
+    if name == "nihongo":
+        return f"{arguments[0]} ({', '.join(arguments[1:3])})" if len(arguments) > 1 else arguments[0]
+    if name in ("quote", "cquote", "blockquote", "quotation"):
+        return f"\n\n{arguments[0]}\n\n"
+    return ""
+
+
+def _convert_text(arguments: Sequence[str]) -> str:
+    """`{{convert|60|to|170|cm}}` as "60 to 170 centimetres"."""
+    words: list[str] = []
+    for argument in arguments:
+        if re.fullmatch(r"[\d.,/+−-]*\d[\d.,/]*", argument):
+            words.append(argument)
+        elif argument in _CONVERT_RANGE:
+            words.append(_CONVERT_RANGE[argument])
+        else:
+            return " ".join([*words, _UNITS.get(argument, argument)])
+    return " ".join(words)
+
+
+def _wiki_text(nodes: Iterable[Any]) -> str:
+    """Plain text of parsed wiki nodes: words of links and styles stay; references, tables, images and unknown templates go."""
+    from mwparserfromhell import nodes as kinds
+
+    parts: list[str] = []
+    for node in nodes:
+        if isinstance(node, kinds.Text):
+            parts.append(str(node))
+        elif isinstance(node, kinds.Wikilink):
+            target = str(node.title)
+            if not re.match(r"\s*:?[A-Za-z][A-Za-z -]*:\S", target):
+                parts.append(_wiki_text(node.text.nodes) if node.text is not None else target)
+        elif isinstance(node, kinds.Template):
+            parts.append(_template_text(node))
+        elif isinstance(node, kinds.HTMLEntity):
+            parts.append(str(node.normalize()))
+        elif isinstance(node, kinds.ExternalLink):
+            parts.append(_wiki_text(node.title.nodes) if node.title is not None else "")
+        elif isinstance(node, kinds.Tag):
+            parts.append(_tag_text(node))
+    return "".join(parts)
+
+
+def _tag_text(node: Any) -> str:
+    name = str(node.tag).strip().lower()
+    if name in _DROPPED_TAGS:
+        return ""
+    if name == "math":
+        return f"${' '.join(str(node.contents).split())}$"
+    if name in ("li", "dt", "dd"):
+        return "\x01"
+    if name == "br":
+        return " "
+    if name in ("sub", "sup") and not str(node.contents or "").strip("0123456789+-−n"):
+        return str(node.contents or "")
+    return _wiki_text(node.contents.nodes) if node.contents is not None else ""
+
+
+def wiki_prose(markup: str) -> str:
+    """Prose paragraphs of one article, with the headings that stand directly over them, separated by blank lines.
+
+    Tables, references, image captions, link sections and lists of fragments go; list items that are sentences stay.
+    """
+    import mwparserfromhell
+    from mwparserfromhell.nodes import Heading
+
+    paragraphs: list[str] = []
+    heading, skipped_level = "", 0
+    run: list[Any] = []
+
+    def flush() -> None:
+        nonlocal heading
+        if skipped_level == 0:
+            for line in _wiki_text(run).split("\n"):
+                if text := _prose_line(line):
+                    if heading:
+                        paragraphs.append(heading)
+                        heading = ""
+                    paragraphs.append(text)
+        run.clear()
+
+    for node in mwparserfromhell.parse(markup).nodes:
+        if not isinstance(node, Heading):
+            run.append(node)
+            continue
+        flush()
+        title = " ".join(_wiki_text(node.title.nodes).replace("\x01", " ").split())
+        if skipped_level and node.level > skipped_level:
+            continue
+        skipped_level = node.level if title.lower() in _END_SECTIONS else 0
+        heading = title
+    flush()
+    return "\n\n".join(paragraphs)
+
+
+def _prose_line(line: str) -> str:
+    """A tidied line when it is prose, else nothing."""
+    item = "\x01" in line[:4]
+    text = _tidy(line.replace("\x01", " "))
+    words = text.split()
+    if len(words) < (12 if item else 8) or not re.search(r"[.!?][\"'”’)]*$", text):
+        return ""
+    if re.search(r"\||\{\{|\}\}|\[\[|\]\]|ISBN|<[a-z/]|style=|https?:", text):
+        return ""
+    letters = sum(character.isalpha() or character.isspace() for character in text)
+    return text if letters / len(text) > 0.85 and _is_english(words) else ""
+
+
+def _is_english(words: Sequence[str]) -> bool:
+    """Running English has a common word at least in every fifth place; lists and tables do not."""
+    common = sum(word.lower().strip(".,;:()\"'") in _COMMON_WORDS for word in words)
+    return common >= 0.2 * len(words)
+
+
+def _tidy(text: str) -> str:
+    """Close the holes that removed templates and references leave."""
+    text = re.sub(r"'{2,}", "", text)
+    text = re.sub(r"\s+", " ", text)
+    for _ in range(2):
+        text = re.sub(r"([(\[])[\s,;:]+", r"\1", text)
+        text = re.sub(r"[\s,;:]+([)\]])", r"\1", text)
+        text = re.sub(r"\(\)|\[\]", "", text)
+        text = re.sub(r"([,;])(\s*[,;])+", r"\1", text)
+    text = re.sub(r"\s+([,;)]|\.(?=\s|$))", r"\1", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+# --- docstrings ------------------------------------------------------------------------------------------------------
+
+
+def module_prose(path: Path, seen: set[str] | None = None) -> str:
+    """Prose of the docstrings of one Python file in file order, or nothing when there is less than 600 characters of it.
+
+    `seen` holds paragraphs met before; they are skipped, and new ones are added.
+    """
+    source = path.read_text(encoding="utf-8", errors="replace")
+    if '"""' not in source and "'''" not in source:
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ""
+    paragraphs = []
+    seen = set() if seen is None else seen
+    for docstring in _docstrings(tree):
+        for paragraph in docstring_paragraphs(docstring):
+            if paragraph not in seen:
+                seen.add(paragraph)
+                paragraphs.append(paragraph)
+    text = "\n\n".join(paragraphs)
+    return text if len(text) >= MIN_DOCUMENTATION_CHARACTERS else ""
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Docstrings under `node`, in the order of the file."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
+        yield docstring
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _docstrings(child)
+
+
+def docstring_paragraphs(docstring: str) -> list[str]:
+    """Paragraphs of running English in a docstring, joined to one line each, with the markup of reStructuredText taken off.
+
+    Doctests, code, tables, signatures and one-line parameter entries go; descriptions of parameters stay when they are sentences.
+    """
+    paragraphs = []
+    block: list[str] = []
+    indent = -1
+    for line in [*docstring.splitlines(), ""]:
+        stripped = line.strip()
+        depth = len(line) - len(line.lstrip())
+        starts_item = bool(re.match(r"([-*+•]|\d+[.)]|\.\.|:\w+)\s?|>>>", stripped))
+        if block and (not stripped or depth != indent or starts_item):
+            if paragraph := _docstring_prose(block):
+                paragraphs.append(paragraph)
+            block = []
+        if stripped:
+            indent = depth + (len(stripped) - len(re.sub(r"^([-*+•]|\d+[.)])\s+", "", stripped)) if starts_item else 0)
+            block.append(stripped)
+    return paragraphs
+
+
+def _docstring_prose(lines: Sequence[str]) -> str:
+    """The lines as one tidied paragraph when they are prose, else nothing."""
+    if lines[0].startswith((">>>", "...", "|", "+-", "In [", "Out[", "$ ")):
+        return ""
+    text = " ".join(lines)
+    text = re.sub(r"^\.\. (note|warning|tip|important|seealso|deprecated|versionadded|versionchanged|hint|caution)::\s*[\d.]*\s*", "", text)
+    text = re.sub(r"^([-*+•]|\d+[.)])\s+", "", text)
+    text = re.sub(r"^(:\w+[^:]*:|`*\*{0,2}\w+`*( \([^)]*\))?:)\s+(?=[A-Z])", "", text)
+    text = re.sub(r":[\w:+-]+:`~?([^`<]*?)\s*(<[^`>]*>)?`", r"\1", text)
+    text = re.sub(r"``?([^`]*)``?_{0,2}", r"\1", text)
+    text = re.sub(r"\*\*([^*]+)\*\*|\[~?([\w.]+)\](?!\()", lambda match: match[1] or match[2], text)
+    text = re.sub(r"\[([^\]]+)\]\([^)]*\)|\s*\[\d+\]_?", lambda match: match[1] or "", text)
+    text = _tidy(text)
+    words = text.split()
+    if len(words) < 16 or not re.match(r"[A-Z\"'(]", text) or not re.search(r"[.!?][\"')]*$", text):
+        return ""
+    if re.search(r"::|>>>|https?:|\\[a-z]|[{}|<>=]{2}|_{3}", text):
+        return ""
+    letters = sum(character.isalpha() or character.isspace() for character in text)
+    return text if letters / len(text) > 0.9 and _is_english(words) else ""

@@ -1,0 +1,443 @@
+"""Train Lorsa layers and SAE baselines on the same tokens from one pass over the activations.
+
+One step, for every run: predict the layer's output from its input (the SAE: from itself), mean squared error over counted
+tokens, Adam. No auxiliary loss (paper, Sec. 3) unless AuxK is asked for. Weights live in a space where inputs and targets have
+mean norm sqrt(d_model); what is saved takes raw activations.
+
+Run folder: `config.json`, `model.safetensors` (at the end), `metrics.jsonl`, `state/` (to resume: weights in training space,
+Adam's moments, counters, position in the data). A resumed run gives, bit for bit on the CPU, what an uninterrupted one gives.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lorsa_utils import store
+from lorsa_utils.activations import ActivationBatch, ActivationSource
+from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig, SAEConfig, TrainConfig
+from lorsa_utils.initialize import CALIBRATION_SEQUENCES, initialize
+from lorsa_utils.lorsa import Lorsa, SparseModule, SparseOutput
+from lorsa_utils.metrics import module_input
+from lorsa_utils.models import AttentionSite
+from lorsa_utils.sae import SAE
+
+Logger = Callable[[str, Mapping[str, float]], None]
+"""Called with the run's name and one row of metrics."""
+
+
+def learning_rate_factor(progress: float, warmup: float, decay: float) -> float:
+    """Warm-up, stable, decay: factor on the learning rate at a share of the budget, from 0 to 1."""
+    rising = progress / warmup if warmup else 1.0
+    falling = (1 - progress) / decay if decay else 1.0
+    return max(0.0, min(1.0, rising, falling))
+
+
+def kept_heads(progress: float, k: int, k_start: int, k_warmup: float) -> int:
+    """Heads kept at a share of the budget: from k_start down to k, exponentially, over the first `k_warmup` of it."""
+    if k_start <= k or progress >= k_warmup:
+        return k
+    return round(k_start * (k / k_start) ** (progress / k_warmup))
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One module to train."""
+
+    name: str
+    """Name in progress bars and logs."""
+    layer: int
+    """Attention layer that is replaced."""
+    module: LorsaConfig | SAEConfig
+    """Shape of the module."""
+    train: TrainConfig
+    """How it is trained."""
+    folder: Path
+    """Run folder."""
+
+
+class Run:
+    """One module under training: weights in training space, optimizer, counters, schedules."""
+
+    def __init__(self, spec: RunSpec, source: Mapping[str, Any], device: torch.device) -> None:
+        self.spec, self.source, self.device = spec, dict(source), device
+        self.module: Lorsa | SAE = (Lorsa(spec.module) if isinstance(spec.module, LorsaConfig) else SAE(spec.module)).to(device)
+        self.input_scale = self.output_scale = 1.0
+        self.step = self.tokens_seen = 0
+        self.seconds = 0.0
+        self.since_fired = torch.zeros(self.module.n_units, dtype=torch.long, device=device)
+        self._recent: list[dict[str, Tensor | float]] = []
+        if spec.train.freeze_qk:
+            for name, parameter in self.module.named_parameters():
+                parameter.requires_grad_(name not in ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm"))
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        train = spec.train
+        self.optimizer = torch.optim.Adam(self.parameters, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+
+    @property
+    def progress(self) -> float:
+        """Share of the token budget that is used."""
+        return self.tokens_seen / self.spec.train.tokens
+
+    def start(self, site: AttentionSite, batch: ActivationBatch) -> None:
+        """Initialise from a calibration batch of raw activations."""
+        layer, train = self.spec.layer, self.spec.train
+        x, y = (side[layer].to(self.device, torch.float32) for side in (batch.inputs, batch.outputs))
+        self.input_scale, self.output_scale = initialize(self.module, site, x, y, batch.mask.to(self.device), train.init, train.seed)
+
+    def train_step(self, batch: ActivationBatch) -> None:
+        """One optimizer step on a batch of raw activations.
+
+        Raises:
+            UserError: the loss or a gradient is not finite; the weights are those before this step.
+        """
+        train, layer = self.spec.train, self.spec.layer
+        x = module_input(self.module, batch.inputs[layer], batch.outputs[layer]).to(self.device, torch.float32) * self.input_scale
+        y = batch.outputs[layer].to(self.device, torch.float32) * self.output_scale
+        mask = batch.mask.to(self.device)
+        n_tokens = int(mask.sum())
+        self._set_learning_rate()
+        k = kept_heads(self.progress, self.module.k, train.k_start, train.k_warmup)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            output = self.module(x, k)
+            error = torch.where(mask[..., None], output.y.float() - y, 0.0)
+            loss = error.square().sum() / (n_tokens * y.shape[-1])
+            total = loss + self._aux_loss(output, error, mask) if train.aux_k else loss
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.clip or float("inf"))
+        self._require_finite(loss, norm)
+        self.optimizer.step()
+        self._count(output, mask, n_tokens)
+        self._remember(loss, y, mask, output, norm, k)
+
+    def _set_learning_rate(self) -> None:
+        train = self.spec.train
+        # The middle of the first step rather than its start, so that no step has a rate of exactly zero.
+        progress = self.progress + 0.5 * self._step_share()
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * learning_rate_factor(min(progress, 1.0), train.warmup, train.decay)
+
+    def _step_share(self) -> float:
+        return self.tokens_seen / self.step / self.spec.train.tokens if self.step else 1e-3
+
+    def _aux_loss(self, output: SparseOutput, error: Tensor, mask: Tensor) -> Tensor:
+        """AuxK (Gao et al. 2024): the dead heads with the largest scores rebuild what the live ones left over."""
+        train = self.spec.train
+        dead = self.since_fired >= train.dead_window
+        n_dead = int(dead.sum())
+        if n_dead == 0:
+            return error.new_zeros(())
+        indices, values = self.module.select(output.pre_activations, min(train.aux_k, n_dead), among=dead)
+        rebuilt = self.module.decode(indices, values, bias=False)
+        left_over = error.detach()
+        miss = torch.where(mask[..., None], rebuilt + left_over, 0.0).square().sum()
+        # Relative to the error's own size the aux loss stays commensurate as training goes on.
+        scale = left_over.square().sum().clamp_min(1e-12)
+        return train.aux_weight * miss / scale * left_over.square().mean()
+
+    def _require_finite(self, loss: Tensor, norm: Tensor) -> None:
+        if not torch.isfinite(loss + norm):
+            raise store.UserError(
+                f"The loss of {self.spec.name} is no longer finite at step {self.step} (loss {float(loss)}, gradient norm {float(norm)}); "
+                f"the last good state is kept in {self.spec.folder / 'state'}: start again with a lower --lr."
+            )
+
+    @torch.no_grad()
+    def _count(self, output: SparseOutput, mask: Tensor, n_tokens: int) -> None:
+        active = output.indices[mask][output.values[mask] != 0]
+        self.since_fired += n_tokens
+        self.since_fired[active] = 0
+        self.step += 1
+        self.tokens_seen += n_tokens
+
+    @torch.no_grad()
+    def _remember(self, loss: Tensor, y: Tensor, mask: Tensor, output: SparseOutput, norm: Tensor, k: int) -> None:
+        deviation = (y[mask] - y[mask].mean(dim=0)).square().mean()
+        self._recent.append(
+            {
+                "loss": loss.detach(),
+                "fvu": loss.detach() / deviation,
+                "l0": (output.values[mask] != 0).sum() / mask.sum(),
+                "grad_norm": norm,
+                "k": k,
+            }
+        )
+
+    def recent_metrics(self) -> dict[str, float]:
+        """Means since the last call, with the counters: one row of metrics.jsonl."""
+        rows, self._recent = self._recent, []
+        means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
+        dead = float((self.since_fired >= self.spec.train.dead_window).double().mean())
+        return {
+            "step": self.step,
+            "tokens": self.tokens_seen,
+            **means,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "dead_fraction": dead,
+            "dead_window": self.spec.train.dead_window,
+            "seconds": self.seconds,
+        }
+
+    # ------------------------------------------------------------------------------------------------ saving and resuming
+
+    def config(self) -> dict[str, Any]:
+        """Everything needed to rebuild and resume the run, as saved in config.json."""
+        kind = "lorsa" if isinstance(self.spec.module, LorsaConfig) else self.spec.module.kind
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "module": {**self.spec.module.to_dict(), "kind": kind},
+            "layer": self.spec.layer,
+            "train": self.spec.train.to_dict(),
+            "source": self.source,
+        }
+
+    def save_state(self) -> None:
+        """Write state/; the previous state stays until the new one is whole."""
+        tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        for index, parameter in enumerate(self.parameters):
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{index}.{name}"] = value
+        tensors["since_fired"] = self.since_fired
+        counters = {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "seconds": self.seconds,
+            "input_scale": self.input_scale,
+            "output_scale": self.output_scale,
+        }
+        # Counters ride in the same file's header: one rename makes the whole state new at once.
+        store.write_tensors(self.spec.folder / "state" / "state.safetensors", tensors, {"counters": json.dumps(counters)})
+
+    def load_state(self) -> None:
+        """Continue from state/."""
+        file = self.spec.folder / "state" / "state.safetensors"
+        tensors = store.read_tensors(file, self.device)
+        counters = json.loads(store.read_tensor_metadata(file)["counters"])
+        self.module.load_state_dict({name: tensors[f"module.{name}"] for name in self.module.state_dict()})
+        for index, parameter in enumerate(self.parameters):
+            prefix = f"adam.{index}."
+            # Adam's step counter lives on the CPU when unfused and beside the weights when fused; take it where it was.
+            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            if state:
+                self.optimizer.state[parameter] = state
+        self.since_fired = tensors["since_fired"]
+        self.step, self.tokens_seen, self.seconds = counters["step"], counters["tokens_seen"], counters["seconds"]
+        self.input_scale, self.output_scale = counters["input_scale"], counters["output_scale"]
+
+    def finished_module(self) -> Lorsa | SAE:
+        """A copy for raw activations: scales folded in, write directions of norm 1."""
+        copy = type(self.module)(self.module.config).to(self.device)  # type: ignore[arg-type]
+        copy.load_state_dict(self.module.state_dict())
+        copy.fold_scales(self.input_scale, self.output_scale)
+        copy.fold_norms()
+        return copy.requires_grad_(False)
+
+    def save_module(self) -> None:
+        """Write model.safetensors (raw activations in, raw outputs out) and config.json."""
+        self.finished_module().save(self.spec.folder)
+        store.write_json(self.spec.folder / "config.json", self.config())
+
+
+def prepare_runs(
+    specs: Sequence[RunSpec], source: ActivationSource, sites: Mapping[int, AttentionSite], *, device: torch.device | str = "cpu", resume: bool = False
+) -> list[Run]:
+    """Make runs ready to train: initialised on the first sequences, or resumed from their folders.
+
+    Raises:
+        UserError: a folder holds a run already (and `resume` is False), or one with other settings.
+    """
+    runs = [Run(spec, source.identity(), torch.device(device)) for spec in specs]
+    fresh = []
+    for run in runs:
+        folder = store.require_writable(run.spec.folder)
+        if (folder / "config.json").is_file():
+            if not resume:
+                raise store.UserError(f"{folder} holds a run already; add --resume to continue it or choose another --out.")
+            _require_same_config(folder, run.config())
+            if (folder / "state" / "state.safetensors").is_file():
+                run.load_state()
+                continue
+        fresh.append(run)
+    if fresh:
+        batch = next(iter(source.batches(CALIBRATION_SEQUENCES, layers=sorted({run.spec.layer for run in fresh}))))
+        for run in fresh:
+            run.start(sites[run.spec.layer], batch)
+            store.write_json(run.spec.folder / "config.json", run.config())
+            run.save_state()
+    return runs
+
+
+def _require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
+    found = _flatten(store.read_json(folder / "config.json"))
+    asked = _flatten(json.loads(json.dumps(wanted)))
+    for name in sorted(set(found) | set(asked)):
+        if found.get(name) != asked.get(name):
+            raise store.UserError(
+                f"{folder} was started with {name} = {found.get(name)!r}, not {asked.get(name)!r}; "
+                "resume with the same settings or choose another --out."
+            )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return flat
+
+
+def train_runs(
+    specs: Sequence[RunSpec],
+    source: ActivationSource,
+    sites: Mapping[int, AttentionSite],
+    *,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+    logger: Logger | None = None,
+    stop_after_steps: int | None = None,
+) -> list[Run]:
+    """Train several modules on the same batches.
+
+    Args:
+        specs: what to train; all with the same batch size and token budget, so that the comparison is fair.
+        source: training activations. When the budget is larger than the source, it is read again from the start.
+        sites: per layer its attention site, for the starts.
+        device: where the modules live.
+        resume: continue runs that exist in their folders.
+        progress: show a bar with rate and ETA.
+        logger: called beside metrics.jsonl, see `loggers`.
+        stop_after_steps: save the state and stop there (to show or test resuming).
+
+    Returns:
+        the runs; finished ones have their module saved.
+
+    Raises:
+        UserError: settings do not fit together, or the loss is not finite.
+    """
+    if len({(spec.train.batch_size, spec.train.tokens) for spec in specs}) != 1:
+        raise store.UserError("Runs trained together must have the same batch_size and tokens; train them in separate calls.")
+    runs = prepare_runs(specs, source, sites, device=device, resume=resume)
+    if len({run.tokens_seen for run in runs}) != 1:
+        raise store.UserError("The runs to resume stopped at different places; resume them one by one.")
+    try:
+        _loop(runs, source, progress, logger, stop_after_steps)
+    except (KeyboardInterrupt, store.UserError):
+        for run in runs:
+            run.save_state()
+        raise
+    for run in runs:
+        run.save_state()
+        if run.progress >= 1:
+            run.save_module()
+    return runs
+
+
+def _loop(runs: Sequence[Run], source: ActivationSource, progress: bool, logger: Logger | None, stop_after_steps: int | None) -> None:
+    train = runs[0].spec.train
+    layers = sorted({run.spec.layer for run in runs})
+    for run in runs:
+        _cut_log(run)
+    bar = tqdm(total=train.tokens, initial=runs[0].tokens_seen, unit="tok", unit_scale=True, desc="train", disable=not progress)
+    last_save = time.monotonic()
+    done = 0
+    while runs[0].progress < 1:
+        per_epoch = -(-source.n_sequences // train.batch_size)
+        start = runs[0].step % per_epoch * train.batch_size
+        for batch in source.batches(train.batch_size, start, layers):
+            batch = _cut_to_budget(batch, train.tokens - runs[0].tokens_seen)
+            for run in runs:
+                began = time.perf_counter()
+                run.train_step(batch)
+                run.seconds += time.perf_counter() - began
+            done += 1
+            finished = runs[0].progress >= 1 or done == stop_after_steps
+            bar.update(int(batch.mask.sum()))
+            if runs[0].step % train.log_every == 0 or finished:
+                bar.set_postfix({"fvu": f"{_log(runs, logger):.3f}"})
+            if time.monotonic() - last_save > train.save_every_seconds:
+                for run in runs:
+                    run.save_state()
+                last_save = time.monotonic()
+            if finished:
+                bar.close()
+                return
+
+
+def _cut_to_budget(batch: ActivationBatch, left: int) -> ActivationBatch:
+    """Mask what the token budget no longer covers."""
+    if int(batch.mask.sum()) <= left:
+        return batch
+    counted = batch.mask.flatten().cumsum(0) <= left
+    return batch._replace(mask=batch.mask & counted.view_as(batch.mask))
+
+
+def _log(runs: Sequence[Run], logger: Logger | None) -> float:
+    """Append one row per run to its metrics.jsonl; returns the mean training FVU."""
+    total = 0.0
+    for run in runs:
+        row = run.recent_metrics()
+        with open(run.spec.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        if logger:
+            logger(run.spec.name, row)
+        total += row["fvu"]
+    return total / len(runs)
+
+
+def _cut_log(run: Run) -> None:
+    """Drop rows that a killed run wrote after its last saved state: they will be written again."""
+    file = run.spec.folder / "metrics.jsonl"
+    rows = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if file.is_file() else []
+    kept = [line for line in rows if json.loads(line)["step"] <= run.step]
+    store.write_text(file, "".join(line + "\n" for line in kept))
+
+
+def read_log(folder: str | Path) -> list[dict[str, float]]:
+    """Rows of a run's metrics.jsonl."""
+    file = Path(folder) / "metrics.jsonl"
+    if not file.is_file():
+        raise store.UserError(f"{folder} has no metrics.jsonl; give the folder of a run.")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def make_logger(kind: str, folder: str | Path) -> Logger | None:
+    """`jsonl` (nothing beside metrics.jsonl), `tensorboard` or `wandb`.
+
+    Raises:
+        UserError: the package for that logger is not installed.
+    """
+    if kind == "jsonl":
+        return None
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder))
+
+            def write_tensorboard(name: str, row: Mapping[str, float]) -> None:
+                for key, value in row.items():
+                    writer.add_scalar(f"{name}/{key}", value, int(row["tokens"]))
+                writer.flush()
+
+            return write_tensorboard
+        if kind == "wandb":
+            import wandb
+
+            session = wandb.init(project="lorsa", dir=str(folder))
+
+            def write_wandb(name: str, row: Mapping[str, float]) -> None:
+                session.log({f"{name}/{key}": value for key, value in row.items()})
+
+            return write_wandb
+    except ImportError as error:
+        raise store.UserError(f"The logger {kind!r} needs a package that is missing ({error.name}); install it with pip install {kind}.") from error
+    raise store.UserError(f"logger must be jsonl, tensorboard or wandb, not {kind!r}.")
