@@ -194,9 +194,7 @@ def _new_manifest(model: LanguageModel, splits: Mapping[str, Sequences], layers:
     }
 
 
-def _open_or_start(
-    path: Path, model: LanguageModel, splits: Mapping[str, Sequences], layers: Sequence[int], dtype: str
-) -> dict[str, Any]:
+def _open_or_start(path: Path, model: LanguageModel, splits: Mapping[str, Sequences], layers: Sequence[int], dtype: str) -> dict[str, Any]:
     """The manifest to continue, or a new one; refuses a folder that holds something else."""
     wanted = _new_manifest(model, splits, layers, dtype)
     if not (path / "manifest.json").is_file():
@@ -208,7 +206,9 @@ def _open_or_start(
     differing = _differences(_without_progress(found), _without_progress(wanted))
     if differing:
         name, old, new = differing[0]
-        raise store.UserError(f"{path} holds another cache: its {name} is {old!r}, asked is {new!r}; choose another --out or delete that folder.")
+        raise store.UserError(
+            f"{path} holds another cache: its {name} is {old!r}, asked is {new!r}; choose another --out or delete that folder."
+        )
     return dict(found)
 
 
@@ -298,7 +298,9 @@ def _write_shard(path: Path, manifest: dict[str, Any], split: str, tensors: dict
 class ActivationCache:
     """A finished cache folder, one split of it. Every shard is checked before its first use."""
 
-    def __init__(self, folder: str | Path, split: str = "train", *, model: LanguageModel | None = None, bos_policy: str | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, split: str = "train", *, model: LanguageModel | None = None, bos_policy: str | None = None
+    ) -> None:
         """Open a split and check that it belongs to `model` and `bos_policy`, when given.
 
         Raises:
@@ -306,10 +308,14 @@ class ActivationCache:
         """
         self.folder, self.split = Path(folder), split
         if not (self.folder / "manifest.json").is_file():
-            raise store.UserError(f"{folder} is not an activation cache (manifest.json is missing); make one with `lorsa cache --out {folder}`.")
+            raise store.UserError(
+                f"{folder} is not an activation cache (manifest.json is missing); make one with `lorsa cache --out {folder}`."
+            )
         manifest = store.read_json(self.folder / "manifest.json")
         if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise store.UserError(f"{folder} has schema version {manifest.get('schema_version')}, this version reads {SCHEMA_VERSION}; cache again.")
+            raise store.UserError(
+                f"{folder} has schema version {manifest.get('schema_version')}, this version reads {SCHEMA_VERSION}; cache again."
+            )
         if split not in manifest["splits"]:
             raise store.UserError(f"{folder} has no split {split!r}, it has {', '.join(manifest['splits'])}; cache again with it.")
         if not manifest["complete"]:
@@ -351,7 +357,9 @@ class ActivationCache:
         file = self.folder / shard["file"]
         if shard["file"] not in self._verified:
             if not file.is_file() or store.sha256_file(file) != shard["sha256"]:
-                raise store.UserError(f"{file} is damaged (its sha256 is not the one in manifest.json); delete {self.folder} and cache again.")
+                raise store.UserError(
+                    f"{file} is damaged (its sha256 is not the one in manifest.json); delete {self.folder} and cache again."
+                )
             self._verified.add(shard["file"])
         return file
 

@@ -31,7 +31,9 @@ class Config:
         """
         known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - set(known)):
-            raise UserError(f"Unknown setting {unknown[0]!r} for {cls.__name__}; it was written by another version, known are {sorted(known)}.")
+            raise UserError(
+                f"Unknown setting {unknown[0]!r} for {cls.__name__}; it was written by another version, known are {sorted(known)}."
+            )
         arguments = dict(values)
         if "rotary" in arguments and isinstance(arguments["rotary"], Mapping):
             arguments["rotary"] = RotaryConfig.from_dict(arguments["rotary"])

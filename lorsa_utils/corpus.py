@@ -619,7 +619,7 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase, bos_policy: str) -> int | None:
         return None
     for candidate in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if candidate is not None:
-            return int(candidate)  # type: ignore[arg-type]
+            return int(candidate)
     if bos_policy == "prepend":
         raise UserError("This tokenizer has neither a BOS nor an EOS token; use bos_policy 'none'.")
     return None
@@ -627,7 +627,8 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase, bos_policy: str) -> int | None:
 
 def _take(pieces: Iterator[tuple[str, np.ndarray]], n_tokens: int | None) -> list[tuple[str, np.ndarray]]:
     """Pieces until the budget is met, the last one cut to meet it."""
-    taken, count = [], 0
+    taken: list[tuple[str, np.ndarray]] = []
+    count = 0
     for source, ids in pieces:
         if n_tokens is not None and count + len(ids) >= n_tokens:
             return [*taken, (source, ids[: n_tokens - count])]

@@ -19,12 +19,9 @@ All starts end with one least-squares scalar on the reads, so that the first pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lorsa_utils.config import SAEConfig
 from lorsa_utils.lorsa import Lorsa, SparseModule
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.sae import SAE
@@ -86,7 +83,7 @@ def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor
     W_K, b_K, W_V, b_V = (site.expand_kv(tensor) for tensor in (site.W_K, site.b_K, site.W_V, site.b_V))
     for target, source in ((module.W_Q, site.W_Q), (module.W_K, W_K), (module.b_Q, site.b_Q), (module.b_K, b_K)):
         target.copy_(source[heads.to(source.device)])
-    if config.qk_norm:
+    if site.q_norm_weight is not None and site.k_norm_weight is not None:
         module.q_norm.copy_(site.q_norm_weight.expand_as(module.q_norm))
         module.k_norm.copy_(site.k_norm_weight.expand_as(module.k_norm))
     mean_z = torch.cat([site.head_values(rows)[kept] for rows, kept in zip(x.split(8), mask.split(8), strict=True)]).mean(dim=0)
@@ -133,7 +130,6 @@ def match_scale(module: SparseModule, x: Tensor, y: Tensor, mask: Tensor, batch_
         dot += float((predicted * (target - module.b_O)[kept]).sum())
         norm += float(predicted.square().sum())
     scalar = dot / norm if norm > 0 and dot > 0 else 1.0
-    readers: Sequence[Tensor] = (module.W_V, module.b_V) if isinstance(module, Lorsa) else (module.W_E, module.b_E)  # type: ignore[attr-defined]
-    for reader in readers:
-        reader *= scalar
+    for reader in module.readers():
+        reader.mul_(scalar)
     return scalar

@@ -99,12 +99,17 @@ class SparseModule(nn.Module):
         indices, values = self.select(pre, k)
         return SparseOutput(self.decode(indices, values), indices, values, pre)
 
+    def readers(self) -> tuple[Tensor, Tensor]:
+        """The weights [n, d_model] and biases [n] that a unit's activation is proportional to."""
+        raise TypeError(f"{type(self).__name__} does not name its readers")
+
     @torch.no_grad()
-    def _fold_norms(self, readers: list[Tensor]) -> None:
+    def fold_norms(self) -> None:
+        """Give every w_o norm 1 and its unit the scale instead: w_v, b_V <- * ||w_o|| (paper, Sec. 5); outputs stay the same."""
         norms = self.W_O.norm(dim=1).clamp_min(torch.finfo(self.W_O.dtype).tiny)
         self.W_O /= norms[:, None]
-        for reader in readers:
-            reader *= norms.view(-1, *[1] * (reader.dim() - 1))
+        for reader in self.readers():
+            reader.mul_(norms.view(-1, *[1] * (reader.dim() - 1)))
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`. Weights are for raw activations."""
@@ -126,7 +131,9 @@ class SparseModule(nn.Module):
         for name, value in expected.items():
             if name not in tensors or tensors[name].shape != value.shape:
                 found = "missing" if name not in tensors else f"of shape {list(tensors[name].shape)}"
-                raise store.UserError(f"{path}: {name} is {found}, expected {list(value.shape)}; the file and config.json do not belong together.")
+                raise store.UserError(
+                    f"{path}: {name} is {found}, not {list(value.shape)}; the file and config.json do not belong together."
+                )
             if not torch.isfinite(tensors[name]).all():
                 raise store.UserError(f"{path}: {name} holds values that are not finite; restore a copy or train again.")
         self.load_state_dict({name: tensors[name] for name in expected})
@@ -224,17 +231,17 @@ class Lorsa(SparseModule):
         if not 0 <= index < count:
             raise store.UserError(f"There is no {what} {index}; choose one from 0 to {count - 1}.")
 
-    def fold_norms(self) -> None:
-        """Give every w_o norm 1 and its head the scale instead: w_v, b_V <- * ||w_o|| (paper, Sec. 5); outputs stay the same."""
-        self._fold_norms([self.W_V.data, self.b_V.data])
+    def readers(self) -> tuple[Tensor, Tensor]:
+        """See `SparseModule.readers`."""
+        return self.W_V, self.b_V
 
     @torch.no_grad()
     def fold_scales(self, input_scale: float, output_scale: float) -> None:
         """Turn weights made for scaled activations into weights for raw ones: reads * input_scale, writes / output_scale."""
         for reader in (self.W_Q, self.W_K, self.W_V):
-            reader *= input_scale
-        self.W_O /= output_scale
-        self.b_O /= output_scale
+            reader.mul_(input_scale)
+        self.W_O.div_(output_scale)
+        self.b_O.div_(output_scale)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -259,5 +266,7 @@ def read_module_settings(folder: str | Path) -> dict[str, object]:
         raise store.UserError(f"{folder} is not a run folder (config.json is missing); give the --out folder of `lorsa train`.")
     config = store.read_json(path)
     if config.get("schema_version") != SCHEMA_VERSION or "module" not in config:
-        raise store.UserError(f"{path} has schema version {config.get('schema_version')}, this version reads {SCHEMA_VERSION}; train again.")
+        raise store.UserError(
+            f"{path} has schema version {config.get('schema_version')}, this version reads {SCHEMA_VERSION}; train again."
+        )
     return dict(config["module"])

@@ -97,7 +97,9 @@ def module_input(module: SparseModule, attn_input: Tensor, attn_output: Tensor) 
 
 
 @torch.no_grad()
-def evaluate_activations(modules: Mapping[str, tuple[int, SparseModule]], source: ActivationSource, batch_size: int = 8) -> dict[str, dict[str, float]]:
+def evaluate_activations(
+    modules: Mapping[str, tuple[int, SparseModule]], source: ActivationSource, batch_size: int = 8
+) -> dict[str, dict[str, float]]:
     """Reconstruction of several modules on the same held-out activations.
 
     Args:

@@ -22,8 +22,6 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation of every position, each [length, rotary_dim / 2]; angles are computed in float64."""
     frequencies = torch.tensor(reference.inverse_frequencies(rotary), dtype=torch.float64)
-    # Models hold their frequencies in float32: rounding likewise keeps patterns equal far out in a long context.
-    frequencies = frequencies.float().double()
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
@@ -66,9 +64,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
         [batch, n_heads, length, d_v].
     """
     if backend == "reference":
-        flat = [
-            reference.causal_attention(q[b, h], k[b, h], v[b, h], scale) for b in range(q.shape[0]) for h in range(q.shape[1])
-        ]
+        flat = [reference.causal_attention(q[b, h], k[b, h], v[b, h], scale) for b in range(q.shape[0]) for h in range(q.shape[1])]
         return torch.stack(flat).reshape(v.shape)
     d_v, d_qk = v.shape[-1], q.shape[-1]
     if v.device.type == "cpu" and d_v < d_qk:
@@ -145,5 +141,5 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str 
     """
     if backend == "reference":
         return reference.sparse_decode(indices, values, weight)
-    result: Tensor = _SparseDecode.apply(indices, values, weight)  # type: ignore[no-untyped-call]
+    result: Tensor = _SparseDecode.apply(indices, values, weight)
     return result

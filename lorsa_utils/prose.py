@@ -25,7 +25,7 @@ _END_SECTIONS = _set(
     "references;external links;see also;further reading;notes;bibliography;footnotes;citations;sources;works cited;notes and references;"
     "references and notes;gallery;filmography;discography;selected works;selected publications;publications;works;awards and nominations;"
     "other uses;list of characters;primary sources;secondary sources;collections of works;notes and citations;references and footnotes;"
-    "literature;bibliography and references;external sources;explanatory notes;specific references;major works;written works"
+    "literature;bibliography and references;external sources;explanatory notes;specific references;major works;written works;bibliographies;reference literature"
 )
 _DROPPED_TAGS = _set("ref;references;table;gallery;timeline;imagemap;score;source;syntaxhighlight;hiero")
 _FIRST_ARGUMENT = _set(
@@ -180,7 +180,8 @@ def wiki_prose(markup: str) -> str:
                     paragraphs.append(text)
         run.clear()
 
-    for node in mwparserfromhell.parse(markup).nodes:
+    # Style tags would swallow the headings after an unclosed one; their apostrophes go in `_tidy`.
+    for node in mwparserfromhell.parse(markup, skip_style_tags=True).nodes:
         if not isinstance(node, Heading):
             run.append(node)
             continue

@@ -36,7 +36,8 @@ def inverse_frequencies(rotary: RotaryConfig) -> list[float]:
             blend = (turns - rotary.low_freq_factor) / (rotary.high_freq_factor - rotary.low_freq_factor)
             blend = min(1.0, max(0.0, blend))
             frequency = blend * frequency + (1 - blend) * frequency / rotary.factor
-        result.append(frequency)
+        # Models hold their frequencies in float32: rounding likewise keeps patterns equal far out in a long context.
+        result.append(float(torch.tensor(frequency, dtype=torch.float32)))
     return result
 
 

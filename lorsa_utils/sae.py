@@ -34,16 +34,16 @@ class SAE(SparseModule):
         """Feature activations before the selection, [batch, length, d_model] to [batch, length, n_features]."""
         return torch.nn.functional.linear(x, self.W_E, self.b_E)
 
-    def fold_norms(self) -> None:
-        """Give every write direction norm 1 and its feature the scale instead; outputs stay the same."""
-        self._fold_norms([self.W_E.data, self.b_E.data])
+    def readers(self) -> tuple[Tensor, Tensor]:
+        """See `SparseModule.readers`."""
+        return self.W_E, self.b_E
 
     @torch.no_grad()
     def fold_scales(self, input_scale: float, output_scale: float) -> None:
         """Turn weights made for scaled activations into weights for raw ones: reads * input_scale, writes / output_scale."""
-        self.W_E *= input_scale
-        self.W_O /= output_scale
-        self.b_O /= output_scale
+        self.W_E.mul_(input_scale)
+        self.W_O.div_(output_scale)
+        self.b_O.div_(output_scale)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

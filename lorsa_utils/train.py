@@ -25,7 +25,7 @@ from lorsa_utils import store
 from lorsa_utils.activations import ActivationBatch, ActivationSource
 from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.initialize import CALIBRATION_SEQUENCES, initialize
-from lorsa_utils.lorsa import Lorsa, SparseModule, SparseOutput
+from lorsa_utils.lorsa import Lorsa, SparseOutput
 from lorsa_utils.metrics import module_input
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.sae import SAE
@@ -248,7 +248,12 @@ class Run:
 
 
 def prepare_runs(
-    specs: Sequence[RunSpec], source: ActivationSource, sites: Mapping[int, AttentionSite], *, device: torch.device | str = "cpu", resume: bool = False
+    specs: Sequence[RunSpec],
+    source: ActivationSource,
+    sites: Mapping[int, AttentionSite],
+    *,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
 ) -> list[Run]:
     """Make runs ready to train: initialised on the first sequences, or resumed from their folders.
 
@@ -439,5 +444,7 @@ def make_logger(kind: str, folder: str | Path) -> Logger | None:
 
             return write_wandb
     except ImportError as error:
-        raise store.UserError(f"The logger {kind!r} needs a package that is missing ({error.name}); install it with pip install {kind}.") from error
+        raise store.UserError(
+            f"The logger {kind!r} needs a package that is missing ({error.name}); install it with pip install {kind}."
+        ) from error
     raise store.UserError(f"logger must be jsonl, tensorboard or wandb, not {kind!r}.")
