@@ -7,6 +7,8 @@ PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 TORCH   ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 LOCK    := build/lock
+# Asked for only by other Python versions than the one that locks, and pinned for them (papermill on 3.12).
+ALSO_LOCKED := aiohttp
 # Notebooks that need no artefact of another one: a reader may open them first, so they also run as they are.
 SELF_CONTAINED := $(wildcard notebooks/00_*.ipynb)
 
@@ -66,7 +68,7 @@ lock:  ## resolve the newest versions afresh and write constraints.txt (TORCH=2.
 	rm -rf $(LOCK)
 	$(PYTHON) -m venv $(LOCK)
 	$(LOCK)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH)
-	$(LOCK)/bin/pip install --quiet --disable-pip-version-check -e '.[all]'
+	$(LOCK)/bin/pip install --quiet --disable-pip-version-check -e '.[all]' $(ALSO_LOCKED)
 	@# Left out: CUDA parts (torch pins its own), the build variant after '+', and this package.
 	$(LOCK)/bin/pip freeze --exclude-editable --exclude pip --exclude setuptools | grep -Eiv '^(nvidia|cuda|triton)[-_=]' | sed 's/+[^ ]*$$//' > $(LOCK)/pins
 	@if grep -n ' @ ' $(LOCK)/pins; then echo "These have no version on the package index; constraints.txt is unchanged." >&2; exit 1; fi
