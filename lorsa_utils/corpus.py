@@ -44,11 +44,12 @@ WIKIPEDIA_MEMBER_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81
 # The wheel is only a container of text here, so one platform's wheel is taken on every system.
 WIKIPEDIA_PIP_ARGS = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311")
 
-# Imported names of packages that every installation of the kit has; plotly and transformers.models are generated or repeat themselves.
+# What the kit's own dependencies bring, so that no optional package changes the text. Not plotly and transformers.models, which are
+# generated or repeat themselves.
 DOCUMENTATION_PACKAGES = (
-    "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "mpmath", "huggingface_hub", "IPython", "tornado",
-    "prompt_toolkit", "hypothesis", "narwhals", "traitlets", "jupyter_client", "jinja2", "fsspec",
-)  # fmt: skip
+    *("numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "mpmath"),
+    *("huggingface_hub", "accelerate", "narwhals", "jinja2", "fsspec"),
+)
 SKIPPED_FOLDERS = frozenset(
     {"tests", "test", "testing", "_testing", "_vendor", "vendor", "models", "benchmarks", "array_api_compat",
      "_inductor", "_dynamo", "_functorch", "_export", "_refs", "_prims", "_decomp", "_numpy", "_higher_order_ops", "onnx"}
@@ -256,7 +257,7 @@ def documentation_documents(packages: Sequence[str] = DOCUMENTATION_PACKAGES) ->
         if spec is None or not spec.submodule_search_locations:
             warnings.warn(f"{package} is not installed, so its documentation is missing from the corpus.", stacklevel=2)
             continue
-        versions[package] = importlib.metadata.version(package)
+        versions[package] = _version(package)
         root = Path(spec.submodule_search_locations[0])
         for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
             relative = path.relative_to(root)
@@ -282,17 +283,18 @@ def embedded_corpus() -> Corpus:
     wikipedia = wikipedia_documents(_wikipedia_extract())
     documentation, found = documentation_documents()
     documents = drop_near_duplicates([*wikipedia, *documentation])
-    corpus = _corpus(documents, versions=found | {name: versions[name] or "" for name in ("mwparserfromhell", "datasketch")})
+    corpus = _corpus(documents, versions=found | {name: versions[name] for name in ("mwparserfromhell", "datasketch")})
     _warn_when_unpinned(corpus.manifest)
     _write_corpus(folder, corpus)
     return corpus
 
 
-def _version(package: str) -> str | None:
+def _version(package: str) -> str:
+    """Installed version without the local part, as `+cpu`, which says nothing about the text; empty when not installed."""
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version(package).split("+")[0]
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return ""
 
 
 def _wikipedia_extract() -> Path:

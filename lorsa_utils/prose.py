@@ -25,7 +25,8 @@ _END_SECTIONS = _set(
     "references;external links;see also;further reading;notes;bibliography;footnotes;citations;sources;works cited;notes and references;"
     "references and notes;gallery;filmography;discography;selected works;selected publications;publications;works;awards and nominations;"
     "other uses;list of characters;primary sources;secondary sources;collections of works;notes and citations;references and footnotes;"
-    "literature;bibliography and references;external sources;explanatory notes;specific references;major works;written works;bibliographies;reference literature"
+    "literature;bibliography and references;external sources;explanatory notes;specific references;major works;written works;"
+    "bibliographies;reference literature"
 )
 _DROPPED_TAGS = _set("ref;references;table;gallery;timeline;imagemap;score;source;syntaxhighlight;hiero")
 _FIRST_ARGUMENT = _set(
@@ -41,28 +42,11 @@ _FIXED = {
 _CONVERT_RANGE = {"to": "to", "-": "to", "–": "to", "and": "and", "or": "or", "x": "by", "by": "by", "to(-)": "to", "and(-)": "and"}
 _UNITS = {
     **{"mi": "miles", "km": "kilometres", "m": "metres", "ft": "feet", "in": "inches", "cm": "centimetres", "mm": "millimetres"},
-    **{
-        "yd": "yards",
-        "nmi": "nautical miles",
-        "kg": "kilograms",
-        "g": "grams",
-        "lb": "pounds",
-        "lbs": "pounds",
-        "oz": "ounces",
-        "t": "tonnes",
-    },
+    **{"yd": "yards", "nmi": "nautical miles", "kg": "kilograms", "g": "grams", "oz": "ounces", "t": "tonnes", "acre": "acres"},
+    **{"ha": "hectares", "m2": "square metres", "m3": "cubic metres", "cuft": "cubic feet", "l": "litres", "C": "°C", "F": "°F"},
+    **dict.fromkeys(("lb", "lbs"), "pounds"),
     **dict.fromkeys(("sqmi", "sq mi", "mi2"), "square miles"),
     **dict.fromkeys(("sqkm", "sq km", "km2"), "square kilometres"),
-    **{
-        "acre": "acres",
-        "ha": "hectares",
-        "m2": "square metres",
-        "m3": "cubic metres",
-        "cuft": "cubic feet",
-        "l": "litres",
-        "C": "°C",
-        "F": "°F",
-    },
 }
 _COMMON_WORDS = _set(
     "the;of;and;to;in;a;is;that;it;for;as;was;with;be;by;on;not;are;this;at;from;or;have;an;which;you;were;but;one;all;can;if;has;its;it's;"
@@ -291,6 +275,8 @@ def _docstring_prose(lines: Sequence[str]) -> str:
     if lines[0].startswith((">>>", "...", "|", "+-", "In [", "Out[", "$ ")):
         return ""
     text = " ".join(lines)
+    if len(text.split()) < 16 or ". " not in f"{text} ":
+        return ""
     text = re.sub(r"^\.\. (note|warning|tip|important|seealso|deprecated|versionadded|versionchanged|hint|caution)::\s*[\d.]*\s*", "", text)
     text = re.sub(r"^([-*+•]|\d+[.)])\s+", "", text)
     text = re.sub(r"^(:\w+[^:]*:|`*\*{0,2}\w+`*( \([^)]*\))?:)\s+(?=[A-Z])", "", text)
