@@ -196,3 +196,114 @@ class TrainConfig(Config):
             _check(0 <= getattr(self, name) <= 1, f"{name} is a share of the budget, between 0 and 1, not {getattr(self, name)}.")
         _check(self.warmup + self.decay <= 1, f"warmup ({self.warmup}) and decay ({self.decay}) together exceed the whole budget.")
         _check(self.init in ("mhsa", "random"), f"init must be 'mhsa' or 'random', not {self.init!r}.")
+
+
+@dataclass(frozen=True)
+class Profile(Config):
+    """How large a run of the notebooks is."""
+
+    name: str
+    """`smoke` (minutes, to see that everything runs), `laptop` (real numbers on two cores) or `paper` (the paper's shapes, GPUs)."""
+    model: str
+    """Language model, as `models.load_model` takes it."""
+    layer: int
+    """Layer of the notebooks that look at one layer."""
+    layers: tuple[int, ...]
+    """Layers of the notebook that compares layers (03)."""
+    n_heads: int
+    """Lorsa heads of a module."""
+    n_qk: int
+    """QK groups of a module."""
+    k: int
+    """Heads or features kept for each token."""
+    context: int
+    """Tokens in a sequence, BOS included."""
+    cache_tokens: int
+    """Training tokens in the activation cache of notebook 01."""
+    train_tokens: int
+    """Training budget of one module."""
+    held_out_tokens: int
+    """Held-out tokens for the main layer."""
+    compare_held_out_tokens: int
+    """Held-out tokens for each layer of notebook 03."""
+    sae_features: int
+    """Features of the SAE with as many features as Lorsa has heads."""
+    sae_features_equal_parameters: int
+    """Features of the SAE with as many parameters as Lorsa."""
+    seeds: int
+    """Seeds of what is repeated over seeds (the toy of notebook 00)."""
+    batch_size: int = 8
+    """Sequences in one training step."""
+
+    @property
+    def is_scaled_down(self) -> bool:
+        """Whether shapes and budgets are smaller than the paper's."""
+        return self.name != "paper"
+
+
+PROFILES: dict[str, Profile] = {
+    "smoke": Profile(
+        name="smoke",
+        model="smollm2",
+        layer=1,
+        layers=(1, 2),
+        n_heads=576,
+        n_qk=18,
+        k=32,
+        context=128,
+        cache_tokens=20_000,
+        train_tokens=20_000,
+        held_out_tokens=8_000,
+        compare_held_out_tokens=8_000,
+        sae_features=576,
+        sae_features_equal_parameters=1728,
+        seeds=2,
+    ),
+    "laptop": Profile(
+        name="laptop",
+        model="smollm2",
+        layer=17,
+        layers=(1, 9, 17, 25),
+        n_heads=4608,
+        n_qk=72,
+        k=64,
+        context=256,
+        cache_tokens=250_000,
+        train_tokens=250_000,
+        held_out_tokens=100_000,
+        compare_held_out_tokens=50_000,
+        sae_features=4608,
+        sae_features_equal_parameters=9216,
+        seeds=5,
+    ),
+    "paper": Profile(
+        name="paper",
+        model="EleutherAI/pythia-160m",
+        layer=3,
+        layers=tuple(range(12)),
+        n_heads=6144,
+        n_qk=96,
+        k=64,
+        context=256,
+        cache_tokens=10_000_000,
+        train_tokens=800_000_000,
+        held_out_tokens=1_000_000,
+        compare_held_out_tokens=1_000_000,
+        sae_features=6144,
+        sae_features_equal_parameters=12288,
+        seeds=5,
+        batch_size=32,
+    ),
+}
+"""The sizes behind PROFILE=smoke, laptop and paper."""
+
+
+def get_profile(name: str) -> Profile:
+    """The profile of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in PROFILES:
+        raise UserError(f"There is no profile {name!r}; choose one of {', '.join(PROFILES)}.")
+    return PROFILES[name]

@@ -1,0 +1,322 @@
+"""Figures: plotly, one style, readable at 600 pixels; functions return a figure and never show it.
+
+`save_figure` writes what a reader needs: an interactive page (plotly.js lies once beside all pages of a folder), a static image
+when a Chrome or Chromium is there to draw it, and the numbers as CSV.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lorsa_utils import store
+
+# Okabe and Ito's palette (2008): told apart with every common colour blindness. Black comes last, it is also the ink.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
+WIDTH, HEIGHT = 600, 400
+
+_AXIS = {"showgrid": True, "gridcolor": "#E6E6E6", "zeroline": False, "linecolor": "#444444", "ticks": "outside", "automargin": True}
+TEMPLATE = go.layout.Template(
+    layout=go.Layout(
+        colorway=PALETTE,
+        width=WIDTH,
+        height=HEIGHT,
+        font={"family": "DejaVu Sans, Arial, sans-serif", "size": 13, "color": "#222222"},
+        title={"font": {"size": 15}, "x": 0, "xref": "paper", "xanchor": "left"},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        margin={"l": 70, "r": 20, "t": 60, "b": 60},
+        legend={"bgcolor": "rgba(255,255,255,0.7)"},
+        colorscale={"sequential": "Viridis", "diverging": "RdBu"},
+        xaxis=_AXIS,
+        yaxis=_AXIS,
+    )
+)
+
+
+def new_figure(title: str, x_title: str, y_title: str) -> go.Figure:
+    """An empty figure in the house style; axis titles carry their units."""
+    return go.Figure(layout={"template": TEMPLATE, "title": {"text": title}, "xaxis": {"title": x_title}, "yaxis": {"title": y_title}})
+
+
+# --------------------------------------------------------------------------------------------------------------- drawings
+
+
+def lines(data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str) -> go.Figure:
+    """Lines with markers, one for each value of column `by`; colour and symbol both tell them apart.
+
+    Args:
+        data: one row a point.
+        x: column of the horizontal axis.
+        y: column of the vertical axis.
+        by: column that separates the lines; one line without it.
+        title: of the figure.
+        x_title: with its unit.
+        y_title: with its unit.
+    """
+    figure = new_figure(title, x_title, y_title)
+    groups: list[tuple[str, pd.DataFrame]] = [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
+    for number, (name, part) in enumerate(groups):
+        style = _style(number)
+        figure.add_scatter(x=part[x], y=part[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
+    return figure
+
+
+def bars(data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str) -> go.Figure:
+    """Grouped bars over the categories in column `x`, one colour for each value of column `by`; arguments as in `lines`."""
+    figure = new_figure(title, x_title, y_title)
+    groups: list[tuple[str, pd.DataFrame]] = [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
+    for number, (name, part) in enumerate(groups):
+        colour = PALETTE[number % len(PALETTE)]
+        figure.add_bar(x=part[x].astype(str), y=part[y], name=name, marker_color=colour, showlegend=by is not None)
+    figure.update_layout(barmode="group", xaxis_type="category")
+    return figure
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {
+        "line": {"color": PALETTE[number % len(PALETTE)], "width": 2},
+        "marker": {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": PALETTE[number % len(PALETTE)]},
+    }
+
+
+def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], title: str = "Training") -> go.Figure:
+    """FVU (above) and dead fraction (below) against training tokens.
+
+    Args:
+        logs: run name to the rows of its metrics.jsonl (`train.read_log`).
+        title: of the figure.
+    """
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    for number, (name, rows) in enumerate(logs.items()):
+        tokens = [row["tokens"] for row in rows]
+        for panel, key in ((1, "fvu"), (2, "dead_fraction")):
+            figure.add_scatter(
+                x=tokens,
+                y=[row[key] for row in rows],
+                name=name,
+                legendgroup=name,
+                showlegend=panel == 1,
+                mode="lines",
+                line=_style(number)["line"],
+                row=panel,
+                col=1,
+            )
+    figure.update_layout(template=TEMPLATE, title={"text": title}, height=520)
+    figure.update_yaxes(title="FVU (training batch)", type="log", row=1, col=1)
+    figure.update_yaxes(title="dead heads (share)", rangemode="tozero", row=2, col=1)
+    figure.update_xaxes(title="training tokens", row=2, col=1)
+    return figure
+
+
+def layer_fvu(data: pd.DataFrame, title: str = "P4: reconstruction of attention layers") -> go.Figure:
+    """Held-out FVU over layers, one line for each kind of module.
+
+    Args:
+        data: columns `layer`, `module` (name in the legend) and `fvu`.
+        title: of the figure.
+    """
+    figure = lines(data, "layer", "fvu", "module", title=title, x_title="layer", y_title="FVU (held-out)")
+    figure.update_xaxes(tickvals=sorted(set(data["layer"])))
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def scatter_fvu(data: pd.DataFrame, title: str = "P4: FVU of Lorsa against the SAE") -> go.Figure:
+    """One point a layer, Lorsa's FVU against the SAE's, with Pearson's correlation (from three layers on) and the diagonal.
+
+    Args:
+        data: columns `layer`, `lorsa` and `sae`.
+        title: of the figure.
+    """
+    figure = new_figure(title, "FVU of the SAE (held-out)", "FVU of Lorsa (held-out)")
+    end = 1.05 * float(data[["lorsa", "sae"]].to_numpy().max())
+    figure.add_scatter(x=[0, end], y=[0, end], mode="lines", line={"color": "#999999", "dash": "dash"}, name="equal")
+    labels = [f"layer {layer}" for layer in data["layer"]]
+    marker = {"size": 10, "color": PALETTE[0]}
+    figure.add_scatter(
+        x=data["sae"], y=data["lorsa"], text=labels, mode="markers+text", textposition="top center", marker=marker, name="layers"
+    )
+    if len(data) >= 3:
+        correlation = float(np.corrcoef(data["sae"], data["lorsa"])[0, 1])
+        note = f"r = {correlation:.2f} over {len(data)} layers"
+        figure.add_annotation(x=0.02, y=0.98, xref="paper", yref="paper", xanchor="left", yanchor="top", showarrow=False, text=note)
+    figure.update_layout(showlegend=False)
+    return figure
+
+
+def loss_recovered(data: pd.DataFrame, title: str = "Loss of the model with the layer replaced") -> go.Figure:
+    """Share of the loss recovered when a module takes the layer's place: 0 is the mean output, 1 the layer itself.
+
+    Args:
+        data: columns `layer`, `module` and `ce_recovered`.
+        title: of the figure.
+    """
+    figure = bars(data, "layer", "ce_recovered", "module", title=title, x_title="layer", y_title="loss recovered (share)")
+    figure.add_hline(y=1, line={"color": "#444444", "dash": "dot"})
+    return figure
+
+
+def sink_bars(attention: Sequence[float], title: str = "P8: attention to the first token") -> go.Figure:
+    """Mean attention that each head pays to the first token.
+
+    Args:
+        attention: one share for each head.
+        title: of the figure.
+    """
+    data = pd.DataFrame({"head": range(len(attention)), "attention": np.asarray(attention, dtype=float)})
+    figure = bars(data, "head", "attention", title=title, x_title="head", y_title="attention to the first token (share)")
+    figure.update_yaxes(range=[0, 1])
+    return figure
+
+
+def pattern_heatmap(pattern: Any, tokens: Sequence[str], title: str = "Attention pattern", value: str = "attention") -> go.Figure:
+    """A map of destinations (rows) by sources (columns).
+
+    Args:
+        pattern: [length, length]; entries above the diagonal are left blank. With negative entries the colours diverge from 0.
+        tokens: text of the tokens, [length].
+        title: of the figure.
+        value: what an entry is, for the colour bar.
+    """
+    values = np.array(pattern, dtype=float)
+    values[np.triu_indices(len(values), 1)] = np.nan
+    names = [f"{position} {token}" for position, token in enumerate(tokens)]
+    figure = new_figure(title, "source token", "destination token")
+    scale: dict[str, Any] = {"colorscale": "Viridis", "zmin": 0}
+    if np.nanmin(values) < 0:
+        scale = {"colorscale": "RdBu", "zmid": 0}
+    figure.add_heatmap(z=values, x=names, y=names, colorbar={"title": value}, hoverongaps=False, **scale)
+    figure.update_xaxes(type="category", showgrid=False)
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    figure.update_layout(height=520)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------- saving
+
+
+@dataclass(frozen=True)
+class SavedFigure:
+    """Where a figure's files are."""
+
+    html: Path
+    """Interactive page; needs plotly.min.js of the same folder."""
+    csv: Path
+    """The numbers."""
+    png: Path | None
+    """Static image, None where no browser could draw it."""
+
+
+def save_figure(figure: go.Figure, name: str, folder: str | Path, data: pd.DataFrame | None = None, caption: str = "") -> SavedFigure:
+    """Write `<name>.html`, `<name>.csv` and, when it can be drawn, `<name>.png` into `folder`.
+
+    Args:
+        figure: what to save.
+        name: file name without an ending: letters, digits, `_`, `-` and `.`.
+        folder: made when missing.
+        data: the numbers; taken from the figure's traces when not given.
+        caption: shown below the interactive figure.
+
+    Raises:
+        UserError: the name is impossible or the folder cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise store.UserError(f"{name!r} cannot name a figure's files; use letters, digits, _ and -.")
+    target = store.require_writable(folder)
+    table = figure_data(figure) if data is None else data
+    store.write_text(target / f"{name}.csv", table.to_csv(index=False))
+    shown = go.Figure(figure)
+    if caption:
+        _add_caption(shown, caption)
+    with store.atomic_path(target / f"{name}.html") as temporary:
+        shown.write_html(temporary, include_plotlyjs="directory", full_html=True)
+    png = target / f"{name}.png"
+    image = draw_png(figure)
+    if image is None:
+        png.unlink(missing_ok=True)  # an image of an earlier run would not show this figure
+        return SavedFigure(target / f"{name}.html", target / f"{name}.csv", None)
+    store.write_bytes(png, image)
+    return SavedFigure(target / f"{name}.html", target / f"{name}.csv", png)
+
+
+def _add_caption(figure: go.Figure, caption: str) -> None:
+    """Put a wrapped caption below the axes."""
+    import html
+    import textwrap
+
+    wrapped = textwrap.wrap(caption, 90)
+    figure.add_annotation(
+        text="<br>".join(html.escape(line) for line in wrapped),
+        x=0,
+        y=0,
+        yshift=-70,
+        xref="paper",
+        yref="paper",
+        xanchor="left",
+        yanchor="top",
+        align="left",
+        showarrow=False,
+        font={"size": 11},
+    )
+    bottom = 85 + 15 * len(wrapped)
+    height = figure.layout.height or HEIGHT
+    figure.update_layout(height=height + bottom - 60, margin={"b": bottom})
+
+
+def figure_data(figure: go.Figure) -> pd.DataFrame:
+    """The numbers in a figure's traces, one row a point: `trace`, `x`, `y` and, for maps, `z`."""
+    rows: list[dict[str, Any]] = []
+    for number, trace in enumerate(figure.data):
+        name = trace.name or str(number)
+        x, y, z = (getattr(trace, side, None) if side in trace else None for side in ("x", "y", "z"))
+        if z is not None:
+            for i, line in enumerate(z):
+                for j, value in enumerate(line):
+                    rows.append({"trace": name, "x": x[j] if x is not None else j, "y": y[i] if y is not None else i, "z": value})
+        elif x is not None or y is not None:
+            points = max(len(side) for side in (x, y) if side is not None)
+            xs, ys = (range(points) if side is None else side for side in (x, y))
+            rows += [{"trace": name, "x": a, "y": b} for a, b in zip(xs, ys, strict=True)]
+    return pd.DataFrame(rows)
+
+
+def draw_png(figure: go.Figure) -> bytes | None:
+    """The figure as a PNG (1.5 pixels a unit), or None when no Chrome or Chromium can draw it. Never fails."""
+    if not can_draw_png():
+        return None
+    try:
+        return figure.to_image(format="png", scale=1.5)
+    except Exception as error:  # whatever the browser has to say, a missing image must not end a run
+        first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+        print(f"No static image could be drawn ({first_line}); the interactive figure is there.", file=sys.stderr)
+        return None
+
+
+@functools.cache
+def can_draw_png() -> bool:
+    """Whether kaleido and a Chrome or Chromium are installed; looked up once, and said once when they are not."""
+    if os.environ.get("LORSA_STATIC_IMAGES") == "0":
+        return False
+    try:
+        import kaleido  # noqa: F401
+        from choreographer.browsers.chromium import Chromium
+
+        found = Chromium.find_browser(skip_local=False)
+    except Exception:
+        found = None
+    if not found:
+        print("No Chrome or Chromium found: figures are saved as HTML and CSV, without static images.", file=sys.stderr)
+    return bool(found)

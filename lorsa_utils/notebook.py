@@ -1,0 +1,327 @@
+"""What every notebook calls: provenance at the top, figures and numbers on the way, expected values at the end.
+
+run = notebook.start("02_train_lorsa", PROFILE, RUN_DIR)
+folder = run.stage("lorsa", {"layer": 17}, make)     # done once, found again later
+run.show(figure, "P4_layer_fvu", "What one sees.")
+run.record("fvu", 0.19)
+run.finish()                                          # asserts data/expected/02_train_lorsa.json
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from lorsa_utils import __version__, figures, store
+from lorsa_utils.config import Profile, get_profile
+
+TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((4, 57), (6,))}
+"""Package to the first version that is tested and the first that is not."""
+
+
+# ------------------------------------------------------------------------------------------------------------- provenance
+
+
+def check_versions(installed: Mapping[str, str] | None = None) -> None:
+    """Refuse versions of torch and transformers that the notebooks were not tested with.
+
+    Args:
+        installed: package to version; those of this environment by default.
+
+    Raises:
+        UserError: names the package and the command that repairs it.
+    """
+    for package, (first, end) in TESTED_VERSIONS.items():
+        version = metadata.version(package) if installed is None else installed[package]
+        release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if not first <= release < end:
+            low, high = (".".join(map(str, bound)) for bound in (first, end))
+            raise store.UserError(
+                f'{package} {version} is outside the tested range; run: pip install -c constraints.txt "{package}>={low},<{high}"'
+            )
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the checkout that holds this package, with `+` when files differ from it; None when there is none."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:
+        return None
+    commit = git("rev-parse", "--short=10", "HEAD")
+    return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def device_name() -> str:
+    """The device that models run on by default, for a person."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda ({torch.cuda.get_device_name(0)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def provenance() -> dict[str, str]:
+    """Versions, commit and device that numbers of this process come from."""
+    return {
+        "kit": __version__,
+        "commit": git_commit() or "none",
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
+        "device": device_name(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- stages
+
+
+def stage(folder: str | Path, name: str, key: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
+    """A costly step that is done once: the folder `<folder>/<name>-<hash of key>`, made when it is not whole.
+
+    stage.json, written last, marks a whole stage and lists its files; when one of them is missing the stage is made again. `make` is
+    handed the folder as it is, so that it can go on from what a killed run left there.
+
+    Args:
+        folder: where stages live.
+        name: of the step.
+        key: everything the result depends on, as JSON values (settings, hashes of inputs).
+        make: fills the folder.
+
+    Returns:
+        the folder.
+    """
+    full_key = {"kit": __version__, "stage": name, **key}
+    target = Path(folder) / f"{name}-{store.sha256_json(full_key)[:8]}"
+    marker = target / "stage.json"
+    if marker.is_file():
+        files = store.read_json(marker)["files"]
+        if all((target / file).is_file() for file in files):
+            return target
+        marker.unlink()
+    store.require_writable(target)
+    make(target)
+    made = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+    store.write_json(marker, {"key": full_key, "files": made})
+    return target
+
+
+# -------------------------------------------------------------------------------------------------------- expected values
+
+
+@dataclass(frozen=True)
+class Check:
+    """One recorded value against what is expected of it."""
+
+    key: str
+    """Name of the value."""
+    value: Any
+    """What was recorded, None when it was not."""
+    expected: str
+    """The expectation, for a person; empty when there is none."""
+    passed: bool | None
+    """None when nothing is expected."""
+
+    @property
+    def word(self) -> str:
+        """PASS, FAIL or a dash."""
+        return {True: "PASS", False: "FAIL", None: "-"}[self.passed]
+
+
+def expected_values(name: str, profile: str) -> dict[str, dict[str, Any]]:
+    """The section of `data/expected/<name>.json` for a profile; empty when there is none."""
+    file = store.data_dir() / "expected" / f"{name}.json"
+    return dict(store.read_json(file).get(profile, {})) if file.is_file() else {}
+
+
+def check_values(values: Mapping[str, Any], expected: Mapping[str, Mapping[str, Any]]) -> list[Check]:
+    """Compare recorded values with expectations of the form {min}, {max} or {value, tolerance}, each with an optional note."""
+    checks = []
+    for key in [*values, *(key for key in expected if key not in values)]:
+        rule = expected.get(key)
+        value = values.get(key)
+        passed = None if rule is None else key in values and _meets(value, rule, key)
+        checks.append(Check(key, value, "" if rule is None else _describe(rule), passed))
+    return checks
+
+
+def _meets(value: Any, rule: Mapping[str, Any], key: str) -> bool:
+    if not set(rule) & {"min", "max", "value"}:
+        raise store.UserError(f"The expected value of {key!r} has neither min, max nor value; repair it in data/expected.")
+    if not isinstance(value, int | float):
+        return "value" in rule and value == rule["value"]
+    within = abs(value - rule["value"]) <= rule.get("tolerance", 0) if isinstance(rule.get("value"), int | float) else "value" not in rule
+    return within and rule.get("min", -math.inf) <= value <= rule.get("max", math.inf)
+
+
+def _describe(rule: Mapping[str, Any]) -> str:
+    parts = []
+    if "value" in rule:
+        parts.append(f"{rule['value']}" + (f" ± {rule['tolerance']}" if "tolerance" in rule else ""))
+    parts += [f"at least {rule['min']}"] if "min" in rule else []
+    parts += [f"at most {rule['max']}"] if "max" in rule else []
+    return ", ".join(parts) + (f" ({rule['note']})" if rule.get("note") else "")
+
+
+# --------------------------------------------------------------------------------------------------------------- context
+
+
+class Context:
+    """One notebook's run: its profile, its folder, its seed, and what it shows and records. Made by `start`."""
+
+    def __init__(self, name: str, profile: Profile, folder: Path, seed: int) -> None:
+        self.name, self.profile, self.folder, self.seed = name, profile, folder, seed
+
+    def stage(self, name: str, key: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
+        """A costly step, done once per run folder and shared by all notebooks that name it with the same key; see `stage`."""
+        return stage(self.folder / "stages", name, key, make)
+
+    def title(self, text: str) -> str:
+        """`text`, saying that the run is scaled down unless it is the paper's size."""
+        return f"{text} ({self.profile.name} profile, scaled down)" if self.profile.is_scaled_down else text
+
+    def show(self, figure: go.Figure, label: str, caption: str, data: pd.DataFrame | None = None, **facts: Any) -> figures.SavedFigure:
+        """Save a figure under `<folder>/figures/` and display it: interactive in Jupyter, as a static image elsewhere.
+
+        Args:
+            figure: its title gets the note of a scaled-down run.
+            label: file name, starting with the paper item, as `P4_layer_fvu`.
+            caption: what one sees, in a sentence or two.
+            data: the numbers for the CSV; taken from the figure when not given.
+            **facts: what the figure's record says besides label, caption, notebook, profile, seed and commit; `model`, `layer` and
+                `tokens` are those of the profile unless given here (None where they do not apply).
+        """
+        figure = go.Figure(figure)
+        text = figure.layout.title.text or label
+        figure.update_layout(title_text=_wrap(text if "scaled down" in text else self.title(text)))
+        saved = figures.save_figure(figure, label, self.folder / "figures", data, caption)
+        about = {"model": self.profile.model, "layer": self.profile.layer, "tokens": self.profile.train_tokens} | facts
+        record = {"label": label, "caption": caption, "notebook": self.name, "profile": self.profile.name, **about}
+        record |= {"seed": self.seed, "commit": git_commit()}
+        store.write_json(saved.html.with_suffix(".json"), {key: _plain(value, key) for key, value in record.items()})
+        _display(figure, saved, f"{label}. {caption}")
+        return saved
+
+    def record(self, key: str, value: Any) -> None:
+        """Write one number (or text, or truth value) into `<folder>/results.json` under this notebook's name.
+
+        Raises:
+            UserError: it is not a finite number, a text, a truth value, None or a list or dict of them.
+        """
+        results = read_results(self.folder)
+        results.setdefault(self.name, {})[key] = _plain(value, key)
+        store.write_json(self.folder / "results.json", results)
+
+    def finish(self) -> pd.DataFrame:
+        """Check what was recorded against `data/expected/<notebook>.json`.
+
+        Returns:
+            a table with columns `key`, `value`, `expected` and `result`.
+
+        Raises:
+            AssertionError: names every value that missed its expectation; the table is printed first.
+        """
+        expected = expected_values(self.name, self.profile.name)
+        checks = check_values(read_results(self.folder).get(self.name, {}), expected)
+        table = pd.DataFrame(
+            [{"key": check.key, "value": check.value, "expected": check.expected, "result": check.word} for check in checks],
+            columns=["key", "value", "expected", "result"],
+        )
+        failed = [check for check in checks if check.passed is False]
+        if failed:
+            print(table.to_string(index=False))
+            missed = "; ".join(f"{check.key} is {check.value}, expected {check.expected}" for check in failed)
+            raise AssertionError(f"{self.name} ({self.profile.name}): {missed}")
+        return table
+
+
+def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> Context:
+    """Begin a notebook: check versions, say where numbers come from, forget this notebook's earlier results.
+
+    Args:
+        name: of the notebook, as `02_train_lorsa`.
+        profile: `smoke`, `laptop` or `paper`.
+        run_dir: run folder; data/runs/<profile> when empty.
+        seed: everything random in the notebook derives from it.
+
+    Raises:
+        UserError: torch or transformers is outside the tested range, the profile does not exist or the folder cannot be written.
+    """
+    check_versions()
+    settings = get_profile(profile)
+    folder = store.require_writable(Path(run_dir) if run_dir else store.data_dir() / "runs" / profile)
+    results = read_results(folder)
+    results[name] = {}
+    store.write_json(folder / "results.json", results)
+    facts = provenance()
+    print("  ".join(f"{key} {value}" for key, value in facts.items()))
+    print(f"notebook {name}  profile {profile}  seed {seed}")
+    return Context(name, settings, folder, seed)
+
+
+def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """All recorded values of a run folder: notebook to key to value."""
+    file = Path(folder) / "results.json"
+    return dict(store.read_json(file)) if file.is_file() else {}
+
+
+def _plain(value: Any, key: str) -> Any:
+    """A JSON value from Python, numpy or torch."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, key) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, key) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise store.UserError(f"{key} is {value}, which is no result; look for the step that made it.")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise store.UserError(f"{key} is a {type(value).__name__}; record a number, a text or a list of them.")
+
+
+def _wrap(title: str) -> str:
+    """Break a title that is too long for a figure of 600 pixels."""
+    import textwrap
+
+    return "<br>".join(textwrap.wrap(title.replace("<br>", " "), 68))
+
+
+def _display(figure: go.Figure, saved: figures.SavedFigure, text: str) -> None:
+    """Show the figure where a notebook is running: interactive, static and as text, the reader's program takes what it can show."""
+    try:
+        from IPython.core.getipython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        return
+    if get_ipython() is None:
+        return
+    import json
+
+    bundle: dict[str, Any] = {"text/plain": text, "application/vnd.plotly.v1+json": json.loads(figure.to_json())}
+    if saved.png is not None:
+        import base64
+
+        bundle["image/png"] = base64.b64encode(saved.png.read_bytes()).decode()
+    display(bundle, raw=True)

@@ -1,0 +1,139 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from lorsa_utils import figures
+from lorsa_utils.store import UserError
+
+LAYERS = pd.DataFrame(
+    {
+        "layer": [1, 9, 17, 1, 9, 17],
+        "module": ["Lorsa"] * 3 + ["SAE"] * 3,
+        "fvu": [0.1, 0.2, 0.3, 0.05, 0.1, 0.2],
+        "ce_recovered": [0.9, 0.8, 0.7, 0.95, 0.9, 0.85],
+    }
+)
+ROWS = [{"tokens": t, "fvu": 1 / t, "dead_fraction": 0.1} for t in (1, 10, 100)]
+
+
+@pytest.fixture(autouse=True)
+def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "can_draw_png", lambda: False)
+
+
+def drawings() -> dict[str, go.Figure]:
+    return {
+        "lines": figures.lines(LAYERS, "layer", "fvu", "module", title="t", x_title="layer", y_title="FVU"),
+        "one_line": figures.lines(LAYERS[:3], "layer", "fvu", title="t", x_title="layer", y_title="FVU"),
+        "bars": figures.bars(LAYERS, "layer", "fvu", "module", title="t", x_title="layer", y_title="FVU"),
+        "training_curves": figures.training_curves({"Lorsa": ROWS, "SAE": ROWS}),
+        "layer_fvu": figures.layer_fvu(LAYERS),
+        "scatter_fvu": figures.scatter_fvu(pd.DataFrame({"layer": [1, 2, 3], "lorsa": [0.1, 0.2, 0.3], "sae": [0.2, 0.4, 0.6]})),
+        "loss_recovered": figures.loss_recovered(LAYERS),
+        "sink_bars": figures.sink_bars([0.2, 0.9]),
+        "pattern_heatmap": figures.pattern_heatmap(np.eye(3), ["a", "b", "c"]),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(drawings()))
+def test_every_drawing_has_titles_and_fits_600_pixels(name: str) -> None:
+    figure = drawings()[name]
+    assert figure.layout.title.text
+    assert (figure.layout.width or figure.layout.template.layout.width) == 600
+    axes = [axis for axis in figure.layout if re.match(r"[xy]axis", axis)]
+    titled = [axis for axis in axes if figure.layout[axis].title.text]
+    assert {axis[0] for axis in titled} == {"x", "y"}
+
+
+def test_lines_are_one_per_group_in_the_order_of_the_data() -> None:
+    figure = drawings()["layer_fvu"]
+    assert [trace.name for trace in figure.data] == ["Lorsa", "SAE"]
+    assert list(figure.data[1].y) == [0.05, 0.1, 0.2]
+    assert len({trace.line.color for trace in figure.data} | {trace.marker.symbol for trace in figure.data}) == 4
+
+
+def test_scatter_tells_the_correlation_from_three_layers_on() -> None:
+    two = pd.DataFrame({"layer": [1, 2], "lorsa": [0.1, 0.2], "sae": [0.2, 0.4]})
+    assert "r = 1.00 over 3 layers" in drawings()["scatter_fvu"].layout.annotations[0].text
+    assert not figures.scatter_fvu(two).layout.annotations
+
+
+def test_pattern_leaves_the_future_blank_and_diverges_from_zero_when_signed() -> None:
+    figure = figures.pattern_heatmap([[1.0, 5.0], [-0.5, 0.5]], ["a", "a"])
+    values = np.array(figure.data[0].z, dtype=float)
+    assert np.isnan(values[0, 1])
+    assert values[1, 0] == -0.5
+    assert figure.data[0].zmid == 0
+    assert list(figure.data[0].x) == ["0 a", "1 a"], "equal tokens stay apart"
+
+
+def test_saved_figure_opens_offline_and_shares_one_plotly(tmp_path: Path) -> None:
+    for name in ("P4_a", "P4_b"):
+        saved = figures.save_figure(drawings()["layer_fvu"], name, tmp_path, caption="Lower is <b>better</b>.")
+        assert saved.png is None
+    page = (tmp_path / "P4_a.html").read_text(encoding="utf-8")
+    assert 'src="plotly.min.js"' in page
+    assert len(page) < 200_000
+    assert "cdn" not in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["P4_a.csv", "P4_a.html", "P4_b.csv", "P4_b.html", "plotly.min.js"]
+
+
+def test_csv_holds_the_given_numbers_or_those_of_the_traces(tmp_path: Path) -> None:
+    figures.save_figure(drawings()["layer_fvu"], "own", tmp_path)
+    own = pd.read_csv(tmp_path / "own.csv")
+    assert list(own["trace"]) == list(LAYERS["module"])
+    assert np.allclose(own["y"], LAYERS["fvu"])
+    given = figures.save_figure(drawings()["layer_fvu"], "given", tmp_path, LAYERS)
+    pd.testing.assert_frame_equal(pd.read_csv(given.csv), LAYERS)
+
+
+def test_csv_of_a_map_has_one_row_an_entry() -> None:
+    table = figures.figure_data(drawings()["pattern_heatmap"])
+    assert len(table) == 9
+    assert table["z"].sum() == 3
+
+
+def test_image_is_written_when_it_can_be_drawn_and_an_old_one_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "draw_png", lambda figure: b"png")
+    saved = figures.save_figure(drawings()["sink_bars"], "P8", tmp_path)
+    assert saved.png is not None
+    assert saved.png.read_bytes() == b"png"
+    monkeypatch.setattr(figures, "draw_png", lambda figure: None)
+    assert figures.save_figure(drawings()["sink_bars"], "P8", tmp_path).png is None
+    assert not (tmp_path / "P8.png").exists()
+
+
+def test_a_browser_that_fails_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*args: object, **kwargs: object) -> bytes:
+        raise RuntimeError("no display\nmore")
+
+    monkeypatch.setattr(figures, "can_draw_png", lambda: True)
+    monkeypatch.setattr(go.Figure, "to_image", fail)
+    assert figures.draw_png(drawings()["sink_bars"]) is None
+    assert "no display" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "P4 a"])
+def test_names_that_cannot_be_files_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot name"):
+        figures.save_figure(drawings()["sink_bars"], name, tmp_path)
+
+
+def test_figures_are_json(tmp_path: Path) -> None:
+    for figure in drawings().values():
+        json.loads(figure.to_json())
+
+
+@pytest.mark.browser
+def test_a_real_browser_draws_a_png(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if not figures.can_draw_png():
+        pytest.skip("no Chrome or Chromium here")
+    image = figures.draw_png(drawings()["layer_fvu"])
+    assert image is not None
+    assert image.startswith(b"\x89PNG")
