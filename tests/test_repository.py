@@ -28,7 +28,7 @@ FLOORS = (
     *("initialize", "metrics", "train"),
     "toy",
     "figures",
-    *("reproduce", "cli"),
+    *("notebook", "reproduce", "cli", "__main__"),
 )
 MODULES = sorted((ROOT / PACKAGE).glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
