@@ -636,10 +636,10 @@ def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[
 
     arguments = source.arguments | {"local_files_only": local_files_only}
     gguf = "gguf_file" in arguments
-    with _load_errors(source.name):
-        # The plain dict first: an unknown architecture is named before any code or weight of it is touched.
-        plain, _ = PretrainedConfig.get_config_dict(source.location, **arguments)
     if not gguf:
+        with _load_errors(source.name):
+            # The plain dict first: an unknown architecture is named before any code or weight of it is touched.
+            plain, _ = PretrainedConfig.get_config_dict(source.location, **arguments)
         _architecture(plain.get("model_type"))
         if plain.get("quantization_config"):
             raise UserError(f"The weights of {source.name} are quantized; use the float checkpoint of the same model.")
@@ -649,7 +649,7 @@ def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[
         _respell_rope(config)
     rotary_from_config(config)
     rescaled = getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True)
-    arguments |= {} if gguf else {"config": config, "use_safetensors": True}
+    arguments |= {"config": config} | ({} if gguf else {"use_safetensors": True})
     with _load_errors(source.name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,

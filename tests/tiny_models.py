@@ -50,7 +50,7 @@ def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0, **override
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             is_gain = parameter.ndim == 1 and ("norm" in name or "ln_" in name) and name.endswith("weight")
-            parameter.copy_(1 + 0.3 * noise if is_gain else 0.25 * noise)
+            parameter.copy_(1 + 0.3 * noise if is_gain else 0.15 * noise)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -68,3 +68,69 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """[batch, length] byte tokens."""
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_tiny_gguf(path: Path, seed: int = 0) -> Path:
+    """Write a tiny Llama and the byte tokenizer as one fp32 GGUF file, and beside it, as a folder, what it was made from.
+
+    Readers want at least two merges, so "th" is token 259 and "in" 260.
+    """
+    from gguf import GGUFWriter, TokenType
+
+    plain = {"attention_bias": False, "rope_scaling": None, "tie_word_embeddings": True, "vocab_size": N_TOKENS + 2}
+    folder = save_tiny_model(path.with_suffix(".folder"), "llama", seed, **plain)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config, tokenizer = model.config, byte_tokenizer()
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(range(N_TOKENS)), "th", "in"])
+    writer.add_token_types([TokenType.NORMAL] * 256 + [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * 2)
+    writer.add_token_merges(["t h", "i n"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_pad_token_id(258)
+    writer.add_unk_token_id(258)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            writer.add_tensor(_gguf_name(name), _gguf_order(name, tensor, config).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _gguf_name(name: str) -> str:
+    parts = {
+        "model.embed_tokens.": "token_embd.",
+        "model.norm.": "output_norm.",
+        "model.layers.": "blk.",
+        "self_attn.q_proj.": "attn_q.",
+        "self_attn.k_proj.": "attn_k.",
+        "self_attn.v_proj.": "attn_v.",
+        "self_attn.o_proj.": "attn_output.",
+        "mlp.gate_proj.": "ffn_gate.",
+        "mlp.up_proj.": "ffn_up.",
+        "mlp.down_proj.": "ffn_down.",
+        ".input_layernorm.": ".attn_norm.",
+        ".post_attention_layernorm.": ".ffn_norm.",
+    }
+    for long, short in parts.items():
+        name = name.replace(long, short)
+    return name
+
+
+def _gguf_order(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    """GGUF keeps a Llama's queries and keys with adjacent pairs, the folder with halves."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    return tensor if heads is None else tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()

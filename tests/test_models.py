@@ -1,0 +1,526 @@
+"""Models: what hooks read is what the model computes, and every head can be rebuilt from config and weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import D_MODEL, KINDS, N_LAYERS, byte_tokenizer, random_tokens, save_tiny_gguf, save_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorsa_utils.fetch import _is_complete
+from lorsa_utils.models import LanguageModel, load_model, resolve_device, rotary_from_config
+from lorsa_utils.store import UserError, data_dir
+
+LENGTH = 96  # three times the original context of the tiny Llama
+EMBEDDED = data_dir() / "models" / "smollm2"
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: save_tiny_model(tmp_path_factory.mktemp(kind) / "model", kind) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
+@pytest.fixture
+def lm(folder: Path) -> LanguageModel:
+    return load_model(folder, device="cpu")
+
+
+def block(lm: LanguageModel, layer: int) -> Any:
+    return lm.model.get_submodule(lm.module_path(layer).rpartition(".")[0])
+
+
+def hidden_states(lm: LanguageModel, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        return lm.model(tokens, output_hidden_states=True).hidden_states
+
+
+# ------------------------------------------------------------------------------------------------------ parity with the model
+
+
+def test_patterns_equal_the_models_own(folder: Path, lm: LanguageModel) -> None:
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokens = random_tokens(2, LENGTH)
+    with torch.no_grad():
+        expected = eager(tokens, output_attentions=True).attentions
+    inputs = lm.capture(tokens, range(N_LAYERS))
+    for layer in range(N_LAYERS):
+        pattern = lm.site(layer).pattern(inputs[layer][0])
+        assert pattern.shape == expected[layer].shape
+        assert (pattern - expected[layer]).abs().max() < 1e-5
+        assert pattern[..., -1, :].std() > 1e-3, "a uniform pattern would not tell one rotation from another"
+
+
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}])
+def test_patterns_with_other_scalings(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    if "low_freq_factor" in scaling:
+        scaling |= {"high_freq_factor": 2.0, "original_max_position_embeddings": 16}
+    folder = save_tiny_model(tmp_path / "scaled", "gpt_neox" if "type" in scaling else "llama", rope_scaling=scaling)
+    test_patterns_equal_the_models_own(folder, load_model(folder, device="cpu"))
+
+
+@pytest.mark.parametrize("flags", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}])
+def test_gpt2_scales(tmp_path: Path, flags: dict[str, bool]) -> None:
+    folder = save_tiny_model(tmp_path / "scaled", "gpt2", **flags)
+    lm = load_model(folder, device="cpu")
+    test_patterns_equal_the_models_own(folder, lm)
+    test_heads_sum_to_the_output(lm)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen3"])
+def test_patterns_without_and_with_projection_biases(tmp_path: Path, kind: str) -> None:
+    folder = save_tiny_model(tmp_path / "biases", kind, attention_bias=kind == "qwen3")
+    lm = load_model(folder, device="cpu")
+    assert bool(lm.site(0).b_Q.any()) == (kind == "qwen3")
+    test_patterns_equal_the_models_own(folder, lm)
+    test_heads_sum_to_the_output(lm)
+
+
+def test_heads_sum_to_the_output(lm: LanguageModel) -> None:
+    for layer, (x, output) in lm.capture(random_tokens(2, LENGTH), range(N_LAYERS)).items():
+        site = lm.site(layer)
+        parts = site.head_outputs(x)
+        assert parts.shape == (2, LENGTH, site.n_heads, D_MODEL)
+        assert output.std() > 0.1
+        assert (parts.sum(dim=2) + site.b_O - output).abs().max() < 1e-5
+
+
+def test_head_values_are_pattern_times_values(lm: LanguageModel) -> None:
+    x, _ = lm.capture(random_tokens(2, 20), [1])[1]
+    site = lm.site(1)
+    moved = torch.einsum("bhqk,bhkd->bqhd", site.pattern(x), site.values(x))
+    assert torch.allclose(site.head_values(x), moved, atol=1e-5)
+
+
+def test_weights_per_head_have_the_promised_shapes(lm: LanguageModel) -> None:
+    site = lm.site(2)
+    n, n_kv, d_head = site.n_heads, site.n_kv_heads, site.d_head
+    grouped = lm.config.model_type in ("llama", "qwen3")
+    assert (n, n_kv, d_head) == (4, 2 if grouped else 4, 24 if lm.config.model_type == "qwen3" else 16)
+    assert site.W_Q.shape == (n, D_MODEL, d_head)
+    assert site.W_K.shape == site.W_V.shape == (n_kv, D_MODEL, d_head)
+    assert site.W_O.shape == (n, d_head, D_MODEL)
+    assert site.b_Q.shape == (n, d_head)
+    assert site.b_K.shape == site.b_V.shape == (n_kv, d_head)
+    assert site.b_O.shape == (D_MODEL,)
+    assert site.expand_kv(site.W_K).shape == site.W_Q.shape
+    assert torch.equal(site.expand_kv(site.W_V)[n // n_kv - 1], site.W_V[0])
+    assert site.qk_norm == (lm.config.model_type == "qwen3") == (site.k_norm_weight is not None)
+    assert lm.attention_module(2) is lm.model.get_submodule(site.module_path)
+
+
+def test_weights_are_copies(lm: LanguageModel) -> None:
+    before = lm.site(0)
+    before.W_Q.zero_()
+    before.b_O.zero_()
+    after = lm.site(0)
+    assert after.W_Q.any()
+    assert after.b_O.any() or lm.config.model_type == "qwen3"
+
+
+def test_rotation_is_by_relative_position(lm: LanguageModel) -> None:
+    site = lm.site(0)
+    q, k = torch.randn(2, 1, site.d_head, generator=torch.Generator().manual_seed(0)).expand(2, 40, -1)
+    products = site.rotate(q) @ site.rotate(k).T
+    assert torch.allclose(products.diagonal(-3), products[3, 0].expand(37), atol=1e-4)
+    turned = not torch.allclose(products[3, 0], products[30, 0], atol=1e-3)
+    assert turned == (lm.config.model_type != "gpt2")
+
+
+# -------------------------------------------------------------------------------------------------------- where the hooks are
+
+
+def test_the_site_lies_between_the_norm_and_the_residual_sum(lm: LanguageModel) -> None:
+    tokens = random_tokens(2, 24)
+    states = hidden_states(lm, tokens)
+    for layer, (x, output) in lm.capture(tokens, [0, 1]).items():
+        before, after, part = states[layer], states[layer + 1], block(lm, layer)
+        norms = (part.ln_1, part.ln_2) if lm.config.model_type == "gpt2" else (part.input_layernorm, part.post_attention_layernorm)
+        middle = before + output
+        read_by_mlp = before if getattr(lm.config, "use_parallel_residual", False) else middle
+        with torch.no_grad():
+            assert torch.equal(norms[0](before), x)
+            assert torch.allclose(middle + part.mlp(norms[1](read_by_mlp)), after, atol=1e-5)
+
+
+def test_logits_through_hooks_are_the_plain_ones(lm: LanguageModel) -> None:
+    tokens = random_tokens(2, 40)
+    plain = lm.model(tokens).logits
+    with lm.splice({layer: lambda x, output: output for layer in range(N_LAYERS)}):
+        assert torch.equal(lm.logits(tokens), plain)
+        lm.capture(tokens, [0, 2])
+    assert torch.equal(lm.logits(tokens), plain)
+    assert torch.equal(lm.model(tokens).logits, plain)
+    assert torch.allclose(lm.logits(tokens, [5, -1]), plain[:, [5, -1]], atol=1e-5)
+    assert not lm.attention_module(0)._forward_hooks
+
+
+def test_splice_replaces_the_output(lm: LanguageModel) -> None:
+    tokens = random_tokens(2, 24)
+    plain = lm.logits(tokens)
+    seen = {}
+
+    def zeros(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        seen["input"], seen["output"] = x, output
+        return torch.zeros_like(output)
+
+    clean = lm.capture(tokens, [1, 2])
+    with lm.splice({1: zeros}):
+        assert not torch.allclose(lm.logits(tokens), plain, atol=1e-2)
+        spliced = lm.capture(tokens, [1, 2])
+    assert torch.equal(seen["input"], clean[1][0])
+    assert torch.equal(seen["output"], clean[1][1])
+    assert not spliced[1][1].any()
+    assert not torch.allclose(spliced[2][0], clean[2][0], atol=1e-2)
+    assert torch.equal(lm.logits(tokens), plain)
+
+
+def test_splicing_a_rebuilt_layer_keeps_the_logits(lm: LanguageModel) -> None:
+    tokens, site = random_tokens(2, LENGTH), lm.site(1)
+    with lm.splice({1: lambda x, output: site.head_outputs(x).sum(dim=2) + site.b_O}):
+        assert torch.allclose(lm.logits(tokens), lm.model(tokens).logits, atol=1e-3)
+
+
+def test_gradients_reach_the_replacement(lm: LanguageModel) -> None:
+    scale = torch.ones((), requires_grad=True)
+    with lm.splice({1: lambda x, output: scale * output}):
+        lm.logits(random_tokens(1, 8)).square().mean().backward()
+    assert scale.grad is not None
+    assert scale.grad != 0
+    assert all(parameter.grad is None for parameter in lm.model.parameters())
+
+
+def test_hooks_are_removed_after_an_error(lm: LanguageModel) -> None:
+    with pytest.raises(UserError, match=r"layer 1 has shape \[1, 8, 1\]"), lm.splice({1: lambda x, output: output[..., :1]}):
+        lm.logits(random_tokens(1, 8))
+    with pytest.raises(UserError, match="Layer 7"), lm.splice({0: lambda x, output: output, 7: lambda x, output: output}):
+        pass
+    with pytest.raises(UserError, match="Layer 7"):
+        lm.capture(random_tokens(1, 8), [0, 7])
+    assert not any(lm.attention_module(layer)._forward_hooks for layer in range(N_LAYERS))
+
+
+def test_capture_stops_after_the_deepest_layer(lm: LanguageModel) -> None:
+    visited: list[int] = []
+    for layer in range(N_LAYERS):
+        block(lm, layer).mlp.register_forward_hook(lambda *_, layer=layer: visited.append(layer))
+    captured = lm.capture(random_tokens(2, 8), [1, 0])
+    assert list(captured) == [1, 0]
+    assert [layer for layer in visited if layer >= 1] == []
+    assert all(not tensor.requires_grad for pair in captured.values() for tensor in pair)
+    lm.capture(random_tokens(2, 8), [2])
+    assert max(visited) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- loss and tokens
+
+
+@pytest.mark.parametrize("values_at_once", [1, 1000, 1 << 26])
+def test_loss_is_the_cross_entropy_of_the_next_token(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, values_at_once: int) -> None:
+    monkeypatch.setattr("lorsa_utils.models._LOGIT_VALUES_AT_ONCE", values_at_once)
+    tokens = random_tokens(3, 10)
+    mask = torch.ones(3, 10, dtype=torch.bool)
+    mask[:, 0] = mask[1, 6:] = False
+    losses, counted = lm.loss(tokens, mask)
+    expected = lm.model(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    assert torch.allclose(losses, -expected, atol=1e-4)
+    assert torch.equal(counted, mask[:, 1:])
+    assert lm.loss(tokens)[1].all()
+
+
+def test_padding_on_the_right_changes_nothing_before_it(lm: LanguageModel) -> None:
+    tokens = random_tokens(1, 20)
+    padded = torch.cat((tokens, torch.full((1, 12), 258)), dim=1)
+    assert torch.allclose(lm.loss(tokens)[0], lm.loss(padded)[0][:, :19], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sentence"),
+    [
+        (torch.zeros(4, dtype=torch.long), "batch, length"),
+        (torch.zeros(1, 0, dtype=torch.long), "batch, length"),
+        (torch.zeros(1, 4), "integers"),
+        (torch.tensor([[0, 259]]), "Token id 259 is outside 0..258"),
+        (torch.tensor([[0, -1]]), "Token id -1"),
+    ],
+)
+def test_impossible_tokens_are_refused(folders: dict[str, Path], tokens: torch.Tensor, sentence: str) -> None:
+    lm = load_model(folders["llama"], device="cpu")
+    for call in (lm.logits, lm.loss, lambda tokens: lm.capture(tokens, [0])):
+        with pytest.raises(UserError, match=sentence):
+            call(tokens)
+
+
+def test_wrong_mask_no_layer_and_too_long_a_sequence_are_refused(folders: dict[str, Path]) -> None:
+    lm = load_model(folders["gpt2"], device="cpu")
+    with pytest.raises(UserError, match="mask"):
+        lm.loss(random_tokens(2, 8), torch.ones(2, 7))
+    with pytest.raises(UserError, match="No layer"):
+        lm.capture(random_tokens(2, 8), [])
+    with pytest.raises(UserError, match="learned positions for 128"):
+        lm.logits(random_tokens(1, 129))
+
+
+# --------------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_loaded_models_are_frozen_and_described(lm: LanguageModel) -> None:
+    assert not lm.model.training
+    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+    assert (lm.d_model, lm.n_layers, lm.context_length, lm.dtype) == (D_MODEL, N_LAYERS, 128, torch.float32)
+    assert lm.revision is None
+    assert lm.tokenizer("abc").input_ids == byte_tokenizer()("abc").input_ids
+    assert lm.tokenizer.bos_token_id == 256
+    assert lm.tokenizer.decode(lm.tokenizer("Été <b>").input_ids) == "Été <b>"
+
+
+def test_dtype_is_the_one_asked_for(folders: dict[str, Path]) -> None:
+    lm = load_model(folders["llama"], device="cpu", dtype=torch.bfloat16)
+    x, output = lm.capture(random_tokens(1, 8), [1])[1]
+    assert x.dtype == output.dtype == lm.dtype == torch.bfloat16
+    site = lm.site(1)
+    assert site.W_Q.dtype == site.pattern(x).dtype == torch.float32
+    with lm.splice({1: lambda x, output: output.float()}):
+        assert torch.equal(lm.logits(random_tokens(1, 8)), lm.model(random_tokens(1, 8)).logits)
+
+
+def test_local_paths_never_touch_the_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    load_model(str(folder), device="cpu").logits(random_tokens(1, 4))
+
+
+def test_local_gguf_files_load_like_the_folder_they_were_made_from(tmp_path: Path) -> None:
+    lm = load_model(save_tiny_gguf(tmp_path / "tiny.gguf"), device="cpu")
+    original = load_model(tmp_path / "tiny.folder", device="cpu")
+    tokens = random_tokens(2, LENGTH)
+    assert torch.equal(lm.logits(tokens), original.logits(tokens))
+    assert lm.rotary == original.rotary
+    # Whether a tokenizer read from a GGUF adds a BOS by itself depends on the version of transformers.
+    found, expected = (model.tokenizer("A bridge\n of 1872.", add_special_tokens=False).input_ids for model in (lm, original))
+    assert found == expected
+    assert lm.tokenizer("thin", add_special_tokens=False).input_ids == [259, 260]
+    test_heads_sum_to_the_output(lm)
+
+
+def test_layers_out_of_range_are_refused(lm: LanguageModel) -> None:
+    for layer in (-1, N_LAYERS):
+        with pytest.raises(UserError, match=r"choose one of 0\.\.2"):
+            lm.site(layer)
+
+
+def edited(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a model folder with some fields of its config changed."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8")) | changes
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+def test_unknown_architectures_and_ropes_are_named_with_what_is_supported(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'bert' is not supported; supported are gpt2, gpt_neox, llama, qwen3"):
+        load_model(edited(folders["llama"], tmp_path / "bert", model_type="bert"))
+    with pytest.raises(UserError, match="'made_up' is not supported"):
+        load_model(edited(folders["llama"], tmp_path / "made_up", model_type="made_up", auto_map={"AutoConfig": "evil.Config"}))
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+    with pytest.raises(UserError, match="'yarn' of this model is not supported; supported are default, linear, llama3"):
+        load_model(edited(folders["llama"], tmp_path / "yarn", rope_parameters=yarn, rope_scaling=yarn))
+    with pytest.raises(UserError, match="quantized"):
+        load_model(edited(folders["llama"], tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4}))
+
+
+def test_sliding_windows_are_refused(tmp_path: Path) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    lm = load_model(save_tiny_model(tmp_path / "sliding", "qwen3", **windows), device="cpu")
+    assert lm.site(0).n_heads == 4
+    with pytest.raises(UserError, match="Layer 1 .* sliding_attention"):
+        lm.site(1)
+
+
+def test_rope_that_differs_between_config_and_model_is_refused(folders: dict[str, Path]) -> None:
+    lm = load_model(folders["llama"], device="cpu")
+    lm.model.base_model.rotary_emb.inv_freq[2] *= 1.01
+    with pytest.raises(UserError, match="rotary frequencies"):
+        LanguageModel("changed", lm.model, None)
+
+
+@pytest.mark.parametrize("spelling", ["transformers 4", "transformers 5"])
+def test_rope_is_read_in_both_spellings(spelling: str) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 32
+    neox = SimpleNamespace(model_type="gpt_neox", hidden_size=64, num_attention_heads=4)
+    llama = SimpleNamespace(model_type="llama", hidden_size=64, num_attention_heads=4, head_dim=16)
+    if spelling == "transformers 4":
+        neox.rotary_pct, neox.rotary_emb_base, neox.rope_scaling = 0.25, 20000, None
+        llama.rope_theta, llama.rope_scaling = 500000.0, scaling
+    else:
+        neox.rope_parameters = {"rope_type": "default", "rope_theta": 20000, "partial_rotary_factor": 0.25}
+        llama.rope_parameters = scaling = {"rope_theta": 500000.0, **scaling}
+    found = rotary_from_config(neox)
+    assert (found.rope_type, found.rotary_dim, found.theta) == ("default", 4, 20000.0)
+    found = rotary_from_config(llama)
+    assert (found.rope_type, found.rotary_dim, found.theta, found.factor, found.original_context) == ("llama3", 16, 500000.0, 8.0, 32)
+    del scaling["low_freq_factor"]
+    with pytest.raises(UserError, match="without low_freq_factor"):
+        rotary_from_config(llama)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("./nowhere", "There is no model at ./nowhere"),
+        ("nowhere/at/all", "There is no model"),
+        ("gone.gguf", "There is no model"),
+        ("two words", "There is no model"),
+    ],
+)
+def test_missing_paths_are_refused(name: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_model(name)
+
+
+def test_broken_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_model(tmp_path / "empty")
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"not a \.gguf"):
+        load_model(tmp_path / "model.bin")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but no more")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(tmp_path / "broken.gguf")
+    cut = edited(folders["llama"], tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(cut)
+    weights.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(cut)
+    (cut / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(cut)
+
+
+def test_a_folder_of_half_a_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    half = edited(folders["llama"], tmp_path / "half")
+    tensors = load_file(half / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if ".1.self_attn." not in name}, half / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"not a whole causal language model: model\.layers\.1\.self_attn"):
+        load_model(half)
+
+
+def test_pickled_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    pickled = edited(folders["llama"], tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save(AutoModelForCausalLM.from_pretrained(folders["llama"]).state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(pickled)
+
+
+def test_offline_hub_ids_are_looked_up_in_the_cache_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        load_model("nobody/no-such-model")
+
+
+def test_gated_models_name_the_licence_and_the_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: Any, **__: Any) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", gated)
+    with pytest.raises(UserError, match="accept its licence .* `hf auth login`"):
+        load_model("meta-llama/Llama-3.1-8B")
+
+
+def test_a_model_without_tokenizer_loads_until_the_tokenizer_is_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    bare = edited(folders["gpt2"], tmp_path / "bare")
+    for path in bare.glob("*token*"):
+        path.unlink()
+    lm = load_model(bare, device="cpu")
+    assert lm.logits(random_tokens(1, 4)).isfinite().all()
+    with pytest.raises(UserError, match="no tokenizer"):
+        _ = lm.tokenizer
+
+
+def test_unknown_devices_are_refused() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    for name in ("tpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"Device '{name}' is not available"):
+            resolve_device(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def test_fingerprints_are_stable_and_tell_models_apart(folder: Path, tmp_path: Path) -> None:
+    first, again = load_model(folder, device="cpu"), load_model(folder, device="cpu")
+    assert first.fingerprint == again.fingerprint
+    assert first.tokenizer_fingerprint == again.tokenizer_fingerprint
+    changed = load_model(folder, device="cpu")
+    changed.model.get_parameter(changed.module_path(1) + "." + next(iter(dict(changed.attention_module(1).named_parameters())))).view(-1)[
+        1500
+    ] += 1e-3
+    assert changed.fingerprint != first.fingerprint
+    assert load_model(folder, device="cpu", dtype=torch.bfloat16).fingerprint != first.fingerprint
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    assert load_model(moved, device="cpu").fingerprint == first.fingerprint
+
+
+def test_fingerprints_see_the_config(folders: dict[str, Path], tmp_path: Path) -> None:
+    first = load_model(folders["qwen3"], device="cpu").fingerprint
+    assert load_model(edited(folders["qwen3"], tmp_path / "eps", rms_norm_eps=1e-3), device="cpu").fingerprint != first
+    config = AutoConfig.from_pretrained(folders["qwen3"])
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}} if hasattr(config, "rope_parameters") else {"rope_theta": 5.0}
+    assert load_model(edited(folders["qwen3"], tmp_path / "theta", **rope), device="cpu").fingerprint != first
+
+
+def test_tokenizer_fingerprint_ignores_how_it_was_called_and_sees_its_tokens(folders: dict[str, Path]) -> None:
+    lm, other = (load_model(folders["llama"], device="cpu") for _ in range(2))
+    lm.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    assert lm.tokenizer_fingerprint == other.tokenizer_fingerprint
+    changed = load_model(folders["llama"], device="cpu")
+    changed.tokenizer.add_tokens(["<new>"])
+    assert changed.tokenizer_fingerprint != lm.tokenizer_fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------- the embedded model
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> LanguageModel:
+    if not _is_complete(EMBEDDED):
+        pytest.skip("the embedded model is not there; `lorsa fetch` makes it")
+    return load_model("smollm2", device="cpu")
+
+
+def test_embedded_model_heads_sum_to_its_output(smollm2: LanguageModel) -> None:
+    tokens = smollm2.tokenizer("The old bridge crosses the river just north of the town. " * 8, return_tensors="pt").input_ids
+    for layer, (x, output) in smollm2.capture(tokens, [0, 17, 29]).items():
+        site = smollm2.site(layer)
+        assert (site.n_heads, site.n_kv_heads, site.d_head, site.rotary.theta) == (9, 3, 64, 100000.0)
+        error = (site.head_outputs(x).sum(dim=2) + site.b_O - output).abs().max()
+        assert error < 1e-5 * output.abs().max()
+    losses, _ = smollm2.loss(tokens)
+    assert losses[:, :12].mean() > 2.0
+    assert losses[:, 40:].mean() < 0.5, "repeated text is predicted by copying"
