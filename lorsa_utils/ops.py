@@ -99,39 +99,27 @@ def select_top_k(scores: Tensor, k: int, backend: str = "torch") -> Tensor:
     return indices[:, :k].contiguous()
 
 
-class _SparseDecode(torch.autograd.Function):
-    """y_i = sum_k values_ik weight[indices_ik], with gradients that touch only the chosen rows."""
+class _DecodeWeightGradient(torch.autograd.Function):
+    """Passes y = decode(indices, values, weight) through and adds the gradient of `weight`, which touches the chosen rows alone."""
 
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(indices, values, weight)
-        return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
+    def forward(ctx: Any, y: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(indices, values)
+        ctx.n_units = weight.shape[0]
+        return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
-        indices, values, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         grad = grad_outputs[0].contiguous()
-        grad_values = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_values = _rows_dot(grad, weight, indices)
-        if ctx.needs_input_grad[2]:
-            # The transpose is a bag too: row h sums the gradients of the rows that chose it.
-            heads, order = indices.flatten().sort(stable=True)
-            offsets = torch.searchsorted(heads, torch.arange(weight.shape[0], device=heads.device))
-            grad_weight = F.embedding_bag(
-                order // indices.shape[1], grad, offsets, per_sample_weights=values.flatten()[order].to(grad.dtype), mode="sum"
-            )
-        return None, grad_values, grad_weight
-
-
-def _rows_dot(left: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
-    """left [n_rows, d] . weight[indices] [n_rows, k, d] to [n_rows, k], in pieces that bound the gathered copy."""
-    step = max(1, (1 << 24) // (indices.shape[1] * weight.shape[1]))
-    pieces = [
-        torch.einsum("nd,nkd->nk", left[start : start + step], weight[indices[start : start + step]])
-        for start in range(0, left.shape[0], step)
-    ]
-    return torch.cat(pieces)
+        if not ctx.needs_input_grad[3]:
+            return grad, None, None, None
+        indices, values = ctx.saved_tensors
+        # The decode's transpose is a bag too: row h sums the gradients of the tokens that chose it.
+        heads, order = indices.flatten().sort(stable=True)
+        offsets = torch.searchsorted(heads, torch.arange(ctx.n_units, device=heads.device))
+        weights = values.flatten()[order].to(grad.dtype)
+        grad_weight = F.embedding_bag(order // indices.shape[1], grad, offsets, per_sample_weights=weights, mode="sum")
+        return grad, None, None, grad_weight
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str = "torch") -> Tensor:
@@ -141,5 +129,7 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str 
     """
     if backend == "reference":
         return reference.sparse_decode(indices, values, weight)
-    result: Tensor = _SparseDecode.apply(indices, values, weight)
+    # The bag's own gradient of the values is fast, that of the weight is not: it comes from the function above.
+    y = F.embedding_bag(indices, weight.detach(), per_sample_weights=values.to(weight.dtype), mode="sum")
+    result: Tensor = _DecodeWeightGradient.apply(y, indices, values.detach(), weight)
     return result
