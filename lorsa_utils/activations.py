@@ -27,6 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHARD_BYTES = 64 << 20
 SPLITS = ("train", "held_out")
 
+TextName = str | Sequence[str]
+"""Where text came from: `embedded`, a dataset's id, or a list of absolute paths. Told to people, never compared: hashes are."""
+
 
 class ActivationBatch(NamedTuple):
     """A few sequences with what the asked layers read and wrote."""
@@ -59,15 +62,15 @@ class ActivationSource(Protocol):
 class ActivationStream:
     """Activations computed on the way: one model pass serves all layers and stops after the deepest."""
 
-    def __init__(self, model: LanguageModel, sequences: Sequences, layers: Sequence[int]) -> None:
-        """Check the layers; nothing is computed yet.
+    def __init__(self, model: LanguageModel, sequences: Sequences, layers: Sequence[int], text: TextName | None = None) -> None:
+        """Check the layers; nothing is computed yet. `text` says in `identity` where the sequences came from.
 
         Raises:
             UserError: a layer is out of range.
         """
         for layer in layers:
             model.site(layer)
-        self.model, self.sequences = model, sequences
+        self.model, self.sequences, self.text = model, sequences, text
         self.layers = tuple(sorted(set(layers)))
         self.n_sequences, self.context = sequences.tokens.shape
         self.n_tokens = sequences.n_tokens
@@ -86,12 +89,13 @@ class ActivationStream:
 
     def identity(self) -> dict[str, Any]:
         """See `ActivationSource.identity`."""
-        return {**source_identity(self.model, self.sequences), "dtype": str(self.model.dtype).removeprefix("torch.")}
+        return {**source_identity(self.model, self.sequences, self.text), "dtype": str(self.model.dtype).removeprefix("torch.")}
 
 
-def source_identity(model: LanguageModel, sequences: Sequences) -> dict[str, Any]:
+def source_identity(model: LanguageModel, sequences: Sequences, text: TextName | None = None) -> dict[str, Any]:
     """Model, tokenizer and text that activations come from."""
-    return {
+    named = {} if text is None else {"text": text if isinstance(text, str) else list(text)}
+    return named | {
         "model": model.name,
         "revision": model.revision,
         "model_sha256": model.fingerprint,
@@ -143,6 +147,7 @@ def build_cache(
     dtype: str = "bfloat16",
     batch_size: int = 8,
     progress: bool = True,
+    text: TextName | None = None,
 ) -> Path:
     """Write activations of `layers` for every split into `folder`; a killed run goes on where it stopped.
 
@@ -154,6 +159,7 @@ def build_cache(
         dtype: `float32`, `bfloat16` (half the disk, relative rounding 2^-9) or `float16`.
         batch_size: sequences in one model pass.
         progress: show a bar and, above a minute, the estimate.
+        text: where the sequences came from, for the manifest.
 
     Raises:
         UserError: the folder holds a cache of something else, cannot be written, or the disk is too small.
@@ -164,7 +170,7 @@ def build_cache(
     layers = sorted(set(layers))
     for layer in layers:
         model.site(layer)
-    manifest = _open_or_start(path, model, splits, layers, dtype)
+    manifest = _open_or_start(path, _new_manifest(model, splits, layers, dtype, text))
     if manifest["complete"]:
         return path
     _estimate_or_refuse(path, manifest, model, splits, layers, dtype, batch_size, progress)
@@ -175,11 +181,13 @@ def build_cache(
     return path
 
 
-def _new_manifest(model: LanguageModel, splits: Mapping[str, Sequences], layers: Sequence[int], dtype: str) -> dict[str, Any]:
+def _new_manifest(
+    model: LanguageModel, splits: Mapping[str, Sequences], layers: Sequence[int], dtype: str, text: TextName | None
+) -> dict[str, Any]:
     described = {}
     for split, sequences in splits.items():
         described[split] = {
-            "source": source_identity(model, sequences),
+            "source": source_identity(model, sequences, text),
             "n_sequences": len(sequences.tokens),
             "n_tokens": sequences.n_tokens,
             "shards": [],
@@ -194,9 +202,8 @@ def _new_manifest(model: LanguageModel, splits: Mapping[str, Sequences], layers:
     }
 
 
-def _open_or_start(path: Path, model: LanguageModel, splits: Mapping[str, Sequences], layers: Sequence[int], dtype: str) -> dict[str, Any]:
-    """The manifest to continue, or a new one; refuses a folder that holds something else."""
-    wanted = _new_manifest(model, splits, layers, dtype)
+def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The manifest to continue, or the new one; refuses a folder that holds something else."""
     if not (path / "manifest.json").is_file():
         if strangers := sorted(path.glob("*.safetensors")):
             raise store.UserError(f"{path} holds {strangers[0].name} but no manifest.json; choose an empty folder for the cache.")
@@ -216,7 +223,7 @@ def _without_progress(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A flat view of a manifest without what changes while it is written."""
     flat = {key: value for key, value in manifest.items() if key not in ("splits", "complete")}
     for split, entry in manifest.get("splits", {}).items():
-        flat.update({f"{split} {key}": value for key, value in entry["source"].items()})
+        flat.update({f"{split} {key}": value for key, value in entry["source"].items() if key != "text"})
         flat[f"{split} n_sequences"] = entry["n_sequences"]
     return flat
 
