@@ -29,7 +29,7 @@ help:  ## list the targets
 setup: $(READY)  ## make the environment in .venv (the other targets do it when needed)
 
 reproduce: $(READY)  ## run all notebooks and write data/runs/$PROFILE/index.html
-	$(PY) -m lorsa_utils.cli reproduce --profile $(PROFILE)
+	$(VENV)/bin/lorsa reproduce --profile $(PROFILE)
 
 test: $(READY) browser lint  ## run every check and test
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -27,17 +27,22 @@ class Config:
         """Rebuild from `to_dict`.
 
         Raises:
-            UserError: a field is unknown or a value impossible.
+            UserError: a field is unknown or missing, or a value impossible.
         """
         known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - set(known)):
             raise UserError(
                 f"Unknown setting {unknown[0]!r} for {cls.__name__}; it was written by another version, known are {sorted(known)}."
             )
-        arguments = dict(values)
+        arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         if "rotary" in arguments and isinstance(arguments["rotary"], Mapping):
             arguments["rotary"] = RotaryConfig.from_dict(arguments["rotary"])
-        return cls(**arguments)
+        try:
+            return cls(**arguments)
+        except TypeError as error:
+            raise UserError(
+                f"The settings of a {cls.__name__} are incomplete or of a wrong type ({error}); restore the file they are from."
+            ) from error
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed (checked again)."""

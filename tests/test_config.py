@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorsa_utils import config
-from lorsa_utils.config import Config, LorsaConfig, RotaryConfig, SAEConfig
+from lorsa_utils.config import PROFILES, Config, LorsaConfig, Profile, RotaryConfig, SAEConfig, TrainConfig
 from lorsa_utils.store import UserError
 
 positive = st.integers(1, 10**6)
@@ -53,7 +53,32 @@ def saes(draw: st.DrawFn) -> SAEConfig:
     return SAEConfig(draw(positive), n_features, draw(st.integers(1, n_features)), draw(st.sampled_from(["sae", "transcoder"])))
 
 
-STRATEGIES: dict[type[Config], st.SearchStrategy[Any]] = {RotaryConfig: rotaries(), LorsaConfig: lorsas(), SAEConfig: saes()}
+def train_configs() -> st.SearchStrategy[TrainConfig]:
+    share = st.floats(0, 0.5)
+    return st.builds(
+        TrainConfig,
+        **dict.fromkeys(("tokens", "batch_size", "k_start", "aux_k", "dead_window", "seed", "log_every"), positive),
+        **dict.fromkeys(("lr", "clip", "aux_weight", "save_every_seconds"), number),
+        **dict.fromkeys(("warmup", "decay", "k_warmup", "beta1", "beta2"), share),
+        freeze_qk=st.booleans(),
+        init=st.sampled_from(["mhsa", "random"]),
+    )
+
+
+def profiles() -> st.SearchStrategy[Profile]:
+    layers = st.lists(positive, max_size=4).map(tuple)
+    texts = {"name": st.text(), "model": st.text()}
+    rest = {field.name: positive for field in dataclasses.fields(Profile) if field.name not in {*texts, "layers"}}
+    return st.builds(Profile, layers=layers, **texts, **rest)
+
+
+STRATEGIES: dict[type[Config], st.SearchStrategy[Any]] = {
+    RotaryConfig: rotaries(),
+    LorsaConfig: lorsas(),
+    SAEConfig: saes(),
+    TrainConfig: train_configs(),
+    Profile: profiles(),
+}
 KINDS = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Config) and kind is not Config]
 
 
@@ -100,9 +125,15 @@ SAE = {"d_model": 8, "n_features": 16, "k": 2}
         (LorsaConfig, LORSA, {"rotary": RotaryConfig("default", 8)}, r"rotary_dim \(8\) must not exceed d_qk \(4\)"),
         (LorsaConfig, LORSA, {"n_heads": 12}, "Unknown setting 'n_heads'"),
         (LorsaConfig, LORSA, {"rotary": {"base": 1.0}}, "Unknown setting 'base'"),
+        (LorsaConfig, LORSA, {"k": "2"}, "wrong type"),
         (SAEConfig, SAE, {"k": 17}, r"k \(17\) must not exceed the number of features \(16\)"),
         (SAEConfig, SAE, {"n_features": 0}, "n_features must be at least 1"),
         (SAEConfig, SAE, {"kind": "crosscoder"}, "kind must be"),
+        (TrainConfig, {}, {"tokens": 0}, "tokens must be positive"),
+        (TrainConfig, {}, {"lr": float("nan")}, "lr must be positive"),
+        (TrainConfig, {}, {"decay": 1.5}, "decay is a share of the budget"),
+        (TrainConfig, {}, {"warmup": 0.6, "decay": 0.6}, "together exceed the whole budget"),
+        (TrainConfig, {}, {"init": "zeros"}, "init must be"),
     ],
 )
 def test_impossible_settings_are_refused_in_a_sentence(
@@ -113,6 +144,13 @@ def test_impossible_settings_are_refused_in_a_sentence(
         kind.from_dict(good | change)
     assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "good"), [(LorsaConfig, LORSA), (SAEConfig, SAE)], ids=["lorsa", "sae"])
+def test_missing_settings_are_refused_in_a_sentence(kind: type[Config], good: dict[str, Any]) -> None:
+    for name in good:
+        with pytest.raises(UserError, match=f"incomplete.*'{name}'"):
+            kind.from_dict({key: value for key, value in good.items() if key != name})
 
 
 def test_a_changed_copy_is_checked_again_and_the_original_stays() -> None:
@@ -132,3 +170,18 @@ def test_sizes_are_those_of_the_paper() -> None:
     assert llama.n_parameters == 512 * 2**20
     assert (pythia.group_size, llama.group_size) == (64, 128)
     assert SAEConfig(d_model=768, n_features=12288, k=64).n_parameters == pythia.n_parameters
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
+def test_profiles_compare_like_with_like(profile: Profile) -> None:
+    """d_model and d_qk cancel or are those of the profile's model; 64 is the head width of SmolLM2-135M and of Pythia-160M."""
+    lorsa = LorsaConfig(d_model=64, n_ov_heads=profile.n_heads, n_qk_heads=profile.n_qk, d_qk=64, k=profile.k)
+    assert SAEConfig(d_model=64, n_features=profile.sae_features_equal_parameters, k=profile.k).n_parameters == lorsa.n_parameters
+    assert profile.sae_features == profile.n_heads
+    assert profile.layer in profile.layers
+    assert config.get_profile(profile.name) is profile
+
+
+def test_unknown_profile_is_refused() -> None:
+    with pytest.raises(UserError, match="no profile 'tiny'; choose one of smoke, laptop, paper"):
+        config.get_profile("tiny")
