@@ -55,7 +55,7 @@ class SparseModule(nn.Module):
         """Number of heads or features."""
         return self.W_O.shape[0]
 
-    def pre_activations(self, x: Tensor) -> Tensor:
+    def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
         """Activations of all units before the selection, [batch, length, d_model] to [batch, length, n]."""
         raise TypeError(f"{type(self).__name__} does not say how it computes its activations")
 
@@ -73,7 +73,7 @@ class SparseModule(nn.Module):
         flat = pre.reshape(-1, pre.shape[-1])
         with torch.no_grad():
             scores = flat.clamp_min(0) if self.score == "relu" else flat.abs()
-            scores = scores.float() * self.W_O.norm(dim=1)
+            scores = scores * self.W_O.norm(dim=1)
             if among is not None:
                 scores = scores.masked_fill(~among, -1.0)
             indices = ops.select_top_k(scores, k or self.k, backend)
@@ -85,7 +85,7 @@ class SparseModule(nn.Module):
 
     def encode(self, x: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
         """Kept units and their activations for x [batch, length, d_model]: indices, values, each [batch, length, k]."""
-        return self.select(self.pre_activations(x), backend=backend)
+        return self.select(self.pre_activations(x, backend), backend=backend)
 
     def decode(self, indices: Tensor, values: Tensor, bias: bool = True, backend: str = "torch") -> Tensor:
         """Output [batch, length, d_model] of kept units [batch, length, k]."""
@@ -259,13 +259,15 @@ def read_module_settings(folder: str | Path) -> dict[str, object]:
     """The `module` part of a run folder's config.json.
 
     Raises:
-        UserError: no such folder, or it was written by another schema version.
+        UserError: no such folder, it was written by another schema version, or its config.json is damaged.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise store.UserError(f"{folder} is not a run folder (config.json is missing); give the --out folder of `lorsa train`.")
     config = store.read_json(path)
-    if config.get("schema_version") != SCHEMA_VERSION or "module" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("module"), dict) or "kind" not in config["module"]:
+        raise store.UserError(f"{path} does not say what kind of module it describes; restore a copy or train again.")
+    if config.get("schema_version") != SCHEMA_VERSION:
         raise store.UserError(
             f"{path} has schema version {config.get('schema_version')}, this version reads {SCHEMA_VERSION}; train again."
         )

@@ -1,0 +1,374 @@
+"""The vectorised Lorsa equals the loops in value and gradient; patterns are exact splits; a saved module comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import save_tiny_model
+from toys import D_HEAD, D_MODEL, ROTARY, lorsa_configs, random_inputs, random_lorsa, random_sae, randomized
+
+from lorsa_utils import ops, reference, store
+from lorsa_utils.config import LorsaConfig
+from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.models import load_model
+from lorsa_utils.sae import SAE, load_module
+from lorsa_utils.store import UserError
+
+LLAMA3 = ROTARY.replace(rope_type="llama3", rotary_dim=2, factor=8.0, original_context=8, adjacent_pairs=True)
+
+
+def keeps_clear_of_ties(module: Lorsa, x: torch.Tensor, gap: float = 1e-3) -> bool:
+    """Whether no score at the boundary of the selection, and no kept z at the kink of relu, is near another."""
+    z = module.pre_activations(x)
+    scores = ((z.relu() if module.score == "relu" else z.abs()) * module.W_O.norm(dim=1)).sort(dim=-1, descending=True).values
+    clear = bool((z.abs() > gap).all())
+    return clear and (module.k == module.n_units or bool((scores[..., module.k - 1] - scores[..., module.k] > gap).all()))
+
+
+# ------------------------------------------------------------------------------------------------------------- equations
+
+
+@settings(max_examples=40)
+@given(config=lorsa_configs(), batch=st.integers(1, 2), length=st.integers(1, 6), seed=st.integers(0, 2**20))
+def test_equals_the_loops(config: LorsaConfig, batch: int, length: int, seed: int) -> None:
+    module = randomized(Lorsa(config), seed)
+    x = random_inputs(batch, length, config.d_model, seed + 1, torch.float64)
+    output = module(x)
+    for row in range(batch):
+        y, z, indices = reference.lorsa_forward(x[row], module.state_dict(), config)
+        assert (output.pre_activations[row] - z).abs().max() < 1e-10
+        assert (output.y[row] - y).abs().max() < 1e-10
+        assert torch.equal(output.indices[row].sort(dim=-1).values, indices)
+    assert output.indices.shape == output.values.shape == (batch, length, config.k)
+    assert (module.pre_activations(x, backend="reference") - output.pre_activations).abs().max() < 1e-10
+
+
+def test_a_batch_is_its_sequences() -> None:
+    module, x = random_lorsa(dtype=torch.float64), random_inputs(3, 9, dtype=torch.float64)
+    together = module(x).y
+    for row in range(3):
+        assert torch.allclose(module(x[row : row + 1]).y[0], together[row], atol=1e-12)
+
+
+def test_the_past_does_not_see_the_future() -> None:
+    module, x = random_lorsa(dtype=torch.float64), random_inputs(1, 12, dtype=torch.float64)
+    other = x.clone()
+    other[:, 7:] += 1
+    before, after = module(x).y, module(other).y
+    assert torch.allclose(before[:, :7], after[:, :7], atol=1e-12)
+    assert (before[:, 7:] - after[:, 7:]).abs().min(dim=-1).values.max() > 1e-3
+
+
+@pytest.mark.parametrize("score", ["relu", "abs"])
+def test_kept_heads_are_those_with_the_largest_score(score: str) -> None:
+    """Also where fewer than K heads are active: the count stays exact and the surplus is zero."""
+    module = random_lorsa(dtype=torch.float64, score=score, k=20)
+    indices, values = module.encode(random_inputs(2, 10, dtype=torch.float64))
+    z = module.pre_activations(random_inputs(2, 10, dtype=torch.float64))
+    assert (indices.sort(dim=-1).values.diff(dim=-1) > 0).all(), "a head was kept twice"
+    scores = (z.relu() if score == "relu" else z.abs()) * module.W_O.norm(dim=1)
+    left_out = scores.scatter(-1, indices, -1.0).max(dim=-1).values
+    assert (scores.gather(-1, indices).min(dim=-1).values >= left_out).all()
+    assert torch.equal(values, z.gather(-1, indices).relu() if score == "relu" else z.gather(-1, indices))
+    assert bool((values == 0).any()) == (score == "relu")
+
+
+def test_the_score_counts_the_length_of_w_o() -> None:
+    module = random_lorsa(k=1, score="abs")
+    with torch.no_grad():
+        module.W_O[13] *= 1e4
+    assert (module.encode(random_inputs(2, 5))[0] == 13).all()
+
+
+def test_float64_scores_are_not_rounded() -> None:
+    """Two heads whose scores differ by 1e-12 are not tied."""
+    module = random_lorsa(dtype=torch.float64, k=1, score="abs")
+    z = torch.ones(1, 1, module.n_units, dtype=torch.float64)
+    with torch.no_grad():
+        module.W_O.copy_(torch.nn.functional.normalize(torch.ones_like(module.W_O), dim=1))
+    z[..., 9] += 1e-12
+    assert module.select(z)[0].item() == 9
+
+
+def test_selection_among_some_units_and_with_another_k() -> None:
+    module, x = random_lorsa(), random_inputs(2, 6)
+    among = torch.zeros(module.n_units, dtype=torch.bool)
+    among[[2, 3, 11, 17]] = True
+    indices, _ = module.select(module.pre_activations(x), 3, among=among)
+    assert indices.shape == (2, 6, 3)
+    assert among[indices].all()
+    assert module(x, k=24).indices.shape == (2, 6, 24)
+    dense = module.pre_activations(x).relu() @ module.W_O + module.b_O
+    assert torch.allclose(module(x, k=24).y, dense, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"score": "abs"}, {"qk_norm": True, "rotary": LLAMA3}, {"n_qk_heads": 6, "k": 1}, {"k": 6, "score": "abs"}],
+    ids=["relu", "abs", "qk_norm", "one head a group", "all heads"],
+)
+def test_gradients_of_the_whole_layer(changes: dict[str, Any]) -> None:
+    small = {"d_model": 5, "n_ov_heads": 6, "n_qk_heads": 2, "k": 3} | changes
+    for seed in range(100):
+        module = random_lorsa(seed, torch.float64, **small)
+        x = random_inputs(1, 3, 5, seed, torch.float64)
+        if keeps_clear_of_ties(module, x):
+            break
+    else:
+        pytest.fail("no draw without ties")
+    names = [name for name, _ in module.named_parameters()]
+    tensors = [parameter.detach().clone().requires_grad_() for parameter in module.parameters()]
+
+    def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,)).y
+        return result
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), *tensors))
+
+
+def test_gradients_flow_through_kept_heads_alone() -> None:
+    module, x = random_lorsa(dtype=torch.float64), random_inputs(2, 5, dtype=torch.float64)
+    pre = module.pre_activations(x).detach().requires_grad_()
+    indices, values = module.select(pre)
+    module.decode(indices, values).square().sum().backward()
+    assert pre.grad is not None
+    kept = torch.zeros_like(pre, dtype=torch.bool).scatter(-1, indices, values > 0)
+    assert torch.equal(pre.grad != 0, kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------- patterns
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_patterns_are_an_exact_split_of_z(qk_norm: bool) -> None:
+    module, x = random_lorsa(dtype=torch.float64, qk_norm=qk_norm), random_inputs(2, 8, dtype=torch.float64)
+    z = module.pre_activations(x)
+    for group in range(3):
+        pattern = module.attention_pattern(x, group)
+        assert pattern.shape == (2, 8, 8)
+        assert torch.allclose(pattern.sum(-1), torch.ones(2, 8, dtype=torch.float64), atol=1e-12)
+        assert pattern.triu(1).abs().max() == 0
+    for head in range(24):
+        split = module.z_pattern(x, head)
+        assert (split.sum(-1) - z[..., head]).abs().max() < 1e-12
+        assert (split - module.attention_pattern(x, head // 8) * module.values(x)[:, None, :, head]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("index", [-1, 3, 24])
+def test_a_head_or_group_that_does_not_exist(index: int) -> None:
+    module, x = random_lorsa(), random_inputs(1, 3)
+    with pytest.raises(UserError, match=rf"no QK group {index}; choose one from 0 to 2\."):
+        module.attention_pattern(x, index)
+    if index != 3:
+        with pytest.raises(UserError, match=rf"no head {index}; choose one from 0 to 23\."):
+            module.z_pattern(x, index)
+
+
+def test_rotation_follows_length_and_dtype() -> None:
+    """Longer inputs, shorter inputs and another dtype after each other: what was prepared for one must not spoil another."""
+    module = random_lorsa()
+    x = random_inputs(1, 20)
+    first = module(x[:, :4]).y
+    assert torch.allclose(module(x).y[:, :4], first, atol=1e-5)
+    assert torch.equal(module(x[:, :4]).y, first)
+    exact = random_lorsa(dtype=torch.float64)
+    assert torch.equal(module.double()(x.double()).y, exact(x.double()).y)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen3", "gpt2"])
+def test_config_is_derived_from_the_model(tmp_path: Path, kind: str) -> None:
+    site = load_model(save_tiny_model(tmp_path / kind, kind), device="cpu").site(1)
+    config = Lorsa.config_for_site(site, n_heads=40, n_qk=8, k=7)
+    assert (config.d_model, config.n_ov_heads, config.n_qk_heads, config.k) == (64, 40, 8, 7)
+    assert (config.d_qk, config.rotary, config.qk_norm) == (site.d_head, site.rotary, kind == "qwen3")
+    assert config.attn_scale == site.attn_scale
+    assert not config.qk_norm or config.qk_norm_eps == site.qk_norm_eps
+
+
+# ----------------------------------------------------------------------------------------------------------------- folding
+
+
+@pytest.mark.parametrize("score", ["relu", "abs"])
+def test_folding_norms_keeps_outputs_and_selection(score: str) -> None:
+    module, x = random_lorsa(dtype=torch.float64, score=score), random_inputs(2, 6, dtype=torch.float64)
+    before = module(x)
+    module.fold_norms()
+    after = module(x)
+    assert torch.allclose(module.W_O.norm(dim=1), torch.ones(24, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(before.y, after.y, atol=1e-10)
+    assert torch.equal(before.indices.sort(dim=-1).values, after.indices.sort(dim=-1).values)
+
+
+def test_folding_norms_with_a_head_that_writes_nothing() -> None:
+    module, x = random_lorsa(dtype=torch.float64), random_inputs(1, 4, dtype=torch.float64)
+    with torch.no_grad():
+        module.W_O[5] = 0
+    before = module(x).y
+    module.fold_norms()
+    assert torch.allclose(module(x).y, before, atol=1e-10)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_folding_scales_turns_scaled_activations_into_raw_ones(qk_norm: bool) -> None:
+    module = random_lorsa(dtype=torch.float64, qk_norm=qk_norm)
+    x = random_inputs(2, 6, dtype=torch.float64)
+    trained = module(0.3 * x).y / 7.0
+    module.fold_scales(0.3, 7.0)
+    assert torch.allclose(module(x).y, trained, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------------- saving and loading
+
+
+@pytest.fixture(params=["lorsa", "lorsa_qk_norm", "sae", "transcoder"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Lorsa | SAE, Path]:
+    kind = request.param
+    if kind.startswith("lorsa"):
+        module: Lorsa | SAE = random_lorsa(qk_norm=kind == "lorsa_qk_norm", rotary=LLAMA3, score="abs")
+    else:
+        module = random_sae(kind=kind)
+    module.save(tmp_path / "run")
+    return module, tmp_path / "run"
+
+
+def test_a_loaded_module_is_the_saved_one(saved: tuple[Lorsa | SAE, Path]) -> None:
+    module, folder = saved
+    loaded = load_module(folder)
+    assert type(loaded) is type(module)
+    assert loaded.config == module.config
+    x = random_inputs(2, 7)
+    for before, after in zip(module(x), loaded(x), strict=True):
+        assert torch.equal(before, after)
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = store.read_tensors(folder / "model.safetensors")
+    change(tensors)
+    store.write_tensors(folder / "model.safetensors", tensors)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_cut_file_is_refused(saved: tuple[Lorsa | SAE, Path], share: float) -> None:
+    file = saved[1] / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match=r"model.safetensors is damaged"):
+        load_module(saved[1])
+
+
+def test_a_file_of_noise_is_refused(saved: tuple[Lorsa | SAE, Path]) -> None:
+    file = saved[1] / "model.safetensors"
+    file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
+    with pytest.raises(UserError, match=r"model.safetensors is damaged"):
+        load_module(saved[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(saved: tuple[Lorsa | SAE, Path], value: float) -> None:
+    rewrite(saved[1], lambda tensors: tensors["W_O"][3, 2].fill_(value))
+    with pytest.raises(UserError, match=r"W_O holds values that are not finite"):
+        load_module(saved[1])
+
+
+def test_other_shapes_and_missing_tensors_are_refused(saved: tuple[Lorsa | SAE, Path]) -> None:
+    rewrite(saved[1], lambda tensors: tensors.update(W_O=tensors["W_O"][:-1]))
+    with pytest.raises(UserError, match=r"W_O is of shape \[23, 16\], not \[24, 16\]"):
+        load_module(saved[1])
+    rewrite(saved[1], lambda tensors: tensors.pop("W_O"))
+    with pytest.raises(UserError, match=r"W_O is missing"):
+        load_module(saved[1])
+    (saved[1] / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.safetensors does not exist"):
+        load_module(saved[1])
+
+
+def edit_config(folder: Path, change: Callable[[Any], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda config: config.update(schema_version=99), "schema version 99"),
+        (lambda config: config.pop("module"), "config.json"),
+        (lambda config: config["module"].pop("kind"), "kind"),
+        (lambda config: config["module"].update(kind="mlp"), "mlp"),
+        (lambda config: config["module"].pop("d_model"), "d_model"),
+        (lambda config: config["module"].update(d_model="wide"), "wrong type"),
+        (lambda config: config["module"].update(colour="red"), "colour"),
+        (lambda config: config["module"].update(k=25), r"k \(25\) must not exceed"),
+        (lambda config: config.update(module=[1, 2]), "config.json"),
+        (lambda config: config.clear(), "config.json"),
+    ],
+)
+def test_a_wrong_config_is_refused_in_a_sentence(saved: tuple[Lorsa | SAE, Path], change: Callable[[Any], Any], sentence: str) -> None:
+    edit_config(saved[1], change)
+    with pytest.raises(UserError, match=sentence):
+        load_module(saved[1])
+
+
+def test_no_run_folder_and_a_broken_config(tmp_path: Path, saved: tuple[Lorsa | SAE, Path]) -> None:
+    with pytest.raises(UserError, match=r"is not a run folder \(config.json is missing\)"):
+        load_module(tmp_path)
+    (saved[1] / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"does not say what kind of module"):
+        load_module(saved[1])
+    (saved[1] / "config.json").write_text('{"schema_version": 1,')
+    with pytest.raises(UserError, match=r"is not valid JSON"):
+        load_module(saved[1])
+
+
+def test_loading_as_the_other_kind_names_both(saved: tuple[Lorsa | SAE, Path]) -> None:
+    module, folder = saved
+    other = SAE if isinstance(module, Lorsa) else Lorsa
+    with pytest.raises(UserError, match=r"load it with lorsa_utils.sae.load_module"):
+        other.load(folder)
+
+
+def test_saving_over_a_run_leaves_the_old_one_when_it_fails(saved: tuple[Lorsa | SAE, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, folder = saved
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full_disk(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full_disk)
+    with pytest.raises(UserError, match=r"disk is full"):
+        module.save(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_saving_into_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"Cannot write to"):
+        random_lorsa().save(tmp_path / "file")
+
+
+def test_parameter_count_is_the_papers() -> None:
+    """Pythia-160M: 6144 heads, 96 groups of width 64 on 768 dimensions are 18.0 Mi weights a layer (paper, Sec. 4)."""
+    config = LorsaConfig(d_model=768, n_ov_heads=6144, n_qk_heads=96, d_qk=64, k=64)
+    assert config.n_parameters == 18 * 2**20
+    module = Lorsa(LorsaConfig(d_model=D_MODEL, n_ov_heads=24, n_qk_heads=3, d_qk=D_HEAD, k=5))
+    weights = sum(p.numel() for name, p in module.named_parameters() if name.startswith("W_"))
+    assert weights == module.config.n_parameters
+
+
+def test_reference_decode_can_be_asked_for() -> None:
+    module, x = random_lorsa(dtype=torch.float64), random_inputs(1, 4, dtype=torch.float64)
+    indices, values = module.encode(x, backend="reference")
+    assert torch.allclose(module.decode(indices, values, backend="reference"), module(x).y, atol=1e-10)
+    assert torch.allclose(module.decode(indices, values, bias=False) + module.b_O, module(x).y, atol=1e-10)
+    assert ops.BACKENDS[0] == "torch"

@@ -1,0 +1,147 @@
+"""The vectorised operations equal the reference loops, keep exactly K, break ties one way, and have exact gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import rotaries
+
+from lorsa_utils import ops, reference
+from lorsa_utils.config import RotaryConfig
+
+seeds = st.integers(0, 2**20)
+sizes = st.integers(1, 6)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- attention
+
+
+@given(batch=st.integers(1, 3), heads=st.integers(1, 3), length=st.integers(1, 8), d_qk=sizes, d_v=sizes, seed=seeds)
+def test_attention_equals_the_loops(batch: int, heads: int, length: int, d_qk: int, d_v: int, seed: int) -> None:
+    q, k = draw(batch, heads, length, d_qk, seed=seed), draw(batch, heads, length, d_qk, seed=seed + 1)
+    v = draw(batch, heads, length, d_v, seed=seed + 2)
+    found = ops.causal_attention(q, k, v, 0.7)
+    assert found.shape == (batch, heads, length, d_v)
+    assert (found - ops.causal_attention(q, k, v, 0.7, backend="reference")).abs().max() < 1e-10
+    assert (found - ops.attention_pattern(q, k, 0.7) @ v).abs().max() < 1e-10
+
+
+def test_pattern_rows_sum_to_one_and_see_no_future() -> None:
+    pattern = ops.attention_pattern(draw(2, 3, 9, 4), draw(2, 3, 9, 4, seed=1), 2.0)
+    assert torch.allclose(pattern.sum(-1), torch.ones(2, 3, 9, dtype=torch.float64), atol=1e-12)
+    assert pattern.triu(1).abs().max() == 0
+    assert pattern[..., torch.ones(9, 9, dtype=torch.bool).tril()].min() > 0
+
+
+@given(d_qk=st.integers(2, 9), length=st.integers(1, 9), seed=seeds, data=st.data())
+def test_rotation_equals_the_loops(d_qk: int, length: int, seed: int, data: st.DataObject) -> None:
+    rotary = data.draw(rotaries(d_qk))
+    x = draw(2, length, d_qk, seed=seed)
+    cos, sin = ops.rotary_tables(rotary, length, dtype=torch.float64)
+    found = ops.apply_rotary(x, cos, sin, rotary.adjacent_pairs)
+    expected = torch.stack([torch.stack([reference.rotate(x[b, i], i, rotary) for i in range(length)]) for b in range(2)])
+    assert (found - expected).abs().max() < 1e-10
+
+
+def test_scores_of_rotated_vectors_depend_on_the_distance_alone() -> None:
+    rotary = RotaryConfig(rope_type="llama3", rotary_dim=4, factor=8.0, original_context=16)
+    cos, sin = ops.rotary_tables(rotary, 50, dtype=torch.float64)
+    q, k = (ops.apply_rotary(draw(6, seed=seed).expand(50, 6), cos, sin, False) for seed in (0, 1))
+    scores = q @ k.T
+    assert torch.allclose(scores[7:, 7:], scores[:-7, :-7], atol=1e-12)
+    assert scores[10, :10].std() > 1e-3
+
+
+def test_rms_norm_by_hand() -> None:
+    found = ops.rms_norm(torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64), 0.0)
+    assert found[0].tolist() == pytest.approx([3 / 12.5**0.5, 8 / 12.5**0.5])
+
+
+# -------------------------------------------------------------------------------------------------------------- selection
+
+
+@given(
+    rows=st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=1, max_size=5)),
+    data=st.data(),
+)
+def test_ties_go_to_the_lower_index(rows: list[list[int]], data: st.DataObject) -> None:
+    scores = torch.tensor(rows, dtype=torch.float32)
+    k = data.draw(st.integers(1, scores.shape[1]))
+    found = ops.select_top_k(scores, k)
+    assert found.shape == (len(rows), k)
+    assert torch.equal(found.sort(dim=1).values, reference.select_top_k(scores, k))
+    assert torch.equal(ops.select_top_k(scores, k, backend="reference"), reference.select_top_k(scores, k))
+
+
+@pytest.mark.parametrize("k", [1, 2, 63, 64, 999, 1000])
+def test_exactly_k_among_many_equal_scores(k: int) -> None:
+    """As at the start of training: most scores are exactly zero."""
+    scores = torch.randint(-40, 4, (50, 1000), generator=torch.Generator().manual_seed(k)).clamp_min(0).float()
+    before = scores.clone()
+    found = ops.select_top_k(scores, k)
+    assert found.dtype == torch.int64
+    assert torch.equal(found.sort(dim=1).values, scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values)
+    assert torch.equal(scores, before)
+
+
+def test_rows_without_ties_keep_the_largest() -> None:
+    scores = torch.rand(200, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = scores.gather(1, ops.select_top_k(scores, 7)).sort(dim=1, descending=True).values
+    assert torch.equal(found, scores.topk(7, dim=1).values)
+
+
+# ----------------------------------------------------------------------------------------------------------------- decode
+
+
+def chosen(rows: int, n: int, k: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(rows)])
+
+
+@given(rows=sizes, n=sizes, d=sizes, seed=seeds, data=st.data())
+def test_decode_equals_the_loops(rows: int, n: int, d: int, seed: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, n))
+    indices, values, weight = chosen(rows, n, k, seed), draw(rows, k, seed=seed), draw(n, d, seed=seed + 1)
+    found = ops.sparse_decode(indices, values, weight)
+    dense = torch.zeros(rows, n, dtype=torch.float64).scatter(1, indices, values) @ weight
+    assert (found - ops.sparse_decode(indices, values, weight, backend="reference")).abs().max() < 1e-10
+    assert (found - dense).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("rows", "n", "k", "d"), [(5, 7, 3, 4), (1, 1, 1, 1), (3, 4, 4, 2), (6, 30, 2, 3)])
+def test_gradients_of_decode(rows: int, n: int, k: int, d: int) -> None:
+    indices = chosen(rows, n, k)
+    values, weight = draw(rows, k).requires_grad_(), draw(n, d, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v, w: ops.sparse_decode(indices, v, w), (values, weight))
+
+
+@pytest.mark.parametrize("frozen", ["values", "weight"])
+def test_gradients_of_decode_when_one_side_is_frozen(frozen: str) -> None:
+    indices = chosen(5, 7, 3)
+    values, weight = draw(5, 3).requires_grad_(frozen != "values"), draw(7, 4, seed=1).requires_grad_(frozen != "weight")
+    assert torch.autograd.gradcheck(lambda v, w: ops.sparse_decode(indices, v, w), (values, weight))
+
+
+def test_gradients_of_rows_nobody_chose_are_zero() -> None:
+    weight = draw(6, 3).requires_grad_()
+    ops.sparse_decode(torch.tensor([[1, 4], [4, 1]]), draw(2, 2, seed=1), weight).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[[0, 2, 3, 5]].abs().max() == 0
+    assert weight.grad[[1, 4]].abs().min() > 0
+
+
+def test_gradients_in_pieces() -> None:
+    """Wide enough that the gathered rows are handled in several pieces."""
+    rows, n, k, d = 9, 70, 64, 1 << 16
+    indices, weight = chosen(rows, n, k), draw(n, d, dtype=torch.float32)
+    values = draw(rows, k, seed=1, dtype=torch.float32).requires_grad_()
+    assert rows > (1 << 24) // (k * d) > 0
+    ops.sparse_decode(indices, values, weight).backward(torch.ones(rows, d))
+    assert values.grad is not None
+    assert torch.allclose(values.grad, weight.sum(1)[indices], rtol=1e-3, atol=1e-2)
