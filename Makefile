@@ -58,7 +58,7 @@ $(READY): pyproject.toml constraints.txt
 
 # Static figures and the page tests draw with a Chromium. Without one, figures fall back and those tests are skipped.
 browser:
-	@if ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "Installing chromium ..."; \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } >/dev/null \
 	  || echo "No chromium could be installed; going on without."; \
