@@ -1,0 +1,8 @@
+"""`python -m lorsa_utils` is the `lorsa` command."""
+
+import sys
+
+from lorsa_utils.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

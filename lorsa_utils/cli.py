@@ -1,0 +1,636 @@
+"""The `lorsa` command: the stages of the notebooks, one by one.
+
+Every subcommand is a function from parsed arguments to a dict. With `--json` that dict is the one thing on stdout; progress and
+warnings go to stderr. Bad input ends in one sentence on stderr and exit code 1, bad usage in exit code 2.
+
+torch and all that needs it are imported inside the functions, so that `lorsa --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorsa_utils import __version__
+
+if TYPE_CHECKING:
+    from lorsa_utils.activations import ActivationSource
+    from lorsa_utils.config import LorsaConfig, SAEConfig
+    from lorsa_utils.corpus import Corpus, Sequences
+    from lorsa_utils.models import AttentionSite, LanguageModel
+    from lorsa_utils.train import RunSpec
+
+PROFILE_NAMES = ("smoke", "laptop", "paper")
+KINDS = ("lorsa", "sae", "transcoder")
+# These fields of TrainConfig have options of their own.
+OWN_OPTIONS = ("tokens", "seed", "freeze_qk", "init", "batch_size")
+
+
+# ------------------------------------------------------------------------------------------------------------------ parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the `lorsa` command."""
+    parser = argparse.ArgumentParser(
+        prog="lorsa", description="Train and measure low-rank sparse attention (Lorsa) layers on a language model."
+    )
+    parser.add_argument("--version", action="version", version=f"lorsa {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--json", action="store_true", help="print one JSON object on stdout, everything else on stderr")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("doctor", doctor, "Tell versions, device and what is missing; estimate a profile.")
+    sub.add_argument("--profile", choices=PROFILE_NAMES, help="estimate time, disk and memory of this profile")
+
+    sub = command("fetch", fetch, "Download and convert the embedded model (SmolLM2-135M-Instruct).")
+    sub.add_argument("--force", action="store_true", help="make it again even if it is there")
+
+    _cache_options(command("cache", cache, "Write an activation cache."))
+    _train_options(command("train", train, "Train one Lorsa, SAE or transcoder and measure it on held-out text."))
+
+    sub = command("eval", evaluate, "Measure a trained module: reconstruction, and the model's loss with it in the layer's place.")
+    sub.add_argument("folder", metavar="DIR", help="run folder of `lorsa train`")
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders; without, the held-out part of the run's own text")
+    sub.add_argument("--tokens", type=_count, default=100_000, metavar="N", help="at most so many tokens")
+    sub.add_argument("--model", metavar="M", help="where the run's model is now, when it moved")
+    sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+    sub = command("reproduce", reproduce, "Run the notebooks in order and write index.html.")
+    sub.add_argument("--profile", choices=PROFILE_NAMES, default="laptop", help="size of the run")
+    sub.add_argument("--only", type=_names, metavar="02,04", help="numbers or names of notebooks")
+    sub.add_argument("--force", action="store_true", help="run also what is up to date")
+    sub.add_argument("--run-dir", metavar="DIR", help="where results go; without, data/runs/PROFILE")
+    return parser
+
+
+def _text_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", default="smollm2", metavar="M", help="smollm2 (embedded), a Hub id, a local folder or a .gguf file")
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders in place of the embedded text")
+    sub.add_argument("--dataset", metavar="HF_ID", help="Hugging Face dataset in place of the embedded text")
+    sub.add_argument("--context", type=_count, default=256, metavar="N", help="tokens in a sequence, BOS included")
+    sub.add_argument("--bos", choices=("auto", "prepend", "none"), default="auto", help="BOS in front of every sequence")
+    sub.add_argument("--held-out-tokens", type=_count, default=100_000, metavar="N", help="tokens to measure on")
+    sub.add_argument("--seed", type=int, default=0, help="order of the text, and start of the module")
+    sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one step")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _cache_options(sub: argparse.ArgumentParser) -> None:
+    _text_options(sub)
+    sub.add_argument("--layers", type=_layers, required=True, metavar="9,17", help="layers to cache, in one pass")
+    sub.add_argument("--tokens", type=_count, required=True, metavar="N", help="training tokens")
+    sub.add_argument("--out", required=True, metavar="DIR", help="cache folder")
+    sub.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16", help="of the activations on disk")
+
+
+def _train_options(sub: argparse.ArgumentParser) -> None:
+    _text_options(sub)
+    sub.add_argument("--layer", type=_layers, required=True, metavar="L", help="layer; several (9,17) train together into OUT/layer_L")
+    sub.add_argument("--kind", choices=KINDS, default="lorsa", help="what to train")
+    sub.add_argument("--n-heads", type=_count, metavar="H", help="Lorsa heads, or features of an SAE; without, 8 x d_model")
+    sub.add_argument("--n-qk", type=_count, metavar="Q", help="QK groups; without, as many as n_heads / d_head")
+    sub.add_argument("--k", type=_count, default=64, metavar="K", help="heads kept for each token")
+    sub.add_argument("--tokens", type=_count, default=250_000, metavar="N", help="training tokens; a shorter text is read again")
+    sub.add_argument("--out", required=True, metavar="DIR", help="run folder")
+    sub.add_argument("--cache", metavar="DIR", help="read this activation cache; without, activations are computed on the way")
+    sub.add_argument("--init", choices=("mhsa", "random"), default="mhsa", help="start of a Lorsa")
+    sub.add_argument("--freeze-qk", action="store_true", help="leave queries and keys at the start")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+    sub.add_argument("--logger", choices=("jsonl", "tensorboard", "wandb"), default="jsonl", help="log beside metrics.jsonl")
+    for name, kind, default, text in _config_fields("TrainConfig"):
+        if name not in OWN_OPTIONS:
+            option = f"--{name.replace('_', '-')}"
+            # Without the option the attribute stays away, so that TrainConfig alone knows its defaults.
+            sub.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="X", help=f"{text} (default: {default})")
+
+
+def _config_fields(class_name: str) -> list[tuple[str, Any, str, str]]:
+    """Name, type, default and docstring of a config's fields, read from its source: importing it would import torch."""
+    tree = ast.parse(Path(__file__).with_name("config.py").read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    fields = []
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and node.value is not None and isinstance(after, ast.Expr):
+            kind = {"int": int, "float": float}.get(ast.unparse(node.annotation), str)
+            text = ast.literal_eval(after.value).replace("%", "%%")
+            fields.append((ast.unparse(node.target), kind, ast.unparse(node.value), text))
+    return fields
+
+
+def _count(text: str) -> int:
+    value = int(text.replace("_", "").replace(",", ""))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"layers are numbers separated by commas, as 9,17, not {text!r}") from error
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+# -------------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 (bad input), 2 (bad usage), 130 (interrupted)."""
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said what is wrong
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        return _answer(arguments)
+    except KeyboardInterrupt:
+        return _say(INTERRUPTED.get(arguments.command, "Stopped."), 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; say nothing at exit either
+        return 1
+
+
+INTERRUPTED = {
+    "train": "Stopped; the state is saved, run the same command with --resume to go on.",
+    "cache": "Stopped; run the same command again, it goes on where it was.",
+    "reproduce": "Stopped; run the same command again, finished notebooks and stages are kept.",
+}
+
+
+def _answer(arguments: argparse.Namespace) -> int:
+    """Run the command, print its answer, and turn errors into sentences."""
+    import torch
+
+    from lorsa_utils.store import UserError
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = arguments.run(arguments)
+    except UserError as error:
+        return _say(str(error))
+    except (MemoryError, torch.OutOfMemoryError):
+        return _say("The memory is full; use a smaller --batch-size, fewer heads or fewer layers.")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        return _say(f"Cannot read or write{place} ({error.strerror or error}); check the path and its permissions.")
+    code = answer.pop("exit_code", 0)
+    print(json.dumps(answer, allow_nan=False) if arguments.json else _readable(answer), flush=True)
+    return code
+
+
+def _say(sentence: str, code: int = 1) -> int:
+    # An interrupt leaves a progress bar behind on the line.
+    print(f"lorsa: {sentence}" if code == 1 else f"\n{sentence}", file=sys.stderr)
+    return code
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _readable(answer: Mapping[str, Any], indent: str = "") -> str:
+    """A dict as aligned lines."""
+    width = max((len(str(key)) for key in answer), default=0)
+    lines = []
+    for key, value in answer.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{key}", _readable(value, indent + "  ")] if value else [f"{indent}{key}  none"]
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines += [
+                f"{indent}{key}",
+                *(f"{indent}  " + "  ".join(str(item) for item in row.values() if item is not None) for row in value),
+            ]
+        elif isinstance(value, list):
+            lines += [f"{indent}{key}", *(f"{indent}  {item}" for item in value)] if value else [f"{indent}{key}  none"]
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            lines.append(f"{indent}{key!s:<{width}}  {shown}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ text to tokens
+
+
+def _corpus(text: Sequence[str] | None, dataset: str | None, n_tokens: int) -> tuple[Corpus, str | list[str]]:
+    """The text that the flags ask for, and its name as it is saved with a run."""
+    from lorsa_utils.corpus import load_corpus
+
+    corpus = load_corpus(text, dataset, max_tokens=n_tokens)
+    if text:
+        return corpus, [str(Path(path).absolute()) for path in text]
+    return corpus, dataset or "embedded"
+
+
+def _splits(arguments: argparse.Namespace, model: LanguageModel) -> tuple[dict[str, Sequences], str | list[str]]:
+    """`train` and, where there is text to hold out, `held_out` sequences."""
+    from lorsa_utils.corpus import tokenize
+
+    corpus, name = _corpus(arguments.text, arguments.dataset, arguments.tokens + arguments.held_out_tokens)
+    splits = {}
+    for split, documents, n_tokens in (("train", corpus.train, arguments.tokens), ("held_out", corpus.held_out, arguments.held_out_tokens)):
+        if documents or split == "train":
+            splits[split] = tokenize(
+                documents, model.tokenizer, context=arguments.context, n_tokens=n_tokens, bos_policy=arguments.bos, seed=arguments.seed
+            )
+    return splits, name
+
+
+# ------------------------------------------------------------------------------------------------------------------ commands
+
+
+def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa fetch`: the embedded model, checked by its hash."""
+    from lorsa_utils import store
+    from lorsa_utils.fetch import fetch_embedded_model
+
+    folder = fetch_embedded_model(force=arguments.force)
+    recorded = store.read_json(folder / "source.json")["safetensors_sha256"]
+    found = store.sha256_file(folder / "model.safetensors")
+    if found != recorded:
+        raise store.UserError(
+            f"{folder / 'model.safetensors'} is damaged (another SHA-256 than when it was made); run `lorsa fetch --force`."
+        )
+    return {"path": str(folder), "sha256": found}
+
+
+def cache(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa cache`: activations of several layers on disk, from one pass."""
+    from lorsa_utils import activations, store
+    from lorsa_utils.models import load_model
+
+    model = load_model(arguments.model, device=arguments.device)
+    for layer in arguments.layers:
+        model.site(layer)
+    out = store.require_writable(arguments.out)
+    splits, text = _splits(arguments, model)
+    if sentence := splits["train"].shortfall:
+        _note(sentence)
+    before = _cached_tokens(out)
+    began = time.perf_counter()
+    activations.build_cache(model, splits, arguments.layers, out, dtype=arguments.dtype, batch_size=arguments.batch_size, text=text)
+    seconds = time.perf_counter() - began
+    manifest = store.read_json(out / "manifest.json")
+    return {
+        "path": str(out),
+        "tokens": splits["train"].n_tokens,
+        "held_out_tokens": splits["held_out"].n_tokens if "held_out" in splits else 0,
+        "bytes": sum(shard["bytes"] for entry in manifest["splits"].values() for shard in entry["shards"]),
+        "tokens_per_s": (_cached_tokens(out) - before) / seconds,
+        "seconds": seconds,
+    }
+
+
+def _cached_tokens(folder: Path) -> int:
+    """Tokens in the shards that are listed so far."""
+    from lorsa_utils import store
+
+    if not (folder / "manifest.json").is_file():
+        return 0
+    splits = store.read_json(folder / "manifest.json")["splits"]
+    return sum(shard["n_tokens"] for entry in splits.values() for shard in entry["shards"])
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa train`: train on activations from disk or on the way, then measure on held-out text."""
+    from lorsa_utils import metrics, store
+    from lorsa_utils.models import load_model
+    from lorsa_utils.train import make_logger, train_runs
+
+    if arguments.cache and (arguments.text or arguments.dataset):
+        raise store.UserError("A cache brings its own text; give either --cache or --text/--dataset.")
+    model = load_model(arguments.model, device=arguments.device)
+    sites = {layer: model.site(layer) for layer in arguments.layer}
+    specs = _run_specs(arguments, sites)
+    out = store.require_writable(arguments.out)
+    source, held_out = _sources(arguments, model)
+    _tell_cost(specs, source, sites, model, arguments.resume)
+    before = _tokens_seen(specs[0].folder) if arguments.resume else 0
+    began = time.perf_counter()
+    runs = train_runs(specs, source, sites, device=model.device, resume=arguments.resume, logger=make_logger(arguments.logger, out))
+    seconds = time.perf_counter() - began
+    modules = {run.spec.name: (run.spec.layer, run.finished_module()) for run in runs}
+    measured = metrics.evaluate_activations(modules, held_out, arguments.batch_size)
+    speed = {"tokens_per_s": (runs[0].tokens_seen - before) / seconds, "seconds": seconds}
+    answers = {str(run.spec.layer): measured[run.spec.name] | speed for run in runs}
+    for run in runs:
+        store.write_json(run.spec.folder / "results.json", answers[str(run.spec.layer)])
+    if len(runs) == 1:
+        return {"path": str(out), **answers[str(runs[0].spec.layer)]}
+    return {"path": str(out), "layers": answers, **speed}
+
+
+def _run_specs(arguments: argparse.Namespace, sites: Mapping[int, AttentionSite]) -> list[RunSpec]:
+    """One run a layer, checked before any text is read."""
+    from lorsa_utils.config import TrainConfig
+    from lorsa_utils.train import RunSpec
+
+    names = [name for name, *_ in _config_fields("TrainConfig")]
+    settings = TrainConfig(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+    out = Path(arguments.out)
+    folders = {layer: out if len(sites) == 1 else out / f"layer_{layer}" for layer in sites}
+    return [
+        RunSpec(f"{arguments.kind} {layer}", layer, _module_config(arguments, site), settings, folders[layer])
+        for layer, site in sites.items()
+    ]
+
+
+def _module_config(arguments: argparse.Namespace, site: AttentionSite) -> LorsaConfig | SAEConfig:
+    """Shape of the module; what was not asked for follows from the layer."""
+    from lorsa_utils.config import SAEConfig
+    from lorsa_utils.lorsa import Lorsa
+
+    n_heads = arguments.n_heads or 8 * site.d_model
+    if arguments.kind != "lorsa":
+        return SAEConfig(d_model=site.d_model, n_features=n_heads, k=arguments.k, kind=arguments.kind)
+    default = next(n for n in range(max(1, n_heads // site.d_head), 0, -1) if n_heads % n == 0)
+    return Lorsa.config_for_site(site, n_heads, arguments.n_qk or default, arguments.k)
+
+
+def _sources(arguments: argparse.Namespace, model: LanguageModel) -> tuple[ActivationSource, ActivationSource]:
+    """Training and held-out activations, from the cache or computed on the way."""
+    from lorsa_utils import store
+    from lorsa_utils.activations import ActivationCache, ActivationStream
+
+    sources: dict[str, ActivationSource] = {}
+    if arguments.cache:
+        policy = None if arguments.bos == "auto" else arguments.bos
+        sources["train"] = cached = ActivationCache(arguments.cache, "train", model=model, bos_policy=policy)
+        if missing := sorted(set(arguments.layer) - set(cached.layers)):
+            raise store.UserError(f"{arguments.cache} holds layers {list(cached.layers)}, not {missing[0]}; cache that layer.")
+        if "held_out" in store.read_json(Path(arguments.cache) / "manifest.json")["splits"]:
+            sources["held_out"] = ActivationCache(arguments.cache, "held_out", model=model)
+    else:
+        splits, text = _splits(arguments, model)
+        sources = {split: ActivationStream(model, sequences, arguments.layer, text) for split, sequences in splits.items()}
+    available = sources["train"].n_tokens
+    if available < arguments.tokens:
+        _note(f"The text holds {available:,} tokens, so it is read {arguments.tokens / available:.1f} times.")
+    if "held_out" not in sources:
+        _note("The text is too short to hold a part of it out: results are measured on the training text.")
+    return sources["train"], sources.get("held_out", sources["train"])
+
+
+def _tokens_seen(folder: Path) -> int:
+    """Tokens that a run to resume was already trained on."""
+    from lorsa_utils import store
+
+    file = folder / "state" / "state.safetensors"
+    return int(json.loads(store.read_tensor_metadata(file)["counters"])["tokens_seen"]) if file.is_file() else 0
+
+
+def _tell_cost(
+    specs: Sequence[RunSpec], source: ActivationSource, sites: Mapping[int, AttentionSite], model: LanguageModel, resume: bool
+) -> None:
+    """Refuse a disk that is too small; say what the run costs when it takes more than a minute."""
+    from lorsa_utils import store
+
+    parameters = sum(spec.module.n_parameters for spec in specs)
+    disk = 4 * 4 * parameters  # weights, and a state of weights and Adam's two moments
+    store.require_free_bytes(specs[0].folder, disk, "The run")
+    if resume or specs[0].train.tokens < 100_000:
+        return
+    seconds = _estimate_seconds(specs, source, sites, model)
+    if seconds < 60:
+        return
+    train = specs[0].train
+    units = max(getattr(spec.module, "n_ov_heads", 0) or getattr(spec.module, "n_features", 0) for spec in specs)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+    memory = weights + 16 * parameters + 16 * train.batch_size * source.context * units
+    time_and_space = f"about {seconds / 60:.1f} minutes, {memory / 1e9:.1f} GB of memory, {disk / 1e9:.2f} GB on disk"
+    _note(f"Training on {train.tokens:,} tokens: {time_and_space}.")
+
+
+def _estimate_seconds(
+    specs: Sequence[RunSpec], source: ActivationSource, sites: Mapping[int, AttentionSite], model: LanguageModel
+) -> float:
+    """Time of the second of two batches (activations and a step of every module), times the number of steps. Nothing is kept."""
+    from lorsa_utils.train import Run
+
+    train = specs[0].train
+    batches = source.batches(train.batch_size, layers=list(sites))
+    first = next(batches)
+    began = time.perf_counter()
+    second = next(batches, first)
+    seconds = time.perf_counter() - began
+    for spec in specs:
+        run = Run(spec, {}, model.device)
+        run.start(sites[spec.layer], first)
+        run.train_step(first)
+        began = time.perf_counter()
+        run.train_step(second)
+        seconds += time.perf_counter() - began
+    return seconds * train.tokens / max(1, int(second.mask.sum()))
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa eval`: reconstruction and spliced loss on text of the caller's choice."""
+    from lorsa_utils import metrics, store
+    from lorsa_utils.corpus import tokenize
+    from lorsa_utils.lorsa import read_module_settings
+    from lorsa_utils.sae import load_module
+
+    folder = Path(arguments.folder)
+    read_module_settings(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise store.UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
+    config = store.read_json(folder / "config.json")
+    module = load_module(folder)
+    source = config["source"]
+    model = _model_of_run(folder, source, arguments.model, arguments.device)
+    documents = _documents(arguments.text, source.get("text"), arguments.tokens)
+    sequences = tokenize(
+        documents,
+        model.tokenizer,
+        context=source["context"],
+        n_tokens=arguments.tokens,
+        bos_policy=source["bos_policy"],
+        seed=config["train"]["seed"],
+    )
+    if sequences.shortfall:
+        _note(sequences.shortfall)
+    result = metrics.evaluate_spliced(
+        model, config["layer"], module.to(model.device), sequences, arguments.batch_size, progress=sys.stderr.isatty()
+    )
+    if result["fvu"] > 1:
+        _note("Warning: FVU is above 1, worse than predicting the mean; this text or model is probably not what the module was made for.")
+    keys = ("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered", "l0", "dead_fraction", "n_tokens", "cosine")
+    return {key: result[key] if math.isfinite(result[key]) else None for key in keys}
+
+
+def _model_of_run(folder: Path, source: Mapping[str, Any], override: str | None, device: str) -> LanguageModel:
+    """The very model that a run was trained on, in whichever dtype that was."""
+    import torch
+
+    from lorsa_utils.models import load_model, resolve_device
+    from lorsa_utils.store import UserError
+
+    name = override or source["model"]
+    revision = None if override else source["revision"]
+    on_gpu = resolve_device(device).type == "cuda"
+    # The hash of the weights depends on their dtype, which follows the machine that trained: try this machine's first.
+    dtypes = [torch.bfloat16, torch.float32, torch.float16] if on_gpu else [torch.float32, torch.bfloat16, torch.float16]
+    for dtype in dtypes:
+        model = load_model(name, revision=revision, device=device, dtype=dtype)
+        if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
+            raise UserError(f"{name} has another tokenizer than the model that {folder} was trained on; give that model with --model.")
+        if model.fingerprint == source["model_sha256"]:
+            return model
+    raise UserError(f"{name} is not the model that {folder} was trained on ({source['model']}, other weights); give that one with --model.")
+
+
+def _documents(text: Sequence[str] | None, trained_on: str | list[str] | None, n_tokens: int) -> list[Any]:
+    """What to measure on: all of the caller's text, else the held-out part of what the run was trained on."""
+    from lorsa_utils.store import UserError
+
+    if text:
+        corpus, _ = _corpus(text, None, n_tokens)
+        return [*corpus.train, *corpus.held_out]
+    if trained_on is None:
+        raise UserError("This run does not say which text it was trained on; give a text with --text.")
+    if isinstance(trained_on, list):
+        if missing := [path for path in trained_on if not Path(path).exists()]:
+            raise UserError(f"The run's own text {missing[0]} is no longer there; give a text with --text.")
+        corpus, _ = _corpus(trained_on, None, n_tokens)
+    else:
+        corpus, _ = _corpus(None, None if trained_on == "embedded" else trained_on, 10 * n_tokens)
+    if not corpus.held_out:
+        _note("The run's text is too short to hold a part of it out: results are measured on the training text.")
+    return corpus.held_out or corpus.train
+
+
+def reproduce(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa reproduce`: the notebooks in order."""
+    from lorsa_utils import reproduce as notebooks
+    from lorsa_utils import store
+
+    statuses = notebooks.reproduce(arguments.profile, arguments.only, arguments.force, run_dir=arguments.run_dir)
+    folder = Path(arguments.run_dir) if arguments.run_dir else store.data_dir() / "runs" / arguments.profile
+    return {
+        "profile": arguments.profile,
+        "index": str(folder / "index.html"),
+        "notebooks": [status.to_dict() for status in statuses],
+        "exit_code": int(any(status.status == "failed" for status in statuses)),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------- doctor
+
+
+def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa doctor`: what is here, what is missing, and what a profile would cost."""
+    import psutil
+
+    from lorsa_utils import store
+    from lorsa_utils.fetch import EMBEDDED_NAME
+    from lorsa_utils.figures import can_draw_png
+    from lorsa_utils.notebook import provenance
+
+    memory = psutil.virtual_memory()
+    model = store.data_dir() / "models" / EMBEDDED_NAME
+    fetched = (model / "source.json").is_file()
+    answer: dict[str, Any] = {
+        **provenance(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "memory_gb": round(memory.total / 1e9, 1),
+        "memory_free_gb": round(memory.available / 1e9, 1),
+        "data": str(store.data_dir()),
+        "disk_free_gb": round(store.free_bytes(store.data_dir()) / 1e9, 1),
+        "embedded_model": str(model) if fetched else None,
+        "static_images": can_draw_png(),
+        "missing": _missing(fetched),
+    }
+    if arguments.profile:
+        answer["estimate"] = _profile_estimate(arguments.profile)
+    return answer
+
+
+def _missing(fetched: bool) -> list[str]:
+    """One sentence for each thing that is not here, with its fix."""
+    import importlib.util
+
+    from lorsa_utils.figures import can_draw_png
+    from lorsa_utils.notebook import check_versions
+    from lorsa_utils.store import UserError
+
+    missing = [] if fetched else ["the embedded model: it is fetched when first needed, or now by `lorsa fetch`"]
+    if not can_draw_png():
+        missing.append("Chrome or Chromium: figures have no static images; install chromium")
+    packages = {
+        "papermill": "notebooks cannot be run by `lorsa reproduce`; pip install 'lorsa-utils[notebooks]'",
+        "datasets": "--dataset does not work; pip install 'lorsa-utils[hub]'",
+    }
+    missing += [f"{name}: {effect}" for name, effect in packages.items() if importlib.util.find_spec(name) is None]
+    try:
+        check_versions()
+    except UserError as error:
+        missing.append(str(error))
+    return missing
+
+
+# Parameters without the embedding, layers, d_model and width of a head of the models that profiles use.
+MODEL_SHAPES = {"smollm2": (106e6, 30, 576, 64), "EleutherAI/pythia-160m": (85e6, 12, 768, 64)}
+
+
+def _profile_estimate(name: str) -> dict[str, Any]:
+    """Rough minutes, disk and memory of a profile's training, from this machine's matrix rate; steps reach about half of that rate."""
+    from lorsa_utils.activations import bytes_per_sequence
+    from lorsa_utils.config import get_profile
+
+    profile = get_profile(name)
+    size, n_layers, d_model, d_head = MODEL_SHAPES[profile.model]
+    rate = _matmul_rate()
+    lorsa = 2 * d_model * (profile.n_qk * d_head + profile.n_heads)
+    deepest = (max(*profile.layers, profile.layer) + 1) / n_layers
+    lm_pass = 2 * 2 * size * deepest / rate
+    per_layer = 7 * (lorsa + 2 * d_model * (profile.sae_features + profile.sae_features_equal_parameters)) / rate
+    seconds = profile.cache_tokens * lm_pass + profile.train_tokens * (2 * lm_pass + 7 * lorsa / rate + len(profile.layers) * per_layer)
+    held_out = profile.held_out_tokens + 3 * len(profile.layers) * profile.compare_held_out_tokens
+    seconds += 3 * held_out * 2 * 2 * size / rate
+    sequences = (profile.cache_tokens + profile.held_out_tokens) // (profile.context - 1) + 1
+    disk = sequences * bytes_per_sequence(d_model, len(profile.layers), profile.context, "bfloat16")
+    memory = 4 * 1.5 * size + len(profile.layers) * 16 * lorsa * 3 + 64 * profile.batch_size * profile.context * profile.n_heads
+    return {
+        "profile": name,
+        "minutes": round(seconds / 60, 1),
+        "disk_gb": round(disk / 1e9 + 1.2, 1),
+        "memory_gb": round(memory / 1e9 + 1.0, 1),
+        "matmul_gflops": round(rate / 1e9),
+    }
+
+
+def _matmul_rate() -> float:
+    """Floating-point operations a second in one large matrix product on the default device."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(1024, 1024, device=device)
+
+    def product() -> float:
+        began = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a value waits for the device
+        return time.perf_counter() - began
+
+    return 2 * 1024**3 / min(product() for _ in range(4))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
