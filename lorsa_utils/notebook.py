@@ -10,6 +10,7 @@ run.finish()                                          # asserts data/expected/02
 from __future__ import annotations
 
 import functools
+import json
 import math
 import platform
 import re
@@ -18,13 +19,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from lorsa_utils import __version__, figures, store
-from lorsa_utils.config import Profile, get_profile
+from lorsa_utils.config import LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
+
+if TYPE_CHECKING:
+    from lorsa_utils.activations import ActivationCache
+    from lorsa_utils.corpus import Sequences
+    from lorsa_utils.models import LanguageModel
 
 TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((4, 57), (6,))}
 """Package to the first version that is tested and the first that is not."""
@@ -278,6 +284,69 @@ def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> C
     return Context(name, settings, folder, seed)
 
 
+# ----------------------------------------------------------------------------------------------- artefacts that notebooks share
+
+
+def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
+    """Token sequences of the embedded text, the same in every notebook of a run: `train` and `held_out`, sized by the profile."""
+    from lorsa_utils import corpus
+
+    profile, text = run.profile, corpus.embedded_corpus()
+    budgets = {"train": (text.train, profile.cache_tokens), "held_out": (text.held_out, profile.compare_held_out_tokens)}
+    return {
+        split: corpus.tokenize(documents, model.tokenizer, context=profile.context, n_tokens=n_tokens, seed=run.seed)
+        for split, (documents, n_tokens) in budgets.items()
+    }
+
+
+def activation_cache(run: Context, model: LanguageModel, splits: Mapping[str, Sequences]) -> Path:
+    """The cache folder with inputs and outputs of the profile's layers; made by the first notebook that asks for it."""
+    from lorsa_utils.activations import build_cache, source_identity
+
+    layers = sorted({run.profile.layer, *run.profile.layers})
+    texts = {split: source_identity(model, part) for split, part in splits.items()}
+    return run.stage("activations", {"layers": layers, **texts}, lambda folder: build_cache(model, splits, layers, folder, text="embedded"))
+
+
+def trained(
+    run: Context,
+    model: LanguageModel,
+    source: ActivationCache,
+    modules: Mapping[str, tuple[int, LorsaConfig | SAEConfig]],
+    train: TrainConfig,
+) -> dict[str, Path]:
+    """Run folders of trained modules. Those not trained yet are trained now, together, on the same tokens.
+
+    Args:
+        run: the notebook's context; runs lie in `<folder>/runs/<name>-<hash of all settings>`.
+        model: the language model, for the starts.
+        source: training activations.
+        modules: name to layer and shape.
+        train: how all of them are trained.
+    """
+    from lorsa_utils.train import RunSpec, train_runs
+
+    specs = {}
+    for name, (layer, module) in modules.items():
+        key = {"kit": __version__, "layer": layer, "module": module.to_dict(), "train": train.to_dict(), "source": source.identity()}
+        specs[name] = RunSpec(name, layer, module, train, run.folder / "runs" / f"{name}-{store.sha256_json(key)[:8]}")
+    # A killed run can leave modules saved at different steps; each group goes on from its own.
+    groups: dict[str | None, list[RunSpec]] = {}
+    for spec in specs.values():
+        if not (spec.folder / "model.safetensors").is_file():
+            groups.setdefault(_saved_position(spec.folder), []).append(spec)
+    for group in groups.values():
+        sites = {spec.layer: model.site(spec.layer) for spec in group}
+        train_runs(group, source, sites, device=model.device, resume=True)
+    return {name: spec.folder for name, spec in specs.items()}
+
+
+def _saved_position(folder: Path) -> str | None:
+    """Where a run's saved state stands in the data, None when it has none."""
+    state = folder / "state" / "state.safetensors"
+    return str(json.loads(store.read_tensor_metadata(state)["counters"])["tokens_seen"]) if state.is_file() else None
+
+
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
     """All recorded values of a run folder: notebook to key to value."""
     file = Path(folder) / "results.json"
@@ -317,8 +386,6 @@ def _display(figure: go.Figure, saved: figures.SavedFigure, text: str) -> None:
         return
     if get_ipython() is None:
         return
-    import json
-
     bundle: dict[str, Any] = {"text/plain": text, "application/vnd.plotly.v1+json": json.loads(figure.to_json())}
     if saved.png is not None:
         import base64

@@ -1,14 +1,18 @@
+import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
+from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
-from lorsa_utils import figures, notebook, store
-from lorsa_utils.config import PROFILES, LorsaConfig, Profile, SAEConfig, get_profile
+from lorsa_utils import figures, notebook, store, train
+from lorsa_utils.config import PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
 from lorsa_utils.store import UserError
 
 
@@ -210,3 +214,26 @@ def test_display_offers_an_image_to_programs_without_plotly(tmp_path: Path, monk
     monkeypatch.setattr(figures, "draw_png", lambda figure: b"png")
     begin(tmp_path).show(go.Figure(go.Scatter(x=[1], y=[2])), "P4", "One point.")
     assert set(shown[0]) == {"text/plain", "application/vnd.plotly.v1+json", "image/png"}
+
+
+def test_trained_goes_on_with_runs_that_stopped_at_different_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, source = begin(tmp_path), ToySource(20, 12, layers=(0, 1))
+    model: Any = SimpleNamespace(device=torch.device("cpu"), site=toy_site)
+    lorsa = LorsaConfig(d_model=D_MODEL, n_ov_heads=16, n_qk_heads=4, d_qk=D_HEAD, k=4, rotary=ROTARY)
+    modules = {"lorsa": (0, lorsa), "sae": (1, SAEConfig(d_model=D_MODEL, n_features=20, k=4))}
+    settings = TrainConfig(tokens=300, batch_size=3, dead_window=50)
+
+    def stop(name: str, steps: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_runs", functools.partial(train.train_runs, stop_after_steps=steps, progress=False))
+            notebook.trained(run, model, source, {name: modules[name]}, settings)
+
+    stop("lorsa", 2)
+    stop("sae", 4)
+    folders = notebook.trained(run, model, source, modules, settings)
+    assert {name: train.read_log(folder)[-1]["tokens"] for name, folder in folders.items()} == {"lorsa": 300, "sae": 300}
+    fresh = notebook.trained(begin(tmp_path / "fresh"), model, source, modules, settings)
+    for name, folder in folders.items():
+        assert store.sha256_file(folder / "model.safetensors") == store.sha256_file(fresh[name] / "model.safetensors")
+    monkeypatch.setattr(train, "train_runs", None)  # nothing is left to train
+    assert notebook.trained(run, model, source, modules, settings) == folders
