@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+import sys
 import time
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -25,15 +26,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from lorsa_utils.prose import module_prose, wiki_prose
-from lorsa_utils.store import UserError, data_dir, read_json, sha256_file, sha256_json, write_json, write_text
+from lorsa_utils.store import UserError, data_dir, read_json, require_writable, sha256_file, sha256_json, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CORPUS_VERSION = 1
+CORPUS_VERSION = 3
 HELD_OUT_SHARE = 0.1
 SPLIT_RULE = "held out when the first 8 bytes of sha256('lorsa-split-0:' + document id), as a fraction of 2^64, are below 0.1"
 
@@ -57,6 +59,7 @@ SKIPPED_FOLDERS = frozenset(
 
 MIN_WIKIPEDIA_CHARACTERS = 1500
 PIECE_CHARACTERS = 8000
+MIN_HELD_OUT_CHARACTERS = 500
 MIN_LAST_PIECE = 32
 BLOCK_CHARACTERS = 1_000_000
 
@@ -280,12 +283,16 @@ def embedded_corpus() -> Corpus:
     folder = data_dir() / "cache" / "corpus" / key
     if corpus := _read_corpus(folder):
         return corpus
-    wikipedia = wikipedia_documents(_wikipedia_extract())
-    documentation, found = documentation_documents()
-    documents = drop_near_duplicates([*wikipedia, *documentation])
-    corpus = _corpus(documents, versions=found | {name: versions[name] for name in ("mwparserfromhell", "datasketch")})
-    _warn_when_unpinned(corpus.manifest)
-    _write_corpus(folder, corpus)
+    require_writable(folder)
+    with FileLock(folder / ".lock"):  # whoever comes second waits, and reads what the first has built
+        if corpus := _read_corpus(folder):
+            return corpus
+        wikipedia = wikipedia_documents(_wikipedia_extract())  # first, because it may fail for want of a network
+        documentation, found = documentation_documents()
+        documents = drop_near_duplicates([*wikipedia, *documentation])
+        corpus = _corpus(documents, versions=found | {name: versions[name] for name in ("mwparserfromhell", "datasketch")})
+        _warn_when_unpinned(corpus.manifest)
+        _write_corpus(folder, corpus)
     return corpus
 
 
@@ -353,8 +360,8 @@ def _read_corpus(folder: Path) -> Corpus | None:
 # --- text of the user's choice ---------------------------------------------------------------------------------------
 
 
-def text_documents(paths: Sequence[str | Path]) -> list[Document]:
-    """Documents of local files: UTF-8 `.txt`, `.md` and the like, cut at blank lines near 8,000 characters; `.jsonl` gives one a line.
+def text_documents(paths: Sequence[str | Path], size: int = PIECE_CHARACTERS) -> list[Document]:
+    """Documents of local files: UTF-8 text cut at blank lines into parts near `size` characters; `.jsonl` gives one a line.
 
     A folder stands for all files in it with the endings .txt, .md and .jsonl, in the order of their names.
 
@@ -368,7 +375,7 @@ def text_documents(paths: Sequence[str | Path]) -> list[Document]:
     documents = []
     for file in dict.fromkeys(files):
         name = file.name if names[file.name] == 1 else file.as_posix()
-        texts = _jsonl_texts(file) if file.suffix == ".jsonl" else _cut_text(_read_text(file))
+        texts = _jsonl_texts(file) if file.suffix == ".jsonl" else _cut_text(_read_text(file), size)
         documents += [Document(f"file/{name}#{number}", "file", text) for number, text in enumerate(texts)]
     return documents
 
@@ -376,12 +383,15 @@ def text_documents(paths: Sequence[str | Path]) -> list[Document]:
 def text_corpus(paths: Sequence[str | Path]) -> Corpus:
     """A corpus from local text files (see `text_documents`), split by document.
 
-    Two documents or more always give a held-out part; the text of a single short file is all train.
+    A text too short for two documents is cut finer, so that a tenth can be held out; a single paragraph is all train.
 
     Raises:
         UserError: a file is missing, empty or not text.
     """
-    return _corpus(text_documents(paths))
+    documents = text_documents(paths)
+    if len(documents) == 1:
+        documents = text_documents(paths, size=max(MIN_HELD_OUT_CHARACTERS, len(documents[0].text) // 10))
+    return _corpus(documents)
 
 
 def _text_files(path: Path) -> list[Path]:
@@ -429,21 +439,29 @@ def _jsonl_texts(path: Path) -> list[str]:
     return texts
 
 
-def _cut_text(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
-    """Cut at the blank lines, or failing that at the line or sentence ends, that keep pieces near `size` characters."""
-    pieces, current = [], ""
-    for part in re.split(r"(?<=\n)\s*\n", text.replace("\r\n", "\n")):
-        while len(part) > 2 * size:
-            window = part[:size]
-            cut = max(window.rfind("\n"), window.rfind(". ") + 1, window.rfind(" ")) if " " in window or "\n" in window else size
-            pieces += [current, part[:cut]] if current else [part[:cut]]
-            part, current = part[cut:], ""
-        if current and len(current) + len(part) > size:
+def _cut_text(text: str, size: int) -> list[str]:
+    """Cut at the blank lines that keep parts near `size` characters; a paragraph twice as long is cut at a line, sentence or word end."""
+    pieces: list[str] = []
+    current = ""
+    for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
+        while len(paragraph) > 2 * size:
+            at = _cut_point(paragraph[:size])
+            pieces += [current, paragraph[:at]]
+            current, paragraph = "", paragraph[at:]
+        if current and len(current) + 2 + len(paragraph) > size:
             pieces.append(current)
-            current = part
-        else:
-            current = f"{current}\n{part}" if current else part
+            current = ""
+        current = f"{current}\n\n{paragraph}" if current else paragraph
     return [piece.strip("\n") for piece in [*pieces, current] if piece.strip()]
+
+
+def _cut_point(window: str) -> int:
+    """After the last line end, else sentence end, else space in the second half of `window`, else its end."""
+    for mark in ("\n", ". ", " "):
+        at = window.rfind(mark)
+        if at > len(window) // 2:
+            return at + len(mark)
+    return len(window)
 
 
 def hub_corpus(
@@ -536,7 +554,9 @@ def resumable(
                 raise UserError(
                     f"Reading {name} failed {attempts} times at row {position} ({first_line}); check the network and run again."
                 ) from error
-            sleep(first_wait * 2 ** (failures - 1))
+            wait = first_wait * 2 ** (failures - 1)
+            tqdm.write(f"Reading {name} failed ({first_line}); trying again in {wait:.0f} s.", file=sys.stderr)
+            sleep(wait)
             rows = None
         else:
             position, failures = position + 1, 0
@@ -544,11 +564,13 @@ def resumable(
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Whether a failure may go away: the network's errors, not those of a wrong name or a broken file."""
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+    """Whether a failure may go away: the network's errors, not those of a wrong name, missing rights or a broken file."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+    if refused or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or "Offline" in type(error).__name__:
         return False
     networks = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub")
-    return isinstance(error, OSError | TimeoutError) or type(error).__module__.split(".")[0] in networks
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in networks
 
 
 def load_corpus(

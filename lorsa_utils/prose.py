@@ -68,6 +68,8 @@ def _template_text(template: Any) -> str:
         return arguments[0]
     if name in ("lang", "script", "transl", "transliteration", "unicode"):
         return arguments[-1]
+    if name in ("railgauge", "track gauge"):
+        return re.sub(r"(?<=\d)(?=[a-z])", " ", arguments[0])
     if name in ("convert", "cvt"):
         return _convert_text(arguments)
     if name == "as of":
@@ -248,6 +250,12 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
             yield from _docstrings(child)
 
 
+_ITEM = re.compile(r"([-*+•]|\d+[.)])\s|\.\.\s|:\w+|>>>")
+_UNDERLINE = re.compile(r"([-=~^*+#_.\"'`])\1{2,}")
+_PROSE_DIRECTIVES = "note|warning|tip|important|seealso|deprecated|versionadded|versionchanged|hint|caution"
+_OTHER_BLOCK = re.compile(rf"\.\. (\[|(?!({_PROSE_DIRECTIVES})::)[\w-]+::)")
+
+
 def docstring_paragraphs(docstring: str) -> list[str]:
     """Paragraphs of running English in a docstring, joined to one line each, with the markup of reStructuredText taken off.
 
@@ -255,19 +263,28 @@ def docstring_paragraphs(docstring: str) -> list[str]:
     """
     paragraphs = []
     block: list[str] = []
-    indent = -1
+    start, indent, skipped = 0, 0, -1  # depth of the block's first and next lines; lines deeper than `skipped` are code or the like
     for line in [*docstring.splitlines(), ""]:
         stripped = line.strip()
+        if _UNDERLINE.fullmatch(stripped):
+            block = []  # a heading
+            continue
         depth = len(line) - len(line.lstrip())
-        starts_item = bool(re.match(r"([-*+•]|\d+[.)]|\.\.|:\w+)\s?|>>>", stripped))
-        if block and (not stripped or depth != indent or starts_item):
-            if paragraph := _docstring_prose(block):
-                paragraphs.append(paragraph)
+        item = bool(_ITEM.match(stripped))
+        if indent < 0 and depth > start:  # the second line of an item says how deep the item is
+            indent = depth
+        if block and (not stripped or item or depth != indent):
+            paragraphs.append(_docstring_prose(block))
+            if block[-1].endswith("::") and not block[-1].startswith(".."):
+                skipped = start
             block = []
-        if stripped:
-            indent = depth + (len(stripped) - len(re.sub(r"^([-*+•]|\d+[.)])\s+", "", stripped)) if starts_item else 0)
+        if not stripped or 0 <= skipped < depth:
+            continue
+        skipped = depth if _OTHER_BLOCK.match(stripped) else -1
+        if skipped < 0:
+            start, indent = depth, -1 if item else depth
             block.append(stripped)
-    return paragraphs
+    return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def _docstring_prose(lines: Sequence[str]) -> str:
@@ -277,13 +294,14 @@ def _docstring_prose(lines: Sequence[str]) -> str:
     text = " ".join(lines)
     if len(text.split()) < 16 or ". " not in f"{text} ":
         return ""
-    text = re.sub(r"^\.\. (note|warning|tip|important|seealso|deprecated|versionadded|versionchanged|hint|caution)::\s*[\d.]*\s*", "", text)
+    text = re.sub(rf"^\.\. ({_PROSE_DIRECTIVES})::\s*[\d.]*\s*", "", text)
     text = re.sub(r"^([-*+•]|\d+[.)])\s+", "", text)
     text = re.sub(r"^(:\w+[^:]*:|`*\*{0,2}\w+`*( \([^)]*\))?:)\s+(?=[A-Z])", "", text)
     text = re.sub(r":[\w:+-]+:`~?([^`<]*?)\s*(<[^`>]*>)?`", r"\1", text)
     text = re.sub(r"``?([^`]*)``?_{0,2}", r"\1", text)
-    text = re.sub(r"\*\*([^*]+)\*\*|\[~?([\w.]+)\](?!\()", lambda match: match[1] or match[2], text)
-    text = re.sub(r"\[([^\]]+)\]\([^)]*\)|\s*\[\d+\]_?", lambda match: match[1] or "", text)
+    text = re.sub(r"(\*\*?)(\w[^*]*)\1", r"\2", text)
+    text = re.sub(r"\s*\[[\d, ]+\]_?", "", text)
+    text = re.sub(r"\[([^\]]+)\]\([^)]*\)|(?<!\w)\[~?([A-Za-z_][\w.]*)\]", lambda match: match[1] or match[2], text)
     text = _tidy(text)
     words = text.split()
     if len(words) < 16 or not re.match(r"[A-Z\"'(]", text) or not re.search(r"[.!?][\"')]*$", text):
