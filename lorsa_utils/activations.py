@@ -168,8 +168,11 @@ def build_cache(
         raise store.UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}.")
     path = store.require_writable(folder)
     layers = sorted(set(layers))
+    if not layers:
+        raise store.UserError("No layer was named; give at least one to cache.")
     for layer in layers:
         model.site(layer)
+    store.remove_leftovers(path)
     manifest = _open_or_start(path, _new_manifest(model, splits, layers, dtype, text))
     if manifest["complete"]:
         return path

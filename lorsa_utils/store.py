@@ -47,6 +47,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete temporary files that killed writers left in `folder`. Nobody else may be writing there."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
 def _write_error(target: Path, error: Exception) -> UserError:
     """Turn an operating-system error met while writing into a sentence with its fix."""
     text = str(error)

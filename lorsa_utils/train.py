@@ -10,9 +10,12 @@ Adam's moments, counters, position in the data). A resumed run gives, bit for bi
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,30 +107,27 @@ class Run:
         y = batch.outputs[layer].to(self.device, torch.float32) * self.output_scale
         mask = batch.mask.to(self.device)
         n_tokens = int(mask.sum())
-        self._set_learning_rate()
+        self._set_learning_rate(n_tokens)
         k = kept_heads(self.progress, self.module.k, train.k_start, train.k_warmup)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             output = self.module(x, k)
             error = torch.where(mask[..., None], output.y.float() - y, 0.0)
-            loss = error.square().sum() / (n_tokens * y.shape[-1])
+            loss = error.square().sum() / (max(1, n_tokens) * y.shape[-1])
             total = loss + self._aux_loss(output, error, mask) if train.aux_k else loss
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.clip or float("inf"))
-        self._require_finite(loss, norm)
+        self._require_finite(loss.detach(), norm)
         self.optimizer.step()
         self._count(output, mask, n_tokens)
         self._remember(loss, y, mask, output, norm, k)
 
-    def _set_learning_rate(self) -> None:
+    def _set_learning_rate(self, n_tokens: int) -> None:
         train = self.spec.train
-        # The middle of the first step rather than its start, so that no step has a rate of exactly zero.
-        progress = self.progress + 0.5 * self._step_share()
+        # The middle of the step rather than its start, so that no step has a rate of exactly zero.
+        progress = (self.tokens_seen + n_tokens / 2) / train.tokens
         for group in self.optimizer.param_groups:
-            group["lr"] = train.lr * learning_rate_factor(min(progress, 1.0), train.warmup, train.decay)
-
-    def _step_share(self) -> float:
-        return self.tokens_seen / self.step / self.spec.train.tokens if self.step else 1e-3
+            group["lr"] = train.lr * learning_rate_factor(progress, train.warmup, train.decay)
 
     def _aux_loss(self, output: SparseOutput, error: Tensor, mask: Tensor) -> Tensor:
         """AuxK (Gao et al. 2024): the dead heads with the largest scores rebuild what the live ones left over."""
@@ -161,26 +161,32 @@ class Run:
 
     @torch.no_grad()
     def _remember(self, loss: Tensor, y: Tensor, mask: Tensor, output: SparseOutput, norm: Tensor, k: int) -> None:
-        deviation = (y[mask] - y[mask].mean(dim=0)).square().mean()
+        counted = y[mask]
         self._recent.append(
             {
-                "loss": loss.detach(),
-                "fvu": loss.detach() / deviation,
-                "l0": (output.values[mask] != 0).sum() / mask.sum(),
+                "error": loss.detach() * counted.numel(),
+                "deviation": (counted - counted.mean(dim=0)).square().sum(),
+                "active": (output.values[mask] != 0).sum(),
+                "n_tokens": len(counted),
                 "grad_norm": norm,
                 "k": k,
             }
         )
 
     def recent_metrics(self) -> dict[str, float]:
-        """Means since the last call, with the counters: one row of metrics.jsonl."""
+        """One row of metrics.jsonl: counters, and what happened since the last call (ratios of sums, as in `metrics`)."""
         rows, self._recent = self._recent, []
-        means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
+        sums = {name: sum(float(row[name]) for row in rows) for name in rows[0]}
+        n_tokens = max(1.0, sums["n_tokens"])
         dead = float((self.since_fired >= self.spec.train.dead_window).double().mean())
         return {
             "step": self.step,
             "tokens": self.tokens_seen,
-            **means,
+            "loss": sums["error"] / (n_tokens * self.module.b_O.shape[0]),
+            "fvu": sums["error"] / max(sums["deviation"], 1e-30),
+            "l0": sums["active"] / n_tokens,
+            "grad_norm": sums["grad_norm"] / len(rows),
+            "k": sums["k"] / len(rows),
             "lr": self.optimizer.param_groups[0]["lr"],
             "dead_fraction": dead,
             "dead_window": self.spec.train.dead_window,
@@ -213,15 +219,25 @@ class Run:
             "seconds": self.seconds,
             "input_scale": self.input_scale,
             "output_scale": self.output_scale,
+            "recent": [{name: float(value) for name, value in row.items()} for row in self._recent],
         }
         # Counters ride in the same file's header: one rename makes the whole state new at once.
         store.write_tensors(self.spec.folder / "state" / "state.safetensors", tensors, {"counters": json.dumps(counters)})
 
     def load_state(self) -> None:
-        """Continue from state/."""
+        """Continue from state/.
+
+        Raises:
+            UserError: the state is damaged.
+        """
         file = self.spec.folder / "state" / "state.safetensors"
         tensors = store.read_tensors(file, self.device)
-        counters = json.loads(store.read_tensor_metadata(file)["counters"])
+        try:
+            self._restore(tensors, json.loads(store.read_tensor_metadata(file)["counters"]))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise store.UserError(f"{file} does not belong to this run; restore a copy or start again in an empty folder.") from error
+
+    def _restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         self.module.load_state_dict({name: tensors[f"module.{name}"] for name in self.module.state_dict()})
         for index, parameter in enumerate(self.parameters):
             prefix = f"adam.{index}."
@@ -232,6 +248,7 @@ class Run:
         self.since_fired = tensors["since_fired"]
         self.step, self.tokens_seen, self.seconds = counters["step"], counters["tokens_seen"], counters["seconds"]
         self.input_scale, self.output_scale = counters["input_scale"], counters["output_scale"]
+        self._recent = counters["recent"]
 
     def finished_module(self) -> Lorsa | SAE:
         """A copy for raw activations: scales folded in, write directions of norm 1."""
@@ -242,9 +259,8 @@ class Run:
         return copy.requires_grad_(False)
 
     def save_module(self) -> None:
-        """Write model.safetensors (raw activations in, raw outputs out) and config.json."""
-        self.finished_module().save(self.spec.folder)
-        store.write_json(self.spec.folder / "config.json", self.config())
+        """Write model.safetensors (raw activations in, raw outputs out); config.json is there since the start."""
+        store.write_tensors(self.spec.folder / "model.safetensors", self.finished_module().state_dict())
 
 
 def prepare_runs(
@@ -258,8 +274,12 @@ def prepare_runs(
     """Make runs ready to train: initialised on the first sequences, or resumed from their folders.
 
     Raises:
-        UserError: a folder holds a run already (and `resume` is False), or one with other settings.
+        UserError: a folder holds a run already (and `resume` is False), or one with other settings; two runs share a folder;
+            k_start exceeds the number of units; the source is empty.
     """
+    _check_specs(specs)
+    if source.n_sequences == 0 or source.n_tokens == 0:
+        raise store.UserError("There is not one token to train on; give a longer text.")
     runs = [Run(spec, source.identity(), torch.device(device)) for spec in specs]
     fresh = []
     for run in runs:
@@ -269,6 +289,7 @@ def prepare_runs(
                 raise store.UserError(f"{folder} holds a run already; add --resume to continue it or choose another --out.")
             _require_same_config(folder, run.config())
             if (folder / "state" / "state.safetensors").is_file():
+                store.remove_leftovers(folder / "state")
                 run.load_state()
                 continue
         fresh.append(run)
@@ -279,6 +300,16 @@ def prepare_runs(
             store.write_json(run.spec.folder / "config.json", run.config())
             run.save_state()
     return runs
+
+
+def _check_specs(specs: Sequence[RunSpec]) -> None:
+    folders = [spec.folder.resolve() for spec in specs]
+    for spec, folder in zip(specs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise store.UserError(f"Two runs would write to {spec.folder}; give each its own folder.")
+        units = spec.module.n_ov_heads if isinstance(spec.module, LorsaConfig) else spec.module.n_features
+        if spec.train.k_start > units:
+            raise store.UserError(f"k_start ({spec.train.k_start}) must not exceed the number of heads or features ({units}).")
 
 
 def _require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -320,7 +351,7 @@ def train_runs(
         resume: continue runs that exist in their folders.
         progress: show a bar with rate and ETA.
         logger: called beside metrics.jsonl, see `loggers`.
-        stop_after_steps: save the state and stop there (to show or test resuming).
+        stop_after_steps: save the state and stop after so many more steps (to show or test resuming).
 
     Returns:
         the runs; finished ones have their module saved.
@@ -331,9 +362,8 @@ def train_runs(
     if len({(spec.train.batch_size, spec.train.tokens) for spec in specs}) != 1:
         raise store.UserError("Runs trained together must have the same batch_size and tokens; train them in separate calls.")
     runs = prepare_runs(specs, source, sites, device=device, resume=resume)
-    if len({run.tokens_seen for run in runs}) != 1:
-        raise store.UserError("The runs to resume stopped at different places; resume them one by one.")
     try:
+        _catch_up(runs, source, progress, logger)
         _loop(runs, source, progress, logger, stop_after_steps)
     except (KeyboardInterrupt, store.UserError):
         for run in runs:
@@ -344,6 +374,13 @@ def train_runs(
         if run.progress >= 1:
             run.save_module()
     return runs
+
+
+def _catch_up(runs: Sequence[Run], source: ActivationSource, progress: bool, logger: Logger | None) -> None:
+    """Bring runs that were saved earlier than others (a kill between two savings) to the same step."""
+    while len(steps := sorted({run.step for run in runs})) > 1:
+        behind = [run for run in runs if run.step == steps[0]]
+        _loop(behind, source, progress, logger, steps[1] - steps[0])
 
 
 def _loop(runs: Sequence[Run], source: ActivationSource, progress: bool, logger: Logger | None, stop_after_steps: int | None) -> None:
@@ -359,15 +396,16 @@ def _loop(runs: Sequence[Run], source: ActivationSource, progress: bool, logger:
         start = runs[0].step % per_epoch * train.batch_size
         for batch in source.batches(train.batch_size, start, layers):
             batch = _cut_to_budget(batch, train.tokens - runs[0].tokens_seen)
-            for run in runs:
-                began = time.perf_counter()
-                run.train_step(batch)
-                run.seconds += time.perf_counter() - began
-            done += 1
+            with _interrupt_waits():
+                for run in runs:
+                    began = time.perf_counter()
+                    run.train_step(batch)
+                    run.seconds += time.perf_counter() - began
+                done += 1
+                bar.update(int(batch.mask.sum()))
+                if runs[0].step % train.log_every == 0 or runs[0].progress >= 1:
+                    bar.set_postfix({"fvu": f"{_log(runs, logger):.3f}"})
             finished = runs[0].progress >= 1 or done == stop_after_steps
-            bar.update(int(batch.mask.sum()))
-            if runs[0].step % train.log_every == 0 or finished:
-                bar.set_postfix({"fvu": f"{_log(runs, logger):.3f}"})
             if time.monotonic() - last_save > train.save_every_seconds:
                 for run in runs:
                     run.save_state()
@@ -375,6 +413,23 @@ def _loop(runs: Sequence[Run], source: ActivationSource, progress: bool, logger:
             if finished:
                 bar.close()
                 return
+
+
+@contextlib.contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done: what is saved then is one whole step of every run."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _cut_to_budget(batch: ActivationBatch, left: int) -> ActivationBatch:
@@ -390,8 +445,12 @@ def _log(runs: Sequence[Run], logger: Logger | None) -> float:
     total = 0.0
     for run in runs:
         row = run.recent_metrics()
-        with open(run.spec.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+        file = run.spec.folder / "metrics.jsonl"
+        try:
+            with open(file, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise store.UserError(f"Cannot write {file} ({error.strerror}); free some space, then continue with --resume.") from error
         if logger:
             logger(run.spec.name, row)
         total += row["fvu"]

@@ -1,0 +1,126 @@
+"""Starts: the copy of the MHSA has its patterns and its output space, scales are matched, draws follow the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import random_tokens, save_tiny_model
+from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
+
+from lorsa_utils.config import LorsaConfig, SAEConfig
+from lorsa_utils.initialize import initialize, match_scale, norm_scale
+from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.models import load_model
+from lorsa_utils.sae import SAE
+from lorsa_utils.store import UserError
+
+SOURCE = ToySource(24, 12)
+X, Y, MASK = SOURCE.inputs[0], SOURCE.outputs[0], SOURCE.mask
+CONFIG = LorsaConfig(d_model=D_MODEL, n_ov_heads=64, n_qk_heads=4, d_qk=D_HEAD, k=64, rotary=ROTARY, score="abs")
+
+
+def started(config: LorsaConfig | SAEConfig = CONFIG, init: str = "mhsa", seed: int = 0) -> tuple[Any, float, float]:
+    """A module for raw activations, and the scales of its training space."""
+    module = Lorsa(config) if isinstance(config, LorsaConfig) else SAE(config)
+    scales = initialize(module, toy_site(), X, Y, MASK, init, seed)
+    return module, *scales
+
+
+@torch.no_grad()
+def fvu(module: Any, input_scale: float, output_scale: float, x: torch.Tensor = X) -> float:
+    counted = Y[MASK] * output_scale
+    error = module(x * input_scale).y[MASK] - counted
+    return float(error.square().sum() / (counted - counted.mean(0)).square().sum())
+
+
+def test_with_all_heads_kept_the_mhsa_start_rebuilds_much_and_a_random_one_nothing() -> None:
+    copied, drawn = fvu(*started()), fvu(*started(init="random"))
+    assert copied < 0.5
+    assert drawn > 0.8
+    assert copied < 0.5 * drawn
+
+
+def test_more_heads_rebuild_the_head_outputs_better() -> None:
+    assert fvu(*started(CONFIG.replace(n_ov_heads=1024, k=1024))) < 0.8 * fvu(*started(CONFIG.replace(n_ov_heads=8, k=8)))
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen3", "gpt2"])
+def test_patterns_are_the_models(tmp_path: Path, kind: str) -> None:
+    """Every QK group of the start attends as one of the model's heads does, and every head is there (GQA, QK norm, partial RoPE)."""
+    lm = load_model(save_tiny_model(tmp_path / kind, kind), device="cpu")
+    site = lm.site(1)
+    x, y = lm.capture(random_tokens(3, 20), [1])[1]
+    module = Lorsa(Lorsa.config_for_site(site, n_heads=24, n_qk=2 * site.n_heads, k=4))
+    scales = initialize(module, site, x, y, torch.ones(3, 20, dtype=torch.bool), "mhsa", 0)
+    module.fold_scales(*scales)
+    patterns = site.pattern(x)
+    nearest = []
+    for group in range(2 * site.n_heads):
+        distance = (module.attention_pattern(x, group)[:, None] - patterns).abs().amax(dim=(0, 2, 3))
+        assert distance.min() < 1e-4
+        nearest.append(int(distance.argmin()))
+    assert sorted(nearest) == sorted(2 * list(range(site.n_heads)))
+
+
+def test_heads_write_inside_the_output_space_of_their_mhsa_head() -> None:
+    module, *_ = started()
+    site = toy_site()
+    for head in range(64):
+        inside = [float((module.W_O[head] @ torch.linalg.pinv(W_O) @ W_O).norm()) for W_O in site.W_O]
+        assert max(inside) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("init", ["mhsa", "random"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, CONFIG.replace(k=8, score="relu"), SAEConfig(D_MODEL, 40, 6), SAEConfig(D_MODEL, 40, 6, kind="transcoder")]
+)
+def test_what_every_start_promises(config: LorsaConfig | SAEConfig, init: str) -> None:
+    """Mean token norm sqrt(d) of what is read and written, unit write directions, the mean as bias, the size of the target."""
+    module, input_scale, output_scale = started(config, init)
+    read = Y if getattr(config, "kind", "lorsa") == "sae" else X
+    assert float((read[MASK] * input_scale).norm(dim=1).mean()) == pytest.approx(D_MODEL**0.5, rel=1e-4)
+    assert float((Y[MASK] * output_scale).norm(dim=1).mean()) == pytest.approx(D_MODEL**0.5, rel=1e-4)
+    assert torch.allclose(module.W_O.norm(dim=1), torch.ones(module.n_units), atol=1e-5)
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    assert match_scale(module, read * input_scale, Y * output_scale, MASK) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_padding_does_not_reach_a_start() -> None:
+    """Rows that do not count may hold anything: padding sits on the right, where causal attention does not look."""
+    spoiled_x, spoiled_y = X.clone(), Y.clone()
+    padding = ~MASK & (torch.arange(X.shape[1]) > 0)
+    spoiled_x[padding], spoiled_y[padding] = 50.0, -70.0
+    for config in (CONFIG, SAEConfig(D_MODEL, 40, 6), SAEConfig(D_MODEL, 40, 6, kind="transcoder")):
+        clean, *scales = started(config)
+        module = Lorsa(config) if isinstance(config, LorsaConfig) else SAE(config)
+        assert initialize(module, toy_site(), spoiled_x, spoiled_y, MASK, "mhsa", 0) == pytest.approx(tuple(scales), rel=1e-5)
+        for name, parameter in module.named_parameters():
+            assert torch.allclose(parameter, clean.get_parameter(name), atol=1e-4), name
+
+
+def test_norm_scale_by_hand() -> None:
+    values = torch.tensor([[[3.0, 4.0], [0.0, 15.0], [1e9, 1e9]]])
+    assert norm_scale(values, torch.tensor([[True, True, False]])) == pytest.approx(2**0.5 / 10)
+
+
+@pytest.mark.parametrize("init", ["mhsa", "random"])
+def test_the_seed_decides(init: str) -> None:
+    first, same, other = (started(CONFIG, init, seed)[0] for seed in (0, 0, 1))
+    assert all(torch.equal(parameter, same.get_parameter(name)) for name, parameter in first.named_parameters())
+    assert not torch.equal(first.W_O, other.W_O)
+
+
+def test_an_sae_and_a_transcoder_start_below_the_mean_predictor() -> None:
+    assert fvu(*started(SAEConfig(D_MODEL, 64, 16)), Y) < 0.9
+    assert fvu(*started(SAEConfig(D_MODEL, 64, 16, kind="transcoder"))) < 1.0
+
+
+def test_another_head_width_and_an_unknown_start_are_refused() -> None:
+    with pytest.raises(UserError, match=r"copies heads of width 4, not 6; use d_qk 4 or --init random"):
+        started(CONFIG.replace(d_qk=6))
+    assert fvu(*started(CONFIG.replace(d_qk=6), "random")) < 1.5
+    with pytest.raises(UserError, match=r"init must be one of .*, not 'xavier'"):
+        started(init="xavier")
