@@ -591,29 +591,35 @@ MODEL_SHAPES = {"smollm2": (106e6, 30, 576, 64), "EleutherAI/pythia-160m": (85e6
 
 
 def _profile_estimate(name: str) -> dict[str, Any]:
-    """Rough minutes, disk and memory of a profile's training, from this machine's matrix rate; steps reach about half of that rate."""
+    """Minutes, disk and memory of a profile. Minutes are measured ones where there are any, else from this machine's matrix rate."""
     from lorsa_utils.activations import bytes_per_sequence
     from lorsa_utils.config import get_profile
+    from lorsa_utils.reproduce import expected_minutes
+    from lorsa_utils.store import UserError
 
     profile = get_profile(name)
     size, n_layers, d_model, d_head = MODEL_SHAPES[profile.model]
-    rate = _matmul_rate()
     lorsa = 2 * d_model * (profile.n_qk * d_head + profile.n_heads)
-    deepest = (max(*profile.layers, profile.layer) + 1) / n_layers
-    lm_pass = 2 * 2 * size * deepest / rate
-    per_layer = 7 * (lorsa + 2 * d_model * (profile.sae_features + profile.sae_features_equal_parameters)) / rate
-    seconds = profile.cache_tokens * lm_pass + profile.train_tokens * (2 * lm_pass + 7 * lorsa / rate + len(profile.layers) * per_layer)
-    held_out = profile.held_out_tokens + 3 * len(profile.layers) * profile.compare_held_out_tokens
-    seconds += 3 * held_out * 2 * 2 * size / rate
+    saes = 2 * d_model * (profile.sae_features + profile.sae_features_equal_parameters)
+    try:
+        minutes = expected_minutes(name)
+    except UserError:  # the package without its notebooks
+        minutes = None
+    measured = minutes is not None
+    if minutes is None:
+        # Operations a token: the model's forward pass once, then a step costs about 5 for each weight of a Lorsa and 3 of an SAE.
+        forward = 2 * size * (max(*profile.layers, profile.layer) + 1) / n_layers
+        steps = 5 * lorsa + len(profile.layers) * (5 * lorsa + 3 * saes)
+        minutes = profile.train_tokens * (forward + steps) / _matmul_rate() / 60
     sequences = (profile.cache_tokens + profile.held_out_tokens) // (profile.context - 1) + 1
-    disk = sequences * bytes_per_sequence(d_model, len(profile.layers), profile.context, "bfloat16")
-    memory = 4 * 1.5 * size + len(profile.layers) * 16 * lorsa * 3 + 64 * profile.batch_size * profile.context * profile.n_heads
+    disk = sequences * bytes_per_sequence(d_model, len({*profile.layers, profile.layer}), profile.context, "bfloat16")
+    memory = 4 * 1.5 * size + len(profile.layers) * 16 * (lorsa + saes) + 64 * profile.batch_size * profile.context * profile.n_heads
     return {
         "profile": name,
-        "minutes": round(seconds / 60, 1),
+        "minutes": round(minutes, 1),
+        "minutes_are": "of the last run here, else stated in the notebooks" if measured else "by arithmetic, rough",
         "disk_gb": round(disk / 1e9 + 1.2, 1),
         "memory_gb": round(memory / 1e9 + 1.0, 1),
-        "matmul_gflops": round(rate / 1e9),
     }
 
 

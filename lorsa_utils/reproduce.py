@@ -150,6 +150,17 @@ def _plan(todo: Sequence[Path], n_all: int, profile: str, log: dict[str, Any]) -
     return f"{len(todo)} of {n_all} notebooks to run (profile {profile}): {estimate}."
 
 
+def expected_minutes(profile: str, run_dir: str | Path | None = None) -> float | None:
+    """Minutes of a whole run: those of the last one here, else what the notebooks say; None when one of them does not.
+
+    Raises:
+        UserError: there are no notebooks.
+    """
+    log = _read_log(Path(run_dir) if run_dir else store.data_dir() / "runs" / profile)
+    known = [_expected_seconds(path, profile, log) for path in find_notebooks()]
+    return sum(seconds for seconds in known if seconds) / 60 if all(known) else None
+
+
 def _expected_seconds(path: Path, profile: str, log: dict[str, Any]) -> float | None:
     """Seconds of the last run here, else the minutes in the notebook's metadata: {"lorsa": {"minutes": {"smoke": 1}}}."""
     if path.stem in log:
