@@ -358,7 +358,7 @@ class ActivationCache:
                 if self.source[key] != wanted:
                     what = key.removesuffix("_sha256")
                     raise store.UserError(
-                        f"{self.folder} was made with another {what} ({self.source['model']}) than {model.name}; cache again with that model."
+                        f"{self.folder} was made with another {what} ({self.source['model']}) than {model.name}; cache again with it."
                     )
         if bos_policy is not None and self.source["bos_policy"] != bos_policy:
             raise store.UserError(f"{self.folder} has BOS policy {self.source['bos_policy']!r}, asked is {bos_policy!r}; cache again.")

@@ -33,6 +33,8 @@ from lorsa_utils.metrics import module_input
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.sae import SAE
 
+QK_PARAMETERS = ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm")
+
 Logger = Callable[[str, Mapping[str, float]], None]
 """Called with the run's name and one row of metrics."""
 
@@ -78,12 +80,14 @@ class Run:
         self.seconds = 0.0
         self.since_fired = torch.zeros(self.module.n_units, dtype=torch.long, device=device)
         self._recent: list[dict[str, Tensor | float]] = []
-        if spec.train.freeze_qk:
-            for name, parameter in self.module.named_parameters():
-                parameter.requires_grad_(name not in ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm"))
-        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         train = spec.train
-        self.optimizer = torch.optim.Adam(self.parameters, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+        qk = [parameter.requires_grad_(not train.freeze_qk) for name, parameter in self.module.named_parameters() if name in QK_PARAMETERS]
+        rest = [parameter for name, parameter in self.module.named_parameters() if name not in QK_PARAMETERS]
+        self.parameters = rest if train.freeze_qk else [*qk, *rest]
+        groups = [{"params": rest, "lr_factor": 1.0}]
+        if qk and not train.freeze_qk:
+            groups.append({"params": qk, "lr_factor": train.qk_lr_factor})
+        self.optimizer = torch.optim.Adam(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
 
     @property
     def progress(self) -> float:
@@ -127,7 +131,7 @@ class Run:
         # The middle of the step rather than its start, so that no step has a rate of exactly zero.
         progress = (self.tokens_seen + n_tokens / 2) / train.tokens
         for group in self.optimizer.param_groups:
-            group["lr"] = train.lr * learning_rate_factor(progress, train.warmup, train.decay)
+            group["lr"] = train.lr * group["lr_factor"] * learning_rate_factor(progress, train.warmup, train.decay)
 
     def _aux_loss(self, output: SparseOutput, error: Tensor, mask: Tensor) -> Tensor:
         """AuxK (Gao et al. 2024): the dead heads with the largest scores rebuild what the live ones left over."""
