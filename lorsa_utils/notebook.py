@@ -214,13 +214,15 @@ class Context:
             caption: what one sees, in a sentence or two.
             data: the numbers for the CSV; taken from the figure when not given.
             **facts: what the figure's record says besides label, caption, notebook, profile, seed and commit; `model`, `layer` and
-                `tokens` are those of the profile unless given here (None where they do not apply).
+                `tokens` are those of the profile unless given here (None where they do not apply; without a model nothing is scaled down).
         """
         figure = go.Figure(figure)
         text = figure.layout.title.text or label
-        figure.update_layout(title_text=_wrap(text if "scaled down" in text else self.title(text)))
-        saved = figures.save_figure(figure, label, self.folder / "figures", data, caption)
         about = {"model": self.profile.model, "layer": self.profile.layer, "tokens": self.profile.train_tokens} | facts
+        # A figure without a language model has the same size in every profile.
+        said = "scaled down" in text or about["model"] is None
+        figure.update_layout(title_text=_wrap(text if said else self.title(text)))
+        saved = figures.save_figure(figure, label, self.folder / "figures", data, caption)
         record = {"label": label, "caption": caption, "notebook": self.name, "profile": self.profile.name, **about}
         record |= {"seed": self.seed, "commit": git_commit()}
         store.write_json(saved.html.with_suffix(".json"), {key: _plain(value, key) for key, value in record.items()})
