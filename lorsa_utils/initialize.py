@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorsa_utils.lorsa import Lorsa, SparseModule
+from lorsa_utils.lorsa import Lorsa, Scaling, SparseModule
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.sae import SAE
 from lorsa_utils.store import UserError
@@ -32,8 +32,8 @@ CALIBRATION_SEQUENCES = 32
 
 
 @torch.no_grad()
-def initialize(module: SparseModule, site: AttentionSite, x: Tensor, y: Tensor, mask: Tensor, init: str, seed: int) -> tuple[float, float]:
-    """Fill a fresh module for training in scaled space and return the scales.
+def initialize(module: SparseModule, site: AttentionSite, x: Tensor, y: Tensor, mask: Tensor, init: str, seed: int) -> Scaling:
+    """Fill a fresh module for training and return the space it is trained in.
 
     Args:
         module: a Lorsa, SAE or transcoder.
@@ -45,7 +45,7 @@ def initialize(module: SparseModule, site: AttentionSite, x: Tensor, y: Tensor, 
         seed: seed of the draws.
 
     Returns:
-        input and output scale: factors that bring the mean token norm of what the module reads and writes to sqrt(d_model).
+        mean and scales of what the module reads and writes, over the counted calibration tokens.
 
     Raises:
         UserError: unknown start, or d_qk is not the head width that `mhsa` copies.
@@ -54,19 +54,21 @@ def initialize(module: SparseModule, site: AttentionSite, x: Tensor, y: Tensor, 
         raise UserError(f"init must be one of {', '.join(INITS)}, not {init!r}.")
     generator = torch.Generator().manual_seed(seed)
     reads = y if getattr(module.config, "kind", "lorsa") == "sae" else x
-    input_scale, output_scale = norm_scale(reads, mask), norm_scale(y, mask)
+    input_mean = reads[mask].mean(dim=0)
+    scaling = Scaling(input_mean, norm_scale(reads - input_mean, mask), norm_scale(y, mask))
+    inputs, targets = scaling.inputs(reads), scaling.targets(y)
     if isinstance(module, Lorsa):
         if init == "mhsa":
             _start_from_mhsa(module, site, x, mask, generator)
-            module.fold_scales(1 / input_scale, 1 / output_scale)
+            module.unfold(scaling)
         else:
             _start_random(module, generator)
     elif isinstance(module, SAE):
-        _start_dictionary(module, reads * input_scale, y * output_scale, mask, generator)
+        _start_dictionary(module, inputs, targets, mask, generator)
     module.fold_norms()
-    module.b_O.copy_((y[mask] * output_scale).mean(dim=0))
-    match_scale(module, reads * input_scale, y * output_scale, mask)
-    return input_scale, output_scale
+    module.b_O.copy_(targets[mask].mean(dim=0))
+    match_scale(module, inputs, targets, mask)
+    return scaling
 
 
 def norm_scale(values: Tensor, mask: Tensor) -> float:

@@ -39,11 +39,14 @@ class SAE(SparseModule):
         return self.W_E, self.b_E
 
     @torch.no_grad()
-    def fold_scales(self, input_scale: float, output_scale: float) -> None:
-        """Turn weights made for scaled activations into weights for raw ones: reads * input_scale, writes / output_scale."""
-        self.W_E.mul_(input_scale)
-        self.W_O.div_(output_scale)
-        self.b_O.div_(output_scale)
+    def shift_inputs(self, mean: Tensor) -> None:
+        """See `SparseModule.shift_inputs`."""
+        self.b_E.sub_(self.W_E @ mean)
+
+    @torch.no_grad()
+    def scale_inputs(self, factor: float) -> None:
+        """See `SparseModule.scale_inputs`."""
+        self.W_E.mul_(factor)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

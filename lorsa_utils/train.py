@@ -1,8 +1,8 @@
 """Train Lorsa layers and SAE baselines on the same tokens from one pass over the activations.
 
 One step, for every run: predict the layer's output from its input (the SAE: from itself), mean squared error over counted
-tokens, Adam. No auxiliary loss (paper, Sec. 3) unless AuxK is asked for. Weights live in a space where inputs and targets have
-mean norm sqrt(d_model); what is saved takes raw activations.
+tokens, Adam. No auxiliary loss (paper, Sec. 3) unless AuxK is asked for. Weights live in a space where inputs have
+mean 0, and inputs and targets mean norm sqrt(d_model) (`lorsa.Scaling`); what is saved takes raw activations.
 
 Run folder: `config.json`, `model.safetensors` (at the end), `metrics.jsonl`, `state/` (to resume: weights in training space,
 Adam's moments, counters, position in the data). A resumed run gives, bit for bit on the CPU, what an uninterrupted one gives.
@@ -28,7 +28,7 @@ from lorsa_utils import store
 from lorsa_utils.activations import ActivationBatch, ActivationSource
 from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.initialize import CALIBRATION_SEQUENCES, initialize
-from lorsa_utils.lorsa import Lorsa, SparseOutput
+from lorsa_utils.lorsa import Lorsa, Scaling, SparseOutput
 from lorsa_utils.metrics import module_input
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.sae import SAE
@@ -75,7 +75,7 @@ class Run:
     def __init__(self, spec: RunSpec, source: Mapping[str, Any], device: torch.device) -> None:
         self.spec, self.source, self.device = spec, dict(source), device
         self.module: Lorsa | SAE = (Lorsa(spec.module) if isinstance(spec.module, LorsaConfig) else SAE(spec.module)).to(device)
-        self.input_scale = self.output_scale = 1.0
+        self.scaling = Scaling(torch.zeros(spec.module.d_model, device=device), 1.0, 1.0)
         self.step = self.tokens_seen = 0
         self.seconds = 0.0
         self.since_fired = torch.zeros(self.module.n_units, dtype=torch.long, device=device)
@@ -98,7 +98,7 @@ class Run:
         """Initialise from a calibration batch of raw activations."""
         layer, train = self.spec.layer, self.spec.train
         x, y = (side[layer].to(self.device, torch.float32) for side in (batch.inputs, batch.outputs))
-        self.input_scale, self.output_scale = initialize(self.module, site, x, y, batch.mask.to(self.device), train.init, train.seed)
+        self.scaling = initialize(self.module, site, x, y, batch.mask.to(self.device), train.init, train.seed)
 
     def train_step(self, batch: ActivationBatch) -> None:
         """One optimizer step on a batch of raw activations.
@@ -107,8 +107,8 @@ class Run:
             UserError: the loss or a gradient is not finite; the weights are those before this step.
         """
         train, layer = self.spec.train, self.spec.layer
-        x = module_input(self.module, batch.inputs[layer], batch.outputs[layer]).to(self.device, torch.float32) * self.input_scale
-        y = batch.outputs[layer].to(self.device, torch.float32) * self.output_scale
+        x = self.scaling.inputs(module_input(self.module, batch.inputs[layer], batch.outputs[layer]).to(self.device, torch.float32))
+        y = self.scaling.targets(batch.outputs[layer].to(self.device, torch.float32))
         mask = batch.mask.to(self.device)
         n_tokens = int(mask.sum())
         self._set_learning_rate(n_tokens)
@@ -216,13 +216,13 @@ class Run:
         for index, parameter in enumerate(self.parameters):
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{index}.{name}"] = value
-        tensors["since_fired"] = self.since_fired
+        tensors["since_fired"], tensors["input_mean"] = self.since_fired, self.scaling.input_mean
         counters = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "seconds": self.seconds,
-            "input_scale": self.input_scale,
-            "output_scale": self.output_scale,
+            "input_scale": self.scaling.input_scale,
+            "output_scale": self.scaling.output_scale,
             "recent": [{name: float(value) for name, value in row.items()} for row in self._recent],
         }
         # Counters ride in the same file's header: one rename makes the whole state new at once.
@@ -251,14 +251,14 @@ class Run:
                 self.optimizer.state[parameter] = state
         self.since_fired = tensors["since_fired"]
         self.step, self.tokens_seen, self.seconds = counters["step"], counters["tokens_seen"], counters["seconds"]
-        self.input_scale, self.output_scale = counters["input_scale"], counters["output_scale"]
+        self.scaling = Scaling(tensors["input_mean"], counters["input_scale"], counters["output_scale"])
         self._recent = counters["recent"]
 
     def finished_module(self) -> Lorsa | SAE:
         """A copy for raw activations: scales folded in, write directions of norm 1."""
         copy = type(self.module)(self.module.config).to(self.device)  # type: ignore[arg-type]
         copy.load_state_dict(self.module.state_dict())
-        copy.fold_scales(self.input_scale, self.output_scale)
+        copy.fold(self.scaling)
         copy.fold_norms()
         return copy.requires_grad_(False)
 

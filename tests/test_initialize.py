@@ -12,7 +12,7 @@ from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
 from lorsa_utils.config import LorsaConfig, SAEConfig
 from lorsa_utils.initialize import initialize, match_scale, norm_scale
-from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.models import load_model
 from lorsa_utils.sae import SAE
 from lorsa_utils.store import UserError
@@ -22,17 +22,16 @@ X, Y, MASK = SOURCE.inputs[0], SOURCE.outputs[0], SOURCE.mask
 CONFIG = LorsaConfig(d_model=D_MODEL, n_ov_heads=64, n_qk_heads=4, d_qk=D_HEAD, k=64, rotary=ROTARY, score="abs")
 
 
-def started(config: LorsaConfig | SAEConfig = CONFIG, init: str = "mhsa", seed: int = 0) -> tuple[Any, float, float]:
-    """A module for raw activations, and the scales of its training space."""
+def started(config: LorsaConfig | SAEConfig = CONFIG, init: str = "mhsa", seed: int = 0) -> tuple[Any, Scaling]:
+    """A module and the space it is trained in."""
     module = Lorsa(config) if isinstance(config, LorsaConfig) else SAE(config)
-    scales = initialize(module, toy_site(), X, Y, MASK, init, seed)
-    return module, *scales
+    return module, initialize(module, toy_site(), X, Y, MASK, init, seed)
 
 
 @torch.no_grad()
-def fvu(module: Any, input_scale: float, output_scale: float, x: torch.Tensor = X) -> float:
-    counted = Y[MASK] * output_scale
-    error = module(x * input_scale).y[MASK] - counted
+def fvu(module: Any, scaling: Scaling, x: torch.Tensor = X) -> float:
+    counted = scaling.targets(Y[MASK])
+    error = module(scaling.inputs(x)).y[MASK] - counted
     return float(error.square().sum() / (counted - counted.mean(0)).square().sum())
 
 
@@ -54,8 +53,7 @@ def test_patterns_are_the_models(tmp_path: Path, kind: str) -> None:
     site = lm.site(1)
     x, y = lm.capture(random_tokens(3, 20), [1])[1]
     module = Lorsa(Lorsa.config_for_site(site, n_heads=24, n_qk=2 * site.n_heads, k=4))
-    scales = initialize(module, site, x, y, torch.ones(3, 20, dtype=torch.bool), "mhsa", 0)
-    module.fold_scales(*scales)
+    module.fold(initialize(module, site, x, y, torch.ones(3, 20, dtype=torch.bool), "mhsa", 0))
     patterns = site.pattern(x)
     nearest = []
     for group in range(2 * site.n_heads):
@@ -69,8 +67,16 @@ def test_heads_write_inside_the_output_space_of_their_mhsa_head() -> None:
     module, *_ = started()
     site = toy_site()
     for head in range(64):
-        inside = [float((module.W_O[head] @ torch.linalg.pinv(W_O) @ W_O).norm()) for W_O in site.W_O]
+        inside = [float((module.W_O[head].detach() @ torch.linalg.pinv(W_O) @ W_O).norm()) for W_O in site.W_O]
         assert max(inside) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_activations_start_with_mean_zero() -> None:
+    """A Lorsa head carries its MHSA head's deviation from the mean; the mean itself is in b_O."""
+    module, scaling = started()
+    z = module.pre_activations(scaling.inputs(X))[MASK]
+    assert z.std() > 0.1
+    assert z.mean(dim=0).abs().max() < 1e-3 * z.std()
 
 
 @pytest.mark.parametrize("init", ["mhsa", "random"])
@@ -78,14 +84,16 @@ def test_heads_write_inside_the_output_space_of_their_mhsa_head() -> None:
     "config", [CONFIG, CONFIG.replace(k=8, score="relu"), SAEConfig(D_MODEL, 40, 6), SAEConfig(D_MODEL, 40, 6, kind="transcoder")]
 )
 def test_what_every_start_promises(config: LorsaConfig | SAEConfig, init: str) -> None:
-    """Mean token norm sqrt(d) of what is read and written, unit write directions, the mean as bias, the size of the target."""
-    module, input_scale, output_scale = started(config, init)
+    """Mean zero, mean norm sqrt(d) of what is read and written, unit write directions, the mean as bias, the target's size."""
+    module, scaling = started(config, init)
     read = Y if getattr(config, "kind", "lorsa") == "sae" else X
-    assert float((read[MASK] * input_scale).norm(dim=1).mean()) == pytest.approx(D_MODEL**0.5, rel=1e-4)
-    assert float((Y[MASK] * output_scale).norm(dim=1).mean()) == pytest.approx(D_MODEL**0.5, rel=1e-4)
+    inputs, targets = scaling.inputs(read), scaling.targets(Y)
+    assert inputs[MASK].mean(dim=0).abs().max() < 1e-4
+    assert float(inputs[MASK].norm(dim=1).mean()) == pytest.approx(D_MODEL**0.5, rel=1e-4)
+    assert float(targets[MASK].norm(dim=1).mean()) == pytest.approx(D_MODEL**0.5, rel=1e-4)
     assert torch.allclose(module.W_O.norm(dim=1), torch.ones(module.n_units), atol=1e-5)
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
-    assert match_scale(module, read * input_scale, Y * output_scale, MASK) == pytest.approx(1.0, abs=1e-3)
+    assert match_scale(module, inputs, targets, MASK) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_padding_does_not_reach_a_start() -> None:
@@ -94,9 +102,11 @@ def test_padding_does_not_reach_a_start() -> None:
     padding = ~MASK & (torch.arange(X.shape[1]) > 0)
     spoiled_x[padding], spoiled_y[padding] = 50.0, -70.0
     for config in (CONFIG, SAEConfig(D_MODEL, 40, 6), SAEConfig(D_MODEL, 40, 6, kind="transcoder")):
-        clean, *scales = started(config)
+        clean, scaling = started(config)
         module = Lorsa(config) if isinstance(config, LorsaConfig) else SAE(config)
-        assert initialize(module, toy_site(), spoiled_x, spoiled_y, MASK, "mhsa", 0) == pytest.approx(tuple(scales), rel=1e-5)
+        spoiled = initialize(module, toy_site(), spoiled_x, spoiled_y, MASK, "mhsa", 0)
+        assert spoiled[1:] == pytest.approx(scaling[1:], rel=1e-5)
+        assert torch.allclose(spoiled.input_mean, scaling.input_mean, atol=1e-5)
         for name, parameter in module.named_parameters():
             assert torch.allclose(parameter, clean.get_parameter(name), atol=1e-4), name
 

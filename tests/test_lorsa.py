@@ -16,7 +16,7 @@ from toys import D_HEAD, D_MODEL, ROTARY, lorsa_configs, random_inputs, random_l
 
 from lorsa_utils import ops, reference, store
 from lorsa_utils.config import LorsaConfig
-from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.models import load_model
 from lorsa_utils.sae import SAE, load_module
 from lorsa_utils.store import UserError
@@ -219,12 +219,15 @@ def test_folding_norms_with_a_head_that_writes_nothing() -> None:
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_folding_scales_turns_scaled_activations_into_raw_ones(qk_norm: bool) -> None:
+def test_folding_turns_training_space_into_raw_activations_and_back(qk_norm: bool) -> None:
     module = random_lorsa(dtype=torch.float64, qk_norm=qk_norm)
     x = random_inputs(2, 6, dtype=torch.float64)
-    trained = module(0.3 * x).y / 7.0
-    module.fold_scales(0.3, 7.0)
-    assert torch.allclose(module(x).y, trained, atol=1e-10)
+    scaling = Scaling(torch.randn(x.shape[-1], dtype=torch.float64), 0.3, 7.0)
+    trained = module(scaling.inputs(x)).y
+    module.fold(scaling)
+    assert torch.allclose(module(x).y, trained / 7.0, atol=1e-10)
+    module.unfold(scaling)
+    assert torch.allclose(module(scaling.inputs(x)).y, trained, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------------- saving and loading

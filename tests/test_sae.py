@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from toys import random_inputs, random_lorsa, random_sae, randomized
 
 from lorsa_utils.config import SAEConfig
+from lorsa_utils.lorsa import Scaling
 from lorsa_utils.metrics import module_input
 from lorsa_utils.sae import SAE
 
@@ -67,8 +68,9 @@ def test_gradients() -> None:
 @pytest.mark.parametrize("kind", ["sae", "transcoder"])
 def test_folding_keeps_outputs(kind: Literal["sae", "transcoder"]) -> None:
     module, x = random_sae(dtype=torch.float64, kind=kind), random_inputs(2, 5, dtype=torch.float64)
-    trained = module(0.3 * x).y / 7.0
-    module.fold_scales(0.3, 7.0)
+    scaling = Scaling(torch.randn(x.shape[-1], dtype=torch.float64), 0.3, 7.0)
+    trained = module(scaling.inputs(x)).y / 7.0
+    module.fold(scaling)
     module.fold_norms()
     assert torch.allclose(module(x).y, trained, atol=1e-10)
     assert torch.allclose(module.W_O.norm(dim=1), torch.ones(24, dtype=torch.float64), atol=1e-12)

@@ -400,8 +400,8 @@ def test_the_log_says_what_happened(tmp_path: Path) -> None:
     one = spec(tmp_path, "sae", log_every=1, aux_k=0)
     run = prepare_runs([one], SOURCE, SITES)[0]
     batch = next(iter(SOURCE.batches(3)))
-    y = batch.outputs[1] * run.output_scale
-    result = run.module(batch.outputs[1] * run.input_scale)
+    y = run.scaling.targets(batch.outputs[1])
+    result = run.module(run.scaling.inputs(batch.outputs[1]))
     error, counted = (result.y - y)[batch.mask].detach(), y[batch.mask]
     run.train_step(batch)
     row = run.recent_metrics()
@@ -429,9 +429,10 @@ def test_the_saved_module_takes_raw_activations(tmp_path: Path, name: str) -> No
     saved = load_module(tmp_path / name)
     batch = next(iter(SOURCE.batches(20)))
     raw = module_input(saved, batch.inputs[run.spec.layer], batch.outputs[run.spec.layer])
-    trained, loaded = run.module(raw * run.input_scale), saved(raw)
-    assert abs(run.input_scale - 1) > 0.1
-    assert torch.allclose(loaded.y, trained.y / run.output_scale, atol=1e-4)
+    trained, loaded = run.module(run.scaling.inputs(raw)), saved(raw)
+    assert abs(run.scaling.input_scale - 1) > 0.1
+    assert run.scaling.input_mean.abs().max() > 0.01
+    assert torch.allclose(loaded.y, trained.y / run.scaling.output_scale, atol=1e-4)
     assert torch.equal(loaded.indices.sort(-1).values[batch.mask], trained.indices.sort(-1).values[batch.mask])
     assert torch.allclose(saved.W_O.norm(dim=1), torch.ones(saved.n_units), atol=1e-5)
     config = store.read_json(tmp_path / name / "config.json")
