@@ -159,11 +159,11 @@ class TrainConfig(Config):
 
     tokens: int = 250_000
     """Budget."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Sequences in one step."""
     lr: float = 1e-3
     """Adam's learning rate on the plateau."""
-    qk_lr_factor: float = 0.1
+    qk_lr_factor: float = 0.2
     """Factor on it for W_Q, W_K and their biases: copied attention patterns want smaller steps than fresh reads and writes."""
     warmup: float = 0.05
     """Share of the budget with a rising learning rate."""
@@ -179,11 +179,11 @@ class TrainConfig(Config):
     """Heads kept at the first step, falling exponentially to k; 0 means k from the start."""
     k_warmup: float = 0.2
     """Share of the budget over which it falls."""
-    aux_k: int = 0
+    aux_k: int = 32
     """AuxK: dead heads that rebuild the remaining error at each step; 0 means none."""
     aux_weight: float = 1 / 32
     """Weight of the AuxK loss."""
-    dead_window: int = 20_000
+    dead_window: int = 8_000
     """Tokens without an activation after which training counts a head as dead."""
     freeze_qk: bool = False
     """Leave W_Q, W_K and their biases at the start."""
@@ -239,7 +239,7 @@ class Profile(Config):
     """Features of the SAE with as many parameters as Lorsa."""
     seeds: int
     """Seeds of what is repeated over seeds (the toy of notebook 00)."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Sequences in one training step."""
 
     @property

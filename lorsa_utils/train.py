@@ -1,7 +1,8 @@
 """Train Lorsa layers and SAE baselines on the same tokens from one pass over the activations.
 
 One step, for every run: predict the layer's output from its input (the SAE: from itself), mean squared error over counted
-tokens, Adam. No auxiliary loss (paper, Sec. 3) unless AuxK is asked for. Weights live in a space where inputs have
+tokens, Adam. Unlike the paper (Sec. 3: no auxiliary loss), heads that have been silent for `dead_window` tokens also learn, through
+AuxK, to rebuild the error that the live ones leave; `aux_k=0` switches that off. Weights live in a space where inputs have
 mean 0, and inputs and targets mean norm sqrt(d_model) (`lorsa.Scaling`); what is saved takes raw activations.
 
 Run folder: `config.json`, `model.safetensors` (at the end), `metrics.jsonl`, `state/` (to resume: weights in training space,
