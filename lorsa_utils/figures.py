@@ -144,11 +144,11 @@ def scatter_fvu(data: pd.DataFrame, title: str = "P4: FVU of Lorsa against the S
     figure = new_figure(title, "FVU of the SAE (held-out)", "FVU of Lorsa (held-out)")
     end = 1.05 * float(data[["lorsa", "sae"]].to_numpy().max())
     figure.add_scatter(x=[0, end], y=[0, end], mode="lines", line={"color": "#999999", "dash": "dash"}, name="equal")
+    data = data.sort_values("sae")
     labels = [f"layer {layer}" for layer in data["layer"]]
+    sides = [("top center", "bottom center")[number % 2] for number in range(len(data))]  # neighbours would cover each other
     marker = {"size": 10, "color": PALETTE[0]}
-    figure.add_scatter(
-        x=data["sae"], y=data["lorsa"], text=labels, mode="markers+text", textposition="top center", marker=marker, name="layers"
-    )
+    figure.add_scatter(x=data["sae"], y=data["lorsa"], text=labels, mode="markers+text", textposition=sides, marker=marker, name="layers")
     if len(data) >= 3:
         correlation = float(np.corrcoef(data["sae"], data["lorsa"])[0, 1])
         note = f"r = {correlation:.2f} over {len(data)} layers"

@@ -320,7 +320,7 @@ def trained(
     """Run folders of trained modules. Those not trained yet are trained now, together, on the same tokens.
 
     Args:
-        run: the notebook's context; runs lie in `<folder>/runs/<name>-<hash of all settings>`.
+        run: the notebook's context; runs lie in `<folder>/runs/<name>-<hash of settings, text and code>`.
         model: the language model, for the starts.
         source: training activations.
         modules: name to layer and shape.
@@ -328,9 +328,12 @@ def trained(
     """
     from lorsa_utils.train import RunSpec, train_runs
 
+    # Runs of an older version of this code must not pass for runs of this one.
+    code = [store.sha256_file(Path(__file__).with_name(f"{name}.py")) for name in ("ops", "lorsa", "sae", "initialize", "train")]
     specs = {}
     for name, (layer, module) in modules.items():
-        key = {"kit": __version__, "layer": layer, "module": module.to_dict(), "train": train.to_dict(), "source": source.identity()}
+        settings = {"layer": layer, "module": module.to_dict(), "train": train.to_dict(), "source": source.identity()}
+        key = {"kit": __version__, "code": code, **settings}
         specs[name] = RunSpec(name, layer, module, train, run.folder / "runs" / f"{name}-{store.sha256_json(key)[:8]}")
     # A killed run can leave modules saved at different steps; each group goes on from its own.
     groups: dict[str | None, list[RunSpec]] = {}
