@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import save_tiny_model
 from toys import D_HEAD, D_MODEL, ROTARY, lorsa_configs, random_inputs, random_lorsa, random_sae, randomized
 
-from lorsa_utils import ops, reference, store
+from lorsa_utils import reference, store
 from lorsa_utils.config import LorsaConfig
 from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.models import load_model
@@ -374,4 +374,3 @@ def test_reference_decode_can_be_asked_for() -> None:
     indices, values = module.encode(x, backend="reference")
     assert torch.allclose(module.decode(indices, values, backend="reference"), module(x).y, atol=1e-10)
     assert torch.allclose(module.decode(indices, values, bias=False) + module.b_O, module(x).y, atol=1e-10)
-    assert ops.BACKENDS[0] == "torch"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import save_tiny_model
 from torch import Tensor
-from toys import D_MODEL, ToySource, random_lorsa, random_sae, random_sequences, sequences_of
+from toys import ToySource, random_lorsa, random_sae, random_sequences, sequences_of
 
+from lorsa_utils.activations import ActivationStream
 from lorsa_utils.lorsa import SparseOutput
 from lorsa_utils.metrics import MeanTarget, Reconstruction, evaluate_activations, evaluate_spliced, mean_of
 from lorsa_utils.models import LanguageModel, load_model
@@ -189,16 +189,13 @@ def test_splicing_does_not_depend_on_batch_size_or_padding(lm: LanguageModel) ->
 
 
 def test_splicing_and_activations_measure_the_same(lm: LanguageModel) -> None:
-    from lorsa_utils.activations import ActivationStream
-
     sequences, module = random_sequences(5, 16), random_lorsa(d_model=64)
     spliced = evaluate_spliced(lm, 2, module, sequences, batch_size=2)
     alone = evaluate_activations({"m": (2, module)}, ActivationStream(lm, sequences, [2]), 5)["m"]
     assert {name: spliced[name] for name in KEYS} == pytest.approx(alone, rel=1e-5)
-    assert D_MODEL != 64
 
 
-def test_the_model_is_left_as_it_was(lm: LanguageModel, tmp_path: Path) -> None:
+def test_the_model_is_left_as_it_was(lm: LanguageModel) -> None:
     sequences = random_sequences(3, 8)
     before = lm.logits(sequences.tokens.long())
     evaluate_spliced(lm, 0, random_lorsa(d_model=64), sequences)

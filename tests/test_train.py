@@ -21,7 +21,7 @@ from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 from lorsa_utils import store, train
 from lorsa_utils.activations import ActivationBatch
 from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
-from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.metrics import evaluate_activations, module_input
 from lorsa_utils.sae import load_module
 from lorsa_utils.store import UserError
@@ -468,6 +468,7 @@ def shadowed(folder: Path, aux_k: int) -> Run:
     """Feature 7 would be right for axis 7, but feature 0 always scores higher there: it never fires and so never learns."""
     settings = TrainConfig(tokens=2000, batch_size=4, lr=3e-3, aux_k=aux_k, aux_weight=1.0, dead_window=60, warmup=0.0, decay=0.0)
     run = prepare_runs([RunSpec("sae", 0, SAEConfig(D_MODEL, 8, 1), settings, folder)], Axes(), SITES)[0]
+    run.scaling = Scaling(torch.zeros(D_MODEL), 1.0, 1.0)  # the axes stay where they are
     with torch.no_grad():
         run.module.W_O.copy_(torch.eye(8, D_MODEL))
         run.module.W_E.copy_(torch.eye(8, D_MODEL))  # type: ignore[operator]
