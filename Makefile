@@ -9,8 +9,6 @@ TORCH   ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 LOCK    := build/lock
 # Asked for only by other Python versions than the one that locks, and pinned for them (papermill on 3.12).
 ALSO_LOCKED := aiohttp
-# Notebooks that need no artefact of another one: a reader may open them first, so they also run as they are.
-SELF_CONTAINED := $(wildcard notebooks/00_*.ipynb)
 
 # The mark is the last thing that set-up writes, and it holds the folder's path: an environment half made, copied, moved
 # or left without its interpreter has no valid mark and is made again.
@@ -33,7 +31,6 @@ reproduce: $(READY)  ## run all notebooks and write data/runs/$PROFILE/index.htm
 
 test: $(READY) browser lint  ## run every check and test
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-	$(if $(SELF_CONTAINED),$(PY) -m pytest --nbmake --nbmake-timeout=900 $(SELF_CONTAINED))
 
 test-fast: $(READY)  ## run the tests that take seconds
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not browser"

@@ -164,7 +164,7 @@ class TrainConfig(Config):
     lr: float = 1e-3
     """Adam's learning rate on the plateau."""
     qk_lr_factor: float = 0.2
-    """Factor on it for W_Q, W_K and their biases: copied attention patterns want smaller steps than fresh reads and writes."""
+    """Factor on it for W_Q, W_K and their biases: attention patterns want smaller steps than reads and writes."""
     warmup: float = 0.05
     """Share of the budget with a rising learning rate."""
     decay: float = 0.2

@@ -9,7 +9,7 @@ direction of the head's output space and reads what makes its z the head output'
 so that z = w_o . (head output - its mean). Attention outputs fill only a part of the residual stream; heads drawn outside that
 part would be dead from the start.
 
-Lorsa, `random`: weights of the size that linear layers usually start with; heads write along their reading direction's image.
+Lorsa, `random`: every weight is drawn from a normal distribution of variance 1 / d_model.
 
 SAE and transcoder: write directions are drawn from the data's covariance, read directions equal them (SAE) or are the
 least-squares map to them (transcoder).

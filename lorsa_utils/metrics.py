@@ -190,12 +190,14 @@ def evaluate_spliced(
     run(ablated, ablate)
     bar.close()
     gap = ablated.mean - original.mean
+    if gap == 0:
+        raise UserError(f"Replacing layer {layer} by its mean does not change the loss on this text at all; give a longer text.")
     return {
         **sums.result(),
         "ce": original.mean,
         "ce_spliced": spliced.mean,
         "ce_mean_ablated": ablated.mean,
-        "ce_recovered": (ablated.mean - spliced.mean) / gap if gap else float("nan"),
+        "ce_recovered": (ablated.mean - spliced.mean) / gap,
     }
 
 

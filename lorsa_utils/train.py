@@ -143,11 +143,8 @@ class Run:
             return error.new_zeros(())
         indices, values = self.module.select(output.pre_activations, min(train.aux_k, n_dead), among=dead)
         rebuilt = self.module.decode(indices, values, bias=False)
-        left_over = error.detach()
-        miss = torch.where(mask[..., None], rebuilt + left_over, 0.0).square().sum()
-        # Relative to the error's own size the aux loss stays commensurate as training goes on.
-        scale = left_over.square().sum().clamp_min(1e-12)
-        return train.aux_weight * miss / scale * left_over.square().mean()
+        miss = torch.where(mask[..., None], rebuilt + error.detach(), 0.0).square().sum()
+        return train.aux_weight * miss / (mask.sum().clamp_min(1) * error.shape[-1])
 
     def _require_finite(self, loss: Tensor, norm: Tensor) -> None:
         if not torch.isfinite(loss + norm):
