@@ -44,7 +44,7 @@ class NotebookStatus:
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON-ready dict."""
-        return asdict(self)
+        return asdict(self) | {"seconds": round(self.seconds, 1)}
 
 
 def notebooks_dir() -> Path:
