@@ -366,7 +366,7 @@ def toy_cosines(panels: Mapping[str, Any], units: Sequence[str], title: str = "P
     figure.update_layout(template=TEMPLATE, title={"text": title}, coloraxis={"colorscale": "RdBu_r", "cmin": -1, "cmax": 1})
     figure.update_layout(coloraxis_colorbar={"title": "cosine"})
     _as_map(figure, len(matrices[0]))
-    figure.update_layout(margin={"t": 95, "b": 30})
+    figure.update_layout(margin={"t": 80, "b": 30}, title={"y": 0.97, "yanchor": "top"})
     figure.update_xaxes(showticklabels=False, ticks="")
     figure.update_yaxes(title="true unit", col=1)
     return figure
@@ -425,7 +425,7 @@ def toy_activity(active: Any, activations: Any, tokens: Sequence[str], units: Se
     figure.update_layout(template=TEMPLATE, title={"text": title}, coloraxis={"colorscale": "Blues", "cmin": 0})
     figure.update_layout(coloraxis_colorbar={"title": "activation"})
     _as_map(figure, len(units))
-    figure.update_layout(margin={"t": 95})
+    figure.update_layout(margin={"t": 80}, title={"y": 0.97, "yanchor": "top"})
     figure.update_xaxes(tickangle=-90)
     figure.update_yaxes(title="unit", col=1)
     return figure

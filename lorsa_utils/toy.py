@@ -62,7 +62,7 @@ class ToyConfig(Config):
     """Lorsa heads kept for each token."""
     lorsa_steps: int = 600
     """Training steps of Lorsa."""
-    lorsa_lr: float = 2e-2
+    lorsa_lr: float = 1e-2
     """Its learning rate."""
     batch_size: int = 64
     """Sequences in one step of either."""
@@ -196,12 +196,15 @@ def output(site: AttentionSite, x: Tensor, head_weights: Tensor | None = None) -
 def start_lorsa(language: Language, site: AttentionSite, seed: int) -> Run:
     """A Lorsa at its `mhsa` start, ready to be trained on what the attention layer reads and writes."""
     config = language.config
+    # Everything that changes the result is written down here, so that the kit's defaults can move without it.
     train = TrainConfig(
         tokens=config.lorsa_steps * config.batch_size * (config.length - 1),
         batch_size=config.batch_size,
         lr=config.lorsa_lr,
-        qk_lr_factor=1.0,  # units look for other tokens than the heads whose queries and keys were copied
+        qk_lr_factor=0.3,
+        warmup=0.05,
         decay=0.4,
+        aux_k=0,
         seed=seed,
     )
     run = Run(RunSpec("toy", 0, config.lorsa(), train, Path()), {}, torch.device("cpu"))
