@@ -1,9 +1,10 @@
 """The toy with known units: its language against hand-made sentences, its scores against known answers, and that units are found."""
 
+import pandas as pd
 import pytest
 import torch
 
-from lorsa_utils import toy
+from lorsa_utils import figures, toy
 from lorsa_utils.config import RotaryConfig
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.store import UserError
@@ -157,3 +158,27 @@ class TestTraining:
             scores = torch.tensor([float(each[baseline]) for each in cosine])
             assert scores.max() < most
             assert (lorsa - scores).min() > 0.05
+
+
+class TestFigures:
+    def test_maps_hold_the_numbers_they_are_given(self, language: toy.Language, sample: toy.Sample) -> None:
+        names = [language.unit_name(unit) for unit in range(CONFIG.n_units)]
+        shares = toy.unit_shares(language, toy.head_parts(hand_made_site(language), sample))
+        data = figures.figure_data(figures.toy_shares(shares, names))
+        assert data["z"].to_numpy() == pytest.approx(shares.flatten().numpy())
+        assert data["y"].tolist() == [name for name in names for _ in range(CONFIG.n_heads)]
+        cosines = figures.toy_cosines({"two": torch.eye(12)[:, :2], "all": torch.eye(12)}, names)
+        assert [trace.z.shape for trace in cosines.data] == [(12, 2), (12, 12)]
+        activity = figures.toy_activity(torch.eye(12), torch.zeros(12, 12), ["a1"] * 12, names)
+        assert [trace.x[0] for trace in activity.data] == ["1 a1", "1 a1"]
+
+    def test_recovery_shows_means_over_units_and_seeds(self) -> None:
+        rows = [("Lorsa", seed, 0.9 + 0.1 * seed + shift, 0.5) for seed in (0, 1) for shift in (-0.1, 0.1)]
+        data = pd.DataFrame(rows, columns=["candidates", "seed", "cosine", "correlation"])
+        bar, points, *_ = figures.toy_recovery(data).data
+        assert list(bar.x) == pytest.approx([0.95])
+        assert list(points.x) == pytest.approx([0.9, 1.0])
+
+    def test_table_shows_every_cell(self) -> None:
+        table = figures.toy_table(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}), "T")
+        assert [list(column) for column in table.data[0].cells.values] == [["1", "2"], ["x", "y"]]
