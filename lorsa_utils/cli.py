@@ -85,7 +85,7 @@ def _text_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--bos", choices=("auto", "prepend", "none"), default="auto", help="BOS in front of every sequence")
     sub.add_argument("--held-out-tokens", type=_count, default=100_000, metavar="N", help="tokens to measure on")
     sub.add_argument("--seed", type=int, default=0, help="order of the text, and start of the module")
-    sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one step")
+    sub.add_argument("--batch-size", type=_count, default=4, help="sequences in one step")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
