@@ -391,7 +391,7 @@ def test_interrupted_training_tells_how_to_go_on(
                 raise KeyboardInterrupt
             super().train_step(batch)
 
-    arguments = ["train", "--model", model, "--text", text, "--layer", "1", "--out", tmp_path / "run", *SHAPE]
+    arguments = ["train", "--model", model, "--text", text, "--layer", "1", "--out", tmp_path / "run", "--batch-size", "8", *SHAPE]
     with monkeypatch.context() as patch:
         patch.setattr(train, "Run", Interrupted)
         assert lorsa(*arguments) == 130
