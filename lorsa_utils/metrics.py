@@ -12,7 +12,7 @@ size or on padding. mean(y) is the mean over the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -199,9 +199,3 @@ def evaluate_spliced(
         "ce_mean_ablated": ablated.mean,
         "ce_recovered": (ablated.mean - spliced.mean) / gap,
     }
-
-
-def mean_of(results: Iterable[Mapping[str, float]], key: str) -> float:
-    """Plain mean of one number over several results."""
-    values = [result[key] for result in results]
-    return sum(values) / len(values)

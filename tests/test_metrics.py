@@ -13,7 +13,7 @@ from toys import ToySource, random_lorsa, random_sae, random_sequences, sequence
 
 from lorsa_utils.activations import ActivationStream
 from lorsa_utils.lorsa import SparseOutput
-from lorsa_utils.metrics import MeanTarget, Reconstruction, evaluate_activations, evaluate_spliced, mean_of
+from lorsa_utils.metrics import MeanTarget, Reconstruction, evaluate_activations, evaluate_spliced
 from lorsa_utils.models import LanguageModel, load_model
 from lorsa_utils.store import UserError
 
@@ -73,10 +73,6 @@ def test_nothing_to_measure_is_a_sentence() -> None:
         measured(TARGETS, output(TARGETS), torch.zeros_like(MASK))
     with pytest.raises(UserError, match=r"FVU is undefined"):
         measured(torch.ones(1, 3, 2), output(torch.ones(1, 3, 2)), torch.ones(1, 3, dtype=torch.bool))
-
-
-def test_mean_of() -> None:
-    assert mean_of([{"fvu": 1.0}, {"fvu": 2.0}], "fvu") == 1.5
 
 
 # ------------------------------------------------------------------------------------------------------ over whole sources
