@@ -7,8 +7,15 @@ run goes on from the last listed shard, and a cut, flipped or foreign shard is n
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import itertools
+import os
+import queue
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,8 +38,12 @@ TextName = str | Sequence[str]
 """Where text came from: `embedded`, a dataset's id, or a list of absolute paths. Told to people, never compared: hashes are."""
 
 
+Part = tuple[int, int]
+"""Rank and number of processes that share every batch; (0, 1) is one process alone."""
+
+
 class ActivationBatch(NamedTuple):
-    """A few sequences with what the asked layers read and wrote."""
+    """A few sequences with what the asked layers read and wrote; of a shared batch, every `world`-th sequence from `rank` on."""
 
     tokens: Tensor
     """[batch, length] token ids."""
@@ -42,6 +53,8 @@ class ActivationBatch(NamedTuple):
     """Per layer, what attention reads, [batch, length, d_model]."""
     outputs: dict[int, Tensor]
     """Per layer, what attention writes, [batch, length, d_model]."""
+    whole_mask: Tensor
+    """The mask of the whole batch, of which `mask` may be a part, [whole batch, length]; on the CPU."""
 
 
 class ActivationSource(Protocol):
@@ -52,8 +65,14 @@ class ActivationSource(Protocol):
     n_tokens: int
     context: int
 
-    def batches(self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None) -> Iterator[ActivationBatch]:
-        """Batches in stored order from sequence `start` to the end (one epoch); the last one may be smaller."""
+    def batches(
+        self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
+    ) -> Iterator[ActivationBatch]:
+        """Batches in stored order from sequence `start` to the end (one epoch); the last one may be smaller.
+
+        With `part` (rank, world) each batch comes with its sequences rank, rank + world, ... alone. Where there are none, the first
+        one comes with a mask of False, so that every rank makes every step.
+        """
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two sources to give the same batches (model, text, BOS policy, dtype)."""
@@ -69,27 +88,88 @@ class ActivationStream:
             UserError: a layer is out of range.
         """
         for layer in layers:
-            model.site(layer)
+            model.module_path(layer)  # refuses a layer that is not there
         self.model, self.sequences, self.text = model, sequences, text
         self.layers = tuple(sorted(set(layers)))
         self.n_sequences, self.context = sequences.tokens.shape
         self.n_tokens = sequences.n_tokens
 
-    def batches(self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None) -> Iterator[ActivationBatch]:
+    def batches(
+        self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
+    ) -> Iterator[ActivationBatch]:
         """See `ActivationSource.batches`."""
         chosen = self.layers if layers is None else tuple(layers)
-        device = self.model.device
         for first in range(start, self.n_sequences, batch_size):
-            tokens = self.sequences.tokens[first : first + batch_size].to(device, torch.long)
-            mask = self.sequences.mask[first : first + batch_size].to(device)
+            whole = self.sequences.mask[first : first + batch_size]
+            rows, mask = own_rows(whole, part)
+            tokens = self.sequences.tokens[first : first + batch_size][rows].to(self.model.device, torch.long)
             captured = self.model.capture(tokens, chosen)
-            yield ActivationBatch(
-                tokens, mask, {layer: pair[0] for layer, pair in captured.items()}, {layer: pair[1] for layer, pair in captured.items()}
-            )
+            inputs, outputs = ({layer: pair[side] for layer, pair in captured.items()} for side in (0, 1))
+            yield ActivationBatch(tokens, mask.to(self.model.device), inputs, outputs, whole)
 
     def identity(self) -> dict[str, Any]:
         """See `ActivationSource.identity`."""
         return {**source_identity(self.model, self.sequences, self.text), "dtype": str(self.model.dtype).removeprefix("torch.")}
+
+
+def prepared_ahead(batches: Iterator[ActivationBatch], device: torch.device) -> Iterator[ActivationBatch]:
+    """The same batches, each made by a thread while the caller works on the one before; for a GPU, there and in a stream of its own."""
+    slots: queue.Queue[tuple[ActivationBatch | None, Any]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def put(batch: ActivationBatch | None, note: Any) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                slots.put((batch, note), timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            with torch.cuda.stream(stream):
+                for batch in batches:
+                    moved = _move(batch, device)
+                    put(moved, stream.record_event() if stream else None)
+                    if stopped.is_set():
+                        return
+            put(None, None)
+        except BaseException as error:  # the caller is told, whatever it is
+            put(None, error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, note = slots.get()
+            if batch is None:
+                if note is not None:
+                    raise note
+                return
+            if stream:
+                torch.cuda.current_stream(device).wait_event(note)
+                for tensor in (batch.tokens, batch.mask, *batch.inputs.values(), *batch.outputs.values()):
+                    tensor.record_stream(torch.cuda.current_stream(device))
+            yield batch
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _move(batch: ActivationBatch, device: torch.device) -> ActivationBatch:
+    def move(tensor: Tensor) -> Tensor:
+        from_memory = device.type == "cuda" and tensor.device.type == "cpu"
+        return (tensor.pin_memory() if from_memory else tensor).to(device, non_blocking=True)
+
+    inputs, outputs = ({layer: move(tensor) for layer, tensor in side.items()} for side in (batch.inputs, batch.outputs))
+    return ActivationBatch(move(batch.tokens), move(batch.mask), inputs, outputs, batch.whole_mask)
+
+
+def own_rows(whole_mask: Tensor, part: Part) -> tuple[slice, Tensor]:
+    """Which sequences of a batch belong to a part, and their mask; see `ActivationSource.batches`."""
+    rank, world = part
+    if rank < len(whole_mask):
+        return slice(rank, None, world), whole_mask[rank::world]
+    return slice(0, 1), torch.zeros_like(whole_mask[:1])
 
 
 def source_identity(model: LanguageModel, sequences: Sequences, text: TextName | None = None) -> dict[str, Any]:
@@ -171,7 +251,7 @@ def build_cache(
     if not layers:
         raise store.UserError("No layer was named; give at least one to cache.")
     for layer in layers:
-        model.site(layer)
+        model.module_path(layer)  # refuses a layer that is not there
     store.remove_leftovers(path)
     manifest = _open_or_start(path, _new_manifest(model, splits, layers, dtype, text))
     if manifest["complete"]:
@@ -248,8 +328,10 @@ def _estimate_or_refuse(
 ) -> None:
     total = CacheEstimate(0, 0, 0.0)
     for split, sequences in splits.items():
-        part = estimate_cache(model, sequences, layers, dtype, batch_size)
         done = sum(shard["n_sequences"] for shard in manifest["splits"][split]["shards"]) / max(1, len(sequences.tokens))
+        if done == 1:
+            continue
+        part = estimate_cache(model, sequences, layers, dtype, batch_size)
         total = CacheEstimate(
             total.bytes_on_disk + int(part.bytes_on_disk * (1 - done)),
             max(total.bytes_in_memory, part.bytes_in_memory),
@@ -371,37 +453,46 @@ class ActivationCache:
                     f"{file} is damaged (its sha256 is not the one in manifest.json); delete {self.folder} and cache again."
                 )
             self._verified.add(shard["file"])
+        elif hasattr(os, "posix_fadvise"):
+            with open(file, "rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return file
 
-    def batches(self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None) -> Iterator[ActivationBatch]:
+    def batches(
+        self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
+    ) -> Iterator[ActivationBatch]:
         """See `ActivationSource.batches`. Activations come back in float32, on the CPU."""
         chosen = self.layers if layers is None else tuple(layers)
         if missing := sorted(set(chosen) - set(self.layers)):
             raise store.UserError(f"{self.folder} holds layers {list(self.layers)}, not {missing[0]}; cache that layer.")
         held: list[dict[str, Tensor]] = []
-        n_held = first = 0
-        for shard in self.shards:
-            skip = max(0, start - first)
-            first += shard["n_sequences"]
-            if skip >= shard["n_sequences"]:
-                continue
-            for piece in self._read_shard(shard, chosen, skip, batch_size):
-                held.append(piece)
-                n_held += len(piece["tokens"])
-                while n_held >= batch_size:
-                    joined = _join(held)
-                    yield _to_batch({name: value[:batch_size] for name, value in joined.items()}, chosen)
-                    held = [{name: value[batch_size:] for name, value in joined.items()}] if n_held > batch_size else []
-                    n_held -= batch_size
+        n_held = 0
+        for piece in self._pieces(chosen, start, batch_size):
+            held.append(piece)
+            n_held += len(piece["tokens"])
+            while n_held >= batch_size:
+                joined = _join(held)
+                yield _to_batch({name: value[:batch_size] for name, value in joined.items()}, chosen, part)
+                held = [{name: value[batch_size:] for name, value in joined.items()}] if n_held > batch_size else []
+                n_held -= batch_size
         if n_held:
-            yield _to_batch(_join(held), chosen)
+            yield _to_batch(_join(held), chosen, part)
 
-    def _read_shard(self, shard: Mapping[str, Any], layers: Sequence[int], skip: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    def _pieces(self, layers: Sequence[int], start: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Up to `batch_size` sequences at a time, within shards; while a shard is in use the next one is read and checked."""
         names = ["tokens", "mask", *(f"{layer}.{side}" for layer in layers for side in ("input", "output"))]
-        with safe_open(self._open_shard(shard), framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in names}
-            for begin in range(skip, shard["n_sequences"], batch_size):
-                yield {name: part[begin : begin + batch_size] for name, part in slices.items()}
+        ends = list(itertools.accumulate(shard["n_sequences"] for shard in self.shards))
+        number = bisect.bisect_right(ends, start)
+        with ThreadPoolExecutor(1) as reader:
+            opened = [reader.submit(self._open_shard, shard) for shard in self.shards[number : number + 1]]
+            for shard, end in zip(self.shards[number:], ends[number:], strict=True):
+                file = opened.pop().result()
+                number += 1
+                opened = [reader.submit(self._open_shard, following) for following in self.shards[number : number + 1]]
+                with safe_open(file, framework="pt") as handle:
+                    slices = {name: handle.get_slice(name) for name in names}
+                    for begin in range(max(0, start - end + shard["n_sequences"]), shard["n_sequences"], batch_size):
+                        yield {name: part[begin : begin + batch_size] for name, part in slices.items()}
 
     def identity(self) -> dict[str, Any]:
         """See `ActivationSource.identity`."""
@@ -412,10 +503,12 @@ def _join(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return pieces[0] if len(pieces) == 1 else {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _to_batch(tensors: Mapping[str, Tensor], layers: Sequence[int]) -> ActivationBatch:
+def _to_batch(tensors: Mapping[str, Tensor], layers: Sequence[int], part: Part) -> ActivationBatch:
+    rows, mask = own_rows(tensors["mask"], part)
     return ActivationBatch(
-        tensors["tokens"].long(),
+        tensors["tokens"][rows].long(),
+        mask,
+        {layer: tensors[f"{layer}.input"][rows].float() for layer in layers},
+        {layer: tensors[f"{layer}.output"][rows].float() for layer in layers},
         tensors["mask"],
-        {layer: tensors[f"{layer}.input"].float() for layer in layers},
-        {layer: tensors[f"{layer}.output"].float() for layer in layers},
     )

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from lorsa_utils.config import LorsaConfig, SAEConfig
     from lorsa_utils.corpus import Corpus, Sequences
     from lorsa_utils.models import AttentionSite, LanguageModel
-    from lorsa_utils.train import RunSpec
+    from lorsa_utils.train import RunSpec, World
 
 PROFILE_NAMES = ("smoke", "laptop", "paper")
 KINDS = ("lorsa", "sae", "transcoder")
 # These fields of TrainConfig have options of their own.
+IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
 OWN_OPTIONS = ("tokens", "seed", "freeze_qk", "init", "batch_size")
 
 
@@ -68,6 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", metavar="M", help="where the run's model is now, when it moved")
     sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+    sub = command("bench", bench, "Time training steps against the hardware's floor and plain PyTorch; append rows to a CSV.")
+    sub.add_argument("--shape", type=_names, default=["A", "B"], metavar="S", help="A, B, pythia, pythia-1024, llama; several: A,B")
+    sub.add_argument("--backend", type=_names, metavar="NAME", help="only these: torch, triton, plain, plain-compiled")
+    sub.add_argument("--rounds", type=_count, default=15, metavar="N", help="timed steps of each backend")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--out", metavar="CSV", help="where rows are added; without, data/benchmarks.csv")
 
     sub = command("reproduce", reproduce, "Run the notebooks in order and write index.html.")
     sub.add_argument("--profile", choices=PROFILE_NAMES, default="laptop", help="size of the run")
@@ -110,6 +118,12 @@ def _train_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--init", choices=("mhsa", "random"), default="mhsa", help="start of a Lorsa")
     sub.add_argument("--freeze-qk", action="store_true", help="leave queries and keys at the start")
     sub.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+    sub.add_argument(
+        "--spread", choices=("tokens", "layers"), default="tokens", help="what the processes of torchrun share: every batch, or the layers"
+    )
+    sub.add_argument(
+        "--spread", choices=("tokens", "layers"), default="tokens", help="what the processes of torchrun share: each batch, or the layers"
+    )
     sub.add_argument("--logger", choices=("jsonl", "tensorboard", "wandb"), default="jsonl", help="log beside metrics.jsonl")
     for name, kind, default, text in _config_fields("TrainConfig"):
         if name not in OWN_OPTIONS:
@@ -193,7 +207,8 @@ def _answer(arguments: argparse.Namespace) -> int:
         place = f" {error.filename}" if error.filename else ""
         return _say(f"Cannot read or write{place} ({error.strerror or error}); check the path and its permissions.")
     code = answer.pop("exit_code", 0)
-    print(json.dumps(answer, allow_nan=False) if arguments.json else _readable(answer), flush=True)
+    if IS_FIRST_PROCESS:
+        print(json.dumps(answer, allow_nan=False) if arguments.json else _readable(answer), flush=True)
     return code
 
 
@@ -204,7 +219,8 @@ def _say(sentence: str, code: int = 1) -> int:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if IS_FIRST_PROCESS:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _readable(answer: Mapping[str, Any], indent: str = "") -> str:
@@ -311,31 +327,54 @@ def _cached_tokens(folder: Path) -> int:
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """`lorsa train`: train on activations from disk or on the way, then measure on held-out text."""
+    from lorsa_utils import store
+    from lorsa_utils.train import World, join_world
+
+    if arguments.cache and (arguments.text or arguments.dataset):
+        raise store.UserError("A cache brings its own text; give either --cache or --text/--dataset.")
+    arguments.folders = {layer: Path(arguments.out) / f"layer_{layer}" for layer in arguments.layer}
+    if len(arguments.layer) == 1:
+        arguments.folders = {arguments.layer[0]: Path(arguments.out)}
+    with join_world() as world:
+        if arguments.spread == "tokens":
+            answers = _train_layers(arguments, world)
+        else:
+            if world.size > len(arguments.layer):
+                raise store.UserError(f"{world.size} processes cannot share {len(arguments.layer)} layers; start fewer.")
+            arguments.layer = arguments.layer[world.rank :: world.size]
+            answers = world.gather(_train_layers(arguments, World()))
+    if len(arguments.folders) == 1 and answers:
+        return {"path": arguments.out, **answers[str(arguments.layer[0])]}
+    return {"path": arguments.out, "layers": answers}
+
+
+def _train_layers(arguments: argparse.Namespace, world: World) -> dict[str, dict[str, float]]:
+    """Train and measure; what is measured, by layer. The first process measures, the others return nothing."""
     from lorsa_utils import metrics, store
     from lorsa_utils.models import load_model
     from lorsa_utils.train import make_logger, train_runs
 
-    if arguments.cache and (arguments.text or arguments.dataset):
-        raise store.UserError("A cache brings its own text; give either --cache or --text/--dataset.")
     model = load_model(arguments.model, device=arguments.device)
     sites = {layer: model.site(layer) for layer in arguments.layer}
     specs = _run_specs(arguments, sites)
-    out = store.require_writable(arguments.out)
+    for spec in specs:
+        store.require_writable(spec.folder)
     source, held_out = _sources(arguments, model)
     _tell_cost(specs, source, sites, model, arguments.resume)
     before = _tokens_seen(specs[0].folder) if arguments.resume else 0
+    logger = make_logger(arguments.logger, arguments.out) if world.rank == 0 else None
     began = time.perf_counter()
-    runs = train_runs(specs, source, sites, device=model.device, resume=arguments.resume, logger=make_logger(arguments.logger, out))
+    runs = train_runs(specs, source, sites, device=model.device, resume=arguments.resume, logger=logger, world=world)
     seconds = time.perf_counter() - began
+    if world.rank > 0:
+        return {}
     modules = {run.spec.name: (run.spec.layer, run.finished_module()) for run in runs}
     measured = metrics.evaluate_activations(modules, held_out, arguments.batch_size)
     speed = {"tokens_per_s": (runs[0].tokens_seen - before) / seconds, "seconds": seconds}
     answers = {str(run.spec.layer): measured[run.spec.name] | speed for run in runs}
     for run in runs:
         store.write_json(run.spec.folder / "results.json", answers[str(run.spec.layer)])
-    if len(runs) == 1:
-        return {"path": str(out), **answers[str(runs[0].spec.layer)]}
-    return {"path": str(out), "layers": answers, **speed}
+    return answers
 
 
 def _run_specs(arguments: argparse.Namespace, sites: Mapping[int, AttentionSite]) -> list[RunSpec]:
@@ -345,10 +384,8 @@ def _run_specs(arguments: argparse.Namespace, sites: Mapping[int, AttentionSite]
 
     names = [name for name, *_ in _config_fields("TrainConfig")]
     settings = TrainConfig(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
-    out = Path(arguments.out)
-    folders = {layer: out if len(sites) == 1 else out / f"layer_{layer}" for layer in sites}
     return [
-        RunSpec(f"{arguments.kind} {layer}", layer, _module_config(arguments, site), settings, folders[layer])
+        RunSpec(f"{arguments.kind} {layer}", layer, _module_config(arguments, site), settings, arguments.folders[layer])
         for layer, site in sites.items()
     ]
 
@@ -515,6 +552,21 @@ def _documents(text: Sequence[str] | None, trained_on: str | list[str] | None, n
     if not corpus.held_out:
         _note("The run's text is too short to hold a part of it out: results are measured on the training text.")
     return corpus.held_out or corpus.train
+
+
+def bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa bench`."""
+    from lorsa_utils import bench, store
+    from lorsa_utils.models import resolve_device
+
+    file = Path(arguments.out) if arguments.out else store.data_dir() / "benchmarks.csv"
+    store.require_writable(file.parent)
+    rows = []
+    for shape in arguments.shape:
+        measured = bench.measure(shape, resolve_device(arguments.device), arguments.backend, arguments.rounds)
+        bench.append_rows(measured, file)
+        rows += [{key: None if value != value else value for key, value in row.items()} for row in measured.to_dict("records")]
+    return {"file": str(file), "rows": rows}
 
 
 def reproduce(arguments: argparse.Namespace) -> dict[str, Any]:

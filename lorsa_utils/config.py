@@ -12,11 +12,26 @@ from typing import Any, Literal, Self
 from lorsa_utils.store import UserError
 
 SCHEMA_VERSION = 1
+PLAIN_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 ROPE_TYPES = ("none", "default", "linear", "llama3")
 
 
 class Config:
-    """Shared behaviour: to and from JSON-ready dicts, refusing unknown fields."""
+    """Shared behaviour: to and from JSON-ready dicts, refusing unknown fields and values of a wrong type."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of a wrong type.
+
+        Raises:
+            UserError: an impossible value; subclasses check what their fields mean.
+        """
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if expected := PLAIN_TYPES.get(str(item.type)):
+                _check(
+                    isinstance(value, expected) and (item.type == "bool") == isinstance(value, bool),
+                    f"{item.name} of a {type(self).__name__} must be of type {item.type}, not {value!r}.",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-ready dict."""
@@ -76,6 +91,7 @@ class RotaryConfig(Config):
     """`llama3`: context length before scaling, in tokens."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self.rope_type in ROPE_TYPES, f"Rope type {self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}.")
         _check(self.rotary_dim % 2 == 0 and self.rotary_dim >= 0, f"rotary_dim must be even, not {self.rotary_dim}.")
         _check(self.rope_type == "none" or self.rotary_dim > 0, "rotary_dim must be positive when there is a rotation.")
@@ -107,6 +123,7 @@ class LorsaConfig(Config):
     """Selection score: relu(z)*||w_o|| (heads act one way only) or |z|*||w_o||."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("d_model", "n_ov_heads", "n_qk_heads", "d_qk", "k"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
         _check(
@@ -114,6 +131,7 @@ class LorsaConfig(Config):
             f"n_heads ({self.n_ov_heads}) must be a multiple of n_qk ({self.n_qk_heads}), because every QK group holds equally many heads.",
         )
         _check(self.k <= self.n_ov_heads, f"k ({self.k}) must not exceed the number of heads ({self.n_ov_heads}).")
+        _check(isinstance(self.rotary, RotaryConfig), f"rotary must be a RotaryConfig, not {self.rotary!r}.")
         _check(self.score in ("relu", "abs"), f"score must be 'relu' or 'abs', not {self.score!r}.")
         _check(self.rotary.rotary_dim <= self.d_qk, f"rotary_dim ({self.rotary.rotary_dim}) must not exceed d_qk ({self.d_qk}).")
 
@@ -142,6 +160,7 @@ class SAEConfig(Config):
     """`sae`: reads the layer's output and rebuilds it. `transcoder`: reads the layer's input and predicts its output."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("d_model", "n_features", "k"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
         _check(self.k <= self.n_features, f"k ({self.k}) must not exceed the number of features ({self.n_features}).")
@@ -197,8 +216,11 @@ class TrainConfig(Config):
     """Seconds between two savings of the state."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("tokens", "batch_size", "lr", "dead_window", "log_every"):
             _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
+        for name in ("clip", "k_start", "aux_k", "aux_weight", "save_every_seconds"):
+            _check(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
         for name in ("warmup", "decay", "k_warmup"):
             _check(0 <= getattr(self, name) <= 1, f"{name} is a share of the budget, between 0 and 1, not {getattr(self, name)}.")
         _check(self.warmup + self.decay <= 1, f"warmup ({self.warmup}) and decay ({self.decay}) together exceed the whole budget.")

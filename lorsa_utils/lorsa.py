@@ -26,8 +26,10 @@ class SparseOutput(NamedTuple):
     """Kept heads or features, [batch, length, k], int64, in no order."""
     values: Tensor
     """Their activations, [batch, length, k]; zero where a kept one is not active."""
-    pre_activations: Tensor
-    """Activations of all heads or features before the selection, [batch, length, n]."""
+    aux_indices: Tensor
+    """The best among the units that were called dead, [batch, length, aux_k]; aux_k is 0 unless asked for."""
+    aux_values: Tensor
+    """Their activations, [batch, length, aux_k]."""
 
 
 class Scaling(NamedTuple):
@@ -95,20 +97,23 @@ class SparseModule(nn.Module):
         """
         flat = pre.reshape(-1, pre.shape[-1])
         with torch.no_grad():
-            scores = flat.clamp_min(0) if self.score == "relu" else flat.abs()
-            scores = scores * self.W_O.norm(dim=1)
-            if among is not None:
-                scores = scores.masked_fill(~among, -1.0)
-            indices = ops.select_top_k(scores, k or self.k, backend)
+            indices = ops.select_heads(flat, self.W_O.norm(dim=1), k or self.k, self.score, among, backend)
         values = flat.gather(1, indices)
         if self.score == "relu":
             values = values.relu()
         shape = (*pre.shape[:-1], indices.shape[-1])
         return indices.view(shape), values.view(shape)
 
+    def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
+        """Kept units of x [batch, length, d_model], by token: what `select` finds in `pre_activations`, with a cheaper gradient."""
+        raise TypeError(f"{type(self).__name__} does not say how it keeps its units")
+
     def encode(self, x: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
         """Kept units and their activations for x [batch, length, d_model]: indices, values, each [batch, length, k]."""
-        return self.select(self.pre_activations(x, backend), backend=backend)
+        if backend == "reference":
+            return self.select(self.pre_activations(x, backend), backend=backend)
+        kept = self.keep(x, self.k)
+        return kept.indices.view(*x.shape[:-1], -1), kept.values.view(*x.shape[:-1], -1)
 
     def decode(self, indices: Tensor, values: Tensor, bias: bool = True, backend: str = "torch") -> Tensor:
         """Output [batch, length, d_model] of kept units [batch, length, k]."""
@@ -116,11 +121,20 @@ class SparseModule(nn.Module):
         y = flat.view(*indices.shape[:-1], -1)
         return y + self.b_O if bias else y
 
-    def forward(self, x: Tensor, k: int | None = None) -> SparseOutput:
-        """Predict the layer's output from raw activations x [batch, length, d_model]."""
-        pre = self.pre_activations(x)
-        indices, values = self.select(pre, k)
-        return SparseOutput(self.decode(indices, values), indices, values, pre)
+    def forward(self, x: Tensor, k: int | None = None, dead: Tensor | None = None, aux_k: int = 0) -> SparseOutput:
+        """Predict the layer's output.
+
+        Args:
+            x: raw activations, [batch, length, d_model].
+            k: heads to keep, the config's by default (training anneals it).
+            dead: mask [n] of dead units; AuxK chooses the best of them beside the kept ones.
+            aux_k: how many it chooses.
+        """
+        shape = (*x.shape[:-1], -1)
+        kept = self.keep(x, k or self.k, dead, aux_k)
+        indices, values = kept.indices.view(shape), kept.values.view(shape)
+        aux = (side.view(*x.shape[:-1], side.shape[-1]) for side in (kept.aux_indices, kept.aux_values))
+        return SparseOutput(self.decode(indices, values), indices, values, *aux)
 
     def readers(self) -> tuple[Tensor, Tensor]:
         """The weights [n, d_model] and biases [n] that a unit's activation is proportional to."""
@@ -243,7 +257,7 @@ class Lorsa(SparseModule):
         sides = []
         for weight, bias, norm in ((self.W_Q, self.b_Q, "q_norm"), (self.W_K, self.b_K, "k_norm")):
             w = weight[groups]
-            rows = x @ w.permute(1, 0, 2).reshape(w.shape[1], -1) + bias[groups].flatten()
+            rows = torch.nn.functional.linear(x, w.transpose(1, 2).reshape(-1, w.shape[1]), bias[groups].flatten())
             side = rows.view(*x.shape[:2], w.shape[0], w.shape[2]).transpose(1, 2)
             if self.config.qk_norm:
                 side = ops.rms_norm(side, getattr(self, norm)[groups][:, None], self.config.qk_norm_eps)
@@ -254,10 +268,19 @@ class Lorsa(SparseModule):
         """v of every head before attention, [batch, length, n_ov]."""
         return torch.nn.functional.linear(x, self.W_V, self.b_V)
 
+    def attention_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values by QK group: three [batch, n_qk, length, width]."""
+        v = self.values(x).view(*x.shape[:2], self.config.n_qk_heads, self.config.group_size).transpose(1, 2)
+        return *self.queries_keys(x), v
+
+    def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
+        """See `SparseModule.keep`."""
+        norms = self.W_O.detach().norm(dim=1)
+        return ops.sparse_attention(*self.attention_inputs(x), self.attn_scale, norms, k, self.score, dead, aux_k)
+
     def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
         """z of every head before the selection, [batch, length, n_ov]."""
-        q, k = self.queries_keys(x)
-        v = self.values(x).view(*x.shape[:2], self.config.n_qk_heads, self.config.group_size).transpose(1, 2)
+        q, k, v = self.attention_inputs(x)
         z = ops.causal_attention(q, k, v, self.attn_scale, backend)
         return z.transpose(1, 2).reshape(*x.shape[:2], self.config.n_ov_heads)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -383,7 +384,7 @@ class LanguageModel:
         """The attention module of one layer.
 
         Raises:
-            UserError: the layer does not exist.
+            UserError: as `module_path`.
         """
         return self.model.get_submodule(self.module_path(layer))
 
@@ -391,22 +392,22 @@ class LanguageModel:
         """Dotted path of one layer's attention module inside `model`.
 
         Raises:
-            UserError: the layer does not exist.
+            UserError: the layer does not exist, or it attends within a sliding window.
         """
         if not 0 <= layer < self.n_layers:
             raise UserError(f"Layer {layer} does not exist in {self.name}; choose one of 0..{self.n_layers - 1}.")
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types and layer_types[layer] != "full_attention":
+            raise UserError(f"Layer {layer} of {self.name} uses {layer_types[layer]}; choose a layer with full attention.")
         return self._architecture.attention_path.format(layer=layer)
 
     def site(self, layer: int) -> AttentionSite:
         """One attention layer, derived from the config and the weights.
 
         Raises:
-            UserError: the layer does not exist, or it attends within a sliding window.
+            UserError: as `module_path`.
         """
         module = self.attention_module(layer)
-        layer_types = getattr(self.config, "layer_types", None)
-        if layer_types and layer_types[layer] != "full_attention":
-            raise UserError(f"Layer {layer} of {self.name} uses {layer_types[layer]}; choose a layer with full attention.")
         parts = self._architecture.heads(self.config, module)
         for name, value in parts.items():
             if isinstance(value, Tensor):
@@ -600,7 +601,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         UserError: there is no such device.
     """
     if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # torchrun tells every process which GPU is its own.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

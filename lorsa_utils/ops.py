@@ -1,11 +1,20 @@
 """The few operations that everything is made of: rotary tables, ONE attention, ONE top-K selection, ONE sparse decode.
 
 Each takes `backend`: "torch" (vectorised, any device) or "reference" (the loops of `reference`, for checks).
+
+`sparse_attention` is what training runs: attention and selection as one operation, whose backward pass knows that the
+gradient of z is zero outside the kept heads. With P the pattern of a QK group, dz the gradient of its kept heads and
+i a query in which at least one of its heads was kept (no other query is visited),
+
+    delta_i = sum_kept dz z,   dP = dz V^T,   dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dz
+
+so that z itself need not be remembered: the kept values give delta, and the log-sum-exp of the forward pass gives P back.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +40,46 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> T
 
     Args:
         x: [..., length, d_qk]; dimensions past rotary_dim are passed through (partial RoPE).
-        cos, sin: [length, rotary_dim / 2] from `rotary_tables`.
+        cos, sin: broadcastable to [..., length, rotary_dim / 2], from `rotary_tables`.
         adjacent_pairs: which dimensions turn together, see `RotaryConfig`.
     """
-    half = cos.shape[-1]
-    if half == 0:
+    if cos.shape[-1] == 0:
         return x
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    if adjacent_pairs:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-    else:
-        first, second = turned[..., :half], turned[..., half:]
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+    result: Tensor = _Rotation.apply(x, cos, sin, adjacent_pairs)
+    return result
+
+
+class _Rotation(torch.autograd.Function):
+    """One pass over the data in each direction; the gradient of a rotation is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.adjacent_pairs = adjacent_pairs
+        return _rotate(x, cos, sin, adjacent_pairs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_outputs[0], cos, -sin, ctx.adjacent_pairs), None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:
+    out = torch.empty_like(x)
+    half = cos.shape[-1]
+    # A sequence at a time, so that the pieces of a pass stay in the CPU's caches.
+    for source, target in zip(x, out, strict=True) if x.dim() == 4 and x.device.type == "cpu" else [(x, out)]:
+        if adjacent_pairs:
+            parts = [(side[..., 0 : 2 * half : 2], side[..., 1 : 2 * half : 2]) for side in (source, target)]
+        else:
+            parts = [(side[..., :half], side[..., half : 2 * half]) for side in (source, target)]
+        (first, second), (new_first, new_second) = parts
+        torch.mul(first, cos, out=new_first)
+        new_first.addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=new_second)
+        new_second.addcmul_(first, sin)
+        target[..., 2 * half :] = source[..., 2 * half :]
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -81,10 +116,13 @@ def attention_pattern(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
 
 
-def select_top_k(scores: Tensor, k: int, backend: str = "torch") -> Tensor:
-    """Indices [n_rows, k] of the k largest scores [n_rows, n] of each row, exactly k, in no order; ties go to the lower index."""
+def select_top_k(scores: Tensor, k: int, backend: str = "torch", floor: float | None = None) -> Tensor:
+    """Indices [n_rows, k] of the k largest scores [n_rows, n] of each row, exactly k, in no order; ties go to the lower index.
+
+    Scores below `floor` count as `floor`.
+    """
     if backend == "reference":
-        return reference.select_top_k(scores, k)
+        return reference.select_top_k(scores if floor is None else scores.clamp_min(floor), k)
     n = scores.shape[-1]
     if k == n:
         return torch.arange(n, device=scores.device).expand(scores.shape[0], n)
@@ -93,10 +131,241 @@ def select_top_k(scores: Tensor, k: int, backend: str = "torch") -> Tensor:
     smallest, place = values.topk(2, dim=-1, largest=False)
     last = torch.full_like(place[:, :1], k)
     indices.scatter_(1, place[:, :1], indices.gather(1, last))
+    if floor is not None:
+        smallest = smallest.clamp_min(floor)
     tied = (smallest[:, 0] == smallest[:, 1]).nonzero()[:, 0]
     if tied.numel():
-        indices[tied, :k] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        rows = scores[tied] if floor is None else scores[tied].clamp_min(floor)
+        indices[tied, :k] = rows.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return indices[:, :k].contiguous()
+
+
+def select_heads(z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | None = None, backend: str = "torch") -> Tensor:
+    """Top-K selection of heads or features.
+
+    Args:
+        z: activations before the selection, [n_rows, n].
+        norms: lengths of the write directions, [n].
+        k: how many to keep.
+        score: `relu`, relu(z) * norm, or `abs`, |z| * norm.
+        among: optional mask [n]; only these units compete, and where they are fewer than k, others fill up.
+
+    Returns:
+        indices [n_rows, k], in no order; ties go to the lower index.
+    """
+    scores = (z.abs() if score == "abs" else z) * norms
+    if among is not None:
+        scores = scores.clamp_(min=0).masked_fill_(~among, -1.0)
+    return select_top_k(scores, k, backend, floor=None if among is not None else 0.0)
+
+
+class KeptHeads(NamedTuple):
+    """What `sparse_attention` returns."""
+
+    indices: Tensor
+    """Kept heads, [n_rows, k], int64, in no order."""
+    values: Tensor
+    """Their activations, [n_rows, k]; zero where a kept one is not active."""
+    aux_indices: Tensor
+    """The best among the dead heads, [n_rows, aux_k]."""
+    aux_values: Tensor
+    """Their activations, [n_rows, aux_k]."""
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    norms: Tensor,
+    n_keep: int,
+    score: str = "relu",
+    dead: Tensor | None = None,
+    aux_k: int = 0,
+) -> KeptHeads:
+    """Causal attention over QK groups and the selection of heads, differentiable in q, k and v through the kept heads.
+
+    Args:
+        q, k: [batch, n_qk, length, d_qk], rotated.
+        v: [batch, n_qk, length, group size]; head g * group size + i is column i of group g.
+        scale: factor on q . k.
+        norms: lengths of the write directions, [n_ov]; no gradient flows to them.
+        n_keep: heads to keep for each token.
+        score: see `select_heads`.
+        dead: mask [n_ov] of the heads that AuxK chooses from.
+        aux_k: how many it chooses.
+    """
+    if q.device.type != "cpu":
+        z = causal_attention(q, k, v, scale).transpose(1, 2).reshape(-1, norms.shape[0])
+        with torch.no_grad():
+            chosen, _, _ = _select_kept(z, norms, n_keep, score, dead, aux_k)
+        values = z.gather(1, torch.cat(chosen, dim=1))
+        values = values.relu() if score == "relu" else values
+        return KeptHeads(chosen[0], values[:, :n_keep], chosen[1], values[:, n_keep:])
+    return KeptHeads(*_SparseAttention.apply(q, k, v, norms, dead, scale, n_keep, score, aux_k))
+
+
+class _SparseAttention(torch.autograd.Function):
+    """See the module's docstring for the equations of the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: Tensor,
+        dead: Tensor | None,
+        scale: float,
+        n_keep: int,
+        score: str,
+        aux_k: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z, lse = _attention_with_lse(q, k, v, scale)
+        chosen, kept, values = _select_kept(z, norms, n_keep, score, dead, aux_k)
+        ctx.save_for_backward(q, k, v, lse, torch.cat(chosen, dim=1), kept)
+        ctx.scale, ctx.relu = scale, score == "relu"
+        ctx.mark_non_differentiable(*chosen)
+        return chosen[0], values[:, :n_keep].contiguous(), chosen[1], values[:, n_keep:].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, lse, indices, kept = ctx.saved_tensors
+        grad = _gradient_of_kept(grad_outputs, kept, ctx.relu)
+        return *_attention_backward(q, k, v, lse, ctx.scale, indices, kept, grad), *[None] * 6
+
+
+def _select_kept(z: Tensor, norms: Tensor, n_keep: int, score: str, dead: Tensor | None, aux_k: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Both selections from z [n_rows, n]: their indices, and z and activations of both side by side, [n_rows, n_keep + aux_k]."""
+    chosen = [select_heads(z, norms, n_keep, score)]
+    if dead is None or not aux_k:
+        chosen.append(chosen[0][:, :0])
+    elif z.device.type == "cpu":
+        numbers = dead.nonzero()[:, 0]
+        chosen.append(numbers[select_heads(z[:, numbers], norms[numbers], min(aux_k, len(numbers)), score)])
+    else:  # the number of dead units is not asked for: that would wait for the GPU
+        chosen.append(select_heads(z, norms, aux_k, score, among=dead))
+    kept = z.gather(1, torch.cat(chosen, dim=1))
+    if chosen[1].numel():
+        assert dead is not None
+        kept = torch.cat((kept[:, :n_keep], kept[:, n_keep:] * dead[chosen[1]]), dim=1)
+    return chosen, kept, kept.relu() if score == "relu" else kept
+
+
+def _gradient_of_kept(grad_outputs: Sequence[Tensor], kept: Tensor, relu: bool) -> Tensor:
+    """Gradient of z at the kept units from the gradients of the two activations that `KeptHeads` holds."""
+    grad = torch.cat((grad_outputs[1], grad_outputs[3]), dim=1)
+    return grad * ((kept > 0) if relu else (kept != 0))
+
+
+def _attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """z of every head, [batch * length, n_ov], and the log-sum-exp of the scores of every query, [batch, n_qk, length]."""
+    batch, groups, length, d_qk = q.shape
+    width, size = max(d_qk, v.shape[-1]), v.shape[-1]
+    # The CPU's flash attention wants values as wide as keys; zeros change neither scores nor the other columns of z.
+    q, k, v = (F.pad(side, (0, width - side.shape[-1])) if side.shape[-1] < width else side for side in (q, k, v))
+    z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    return z[..., :size].transpose(1, 2).reshape(batch * length, groups * size), lse
+
+
+class _Visits(NamedTuple):
+    """The queries that the backward pass visits, packed by (sequence, QK group), ascending by position."""
+
+    pairs: Tensor
+    """Sequence * n_qk + group of the non-empty ones, [n_pairs]."""
+    counts: list[int]
+    """Visited queries of each pair, descending."""
+    starts: Tensor
+    """Where the rows of each pair begin, [n_pairs]."""
+    positions: Tensor
+    """Position of each visited query in its sequence, [n_visits]."""
+    delta: Tensor
+    """delta of each visited query, [n_visits]."""
+    grads: Tensor
+    """Gradient of the values of its QK group, [n_visits + 1, group size]; the last row is zero, for padding."""
+
+
+def _pack_visits(indices: Tensor, kept: Tensor, grad: Tensor, batch: int, length: int, groups: int, size: int) -> _Visits:
+    group = indices // size
+    touched = torch.zeros(batch * length, groups, dtype=torch.bool, device=indices.device)
+    row = torch.arange(batch * length, device=indices.device)[:, None].expand_as(indices)
+    touched[row[grad != 0], group[grad != 0]] = True
+    pair, position = touched.view(batch, length, groups).transpose(1, 2).reshape(-1, length).nonzero(as_tuple=True)
+    sequence, of_group = pair // groups, pair % groups
+    # Number of the visit of every (token, group); tokens without one point at the padding row and bring a zero gradient.
+    visit = torch.full((batch * length, groups), len(pair), device=indices.device)
+    visit[sequence * length + position, of_group] = torch.arange(len(pair), device=indices.device)
+    places = visit.gather(1, group)
+    delta = grad.new_zeros(len(pair) + 1).index_add_(0, places.flatten(), (grad * kept).flatten())
+    grads = grad.new_zeros((len(pair) + 1) * size).index_add_(0, (places * size + indices % size).flatten(), grad.flatten())
+    counts = torch.bincount(pair, minlength=batch * groups)
+    starts = counts.cumsum(0) - counts
+    sorted_counts, order = counts.sort(descending=True, stable=True)
+    order = order[sorted_counts > 0]
+    return _Visits(order, counts[order].tolist(), starts[order], position, delta[:-1], grads.view(-1, size))
+
+
+PAIRS_AT_A_TIME = 16
+QUERIES_AT_A_TIME = 48
+
+
+def _attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, indices: Tensor, kept: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, which visit for each QK group only the queries in which one of its heads was kept.
+
+    Args:
+        q, k, v: as in `sparse_attention`.
+        lse: log-sum-exp of the scores, [batch, n_qk, length].
+        indices, kept, grad: heads, their z and the gradient of it, each [batch * length, n_kept]; a head may appear twice.
+    """
+    batch, groups, length, _ = q.shape
+    visits = _pack_visits(indices, kept, grad, batch, length, groups, v.shape[-1])
+    # Rows of all pairs in one table, [batch, n_qk, length, width] in the memory order of the projections.
+    grads = [side.new_zeros(batch, length, groups, side.shape[-1]).transpose(1, 2) for side in (q, k, v)]
+    for first in range(0, len(visits.counts), PAIRS_AT_A_TIME):
+        _backward_of_pairs(q, k, v, lse, scale, visits, slice(first, first + PAIRS_AT_A_TIME), grads)
+    return grads[0], grads[1], grads[2]
+
+
+def _backward_of_pairs(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, visits: _Visits, chosen: slice, grads: list[Tensor]
+) -> None:
+    """Add the gradients of some (sequence, QK group) pairs; these have nearly equally many visits, the first has most."""
+    groups, counts = q.shape[1], visits.counts[chosen]
+    sequence, group = visits.pairs[chosen] // groups, visits.pairs[chosen] % groups
+    keys, values = k[sequence, group], v[sequence, group]
+    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+    slots = torch.arange(counts[0], device=q.device)
+    lengths = torch.tensor(counts, device=q.device)[:, None]
+    for begin in range(0, counts[0], QUERIES_AT_A_TIME):
+        slot = slots[begin : begin + QUERIES_AT_A_TIME]
+        real = slot < lengths
+        # Padding repeats the last visit of a pair, with gradient and delta zero.
+        rows = visits.starts[chosen, None] + torch.minimum(slot, lengths - 1)
+        position = visits.positions[rows]
+        reach = int(position.max()) + 1
+        where = (sequence[:, None], group[:, None], position)
+        queries = q[where]
+        upstream = visits.grads[torch.where(real, rows, len(visits.grads) - 1)]
+        p = torch.baddbmm(lse[where][..., None], queries, keys[:, :reach].transpose(1, 2), beta=-1, alpha=scale).exp_()
+        p.masked_fill_(torch.arange(reach, device=q.device) > position[..., None], 0.0)
+        ds = torch.baddbmm(torch.where(real, visits.delta[rows], 0.0)[..., None], upstream, values[:, :reach].transpose(1, 2), beta=-1)
+        ds.mul_(p).mul_(scale)
+        grad_queries = ds @ keys[:, :reach]
+        grads[0][tuple(index.expand_as(position)[real] for index in where)] = grad_queries[real]
+        grad_keys[:, :reach].baddbmm_(ds.transpose(1, 2), queries)
+        grad_values[:, :reach].baddbmm_(p.transpose(1, 2), upstream)
+    grads[1][sequence, group] = grad_keys
+    grads[2][sequence, group] = grad_values
+
+
+def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: int) -> Tensor:
+    """Row h of the result [n_units, d] sums weight * row over the rows [n_rows, d] that chose unit h: the transpose of a decode."""
+    units, order = indices.flatten().sort(stable=True)
+    offsets = torch.searchsorted(units, torch.arange(n_units, device=units.device))
+    ordered = weights.flatten()[order].to(rows.dtype)
+    return F.embedding_bag(order // indices.shape[1], rows.contiguous(), offsets, per_sample_weights=ordered, mode="sum")
 
 
 class _DecodeWeightGradient(torch.autograd.Function):
@@ -111,15 +380,9 @@ class _DecodeWeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         grad = grad_outputs[0].contiguous()
-        if not ctx.needs_input_grad[3]:
-            return grad, None, None, None
         indices, values = ctx.saved_tensors
-        # The decode's transpose is a bag too: row h sums the gradients of the tokens that chose it.
-        heads, order = indices.flatten().sort(stable=True)
-        offsets = torch.searchsorted(heads, torch.arange(ctx.n_units, device=heads.device))
-        weights = values.flatten()[order].to(grad.dtype)
-        grad_weight = F.embedding_bag(order // indices.shape[1], grad, offsets, per_sample_weights=weights, mode="sum")
-        return grad, None, None, grad_weight
+        needed = ctx.needs_input_grad[3]
+        return grad, None, None, _sum_rows_by_unit(indices, values, grad, ctx.n_units) if needed else None
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str = "torch") -> Tensor:
@@ -133,3 +396,48 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str 
     y = F.embedding_bag(indices, weight.detach(), per_sample_weights=values.to(weight.dtype), mode="sum")
     result: Tensor = _DecodeWeightGradient.apply(y, indices, values.detach(), weight)
     return result
+
+
+def sparse_encode(
+    x: Tensor, weight: Tensor, bias: Tensor, norms: Tensor, n_keep: int, score: str = "relu", dead: Tensor | None = None, aux_k: int = 0
+) -> KeptHeads:
+    """Linear encoder and selection of features, differentiable through the kept features, whose rows alone the backward pass touches.
+
+    Args:
+        x: [n_rows, d].
+        weight, bias: [n, d] and [n].
+        norms, n_keep, score, dead, aux_k: as in `sparse_attention`.
+    """
+    return KeptHeads(*_SparseEncoding.apply(x, weight, bias, norms, dead, n_keep, score, aux_k))
+
+
+class _SparseEncoding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norms: Tensor, dead: Tensor | None, n_keep: int, score: str, aux_k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        chosen, kept, values = _select_kept(F.linear(x, weight, bias), norms, n_keep, score, dead, aux_k)
+        indices = torch.cat(chosen, dim=1)
+        ctx.save_for_backward(x, weight, indices, kept)
+        ctx.relu = score == "relu"
+        ctx.mark_non_differentiable(*chosen)
+        return chosen[0], values[:, :n_keep].contiguous(), chosen[1], values[:, n_keep:].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, indices, kept = ctx.saved_tensors
+        grad = _gradient_of_kept(grad_outputs, kept, ctx.relu).to(x.dtype)
+        grad_x = F.embedding_bag(indices, weight, per_sample_weights=grad.to(weight.dtype), mode="sum") if ctx.needs_input_grad[0] else None
+        grad_weight = _sum_rows_by_unit(indices, grad, x, len(weight)).to(weight.dtype)
+        grad_bias = weight.new_zeros(len(weight)).index_add_(0, indices.flatten(), grad.flatten().to(weight.dtype))
+        return grad_x, grad_weight, grad_bias, *[None] * 5
+
+
+def default_backend(device: torch.device) -> str:
+    """What `sparse_attention` runs on a device."""
+    return "torch"
+
+
+def triton_version() -> str:
+    """Triton's version, empty where it is not installed."""
+    return ""

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lorsa_utils import store
+from lorsa_utils import ops, store
 from lorsa_utils.config import SAEConfig
 from lorsa_utils.lorsa import Lorsa, SparseModule, read_module_settings
 
@@ -33,6 +33,11 @@ class SAE(SparseModule):
     def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
         """Feature activations before the selection, [batch, length, d_model] to [batch, length, n_features]."""
         return torch.nn.functional.linear(x, self.W_E, self.b_E)
+
+    def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
+        """See `SparseModule.keep`."""
+        rows = x.reshape(-1, x.shape[-1])
+        return ops.sparse_encode(rows, self.W_E, self.b_E, self.W_O.detach().norm(dim=1), k, self.score, dead, aux_k)
 
     def readers(self) -> tuple[Tensor, Tensor]:
         """See `SparseModule.readers`."""

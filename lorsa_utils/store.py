@@ -20,6 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+_UMASK = os.umask(0)  # there is no way to read it but to set it
+os.umask(_UMASK)
+
 
 class UserError(Exception):
     """Bad input or a broken environment, told in one sentence that names the fix. The command line prints it and exits 1."""
@@ -37,6 +40,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        # safetensors writes files that only their owner can read; these are to be shared like any other.
+        os.chmod(temporary, 0o666 & ~_UMASK)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, target)

@@ -232,7 +232,7 @@ def finished(run: Run) -> Lorsa:
 @torch.no_grad()
 def _activations(language: Language, site: AttentionSite, n: int, generator: torch.Generator) -> ActivationBatch:
     batch = language.sample(n, generator)
-    return ActivationBatch(batch.tokens, batch.mask, {0: batch.x}, {0: output(site, batch.x)})
+    return ActivationBatch(batch.tokens, batch.mask, {0: batch.x}, {0: output(site, batch.x)}, batch.mask)
 
 
 # --------------------------------------------------------------------------------------------------------------- measuring
@@ -280,7 +280,7 @@ class Candidates(NamedTuple):
 def lorsa_heads(lorsa: Lorsa, batch: Sample) -> Candidates:
     """Lorsa heads: write directions, and activations after the selection."""
     result = lorsa(batch.x)
-    activations = torch.zeros_like(result.pre_activations).scatter(-1, result.indices, result.values)
+    activations = batch.x.new_zeros(*batch.x.shape[:2], lorsa.n_units).scatter(-1, result.indices, result.values)
     return Candidates(F.normalize(lorsa.W_O, dim=1), activations[batch.mask])
 
 

@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lorsa_utils import store
-from lorsa_utils.activations import ActivationBatch, ActivationSource
+from lorsa_utils.activations import ActivationBatch, ActivationSource, own_rows, prepared_ahead
 from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.initialize import CALIBRATION_SEQUENCES, initialize
 from lorsa_utils.lorsa import Lorsa, Scaling, SparseOutput
@@ -70,16 +72,51 @@ class RunSpec:
     """Run folder."""
 
 
+class World(NamedTuple):
+    """The processes that train together, each on its own sequences of every batch (`torchrun`)."""
+
+    rank: int = 0
+    """Number of this process; 0 writes the files."""
+    size: int = 1
+    """How many there are."""
+
+    def gather(self, answers: dict[str, Any]) -> dict[str, Any]:
+        """The answers of all processes in one dict."""
+        parts: list[dict[str, Any]] = [answers] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(parts, answers)
+        return {name: value for part in parts for name, value in part.items()}
+
+
+@contextlib.contextmanager
+def join_world() -> Iterator[World]:
+    """The processes that `torchrun` started, connected for as long as the block runs; alone without it.
+
+    Raises:
+        UserError: they do not find each other.
+    """
+    world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    if world.size > 1 and not torch.distributed.is_initialized():
+        try:
+            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise store.UserError(f"The {world.size} processes of torchrun did not find each other ({error}); start them again.") from error
+    yield world
+    if world.size > 1:
+        torch.distributed.destroy_process_group()
+
+
 class Run:
     """One module under training: weights in training space, optimizer, counters, schedules."""
 
-    def __init__(self, spec: RunSpec, source: Mapping[str, Any], device: torch.device) -> None:
-        self.spec, self.source, self.device = spec, dict(source), device
+    def __init__(self, spec: RunSpec, source: Mapping[str, Any], device: torch.device, world: World = World()) -> None:  # noqa: B008
+        self.spec, self.source, self.device, self.world = spec, dict(source), device, world
         self.module: Lorsa | SAE = (Lorsa(spec.module) if isinstance(spec.module, LorsaConfig) else SAE(spec.module)).to(device)
         self.scaling = Scaling(torch.zeros(spec.module.d_model, device=device), 1.0, 1.0)
         self.step = self.tokens_seen = 0
         self.seconds = 0.0
         self.since_fired = torch.zeros(self.module.n_units, dtype=torch.long, device=device)
+        self.broken = torch.zeros((), device=device)
         self._recent: list[dict[str, Tensor | float]] = []
         train = spec.train
         qk = [parameter.requires_grad_(not train.freeze_qk) for name, parameter in self.module.named_parameters() if name in QK_PARAMETERS]
@@ -88,6 +125,9 @@ class Run:
         groups = [{"params": rest, "lr_factor": 1.0}]
         if qk and not train.freeze_qk:
             groups.append({"params": qk, "lr_factor": train.qk_lr_factor})
+        self._forward: Callable[..., SparseOutput] = self.module
+        if world.size > 1:
+            self._forward = DistributedDataParallel(self.module, broadcast_buffers=False)
         self.optimizer = torch.optim.Adam(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
 
     @property
@@ -102,30 +142,43 @@ class Run:
         self.scaling = initialize(self.module, site, x, y, batch.mask.to(self.device), train.init, train.seed)
 
     def train_step(self, batch: ActivationBatch) -> None:
-        """One optimizer step on a batch of raw activations.
+        """One optimizer step on a batch of raw activations, without waiting for a GPU.
 
         Raises:
-            UserError: the loss or a gradient is not finite; the weights are those before this step.
+            UserError: the loss or a gradient is not finite; the weights are those before this step. On a GPU the run goes on
+                without such steps until `require_finite` is called.
         """
         train, layer = self.spec.train, self.spec.layer
         x = self.scaling.inputs(module_input(self.module, batch.inputs[layer], batch.outputs[layer]).to(self.device, torch.float32))
         y = self.scaling.targets(batch.outputs[layer].to(self.device, torch.float32))
-        mask = batch.mask.to(self.device)
-        n_tokens = int(mask.sum())
+        n_tokens = int(batch.whole_mask.sum())
+        mask = batch.mask.to(self.device, non_blocking=True)
         self._set_learning_rate(n_tokens)
         k = kept_heads(self.progress, self.module.k, train.k_start, train.k_warmup)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            output = self.module(x, k)
+            output = self._forward(x, k, *self._dead_units())
             error = torch.where(mask[..., None], output.y.float() - y, 0.0)
-            loss = error.square().sum() / (max(1, n_tokens) * y.shape[-1])
-            total = loss + self._aux_loss(output, error, mask) if train.aux_k else loss
+            squares = error.square().sum()
+            # Processes average their gradients, each of its own sequences: times their number that is the sum.
+            share = self.world.size / (max(1, n_tokens) * y.shape[-1])
+            total = share * (squares + self._aux_squares(output, error, mask)) if output.aux_indices.numel() else share * squares
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.clip or float("inf"))
-        self._require_finite(loss.detach(), norm)
+        fired, sums = self._summed_over_processes(output, squares, y, mask)
+        broken = 1.0 - torch.isfinite(sums[0] + norm).float()
+        self.broken += broken
+        if self.device.type == "cpu":  # a GPU is asked when the log is written
+            self.require_finite()
+        # Adam passes over a step that is marked so: the way that mixed precision skips overflows.
+        self.optimizer.found_inf = broken  # type: ignore[attr-defined]
         self.optimizer.step()
-        self._count(output, mask, n_tokens)
-        self._remember(loss, y, mask, output, norm, k)
+        self.since_fired = torch.where(fired > 0, 0, self.since_fired + n_tokens)
+        self.step += 1
+        self.tokens_seen += n_tokens
+        self._recent.append(
+            dict(zip(("error", "deviation", "active"), sums, strict=True)) | {"n_tokens": n_tokens, "grad_norm": norm, "k": k}
+        )
 
     def _set_learning_rate(self, n_tokens: int) -> None:
         train = self.spec.train
@@ -134,51 +187,47 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * group["lr_factor"] * learning_rate_factor(progress, train.warmup, train.decay)
 
-    def _aux_loss(self, output: SparseOutput, error: Tensor, mask: Tensor) -> Tensor:
-        """AuxK (Gao et al. 2024): the dead heads with the largest scores rebuild what the live ones left over."""
+    def _dead_units(self) -> tuple[Tensor | None, int]:
+        """Mask of the dead units and how many of them AuxK takes; nothing while all are alive."""
         train = self.spec.train
         dead = self.since_fired >= train.dead_window
-        n_dead = int(dead.sum())
-        if n_dead == 0:
-            return error.new_zeros(())
-        indices, values = self.module.select(output.pre_activations, min(train.aux_k, n_dead), among=dead)
-        rebuilt = self.module.decode(indices, values, bias=False)
-        miss = torch.where(mask[..., None], rebuilt + error.detach(), 0.0).square().sum()
-        return train.aux_weight * miss / (mask.sum().clamp_min(1) * error.shape[-1])
+        # On a GPU asking whether any is dead would wait for it.
+        return (dead, train.aux_k) if train.aux_k and (self.device.type == "cuda" or bool(dead.any())) else (None, 0)
 
-    def _require_finite(self, loss: Tensor, norm: Tensor) -> None:
-        if not torch.isfinite(loss + norm):
+    def _aux_squares(self, output: SparseOutput, error: Tensor, mask: Tensor) -> Tensor:
+        """AuxK (Gao et al. 2024): the dead heads with the largest scores rebuild what the live ones left over; weighted squared error."""
+        rebuilt = self.module.decode(output.aux_indices, output.aux_values, bias=False)
+        return self.spec.train.aux_weight * torch.where(mask[..., None], rebuilt + error.detach(), 0.0).square().sum()
+
+    @torch.no_grad()
+    def _summed_over_processes(self, output: SparseOutput, squares: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """How often every unit fired in this step, and its squared error, squared deviation and active units, in one exchange."""
+        weight = mask[..., None].float()
+        fired = (output.values != 0) * weight
+        counts = torch.zeros(self.module.n_units, device=self.device).index_add_(0, output.indices.flatten(), fired.flatten())
+        moments = torch.stack((squares.detach(), (y.square() * weight).sum(), fired.sum(), weight.sum()))
+        together = torch.cat((counts, moments, (y * weight).sum(dim=(0, 1))))
+        if self.world.size > 1:
+            torch.distributed.all_reduce(together)
+        counts, (error, energy, active, n), total = together.split([len(counts), 4, y.shape[-1]])
+        return counts, torch.stack((error, energy - total.square().sum() / n.clamp_min(1), active))
+
+    def require_finite(self) -> None:
+        """Stop a run that diverged.
+
+        Raises:
+            UserError: the loss or a gradient was not finite; the weights are the last good ones.
+        """
+        if self.broken:
             raise store.UserError(
-                f"The loss of {self.spec.name} is no longer finite at step {self.step} (loss {float(loss)}, gradient norm {float(norm)}); "
+                f"The loss of {self.spec.name} is no longer finite at step {self.step}; "
                 f"the last good state is kept in {self.spec.folder / 'state'}: start again with a lower --lr."
             )
-
-    @torch.no_grad()
-    def _count(self, output: SparseOutput, mask: Tensor, n_tokens: int) -> None:
-        active = output.indices[mask][output.values[mask] != 0]
-        self.since_fired += n_tokens
-        self.since_fired[active] = 0
-        self.step += 1
-        self.tokens_seen += n_tokens
-
-    @torch.no_grad()
-    def _remember(self, loss: Tensor, y: Tensor, mask: Tensor, output: SparseOutput, norm: Tensor, k: int) -> None:
-        counted = y[mask]
-        self._recent.append(
-            {
-                "error": loss.detach() * counted.numel(),
-                "deviation": (counted - counted.mean(dim=0)).square().sum(),
-                "active": (output.values[mask] != 0).sum(),
-                "n_tokens": len(counted),
-                "grad_norm": norm,
-                "k": k,
-            }
-        )
 
     def recent_metrics(self) -> dict[str, float]:
         """One row of metrics.jsonl: counters, and what happened since the last call (ratios of sums, as in `metrics`)."""
         rows, self._recent = self._recent, []
-        sums = {name: sum(float(row[name]) for row in rows) for name in rows[0]}
+        sums = {name: float(sum(torch.as_tensor(row[name]).double() for row in rows)) for name in rows[0]}
         n_tokens = max(1.0, sums["n_tokens"])
         dead = float((self.since_fired >= self.spec.train.dead_window).double().mean())
         return {
@@ -205,11 +254,14 @@ class Run:
             "module": {**self.spec.module.to_dict(), "kind": kind},
             "layer": self.spec.layer,
             "train": self.spec.train.to_dict(),
+            "processes": self.world.size,
             "source": self.source,
         }
 
     def save_state(self) -> None:
-        """Write state/; the previous state stays until the new one is whole."""
+        """Write state/ (the first process does); the previous state stays until the new one is whole."""
+        if self.world.rank > 0:
+            return
         tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
         for index, parameter in enumerate(self.parameters):
             for name, value in self.optimizer.state.get(parameter, {}).items():
@@ -261,7 +313,9 @@ class Run:
         return copy.requires_grad_(False)
 
     def save_module(self) -> None:
-        """Write model.safetensors (raw activations in, raw outputs out); config.json is there since the start."""
+        """Write model.safetensors (raw activations in, raw outputs out; the first process does); config.json is there since the start."""
+        if self.world.rank > 0:
+            return
         store.write_tensors(self.spec.folder / "model.safetensors", self.finished_module().state_dict())
 
 
@@ -272,6 +326,7 @@ def prepare_runs(
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
+    world: World = World(),  # noqa: B008
 ) -> list[Run]:
     """Make runs ready to train: initialised on the first sequences, or resumed from their folders.
 
@@ -282,7 +337,27 @@ def prepare_runs(
     _check_specs(specs)
     if source.n_sequences == 0 or source.n_tokens == 0:
         raise store.UserError("There is not one token to train on; give a longer text.")
-    runs = [Run(spec, source.identity(), torch.device(device)) for spec in specs]
+    runs = [Run(spec, source.identity(), torch.device(device), world) for spec in specs]
+    problem: store.UserError | None = None
+    if world.rank == 0:
+        try:
+            _start_or_load(runs, source, sites, resume)
+        except store.UserError as error:
+            problem = error
+    if world.size > 1:
+        told = [problem is not None]
+        torch.distributed.broadcast_object_list(told)
+        if told[0] and world.rank > 0:
+            raise SystemExit(1)  # the first process says why
+    if problem:
+        raise problem
+    if world.rank > 0:  # what the first process has started or found is what all go on from
+        for run in runs:
+            run.load_state()
+    return runs
+
+
+def _start_or_load(runs: Sequence[Run], source: ActivationSource, sites: Mapping[int, AttentionSite], resume: bool) -> None:
     fresh = []
     for run in runs:
         folder = store.require_writable(run.spec.folder)
@@ -301,7 +376,6 @@ def prepare_runs(
             run.start(sites[run.spec.layer], batch)
             store.write_json(run.spec.folder / "config.json", run.config())
             run.save_state()
-    return runs
 
 
 def _check_specs(specs: Sequence[RunSpec]) -> None:
@@ -342,6 +416,7 @@ def train_runs(
     progress: bool = True,
     logger: Logger | None = None,
     stop_after_steps: int | None = None,
+    world: World = World(),  # noqa: B008
 ) -> list[Run]:
     """Train several modules on the same batches.
 
@@ -354,6 +429,7 @@ def train_runs(
         progress: show a bar with rate and ETA.
         logger: called beside metrics.jsonl, see `loggers`.
         stop_after_steps: save the state and stop after so many more steps (to show or test resuming).
+        world: the processes that train these runs together; all call this function with the same arguments.
 
     Returns:
         the runs; finished ones have their module saved.
@@ -363,7 +439,12 @@ def train_runs(
     """
     if len({(spec.train.batch_size, spec.train.tokens) for spec in specs}) != 1:
         raise store.UserError("Runs trained together must have the same batch_size and tokens; train them in separate calls.")
-    runs = prepare_runs(specs, source, sites, device=device, resume=resume)
+    if world.size > specs[0].train.batch_size:
+        raise store.UserError(
+            f"{world.size} processes cannot share a batch of {specs[0].train.batch_size} sequences; start fewer or raise --batch-size."
+        )
+    runs = prepare_runs(specs, source, sites, device=device, resume=resume, world=world)
+    progress = progress and world.rank == 0
     try:
         _catch_up(runs, source, progress, logger)
         _loop(runs, source, progress, logger, stop_after_steps)
@@ -371,6 +452,15 @@ def train_runs(
         for run in runs:
             run.save_state()
         raise
+    except RuntimeError as error:
+        if world.size == 1:
+            raise
+        for run in runs:
+            run.save_state()
+        raise store.UserError(
+            f"Another process of this training has ended ({str(error).splitlines()[0]}); "
+            f"the last good state is kept in {runs[0].spec.folder / 'state'}: go on with --resume and as many processes."
+        ) from error
     for run in runs:
         run.save_state()
         if run.progress >= 1:
@@ -386,7 +476,7 @@ def _catch_up(runs: Sequence[Run], source: ActivationSource, progress: bool, log
 
 
 def _loop(runs: Sequence[Run], source: ActivationSource, progress: bool, logger: Logger | None, stop_after_steps: int | None) -> None:
-    train = runs[0].spec.train
+    train, world = runs[0].spec.train, runs[0].world
     layers = sorted({run.spec.layer for run in runs})
     for run in runs:
         _cut_log(run)
@@ -396,15 +486,17 @@ def _loop(runs: Sequence[Run], source: ActivationSource, progress: bool, logger:
     while runs[0].progress < 1:
         per_epoch = -(-source.n_sequences // train.batch_size)
         start = runs[0].step % per_epoch * train.batch_size
-        for batch in source.batches(train.batch_size, start, layers):
-            batch = _cut_to_budget(batch, train.tokens - runs[0].tokens_seen)
+        batches = source.batches(train.batch_size, start, layers, world)
+        # On a CPU all cores are busy with the step itself.
+        for batch in prepared_ahead(batches, runs[0].device) if runs[0].device.type == "cuda" else batches:
+            batch = _cut_to_budget(batch, train.tokens - runs[0].tokens_seen, world)
             with _interrupt_waits():
                 for run in runs:
                     began = time.perf_counter()
                     run.train_step(batch)
                     run.seconds += time.perf_counter() - began
                 done += 1
-                bar.update(int(batch.mask.sum()))
+                bar.update(int(batch.whole_mask.sum()))
                 if runs[0].step % train.log_every == 0 or runs[0].progress >= 1:
                     bar.set_postfix({"fvu": f"{_log(runs, logger):.3f}"})
             finished = runs[0].progress >= 1 or done == stop_after_steps
@@ -434,19 +526,23 @@ def _interrupt_waits() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _cut_to_budget(batch: ActivationBatch, left: int) -> ActivationBatch:
+def _cut_to_budget(batch: ActivationBatch, left: int, world: World) -> ActivationBatch:
     """Mask what the token budget no longer covers."""
-    if int(batch.mask.sum()) <= left:
+    if int(batch.whole_mask.sum()) <= left:
         return batch
-    counted = batch.mask.flatten().cumsum(0) <= left
-    return batch._replace(mask=batch.mask & counted.view_as(batch.mask))
+    whole = batch.whole_mask & (batch.whole_mask.flatten().cumsum(0) <= left).view_as(batch.whole_mask)
+    return batch._replace(mask=own_rows(whole, world)[1].to(batch.mask.device), whole_mask=whole)
 
 
 def _log(runs: Sequence[Run], logger: Logger | None) -> float:
     """Append one row per run to its metrics.jsonl; returns the mean training FVU."""
     total = 0.0
     for run in runs:
+        run.require_finite()
         row = run.recent_metrics()
+        total += row["fvu"]
+        if run.world.rank > 0:
+            continue
         file = run.spec.folder / "metrics.jsonl"
         try:
             with open(file, "a", encoding="utf-8") as handle:
@@ -455,12 +551,13 @@ def _log(runs: Sequence[Run], logger: Logger | None) -> float:
             raise store.UserError(f"Cannot write {file} ({error.strerror}); free some space, then continue with --resume.") from error
         if logger:
             logger(run.spec.name, row)
-        total += row["fvu"]
     return total / len(runs)
 
 
 def _cut_log(run: Run) -> None:
     """Drop rows that a killed run wrote after its last saved state: they will be written again."""
+    if run.world.rank > 0:
+        return
     file = run.spec.folder / "metrics.jsonl"
     rows = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if file.is_file() else []
     kept = [line for line in rows if json.loads(line)["step"] <= run.step]

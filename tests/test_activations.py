@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import D_MODEL, save_tiny_model
-from toys import random_sequences
+from toys import ToySource, random_sequences
 
 from lorsa_utils import activations, store
-from lorsa_utils.activations import ActivationBatch, ActivationCache, ActivationStream, build_cache, bytes_per_sequence, estimate_cache
+from lorsa_utils.activations import (
+    ActivationBatch,
+    ActivationCache,
+    ActivationStream,
+    build_cache,
+    bytes_per_sequence,
+    estimate_cache,
+    prepared_ahead,
+)
 from lorsa_utils.corpus import Sequences
 from lorsa_utils.models import LanguageModel, load_model
 from lorsa_utils.store import UserError
@@ -131,6 +141,45 @@ def test_batch_size_and_start_change_streamed_rows_by_rounding_alone(lm: Languag
     found = joined(list(source.batches(4, start=5)))
     for name, tensor in every.items():
         assert torch.allclose(found[name].double(), tensor[5:].double(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_parts_of_a_batch_make_up_the_batch(lm: LanguageModel, cache_once: Path, world: int) -> None:
+    """Sequences go round the ranks; a rank without one gets a step in which nothing counts."""
+    for source in (ActivationCache(cache_once), ActivationStream(lm, splits()["train"], LAYERS)):
+        for parts in zip(source.batches(5), *(source.batches(5, part=(rank, world)) for rank in range(world)), strict=True):
+            whole, shares = parts[0], parts[1:]
+            assert all(torch.equal(share.whole_mask, whole.mask) for share in shares)
+            assert sum(int(share.mask.sum()) for share in shares) == int(whole.mask.sum())
+            for rank, share in enumerate(shares):
+                if rank < len(whole.tokens):
+                    assert torch.equal(share.tokens, whole.tokens[rank::world])
+                    assert torch.allclose(share.outputs[1], whole.outputs[1][rank::world], atol=1e-5)
+                else:
+                    assert share.mask.shape == (1, whole.mask.shape[1])
+                    assert not share.mask.any()
+
+
+def test_batches_prepared_ahead_are_the_same(cache_once: Path) -> None:
+    source, cpu = ActivationCache(cache_once), torch.device("cpu")
+    for found, expected in zip(prepared_ahead(source.batches(4), cpu), source.batches(4), strict=True):
+        assert_same(joined([found]), joined([expected]))
+    before = threading.active_count()
+    ahead = prepared_ahead(source.batches(4), cpu)
+    next(ahead)
+    ahead.close()  # type: ignore[attr-defined]
+    assert threading.active_count() <= before, "a thread was left behind"
+
+
+def test_an_error_in_the_preparing_thread_reaches_the_caller() -> None:
+    def broken() -> Iterator[ActivationBatch]:
+        yield from ToySource().batches(5)
+        raise UserError("the shard is gone.")
+
+    ahead = prepared_ahead(broken(), torch.device("cpu"))
+    assert len(list(itertools.islice(ahead, 4))) == 4
+    with pytest.raises(UserError, match="the shard is gone"):
+        next(ahead)
 
 
 def test_past_the_end_there_is_nothing(lm: LanguageModel, cache_once: Path) -> None:

@@ -23,7 +23,7 @@ KEYS = {"fvu", "fvu_token_mean", "cosine", "l0", "dead_fraction", "n_tokens"}
 def output(y: Tensor, indices: Sequence[Any] | None = None, values: Sequence[Any] | None = None) -> SparseOutput:
     kept = torch.tensor(indices) if indices is not None else torch.zeros(*y.shape[:2], 1, dtype=torch.long)
     active = torch.tensor(values) if values is not None else torch.ones(*y.shape[:2], 1)
-    return SparseOutput(y, kept, active, active)
+    return SparseOutput(y, kept, active, kept[..., :0], active[..., :0])
 
 
 def measured(y: Tensor, predicted: SparseOutput, mask: Tensor, n_units: int = 4) -> dict[str, float]:

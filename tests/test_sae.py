@@ -40,8 +40,9 @@ def test_by_hand() -> None:
         module.b_E.copy_(torch.tensor([0.0, -1.0]))
         module.W_O.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         module.b_O.copy_(torch.tensor([0.5, 0.0]))
-    output = module(torch.tensor([[[3.0, 3.0], [3.0, 2.0], [-1.0, -1.0]]]))
-    assert output.pre_activations.tolist() == [[[3.0, 2.0], [3.0, 1.0], [-1.0, -2.0]]]
+    x = torch.tensor([[[3.0, 3.0], [3.0, 2.0], [-1.0, -1.0]]])
+    output = module(x)
+    assert module.pre_activations(x).tolist() == [[[3.0, 2.0], [3.0, 1.0], [-1.0, -2.0]]]
     assert output.indices[0].tolist() == [[1], [0], [0]]
     assert output.values[0].tolist() == [[2.0], [3.0], [0.0]]
     assert output.y[0].tolist() == [[0.5, 4.0], [3.5, 0.0], [0.5, 0.0]]

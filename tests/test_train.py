@@ -19,7 +19,7 @@ import torch
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
 from lorsa_utils import store, train
-from lorsa_utils.activations import ActivationBatch
+from lorsa_utils.activations import ActivationBatch, Part
 from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.metrics import evaluate_activations, module_input
@@ -176,7 +176,7 @@ def test_an_interrupt_saves_the_state(tmp_path: Path, steps: int) -> None:
     assert_same_outcome(tmp_path / "parts" / "lorsa", tmp_path / "whole" / "lorsa")
 
 
-@pytest.mark.parametrize("moment", ["_count", "_require_finite", "_log"])
+@pytest.mark.parametrize("moment", ["_set_learning_rate", "_summed_over_processes", "_log"])
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """The signal comes when one of two runs has made its step and the other has not, or half of it."""
     names, calls = ("lorsa", "sae"), 0
@@ -286,9 +286,11 @@ class Spoiled(ToySource):
         super().__init__(20, 12, layers=(0, 1))
         self.row, self.value, self.epochs = row, value, 0
 
-    def batches(self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None) -> Iterator[ActivationBatch]:
+    def batches(
+        self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
+    ) -> Iterator[ActivationBatch]:
         self.epochs += start == 0 and batch_size < 20  # the calibration batch is not an epoch
-        for number, batch in enumerate(super().batches(batch_size, start, layers)):
+        for number, batch in enumerate(super().batches(batch_size, start, layers, part)):
             if self.epochs == 2 and start // batch_size + number == self.row // batch_size:
                 for side in (*batch.inputs.values(), *batch.outputs.values()):
                     side[self.row % batch_size, 1, 3] = self.value
@@ -298,7 +300,7 @@ class Spoiled(ToySource):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["lorsa", "sae"])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: Path, name: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"loss of {name} is no longer finite at step 9 .* last good state is kept in"):
+    with pytest.raises(UserError, match=rf"loss of {name} is no longer finite at step 9; the last good state is kept in"):
         go([spec(tmp_path / "spoiled", name)], Spoiled(7, value))
     go([spec(tmp_path / "clean", name)], ToySource(20, 12, layers=(0, 1)), stop_after_steps=9)
     assert_same_outcome(tmp_path / "spoiled" / name, tmp_path / "clean" / name)
@@ -326,8 +328,10 @@ class Watched(ToySource):
         super().__init__(20, 12, layers=(0, 1))
         self.given: list[Any] = []
 
-    def batches(self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None) -> Iterator[ActivationBatch]:
-        for batch in super().batches(batch_size, start, layers):
+    def batches(
+        self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
+    ) -> Iterator[ActivationBatch]:
+        for batch in super().batches(batch_size, start, layers, part):
             if batch_size < 20:
                 self.given.extend(batch.tokens[:, 0].tolist())
             yield batch

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorsa_utils.activations import ActivationBatch
+from lorsa_utils.activations import ActivationBatch, Part, own_rows
 from lorsa_utils.config import LorsaConfig, RotaryConfig, SAEConfig
 from lorsa_utils.corpus import Sequences
 from lorsa_utils.lorsa import Lorsa, SparseModule
@@ -117,12 +117,15 @@ class ToySource:
         self.outputs = {layer: toy_site(layer).head_outputs(x).sum(dim=2) + toy_site(layer).b_O for layer, x in self.inputs.items()}
         self.n_tokens = int(self.mask.sum())
 
-    def batches(self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None) -> Iterator[ActivationBatch]:
+    def batches(
+        self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
+    ) -> Iterator[ActivationBatch]:
         chosen = self.layers if layers is None else layers
         for first in range(start, self.n_sequences, batch_size):
-            rows = slice(first, first + batch_size)
-            inputs, outputs = ({layer: side[layer][rows] for layer in chosen} for side in (self.inputs, self.outputs))
-            yield ActivationBatch(self.tokens[rows], self.mask[rows], inputs, outputs)
+            batch = slice(first, first + batch_size)
+            rows, mask = own_rows(self.mask[batch], part)
+            inputs, outputs = ({layer: side[layer][batch][rows] for layer in chosen} for side in (self.inputs, self.outputs))
+            yield ActivationBatch(self.tokens[batch][rows], mask, inputs, outputs, self.mask[batch])
 
     def identity(self) -> dict[str, Any]:
         return {"model": "toy", "text_sha256": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()}
