@@ -119,9 +119,6 @@ def _train_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--freeze-qk", action="store_true", help="leave queries and keys at the start")
     sub.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     sub.add_argument(
-        "--spread", choices=("tokens", "layers"), default="tokens", help="what the processes of torchrun share: every batch, or the layers"
-    )
-    sub.add_argument(
         "--spread", choices=("tokens", "layers"), default="tokens", help="what the processes of torchrun share: each batch, or the layers"
     )
     sub.add_argument("--logger", choices=("jsonl", "tensorboard", "wandb"), default="jsonl", help="log beside metrics.jsonl")
