@@ -400,7 +400,7 @@ SERIES: dict[str, tuple[str, ...]] = {
 OPENINGS = ("", "Here is the list:", "In this order:", "We count:", "They come one by one:", "As follows:")
 
 
-def successor(vocabulary: Vocabulary, n_pairs: int = 24, seed: int = 8) -> PromptSet:
+def successor(vocabulary: Vocabulary, n_pairs: int = 32, seed: int = 8) -> PromptSet:
     """Three members of a series, `Monday, Tuesday, Wednesday,`: the comma attends to the last member and predicts the next one.
 
     Controls are lists of unrelated words in the same form. Seven series, `n_pairs` prompts of each that the tokenizer has as single
@@ -412,7 +412,8 @@ def successor(vocabulary: Vocabulary, n_pairs: int = 24, seed: int = 8) -> Promp
     for name, members in SERIES.items():
         # Tokenizers that cut digits one by one have no " 7"; there the list goes without spaces.
         stretch, prefix = max(((_stretch(vocabulary, members, prefix), prefix) for prefix in (" ", "")), key=lambda found: len(found[0]))
-        unrelated = [index for index in _fitting(vocabulary, prefix) if index not in stretch]
+        in_series = {token for others in SERIES.values() for token in vocabulary.singles(others, prefix).values()}
+        unrelated = [index for index in _fitting(vocabulary, prefix) if index not in in_series]
         if len(stretch) < 5 or len(unrelated) < 8:
             continue
         for _ in range(n_pairs):
@@ -601,11 +602,11 @@ def standard(vocabulary: Vocabulary, texts: Sequence[Passage], seed: int = 0, sc
         seed: of all draws; families have streams of their own.
         scale: factor on the number of pairs (1 is about 45,000 tokens in all).
     """
-    many, few = (max(8, round(scale * n)) for n in (96, 24))
+    many, few = (max(8, round(scale * n)) for n in (96, 32))
     some = list(texts)[: max(8, round(scale * 48))]
     makers: dict[str, Callable[[int], PromptSet]] = {
         "induction": lambda s: induction(vocabulary, many, s),
-        "duplicate_token": lambda s: duplicate_token(vocabulary, many, s),
+        "duplicate_token": lambda s: duplicate_token(vocabulary, many // 2, s),
         "previous_token": lambda s: previous_token(vocabulary, some, s),
         "attention_sink": lambda s: attention_sink(vocabulary, some, s),
         "local": lambda s: local(vocabulary, some, s),

@@ -230,6 +230,9 @@ def test_successors(words: Vocabulary) -> None:
     assert {"days", "months", "numerals", "letters"} <= seen
     unrelated = {found.kinds()[query] for query in (~found.positive).nonzero()[:, 0].tolist()}
     assert unrelated == {"unrelated words"}
+    listed = found.tokens[found.row, found.position - 1][~found.positive]
+    controls = {words.texts[token].strip() for token in listed.tolist()}
+    assert not controls & {member for members in prompts.SERIES.values() for member in members}
 
 
 def test_numerals_go_without_spaces_where_digits_stand_alone(words: Vocabulary) -> None:

@@ -21,11 +21,12 @@ PACKAGE = "lorsa_utils"
 # Each module imports only from modules before it.
 FLOORS = (
     *("store", "config"),
-    *("reference", "prompts"),
+    *("reference", "kernels", "prompts"),
     "ops",
     *("fetch", "models", "prose", "corpus"),
     *("lorsa", "sae", "activations"),
-    *("initialize", "metrics", "train"),
+    *("initialize", "metrics", "train", "bench"),
+    *("units", "heads", "survey", "correspondence", "arithmetic", "topics"),
     "toy",
     "figures",
     *("notebook", "reproduce", "cli", "__main__"),

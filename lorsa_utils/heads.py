@@ -1,0 +1,498 @@
+"""Head discovery: which unit of an attention layer does what, with thresholds from nulls and names that hold on unseen prompts.
+
+The way of a name, for one family (see `prompts`):
+
+1. *Scores* of every unit on half of the prompt pairs (the discovery half, even pair numbers):
+   share      z-pattern mass on the predicted sources / mass on all sources, both summed over labelled queries where it is active
+   precision  mean activation at labelled queries / (that + mean activation at controls); chance is 1/2
+   recall     share of labelled queries where it is active with more than half of its mass on the predicted sources
+   auc        chance that its activation at a labelled query exceeds that at a control (ties count half); in families without
+              controls: that its mass on the predicted sources exceeds that on as many random earlier positions
+   logit      mean direct effect on the logit of the predicted token, minus that on the predicted token of another prompt
+2. *Bars*: a floor in `FAMILIES` that the meaning of the name asks for (half of the pattern on the source), raised to what the
+   1 - `NULL_RATE` quantile of the heads of a randomly initialised Lorsa of the same shape reaches on the same prompts.
+3. *Confirmation* on the other half: the unit must clear the same bars again, and each of its scores must differ from what shuffled labels
+   give: labelled against control swapped within pairs, predicted against random sources, own against another prompt's token. p-values
+   come from sign flips of whole pairs (queries of one prompt are not independent), the largest of a unit's p-values counts, and Holm's
+   method over all units and families that reached this step keeps the chance of even one wrong name at `ERROR_RATE`. Holm, because it
+   needs no assumption on how heads depend on each other, and they share patterns and text.
+
+Numbers in tables are those of the confirmation half, which no unit was chosen on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lorsa_utils.initialize import initialize
+from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.models import LanguageModel
+from lorsa_utils.prompts import PromptSet
+from lorsa_utils.store import UserError
+from lorsa_utils.units import Unembedding, Units, by_pair, final_norm
+
+NULL_RATE = 0.001
+"""Share of random-init heads that may clear a bar."""
+ERROR_RATE = 0.05
+"""Chance that a table holds even one name that shuffled labels would have given."""
+N_FLIPS = 20_000
+MIN_SUPPORT = 8
+"""A unit, real or random, is judged when it is active at a labelled query of at least so many pairs; fewer cannot be significant."""
+SCORES = ("share", "precision", "recall", "auc", "logit")
+
+
+class Family(NamedTuple):
+    """What a name asks for."""
+
+    label: str
+    """For people."""
+    share: float
+    """Least share of the z pattern on the predicted sources."""
+    precision: float = 0.75
+    """Least precision (three times as active on labelled positions as on controls); without effect in families without controls."""
+    logit_sign: int = 0
+    """1: must raise the predicted token, -1: must lower it, 0: what it writes does not matter."""
+    raised: bool = True
+    """Whether bars are raised to the null. Not for names that only describe where a head looks: a random head that rests on the
+    first token is a sink too (how many random heads clear the bar is in `Discovery.bars`)."""
+
+
+# From the most to the least specific: a unit that earns several names is shown under the first, all are listed.
+FAMILIES: dict[str, Family] = {
+    "subtoken_induction": Family("subtoken induction", 0.5, logit_sign=1),
+    "copy_suppression": Family("copy suppression", 0.5, logit_sign=-1),
+    "name_mover": Family("name mover", 0.5, logit_sign=1),
+    "successor": Family("successor", 0.5, logit_sign=1),
+    "arithmetic": Family("arithmetic", 0.5),
+    "induction": Family("induction", 0.5),
+    "duplicate_token": Family("duplicate token", 0.5),
+    "previous_token": Family("previous token", 0.5),
+    "attention_sink": Family("attention sink", 0.5, raised=False),
+    "thematic_anchor": Family("thematic anchor", 0.5),
+    "local": Family("local/positional", 0.75, raised=False),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What units of one kind did on the prompts of one family. Masses and effects are at labelled queries alone."""
+
+    prompts: PromptSet = field(repr=False)
+    activation: Tensor = field(repr=False)
+    """[n_queries, n_units]."""
+    at_source: Tensor = field(repr=False)
+    """[n_labelled, n_units], mass on the predicted sources."""
+    at_random: Tensor = field(repr=False)
+    """[n_labelled, n_units], mass on random earlier positions, scaled to as many as there are predicted sources."""
+    total: Tensor = field(repr=False)
+    """[n_labelled, n_units], mass on all sources."""
+    logit: Tensor | None = field(repr=False)
+    """[n_labelled, n_units], direct effect on the logit of the predicted token; None where the family predicts none."""
+    logit_other: Tensor | None = field(repr=False)
+    """[n_labelled, n_units], the same for the predicted token of another prompt."""
+
+
+@torch.no_grad()
+def read(
+    model: LanguageModel, layer: int, kinds: Mapping[str, Units], prompts: PromptSet, batch_size: int = 16, seed: int = 0
+) -> dict[str, Reading]:
+    """Read several kinds of units on the same prompts, in one pass of the model.
+
+    Args:
+        model: the language model; the whole of it runs where the family predicts a token, else it stops at `layer`.
+        layer: where the units are.
+        kinds: name to units.
+        prompts: of one family.
+        batch_size: prompts at a time.
+        seed: of the random sources and the exchange of predicted tokens, which are the same for all kinds.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    others = _random_sources(prompts, generator)
+    # The scale makes random masses comparable where there were fewer random positions than sources.
+    scale = prompts.sources.sum(dim=1) / others.sum(dim=1).clamp_min(1)
+    maps = torch.stack([prompts.sources.float(), others.float() * scale[:, None]])
+    wanted = (prompts.predicted, _exchange(prompts, generator)) if prompts.predicts else ()
+    unembedding = Unembedding(model)
+    parts: dict[str, list[list[Tensor]]] = {name: [] for name in kinds}
+    order = []
+    for batch in torch.arange(len(prompts.tokens)).split(batch_size):
+        x, y, residual = _layer_and_residual(model, layer, prompts.tokens[batch], prompts.predicts)
+        prepared = {name: units.prepare(x, y) for name, units in kinds.items()}
+        for place, number in enumerate(batch.tolist()):
+            queries = (prompts.row == number).nonzero()[:, 0]
+            order.append(queries)
+            positions, labelled = prompts.position[queries].to(x.device), prompts.positive[queries].to(x.device)
+            directions = [
+                unembedding.directions(residual[place, positions[labelled]], tokens[queries].to(x.device)[labelled]) for tokens in wanted
+            ]
+            for name, units in kinds.items():
+                rows = units.rows(prepared[name], place, positions, maps[:, queries].to(x.device))
+                pieces = [rows.activation, *(one[labelled] for one in (*rows.mass, rows.total))]
+                value = rows.value[labelled]
+                pieces += [units.along(prepared[name], place, positions[labelled], value, each) for each in directions]
+                parts[name].append([piece.cpu() for piece in pieces])
+    return {name: _reading(prompts, torch.cat(order), pieces) for name, pieces in parts.items()}
+
+
+def _reading(prompts: PromptSet, order: Tensor, pieces: list[list[Tensor]]) -> Reading:
+    """Put what was read row by row back into the order of the queries."""
+    joined = [torch.cat(side) for side in zip(*pieces, strict=True)]
+    labelled = order[prompts.positive[order]]
+    sides = [joined[0][order.argsort()], *(side[labelled.argsort()] for side in joined[1:])]
+    return Reading(prompts, *sides, *([None, None] if len(sides) == 4 else []))
+
+
+def _random_sources(prompts: PromptSet, generator: torch.Generator) -> Tensor:
+    """For each query as many earlier positions as it has sources, none of them a source (fewer where there are no more)."""
+    length = prompts.sources.shape[1]
+    open_to = (torch.arange(length) <= prompts.position[:, None]) & ~prompts.sources
+    keys = torch.rand(prompts.sources.shape, generator=generator).masked_fill(~open_to, 2.0)
+    rank = keys.argsort(dim=1).argsort(dim=1)
+    return (rank < prompts.sources.sum(dim=1, keepdim=True)) & open_to
+
+
+def _exchange(prompts: PromptSet, generator: torch.Generator) -> Tensor:
+    """Predicted tokens dealt out anew among labelled queries, [n_queries]."""
+    tokens = prompts.predicted.clone()
+    labelled = prompts.positive.nonzero()[:, 0]
+    tokens[labelled] = tokens[labelled[torch.randperm(len(labelled), generator=generator)]]
+    return tokens
+
+
+def _layer_and_residual(model: LanguageModel, layer: int, tokens: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What a layer reads and writes and, when the `whole` model is to run (else empty), what its last norm reads."""
+    if not whole:
+        x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
+        return x, y, x[:0]
+    found: dict[str, Tensor] = {}
+
+    def observe(attn_input: Tensor, attn_output: Tensor) -> Tensor:
+        found["x"], found["y"] = attn_input, attn_output
+        return attn_output
+
+    def before_norm(module: Any, arguments: tuple[Tensor, ...]) -> None:
+        found["residual"] = arguments[0]
+
+    hook = final_norm(model).register_forward_pre_hook(before_norm)
+    try:
+        with model.splice({layer: observe}):
+            model.logits(tokens, [0])
+    finally:
+        hook.remove()
+    return found["x"].float(), found["y"].float(), found["residual"].float()
+
+
+# -------------------------------------------------------------------------------------------------------------------- scores
+
+
+def score(reading: Reading, queries: Tensor | None = None) -> pd.DataFrame:
+    """Scores of every unit, one row a unit (see the module's docstring), and the columns `active` and `support`.
+
+    Args:
+        reading: of one family.
+        queries: mask [n_queries] of those that count; all without it.
+
+    Returns:
+        NaN where a score is not defined: `share` of a unit that is never active, `precision` without controls, `logit` without prediction.
+        `active` is the share of labelled queries where the unit is active, `support` the number of pairs with such a query.
+    """
+    prompts = reading.prompts
+    queries = torch.ones_like(prompts.positive) if queries is None else queries
+    kept = queries[prompts.positive]
+    if not bool(kept.any()):
+        raise UserError(f"No labelled position of family {prompts.family} is left; make more prompts.")
+    labelled = reading.activation[prompts.positive & queries]
+    at_source, at_random, total = (side[kept] for side in (reading.at_source, reading.at_random, reading.total))
+    result = {"share": at_source.sum(dim=0) / total.sum(dim=0)}
+    if prompts.has_controls:
+        controls = reading.activation[~prompts.positive & queries]
+        means = labelled.mean(dim=0), controls.mean(dim=0)
+        result["precision"] = means[0] / (means[0] + means[1])
+        result["auc"] = auc(labelled, controls)
+    else:
+        result["precision"] = torch.full_like(result["share"], torch.nan)
+        result["auc"] = auc(at_source, at_random)
+    result["recall"] = ((labelled > 0) & (at_source > 0.5 * total)).double().mean(dim=0)
+    result["logit"] = torch.full_like(result["share"], torch.nan)
+    if reading.logit is not None and reading.logit_other is not None:
+        result["logit"] = (reading.logit[kept] - reading.logit_other[kept]).mean(dim=0)
+    result["active"] = (labelled > 0).double().mean(dim=0)
+    result["support"] = (by_pair(labelled, prompts.pair[prompts.positive & queries]) > 0).sum(dim=0)
+    return pd.DataFrame({name: result[name].double().numpy() for name in (*SCORES, "active", "support")})
+
+
+def auc(labelled: Tensor, controls: Tensor, columns: int = 512) -> Tensor:
+    """Area under the ROC curve of every unit: [n_labelled, n_units] and [n_controls, n_units] to [n_units]; ties count half."""
+    result = torch.full((labelled.shape[1],), 0.5, dtype=torch.float64)
+    # Most sparse units are never active on a family's prompts: all ties.
+    moving = ((labelled != 0).any(dim=0) | (controls != 0).any(dim=0)).nonzero()[:, 0]
+    for some in moving.split(columns):
+        ordered, wanted = controls[:, some].T.sort(dim=1).values.contiguous(), labelled[:, some].T.contiguous()
+        below = torch.searchsorted(ordered, wanted, right=False) + torch.searchsorted(ordered, wanted, right=True)
+        result[some] = below.double().mean(dim=1) / (2 * len(controls))
+    return result
+
+
+def halves(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
+    """The discovery half (even pair numbers) and the confirmation half (odd ones)."""
+    return prompts.keep_pairs(lambda pair: pair % 2 == 0), prompts.keep_pairs(lambda pair: pair % 2 == 1)
+
+
+def p_values(
+    reading: Reading, chosen: Sequence[int], sign: int, queries: Tensor | None = None, seed: int = 0, n_flips: int = N_FLIPS
+) -> np.ndarray:
+    """For each chosen unit the largest of its p-values against shuffled labels, [n_chosen].
+
+    Per pair of prompts, three differences: mass on predicted minus random sources; mean activation at labelled queries minus
+    controls (where there are any); direct effect on the own minus another prompt's token (where `sign` is not 0). Under the null each
+    pair's difference is as likely to have the other sign. The statistic is sum(d) / sqrt(sum(d^2)), the p-value one-sided.
+
+    Args:
+        reading: of one family.
+        chosen: units.
+        sign: of the effect on logits that the family asks for; 0 leaves it out.
+        queries: mask [n_queries] of those that count; all without it.
+        seed: of the flips.
+        n_flips: how many; no p-value is below 1 / (n_flips + 1).
+    """
+    prompts, units = reading.prompts, torch.tensor(list(chosen), dtype=torch.long)
+    queries = torch.ones_like(prompts.positive) if queries is None else queries
+    kept = queries[prompts.positive]
+    labelled = prompts.positive & queries
+    pairs = prompts.pair[labelled]
+    differences = [by_pair((reading.at_source - reading.at_random)[kept][:, units], pairs)]
+    if prompts.has_controls:
+        controls = ~prompts.positive & queries
+        means = [by_pair(reading.activation[side][:, units], prompts.pair[side]) for side in (labelled, controls)]
+        differences.append(means[0] - means[1])
+    if sign and reading.logit is not None and reading.logit_other is not None:
+        differences.append(sign * by_pair((reading.logit - reading.logit_other)[kept][:, units], pairs))
+    return np.max([_sign_flip_p(one, seed, n_flips) for one in differences], axis=0)
+
+
+def _sign_flip_p(differences: Tensor, seed: int, n_flips: int) -> np.ndarray:
+    """One-sided p-value of differences [n_pairs, n] under flips of the signs of whole pairs."""
+    scaled = differences / differences.square().sum(dim=0).sqrt().clamp_min(1e-300)
+    observed = scaled.sum(dim=0)
+    generator = torch.Generator().manual_seed(seed)
+    exceeding = torch.zeros(len(observed))
+    for first in range(0, n_flips, 2000):
+        flips = torch.randint(0, 2, (min(2000, n_flips - first), len(scaled)), generator=generator).double() * 2 - 1
+        exceeding += (flips @ scaled >= observed - 1e-9).sum(dim=0)
+    return ((exceeding + 1) / (n_flips + 1)).numpy()
+
+
+def holm(p: np.ndarray, rate: float = ERROR_RATE) -> np.ndarray:
+    """Which of p [n] Holm's method rejects, so that the chance of even one wrong rejection is at most `rate`."""
+    order = np.argsort(p, kind="stable")
+    passed = p[order] <= rate / (len(p) - np.arange(len(p)))
+    rejected = np.zeros(len(p), dtype=bool)
+    rejected[order[: len(p) if passed.all() else int(np.argmin(passed))]] = True
+    return rejected
+
+
+# ----------------------------------------------------------------------------------------------------------------- discovery
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Names of units and everything they rest on. Made by `discover`."""
+
+    scores: pd.DataFrame
+    """Columns `unit`, `family`, `half` (`discovery`, `confirmation`) and those of `score`."""
+    bars: pd.DataFrame
+    """Columns `family`, `score`, `floor`, `null` (quantile of the random-init Lorsa, NaN without one), `bar` (the larger) and `null_rate`
+    (share of its heads at or above the bar)."""
+    names: pd.DataFrame
+    """One row for each unit and family that cleared the bars on the discovery half: `unit`, `family`, `series`, `p`, `confirmed`
+    (cleared them again) and `named` (also significant by Holm's method)."""
+    null: pd.DataFrame
+    """As `scores`, for the random-init Lorsa; empty without one."""
+    skipped: dict[str, str]
+    """Families without prompts, and why."""
+
+    def families(self, unit: int) -> list[str]:
+        """Every family of a unit, the most specific first."""
+        mine = set(self.names.query("unit == @unit and named")["family"])
+        return [family for family in FAMILIES if family in mine]
+
+    def units(self, family: str) -> list[int]:
+        """Named units of a family, by share on the confirmation half times recall, the largest first."""
+        named = set(self.names.query("family == @family and named")["unit"])
+        rows = self.scores.query("family == @family and half == 'confirmation'").set_index("unit")
+        worth = rows["share"] * rows["recall"]
+        return [int(unit) for unit in worth.sort_values(ascending=False).index if unit in named]
+
+    def counts(self) -> dict[str, int]:
+        """Named units of every family that was looked for."""
+        return {family: len(self.units(family)) for family in FAMILIES if family in set(self.scores["family"])}
+
+
+def random_lorsa(lorsa: Lorsa, model: LanguageModel, layer: int, tokens: Tensor, mask: Tensor, seed: int = 0) -> Lorsa:
+    """A Lorsa of the same shape with random weights, matched in scale to the layer: the null of every score.
+
+    Args:
+        lorsa: whose shape to take.
+        model: the language model.
+        layer: of the Lorsa.
+        tokens: some text, [n, length].
+        mask: its counted tokens, [n, length].
+        seed: of the weights.
+    """
+    x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
+    null = Lorsa(lorsa.config).to(x.device)
+    null.fold(initialize(null, model.site(layer), x, y, mask.to(x.device), "random", seed))
+    return null.requires_grad_(False)
+
+
+def discover(
+    model: LanguageModel,
+    layer: int,
+    units: Units,
+    sets: Mapping[str, PromptSet],
+    null: Units | None = None,
+    *,
+    skipped: Mapping[str, str] | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> Discovery:
+    """Score all units on all families and name those that clear every bar on both halves of the prompts.
+
+    Args:
+        model: the language model.
+        layer: where the units are.
+        units: Lorsa heads, SAE features or MHSA heads.
+        sets: prompts of each family (`prompts.standard`).
+        null: a random-init Lorsa's heads; without it bars are the floors of `FAMILIES` alone.
+        skipped: families without prompts, passed on to the result.
+        batch_size: prompts in one model pass.
+        seed: of everything that is shuffled.
+        progress: show a bar.
+
+    Raises:
+        UserError: a family is unknown.
+    """
+    if unknown := set(sets) - set(FAMILIES):
+        raise UserError(f"Family {sorted(unknown)[0]!r} is unknown; known are {', '.join(FAMILIES)}.")
+    tables: dict[str, list[pd.DataFrame]] = {"units": [], "null": []}
+    bars: list[dict[str, Any]] = []
+    found: list[pd.DataFrame] = []
+    for family, prompts in tqdm(sets.items(), desc="families", disable=not progress):
+        first, second = halves(prompts)
+        kinds = {"units": units} | ({} if null is None else {"null": null})
+        readings = read(model, layer, kinds, first, batch_size, seed)
+        held_back = read(model, layer, {"units": units}, second, batch_size, seed + 1)["units"]
+        scored = {kind: score(reading) for kind, reading in readings.items()}
+        confirmed = score(held_back)
+        for kind, half, values in (*((kind, "discovery", one) for kind, one in scored.items()), ("units", "confirmation", confirmed)):
+            tables[kind].append(values.rename_axis("unit").reset_index().assign(family=family, half=half))
+        own = _bars(family, scored.get("null"))
+        bars += [{"family": family, "score": name, **values} for name, values in own.items()]
+        found.append(_candidates((readings["units"], scored["units"]), (held_back, confirmed), own, seed))
+    candidates = pd.concat(found, ignore_index=True)
+    candidates["named"] = candidates["confirmed"] & holm(candidates["p"].to_numpy())
+    null_table = pd.concat(tables["null"], ignore_index=True) if null is not None else pd.DataFrame()
+    return Discovery(pd.concat(tables["units"], ignore_index=True), pd.DataFrame(bars), candidates, null_table, dict(skipped or {}))
+
+
+def _bars(family: str, null: pd.DataFrame | None) -> dict[str, dict[str, float]]:
+    """Floor, null quantile and bar of each score that the family's name asks for, and the share of null heads at or above the bar."""
+    wanted = FAMILIES[family]
+    floors = {"share": wanted.share, "precision": wanted.precision} | ({"logit": 0.0} if wanted.logit_sign else {})
+    judged = None if null is None else null[null["support"] >= MIN_SUPPORT]
+    bars = {}
+    for name, floor in floors.items():
+        values = np.array([]) if judged is None else judged[name].dropna().to_numpy() * (wanted.logit_sign if name == "logit" else 1)
+        quantile = float(np.quantile(values, 1 - NULL_RATE)) if len(values) else float("nan")
+        bar = float(np.nanmax([floor, quantile])) if wanted.raised else floor
+        bars[name] = {
+            "floor": floor,
+            "null": quantile,
+            "bar": bar,
+            "null_rate": float((values >= bar).mean()) if len(values) else float("nan"),
+        }
+    return bars
+
+
+def _clears(table: pd.DataFrame, family: str, bars: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+    """Units above every bar, [n_units] bool; a score that is not defined for the whole family is not asked for."""
+    sign = FAMILIES[family].logit_sign
+    passed = np.ones(len(table), dtype=bool)
+    for name, values in bars.items():
+        column = table[name].to_numpy() * (sign if name == "logit" else 1)
+        if name == "share" or not np.isnan(column).all():
+            passed &= np.nan_to_num(column, nan=-np.inf) >= values["bar"]
+    return passed & (table["support"].to_numpy() >= MIN_SUPPORT)
+
+
+def _candidates(
+    discovery: tuple[Reading, pd.DataFrame], confirmation: tuple[Reading, pd.DataFrame], bars: Mapping[str, Mapping[str, float]], seed: int
+) -> pd.DataFrame:
+    """Units that clear the bars on the discovery half, on all prompts or on one series, and how they do on the other half."""
+    family = discovery[0].prompts.family
+    columns = {"unit": int, "family": str, "series": str, "p": float, "confirmed": bool}
+    tables = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})]
+    members = [_series(reading.prompts) for reading, _ in (discovery, confirmation)]
+    for series in members[0].keys() & members[1].keys():
+        if series:
+            first, second = (score(half[0], masks[series]) for half, masks in zip((discovery, confirmation), members, strict=True))
+        else:
+            first, second = discovery[1], confirmation[1]
+        chosen = np.flatnonzero(_clears(first, family, bars))
+        if len(chosen):
+            p = p_values(confirmation[0], chosen.tolist(), FAMILIES[family].logit_sign, members[1][series], seed)
+            cleared = _clears(second, family, bars)[chosen]
+            tables.append(pd.DataFrame({"unit": chosen, "family": family, "series": series, "p": p, "confirmed": cleared}))
+    return pd.concat(tables[1:] or tables, ignore_index=True)
+
+
+def _series(prompts: PromptSet) -> dict[str, Tensor]:
+    """All queries and, in a family made of several series, those of each series with their controls."""
+    masks = {"": torch.ones_like(prompts.positive)}
+    kinds = [kind for kind, positive in zip(prompts.kinds(), prompts.positive.tolist(), strict=True) if positive]
+    if len(set(kinds)) > 1:
+        for kind in sorted(set(kinds)):
+            pairs = {pair for pair, other in zip(prompts.pair.tolist(), prompts.kinds(), strict=True) if other == kind}
+            masks[kind] = torch.tensor([pair in pairs for pair in prompts.pair.tolist()])
+    return masks
+
+
+# ------------------------------------------------------------------------------------------------------- cleaner than MHSA?
+
+
+def compare(scores: Mapping[str, Mapping[str, pd.DataFrame]], n: int = 1) -> pd.DataFrame:
+    """The best units of each kind side by side.
+
+    Args:
+        scores: kind to half (`discovery`, `confirmation`) to the table of `score`, all of one family.
+        n: units of each kind.
+
+    Returns:
+        columns `kind`, `unit`, those of `score` and `f1` (harmonic mean of precision and recall; share and recall where there are no
+        controls) on the confirmation half. Units are chosen by f1 on the discovery half.
+    """
+    rows = []
+    for kind, halves in scores.items():
+        best = f1(halves["discovery"]).sort_values(ascending=False).index[:n]
+        chosen = halves["confirmation"].loc[best]
+        rows.append(chosen.assign(f1=f1(chosen)).rename_axis("unit").reset_index().assign(kind=kind))
+    table = pd.concat(rows, ignore_index=True)
+    return table[["kind", "unit", *(name for name in table.columns if name not in ("kind", "unit"))]]
+
+
+def f1(scores: pd.DataFrame) -> pd.Series:
+    """Harmonic mean of precision (share, where there are no controls) and recall; 0 where either is not defined."""
+    side = scores["share"] if scores["precision"].isna().all() else scores["precision"]
+    return (2 * side * scores["recall"] / (side + scores["recall"])).fillna(0.0)

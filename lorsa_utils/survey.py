@@ -1,0 +1,156 @@
+"""What each unit does on running text, in one pass, and the table of all heads of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lorsa_utils.corpus import Sequences
+from lorsa_utils.heads import FAMILIES, SCORES, Discovery
+from lorsa_utils.models import LanguageModel
+from lorsa_utils.store import UserError
+from lorsa_utils.units import LorsaHeads, Rows, Unembedding, Units
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What each unit does on running text. Made by `survey`."""
+
+    facts: pd.DataFrame
+    """One row a unit: `frequency` (share of counted tokens where it is active), `mean_activation` and `max_activation` (where active),
+    and, over its mass where active, `distance` (mean tokens back), `first_share`, `previous_share`, `self_share`; NaN for a dead unit."""
+    places: Tensor = field(repr=False)
+    """[n_units, n_contexts, 2], sequence and position of its largest activations, each from another sequence; -1 where there are none."""
+    peaks: Tensor = field(repr=False)
+    """[n_units, n_contexts], those activations."""
+    n_tokens: int
+    """Counted tokens."""
+
+
+_MAPS = ("distance", "first_share", "previous_share", "self_share")
+
+
+@torch.no_grad()
+def survey(
+    model: LanguageModel, layer: int, units: Units, sequences: Sequences, n_contexts: int = 4, batch_size: int = 8, progress: bool = True
+) -> Survey:
+    """One pass over text; memory does not grow with it.
+
+    Raises:
+        UserError: the text holds no counted token.
+    """
+    if sequences.n_tokens == 0:
+        raise UserError("There is not one counted token in this text; give a longer text.")
+    length = sequences.tokens.shape[1]
+    maps = _text_maps(length).to(model.device)
+    sums = torch.zeros(len(_MAPS) + 3, units.n, dtype=torch.float64)
+    peaks, places = torch.zeros(units.n, n_contexts), torch.full((units.n, n_contexts, 2), -1)
+    bar = tqdm(total=len(sequences.tokens), unit="seq", desc="text", disable=not progress)
+    for first in range(0, len(sequences.tokens), batch_size):
+        tokens = sequences.tokens[first : first + batch_size].to(model.device, torch.long)
+        x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
+        batch = units.prepare(x, y)
+        for place in range(len(tokens)):
+            positions = sequences.mask[first + place].nonzero()[:, 0].to(x.device)
+            if len(positions):
+                rows = units.rows(batch, place, positions, maps[:, positions])
+                sums += _row_sums(rows)
+                peaks, places = _merge_peaks(peaks, places, rows.activation.cpu(), positions.cpu(), first + place)
+            bar.update()
+    bar.close()
+    active, activation, total, *masses = sums
+    facts = {"frequency": active / sequences.n_tokens, "mean_activation": activation / active, "max_activation": peaks.max(dim=1).values}
+    facts |= {name: mass / total for name, mass in zip(_MAPS, masses, strict=True)}
+    return Survey(pd.DataFrame({name: value.double().numpy() for name, value in facts.items()}), places, peaks, sequences.n_tokens)
+
+
+def _text_maps(length: int) -> Tensor:
+    """Distance back, first token, previous token, the token itself: [4, length, length], rows are queries."""
+    places = torch.arange(length)
+    back = (places[:, None] - places).clamp_min(0)
+    first = (places == 0).expand(length, length)
+    return torch.stack([back.float(), first.float(), (back == 1).float(), torch.eye(length)])
+
+
+def _row_sums(rows: Rows) -> Tensor:
+    """Sums over queries: active, activation, total mass, and the mass on every map."""
+    sides = [rows.activation > 0, rows.activation, rows.total, *rows.mass]
+    return torch.stack([side.sum(dim=0).double() for side in sides]).cpu()
+
+
+def _merge_peaks(peaks: Tensor, places: Tensor, activation: Tensor, positions: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Add the largest activation of one sequence to the running best, which stay sorted."""
+    highest, where = activation.max(dim=0)
+    new = torch.stack([torch.full_like(where, number), positions[where]], dim=1).masked_fill((highest <= 0)[:, None], -1)
+    peaks, order = torch.cat([peaks, highest[:, None].to(peaks.dtype)], dim=1).topk(peaks.shape[1], dim=1)
+    return peaks, torch.cat([places, new[:, None]], dim=1).gather(1, order[:, :, None].expand(-1, -1, 2))
+
+
+# --------------------------------------------------------------------------------------------------------------------- table
+
+
+def table(
+    discovery: Discovery, found: Survey, units: LorsaHeads, model: LanguageModel, sequences: Sequences, n_tokens: int = 10
+) -> pd.DataFrame:
+    """Everything known of each head of a Lorsa, one row a head, ready for Parquet.
+
+    Args:
+        discovery: names and scores.
+        found: what heads do on text.
+        units: the heads.
+        model: for the unembedding and the text of tokens.
+        sequences: the text of `found`.
+        n_tokens: how many top and bottom tokens.
+
+    Returns:
+        `head`, `group`, `family` ("" without a name), `families` (all of them, most specific first), `dead`, the columns of
+        `Survey.facts`, `top_logits` and `bottom_logits` (tokens that w_o raises and lowers most), `contexts` (text with the peak in
+        «»), and `<family>_<score>` on the confirmation half for every family looked for.
+    """
+    heads = pd.DataFrame({"head": np.arange(units.n)})
+    heads["group"] = heads["head"] // units.lorsa.config.group_size
+    named = [discovery.families(head) for head in range(units.n)]
+    heads["family"] = [names[0] if names else "" for names in named]
+    heads["families"] = ["; ".join(names) for names in named]
+    heads["dead"] = (found.facts["frequency"] == 0).to_numpy()
+    heads = pd.concat([heads, found.facts], axis=1)
+    unembedding, text = Unembedding(model), _token_texts(model.tokenizer)
+    for name, largest in (("top_logits", True), ("bottom_logits", False)):
+        chosen = unembedding.top_tokens(units.lorsa.W_O.detach(), n_tokens, largest)
+        heads[name] = [[text[token] for token in row] for row in chosen.tolist()]
+    heads["contexts"] = contexts(found, sequences, model.tokenizer)
+    confirmed = discovery.scores.query("half == 'confirmation'")
+    wide = confirmed.pivot(index="unit", columns="family", values=[*SCORES]).reindex(range(units.n))
+    wide.columns = [f"{family}_{name}" for name, family in wide.columns]
+    order = [f"{family}_{name}" for family in FAMILIES for name in SCORES]
+    return pd.concat([heads, wide[[name for name in order if name in wide and not wide[name].isna().all()]]], axis=1)
+
+
+def _token_texts(tokenizer: Any) -> dict[int, str]:
+    size = max(tokenizer.get_vocab().values()) + 1
+    decoded = tokenizer.batch_decode([[index] for index in range(size)])
+    return dict(enumerate(decoded)) | dict.fromkeys(range(size, size + 4096), "")  # models pad their vocabulary
+
+
+def contexts(found: Survey, sequences: Sequences, tokenizer: Any, before: int = 16, after: int = 4) -> list[list[str]]:
+    """Texts around the largest activations of every unit, the peak in «»."""
+    texts: list[str] = []
+    owners: list[int] = []
+    for unit, places in enumerate(found.places.tolist()):
+        for row, position in places:
+            if row >= 0:
+                ids, counted = sequences.tokens[row], sequences.mask[row]
+                around = [range(max(0, position - before), position), [position], range(position + 1, min(position + 1 + after, len(ids)))]
+                parts = [tokenizer.decode([int(ids[i]) for i in part if counted[i]]) for part in around]
+                texts.append(f"{parts[0]}«{parts[1]}»{parts[2]}")
+                owners.append(unit)
+    result: list[list[str]] = [[] for _ in range(len(found.places))]
+    for unit, text in zip(owners, texts, strict=True):
+        result[unit].append(text)
+    return result

@@ -1,0 +1,66 @@
+"""Text statistics against the module's own methods, and the table of a layer built by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hand_model import KNOWN, known_lorsa
+from test_heads import found, made, model, texts
+from toys import sequences_of
+
+from lorsa_utils import prompts, survey, units
+from lorsa_utils.heads import Discovery
+from lorsa_utils.store import UserError
+
+__all__ = ["found", "made", "model", "texts"]  # fixtures
+
+
+def test_survey_and_table(model: Any, found: Discovery, texts: list[prompts.Passage]) -> None:
+    lorsa = known_lorsa(model, k=6)
+    with torch.no_grad():
+        lorsa.W_V[23], lorsa.b_V[23] = 0, 0
+    each = units.LorsaHeads(lorsa)
+    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts[:20]])
+    sequences = sequences_of(tokens, tokens != model.vocabulary.bos_id)
+    seen = survey.survey(model, 0, each, sequences, n_contexts=3, batch_size=3, progress=False)
+    facts = seen.facts
+    assert facts.loc[1, "distance"] == pytest.approx(1, abs=1e-3)
+    assert facts.loc[1, "previous_share"] == pytest.approx(1, abs=1e-3)
+    assert facts.loc[2, "first_share"] == pytest.approx(1, abs=1e-3)
+    assert facts.loc[23, "frequency"] == 0
+    x = model.stream(tokens)
+    indices, values = lorsa.encode(x)
+    kept = torch.zeros(*x.shape[:2], 24).scatter(2, indices, values)[:, 1:]
+    assert np.allclose(facts["frequency"], (kept > 0).double().mean(dim=(0, 1)), atol=1e-6)
+    assert np.allclose(facts["max_activation"], kept.amax(dim=(0, 1)), atol=1e-5)
+    assert torch.allclose(seen.peaks[:, 0], kept.amax(dim=(0, 1)), atol=1e-5)
+    for unit in range(23):
+        for (row, position), peak in zip(seen.places[unit].tolist(), seen.peaks[unit].tolist(), strict=True):
+            assert row == -1 or kept[row, position - 1, unit] == pytest.approx(peak, abs=1e-5)
+    rows = survey.table(found, seen, each, model, sequences)
+    assert rows["head"].tolist() == list(range(24))
+    assert rows["family"].tolist()[:4] == list(KNOWN)
+    assert (rows["family"][4:] == "").all()
+    assert rows["dead"].tolist() == [head == 23 for head in range(24)]
+    assert rows.loc[23, "contexts"] == []
+    assert all("«" in text for text in rows.loc[0, "contexts"])
+    days = {" " + day for day in prompts.SERIES["days"]}
+    assert len(days & set(rows.loc[3, "top_logits"])) >= 4, "codes of tokens are not quite orthogonal"
+    assert rows.loc[0, "induction_share"] > 0.99
+    assert "induction_logit" in rows
+    assert "local_precision" not in rows, "there are no controls"
+
+
+def test_survey_does_not_depend_on_the_batch_size(model: Any, texts: list[prompts.Passage]) -> None:
+    each = units.LorsaHeads(known_lorsa(model, k=6))
+    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts[:5]])
+    sequences = sequences_of(tokens, tokens != model.vocabulary.bos_id)
+    one, other = (survey.survey(model, 0, each, sequences, batch_size=size, progress=False) for size in (1, 4))
+    assert np.allclose(one.facts, other.facts, equal_nan=True, atol=1e-5)
+    assert torch.equal(one.places, other.places)
+    nothing = sequences_of(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+    with pytest.raises(UserError, match="longer text"):
+        survey.survey(model, 0, each, nothing)
