@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread for each parallel worker, and property tests without a time limit per example."""
+"""Shared by all tests: one thread for each parallel worker, property tests without a time limit per example, kernels without a GPU."""
 
 import os
 
@@ -6,9 +6,15 @@ from hypothesis import settings
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and inherited by the processes that tests start
-    import torch
 
+import torch
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
+
+# Triton reads this when it is loaded, so it is set before anything may load it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # In CI the same examples every time, so that a failure there is the fault of the change.
 settings.register_profile("kit", deadline=None, derandomize=bool(os.environ.get("CI")))
