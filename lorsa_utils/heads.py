@@ -9,8 +9,9 @@ The way of a name, for one family (see `prompts`):
    auc        chance that its activation at a labelled query exceeds that at a control (ties count half); in families without
               controls: that its mass on the predicted sources exceeds that on as many random earlier positions
    logit      mean direct effect on the logit of the predicted token, minus that on the predicted token of another prompt
-2. *Bars*: a floor in `FAMILIES` that the meaning of the name asks for (half of the pattern on the source), raised to what the
-   1 - `NULL_RATE` quantile of the heads of a randomly initialised Lorsa of the same shape reaches on the same prompts.
+2. *Bars*: floors in `FAMILIES` that the meaning of the name asks for: half of the pattern on the source, three times as active as at
+   controls, an effect on the logit of the right sign. Where more than `NULL_RATE` of the heads of a randomly initialised Lorsa of
+   the same shape clear all floors on the same prompts, the bar of the share is raised until no more do.
 3. *Confirmation* on the other half: the unit must clear the same bars again, and each of its scores must differ from what shuffled labels
    give: labelled against control swapped within pairs, predicted against random sources, own against another prompt's token. p-values
    come from sign flips of whole pairs (queries of one prompt are not independent), the largest of a unit's p-values counts, and Holm's
@@ -40,7 +41,7 @@ from lorsa_utils.store import UserError
 from lorsa_utils.units import Unembedding, Units, by_pair, final_norm
 
 NULL_RATE = 0.001
-"""Share of random-init heads that may clear a bar."""
+"""Share of random-init heads that may clear all bars of a family."""
 ERROR_RATE = 0.05
 """Chance that a table holds even one name that shuffled labels would have given."""
 N_FLIPS = 20_000
@@ -61,8 +62,8 @@ class Family(NamedTuple):
     logit_sign: int = 0
     """1: must raise the predicted token, -1: must lower it, 0: what it writes does not matter."""
     raised: bool = True
-    """Whether bars are raised to the null. Not for names that only describe where a head looks: a random head that rests on the
-    first token is a sink too (how many random heads clear the bar is in `Discovery.bars`)."""
+    """Whether the null raises the bar. Not for names that only describe where a head looks: a random head that rests on the
+    first token is a sink too (how many of them do is in `Discovery.bars`)."""
 
 
 # From the most to the least specific: a unit that earns several names is shown under the first, all are listed.
@@ -312,8 +313,8 @@ class Discovery:
     scores: pd.DataFrame
     """Columns `unit`, `family`, `half` (`discovery`, `confirmation`) and those of `score`."""
     bars: pd.DataFrame
-    """Columns `family`, `score`, `floor`, `null` (quantile of the random-init Lorsa, NaN without one), `bar` (the larger) and `null_rate`
-    (share of its heads at or above the bar)."""
+    """One row a family: `share_floor`, `share` (the bar), `precision`, `null_rate` (share of judged random-init heads that clear all
+    floors) and `n_null` (how many are judged, see `MIN_SUPPORT`; 0 without a null)."""
     names: pd.DataFrame
     """One row for each unit and family that cleared the bars on the discovery half: `unit`, `family`, `series`, `p`, `confirmed`
     (cleared them again) and `named` (also significant by Holm's method)."""
@@ -399,7 +400,7 @@ def discover(
         for kind, half, values in (*((kind, "discovery", one) for kind, one in scored.items()), ("units", "confirmation", confirmed)):
             tables[kind].append(values.rename_axis("unit").reset_index().assign(family=family, half=half))
         own = _bars(family, scored.get("null"))
-        bars += [{"family": family, "score": name, **values} for name, values in own.items()]
+        bars.append({"family": family, **own})
         found.append(_candidates((readings["units"], scored["units"]), (held_back, confirmed), own, seed))
     candidates = pd.concat(found, ignore_index=True)
     candidates["named"] = candidates["confirmed"] & holm(candidates["p"].to_numpy())
@@ -407,38 +408,31 @@ def discover(
     return Discovery(pd.concat(tables["units"], ignore_index=True), pd.DataFrame(bars), candidates, null_table, dict(skipped or {}))
 
 
-def _bars(family: str, null: pd.DataFrame | None) -> dict[str, dict[str, float]]:
-    """Floor, null quantile and bar of each score that the family's name asks for, and the share of null heads at or above the bar."""
+def _bars(family: str, null: pd.DataFrame | None) -> dict[str, float]:
+    """One row of `Discovery.bars`."""
     wanted = FAMILIES[family]
-    floors = {"share": wanted.share, "precision": wanted.precision} | ({"logit": 0.0} if wanted.logit_sign else {})
-    judged = None if null is None else null[null["support"] >= MIN_SUPPORT]
-    bars = {}
-    for name, floor in floors.items():
-        values = np.array([]) if judged is None else judged[name].dropna().to_numpy() * (wanted.logit_sign if name == "logit" else 1)
-        quantile = float(np.quantile(values, 1 - NULL_RATE)) if len(values) else float("nan")
-        bar = float(np.nanmax([floor, quantile])) if wanted.raised else floor
-        bars[name] = {
-            "floor": floor,
-            "null": quantile,
-            "bar": bar,
-            "null_rate": float((values >= bar).mean()) if len(values) else float("nan"),
-        }
-    return bars
+    bars = {"share_floor": wanted.share, "share": wanted.share, "precision": wanted.precision, "null_rate": float("nan"), "n_null": 0}
+    if null is None:
+        return bars
+    judged = int((null["support"] >= MIN_SUPPORT).sum())
+    passing = np.sort(null["share"].to_numpy()[_clears(null, family, bars)])[::-1]
+    allowed = int(NULL_RATE * judged)
+    if wanted.raised and len(passing) > allowed:
+        bars["share"] = float(np.nextafter(passing[allowed], 2.0))
+    return bars | {"null_rate": len(passing) / max(1, judged), "n_null": judged}
 
 
-def _clears(table: pd.DataFrame, family: str, bars: Mapping[str, Mapping[str, float]]) -> np.ndarray:
-    """Units above every bar, [n_units] bool; a score that is not defined for the whole family is not asked for."""
+def _clears(table: pd.DataFrame, family: str, bars: Mapping[str, float]) -> np.ndarray:
+    """Units above every bar, [n_units] bool; precision is not asked for in families without controls."""
+    passed = (table["support"].to_numpy() >= MIN_SUPPORT) & (table["share"].to_numpy() >= bars["share"])
+    if not table["precision"].isna().all():
+        passed &= table["precision"].to_numpy() >= bars["precision"]
     sign = FAMILIES[family].logit_sign
-    passed = np.ones(len(table), dtype=bool)
-    for name, values in bars.items():
-        column = table[name].to_numpy() * (sign if name == "logit" else 1)
-        if name == "share" or not np.isnan(column).all():
-            passed &= np.nan_to_num(column, nan=-np.inf) >= values["bar"]
-    return passed & (table["support"].to_numpy() >= MIN_SUPPORT)
+    return passed & (sign * table["logit"].to_numpy() > 0) if sign else passed
 
 
 def _candidates(
-    discovery: tuple[Reading, pd.DataFrame], confirmation: tuple[Reading, pd.DataFrame], bars: Mapping[str, Mapping[str, float]], seed: int
+    discovery: tuple[Reading, pd.DataFrame], confirmation: tuple[Reading, pd.DataFrame], bars: Mapping[str, float], seed: int
 ) -> pd.DataFrame:
     """Units that clear the bars on the discovery half, on all prompts or on one series, and how they do on the other half."""
     family = discovery[0].prompts.family

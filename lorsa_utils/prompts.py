@@ -329,22 +329,21 @@ NAMES = (
     *("Henry", "Lucy", "George", "Jane", "Robert", "Susan", "Michael", "Adam", "Ben", "Emily", "Simon", "Martin", "Rachel", "Alex"),
     *("Daniel", "Maria", "Thomas", "William", "Charles", "Richard", "Joseph"),
 )
-# {A} and {B} are the two names in either order, {S} is the one named again; the query is the last token and the control the last token
-# before the bar, the same word where no name is due.
+# {A} and {B} are the two names in either order, {S} is the one named again; the query is the last token.
 TEMPLATES = (
-    "Then,{A} and{B} went to| the store, and{S} gave a bottle of milk to",
-    "When{A} and{B} drove to| the station,{S} handed the tickets to",
-    "Last week{A} and{B} walked to| the school, and{S} showed the new garden to",
-    "After{A} and{B} got to| the office,{S} read the long letter to",
-    "While{A} and{B} ran to| the beach,{S} told an old story to",
-    "The day{A} and{B} came to| the house,{S} sold the small car to",
+    "Then,{A} and{B} went to the store, and{S} gave a bottle of milk to",
+    "When{A} and{B} drove to the station,{S} handed the tickets to",
+    "Last week{A} and{B} walked to the school, and{S} showed the new garden to",
+    "After{A} and{B} got to the office,{S} read the long letter to",
+    "While{A} and{B} ran to the beach,{S} told an old story to",
+    "The day{A} and{B} came to the house,{S} sold the small car to",
 )
 
 
 def name_mover(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 6) -> PromptSet:
     """Indirect objects: `Then, Mary and John went to the store, and John gave a bottle of milk to` attends to ` Mary` and says it.
 
-    Both orders of the names. The control is the first ` to` of the same sentence.
+    Both orders of the names. The control is the same sentence with other words in the places of the names.
     """
     return _indirect_objects("name_mover", vocabulary, n_pairs, seed)
 
@@ -358,29 +357,33 @@ def _indirect_objects(family: str, vocabulary: Vocabulary, n_pairs: int, seed: i
     names = list(vocabulary.singles(NAMES).values())
     if len(names) < 8:
         raise UserError(f"Family {family} needs 8 first names that are single tokens, this tokenizer has {len(names)}; it is skipped.")
+    in_names = set(names)
+    words = [token for token in vocabulary.words if token not in in_names]
     rng = np.random.default_rng(seed)
     builder = _Builder(family)
     for pair in range(n_pairs):
-        giver, receiver = _draw(rng, names, 2)
-        order = {"{A}": giver, "{B}": receiver} if rng.integers(2) else {"{A}": receiver, "{B}": giver}
-        ids, marks = _fill(TEMPLATES[int(rng.integers(len(TEMPLATES)))], vocabulary, order | {"{S}": giver})
-        source = marks["{A}"] if order["{A}"] == receiver else marks["{B}"]
-        builder.add([*ids, receiver], [Query(len(ids) - 1, (source,)), Query(marks["|"] - 1)], pair)
+        template, first_is_receiver = TEMPLATES[int(rng.integers(len(TEMPLATES)))], bool(rng.integers(2))
+        for pool, kind in ((names, "names"), (words, "words")):
+            giver, receiver = _draw(rng, pool, 2)
+            order = {"{A}": receiver, "{B}": giver} if first_is_receiver else {"{A}": giver, "{B}": receiver}
+            ids, places = _fill(template, vocabulary, order | {"{S}": giver})
+            source = places["{A}" if first_is_receiver else "{B}"]
+            builder.add([*ids, receiver], [Query(len(ids) - 1, (source,) if kind == "names" else ())], pair, kind)
     return builder.build()
 
 
 def _fill(template: str, vocabulary: Vocabulary, slots: dict[str, int]) -> tuple[list[int], dict[str, int]]:
-    """Token ids of a template whose slots are single tokens, and the position of every slot; `|` is a mark without a token."""
-    ids, marks = list(vocabulary.start), {}
+    """Token ids of a template whose slots are single tokens, and the position of every slot."""
+    ids, places = list(vocabulary.start), {}
     rest = template
     while rest:
-        slot = min((name for name in (*slots, "|") if name in rest), key=rest.index, default="")
+        slot = min((name for name in slots if name in rest), key=rest.index, default="")
         text, rest = rest.split(slot, 1) if slot else (rest, "")
         ids += vocabulary.encode(text) if text else []
-        marks[slot] = len(ids)
-        if slot in slots:
+        if slot:
+            places[slot] = len(ids)
             ids.append(slots[slot])
-    return ids, marks
+    return ids, places
 
 
 # ------------------------------------------------------------------------------------------------------------- successors

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hand_model import KNOWN, HandModel, known_lorsa
@@ -80,7 +81,8 @@ def test_the_same_layer_as_mhsa(model: Any, made: Prompts) -> None:
     found = heads.discover(model, 0, units.MHSAHeads(model.site(0)), made.sets, progress=False)
     assert [found.families(unit)[0] for unit in range(4)] == list(KNOWN)
     assert found.null.empty
-    assert found.bars["null"].isna().all()
+    assert (found.bars["n_null"] == 0).all()
+    assert (found.bars["share"] == found.bars["share_floor"]).all()
 
 
 def test_a_random_lorsa_scores_as_chance_does(model: Any, texts: list[prompts.Passage], made: Prompts) -> None:
@@ -144,6 +146,20 @@ def test_sign_flips_are_exact_where_they_can_be_counted() -> None:
 def test_sign_flips_hold_their_rate() -> None:
     noise = torch.randn(24, 2000, generator=torch.Generator().manual_seed(0)).double()
     assert (heads._sign_flip_p(noise, 1, 2000) <= 0.05).mean() == pytest.approx(0.05, abs=0.015)
+
+
+def test_the_null_raises_the_bar_until_it_keeps_its_rate() -> None:
+    def scores(shares: list[float]) -> Any:
+        n = len(shares)
+        return pd.DataFrame({"share": shares, "precision": [0.9] * n, "logit": [np.nan] * n, "support": [20.0] * n})
+
+    low = heads._bars("induction", scores([0.4] * 3000))
+    assert (low["share"], low["null_rate"], low["n_null"]) == (0.5, 0.0, 3000)
+    raised = heads._bars("induction", scores([0.1] * 2996 + [0.6, 0.7, 0.8, 0.9]))
+    assert 0.6 < raised["share"] < 0.6001, "three of three thousand may clear it"
+    assert raised["null_rate"] == pytest.approx(4 / 3000)
+    sinks = heads._bars("attention_sink", scores([0.9] * 100))
+    assert (sinks["share"], sinks["null_rate"]) == (0.5, 1.0)
 
 
 def test_random_sources(made: Prompts) -> None:

@@ -27,7 +27,7 @@ def word_tokenizer(numbers: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on names, series and words; digits are single tokens, or numbers of up to three digits are."""
     rng = random.Random(0)
     series = [word for members in prompts.SERIES.values() for word in members if not word.isdigit()]
-    pool = [*prompts.NAMES, *series, *WORDS, *" ".join(prompts.TEMPLATES).translate(str.maketrans("{}|,", "    ")).split()]
+    pool = [*prompts.NAMES, *series, *WORDS, *" ".join(prompts.TEMPLATES).translate(str.maketrans("{},", "   ")).split()]
     lines = [" " + " ".join(rng.choices(pool, k=60)) + ", " for _ in range(300)]
     if numbers:
         lines += [" ".join(str(number) for number in range(100)) + " " for _ in range(20)]
@@ -209,8 +209,13 @@ def test_indirect_objects(words: Vocabulary) -> None:
         assert (tokens[: position + 1] == tokens[names[2]]).sum() == 2, "the other name is said twice"
         orders.add(source == names[0])
     assert orders == {True, False}
-    controls = ~found.positive
-    assert (found.tokens[found.row[controls], found.position[controls]] == to).all()
+    for control in (~found.positive).nonzero()[:, 0].tolist():
+        (labelled_query,) = (query for query in labelled(found) if found.pair[query] == found.pair[control])
+        own, other = (found.tokens[found.row[query]] for query in (labelled_query, control))
+        changed = [int(i) for i in (own != other).nonzero()[:, 0] if i <= found.position[control]]
+        assert len(changed) == 3, "the same sentence with other words in the places of the names"
+        assert not {words.texts[int(other[i])][1:] for i in changed} & set(prompts.NAMES)
+        assert found.position[control] == found.position[labelled_query]
     assert torch.equal(found.tokens, prompts.copy_suppression(words, 40, seed=6).tokens)
 
 
