@@ -89,9 +89,7 @@ def _block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _dot_precision(x: Tensor, precision: str | None) -> str:
-    if precision is None:
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def _dot_precision(x: Tensor, precision: str) -> str:
     if precision not in ("ieee", "tf32"):
         raise UserError(f'There is no precision "{precision}"; choose "ieee" or "tf32".')
     return precision if x.dtype == torch.float32 else "ieee"
@@ -133,7 +131,7 @@ def _rounded(tile, PRECISION: tl.constexpr):
 
 @_jit
 def _attention_forward(
-    q, k, v, z, lse, scale, length, n_groups, q_strides, k_strides, v_strides,
+    q, k, v, z, lse, scale_log2, length, n_groups, q_strides, k_strides, v_strides,
     D: tl.constexpr, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -146,16 +144,17 @@ def _attention_forward(
     queries = start + tl.arange(0, BLOCK_M)
     in_d = tl.arange(0, BLOCK_D)
     in_g = tl.arange(0, BLOCK_G)
+    q += batch * q_strides[0] + group * q_strides[1]
     k += batch * k_strides[0] + group * k_strides[1]
     v += batch * v_strides[0] + group * v_strides[1]
-    q_tile = _rounded(_load_rows(q + batch * q_strides[0] + group * q_strides[1], queries, q_strides[2], in_d, D, queries < length), PRECISION)
+    q_tile = _rounded(_load_rows(q, queries, q_strides[2], in_d, D, queries < length), PRECISION)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_G], tl.float32)
     for first in range(0, tl.minimum(start + BLOCK_M, length), BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = _rounded(_load_rows(k, keys, k_strides[2], in_d, D, keys < length), PRECISION)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
         scores = tl.where(queries[:, None] >= keys[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         pattern = tl.exp2(scores - new_highest[:, None])
@@ -166,21 +165,21 @@ def _attention_forward(
         highest = new_highest
     z += batch * length * n_groups * G + group * G
     _store_rows(z, queries, n_groups * G, in_g, G, queries < length, sums / total[:, None])
-    tl.store(lse + pair.to(tl.int64) * length + queries, (highest + tl.log2(total)) * 0.6931471805599453, mask=queries < length)
+    tl.store(lse + pair.to(tl.int64) * length + queries, highest + tl.log2(total), mask=queries < length)
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str | None = None) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str = "ieee") -> tuple[Tensor, Tensor]:
     """Causal softmax attention of every QK group, without a matrix of length x length in memory.
 
     Args:
         q, k: [batch, n_groups, length, d_qk], rotated, of any strides; float32, bfloat16 or float16.
         v: [batch, n_groups, length, G], of the same dtype.
         scale: factor on q . k.
-        precision: of products of float32 inputs, "ieee" or "tf32"; None follows `torch.set_float32_matmul_precision`.
+        precision: of products of float32 inputs, "ieee" or "tf32"; other inputs do not heed it.
 
     Returns:
         z [batch, length, n_groups * G], float32 whatever the inputs are: the selection compares these numbers, and rounding
-        them to bfloat16 would make ties of near misses. Natural log-sum-exp of the scores [batch, n_groups, length], float32.
+        them to bfloat16 would make ties of near misses. Base-2 log of the sum of exp(scores), [batch, n_groups, length], float32.
     """
     (batch, n_groups, length, d), g = q.shape, v.shape[-1]
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -256,7 +255,8 @@ def _kept_gradient(
 
 @_jit
 def _attention_backward_q(
-    q, k, v, lse, heads, z, dz, edges, packed, before, dq, scale, length, n_groups, n_kept, n_chunks, q_strides, k_strides, v_strides,
+    q, k, v, lse, heads, z, dz, edges, packed, before, dq, scale, scale_log2, length, n_groups, n_kept, n_chunks,
+    q_strides, k_strides, v_strides,
     D: tl.constexpr, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -269,12 +269,14 @@ def _attention_backward_q(
     queries = tl.load(packed + pair * length + slots, mask=slots < length, other=0)
     in_d = tl.arange(0, BLOCK_D)
     in_g = tl.arange(0, BLOCK_G)
+    q += batch * q_strides[0] + group * q_strides[1]
     k += batch * k_strides[0] + group * k_strides[1]
     v += batch * v_strides[0] + group * v_strides[1]
-    q_tile = _rounded(_load_rows(q + batch * q_strides[0] + group * q_strides[1], queries, q_strides[2], in_d, D, visited), PRECISION)
-    log_sums = tl.load(lse + pair * length + queries, mask=visited, other=0.0) * 1.4426950408889634
+    q_tile = _rounded(_load_rows(q, queries, q_strides[2], in_d, D, visited), PRECISION)
+    log_sums = tl.load(lse + pair * length + queries, mask=visited, other=0.0)
+    tokens = batch * length + queries
     dz_tile, delta = _kept_gradient(
-        heads, z, dz, edges, batch * length + queries, visited, group, n_groups, n_kept, G, BLOCK_M, BLOCK_G, q.dtype.element_ty, PRECISION
+        heads, z, dz, edges, tokens, visited, group, n_groups, n_kept, G, BLOCK_M, BLOCK_G, q.dtype.element_ty, PRECISION
     )
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # A block without visited queries has nothing to loop over and writes zeros.
@@ -282,7 +284,7 @@ def _attention_backward_q(
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = _rounded(_load_rows(k, keys, k_strides[2], in_d, D, keys < length), PRECISION)
         v_tile = _rounded(_load_rows(v, keys, v_strides[2], in_g, G, keys < length), PRECISION)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
         pattern = tl.where(queries[:, None] >= keys[None, :], tl.exp2(scores - log_sums[:, None]), 0.0)
         d_pattern = tl.dot(tl.trans(dz_tile), tl.trans(v_tile), input_precision=PRECISION)
         d_scores = pattern * (d_pattern - delta[:, None])
@@ -293,7 +295,8 @@ def _attention_backward_q(
 
 @_jit
 def _attention_backward_kv(
-    q, k, v, lse, heads, z, dz, edges, packed, before, dk, dv, scale, length, n_groups, n_kept, q_strides, k_strides, v_strides,
+    q, k, v, lse, heads, z, dz, edges, packed, before, dk, dv, scale, scale_log2, length, n_groups, n_kept,
+    q_strides, k_strides, v_strides,
     D: tl.constexpr, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -317,12 +320,13 @@ def _attention_backward_kv(
         visited = slots < end
         queries = tl.load(packed + pair * length + slots, mask=visited, other=0)
         q_tile = _rounded(_load_rows(q, queries, q_strides[2], in_d, D, visited), PRECISION)
-        log_sums = tl.load(lse + pair * length + queries, mask=visited, other=0.0) * 1.4426950408889634
+        log_sums = tl.load(lse + pair * length + queries, mask=visited, other=0.0)
+        tokens = batch * length + queries
         dz_tile, delta = _kept_gradient(
-            heads, z, dz, edges, batch * length + queries, visited, group, n_groups, n_kept, G, BLOCK_M, BLOCK_G, q.dtype.element_ty, PRECISION
+            heads, z, dz, edges, tokens, visited, group, n_groups, n_kept, G, BLOCK_M, BLOCK_G, q.dtype.element_ty, PRECISION
         )
         # Transposed, keys by queries: the sums over queries need no transpose then.
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
         seen = (queries[None, :] >= keys[:, None]) & visited[None, :]
         pattern = tl.where(seen, tl.exp2(scores - log_sums[None, :]), 0.0)
         dv_tile = tl.dot(_rounded(pattern.to(dz_tile.dtype), PRECISION), tl.trans(dz_tile), dv_tile, input_precision=PRECISION)
@@ -336,7 +340,7 @@ def _attention_backward_kv(
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, indices: Tensor, z: Tensor, dz: Tensor, precision: str | None = None
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, indices: Tensor, z: Tensor, dz: Tensor, precision: str = "ieee"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_forward` when the gradient by z is zero outside the kept heads of each token.
 
@@ -375,7 +379,7 @@ def attention_backward(
     inputs = (q, k, v, lse.contiguous(), *kept, edges, packed, before)
     strides = (q.stride(), k.stride(), v.stride())
     options = {"D": d, "G": g, "BLOCK_D": _block(d), "BLOCK_G": _block(g), "PRECISION": precision}
-    sizes = (scale, length, n_groups, heads.shape[1])
+    sizes = (scale, scale * LOG2_E, length, n_groups, heads.shape[1])
     n_blocks = batch * n_groups * -(-length // tiles["BLOCK_M"])
     _launch(_attention_backward_q, n_blocks, *inputs, dq, *sizes, n_chunks, *strides, **options, **tiles)
     _launch(_attention_backward_kv, batch * n_groups * n_chunks, *inputs, dk, dv, *sizes, *strides, **options, **key_tiles)
@@ -600,12 +604,13 @@ def _rotate(
     D: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, INVERSE: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    vectors = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # group fastest, as in memory
-    rows = vectors // n_groups
+    vectors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # group fastest, as in memory
+    rows = (vectors // n_groups).to(tl.int64)
+    groups = (vectors % n_groups).to(tl.int64)
     inside = (rows < length)[:, None]
     batch = tl.program_id(1).to(tl.int64)
-    x += batch * x_strides[0] + (rows * x_strides[2] + vectors % n_groups * x_strides[1])[:, None]
-    out += batch * out_strides[0] + (rows * out_strides[2] + vectors % n_groups * out_strides[1])[:, None]
+    x += batch * x_strides[0] + (rows * x_strides[2] + groups * x_strides[1])[:, None]
+    out += batch * out_strides[0] + (rows * out_strides[2] + groups * out_strides[1])[:, None]
     pairs = tl.arange(0, BLOCK_HALF)[None, :]
     mask = inside & (pairs < HALF)
     c = tl.load(cos + rows[:, None] * HALF + pairs, mask=mask, other=0.0).to(tl.float32)

@@ -398,7 +398,7 @@ def compile_only(kernel, programs, *args, **options):
 
 driver.set_active(Hopper())
 kernels._launch = compile_only
-ieee, tf32, bfloat16 = (torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, None)
+ieee, tf32, bfloat16 = (torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")
 cases = [(256, 64, 64, ieee), (256, 64, 64, tf32), (256, 64, 64, bfloat16), (1, 8, 1, bfloat16), (1000, 24, 3, ieee)]
 for length, d, g, (dtype, precision) in [*cases, (257, 256, 256, bfloat16), (1024, 128, 128, tf32), (1024, 128, 128, bfloat16)]:
     q = torch.zeros(1, length, 2, d, dtype=dtype).transpose(1, 2)
