@@ -70,6 +70,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
+    sub = command("heads", heads, "Find out what the heads of a trained Lorsa do; one row a head, as Parquet.")
+    sub.add_argument("folder", metavar="DIR", help="run folder of `lorsa train`")
+    sub.add_argument("--out", required=True, metavar="TABLE.parquet", help="the table")
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders; without, the held-out part of the run's own text")
+    sub.add_argument("--tokens", type=_count, default=50_000, metavar="N", help="at most so many tokens of text")
+    sub.add_argument("--removed", type=int, default=3, metavar="N", help="heads of each family whose removal from the model is measured")
+    sub.add_argument("--seed", type=int, default=0, help="of prompts, nulls and shuffles")
+    sub.add_argument("--model", metavar="M", help="where the run's model is now, when it moved")
+    sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
     sub = command("bench", bench, "Time training steps against the hardware's floor and plain PyTorch; append rows to a CSV.")
     sub.add_argument("--shape", type=_names, default=["A", "B"], metavar="S", help="A, B, pythia, pythia-1024, llama; several: A,B")
     sub.add_argument("--backend", type=_names, metavar="NAME", help="only these: torch, triton, plain, plain-compiled")
@@ -508,6 +519,62 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         _note("Warning: FVU is above 1, worse than predicting the mean; this text or model is probably not what the module was made for.")
     keys = ("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered", "l0", "dead_fraction", "n_tokens", "cosine")
     return {key: result[key] if math.isfinite(result[key]) else None for key in keys}
+
+def heads(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa heads`: families, scores, logits and contexts of every head."""
+    import torch
+
+    from lorsa_utils import store, survey
+    from lorsa_utils.corpus import tokenize
+    from lorsa_utils.lorsa import Lorsa, read_module_settings
+
+    folder, out = Path(arguments.folder), Path(arguments.out)
+    read_module_settings(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise store.UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
+    if out.suffix != ".parquet":
+        raise store.UserError(f"The table is written as Parquet; give --out a name that ends in .parquet, not {out.name}.")
+    config, lorsa = store.read_json(folder / "config.json"), Lorsa.load(folder)
+    store.require_writable(out.parent)
+    source = config["source"]
+    model = _model_of_run(folder, source, arguments.model, arguments.device)
+    documents = _documents(arguments.text, source.get("text"), arguments.tokens)
+    sequences = tokenize(
+        documents,
+        model.tokenizer,
+        context=source["context"],
+        n_tokens=arguments.tokens,
+        bos_policy=source["bos_policy"],
+        seed=arguments.seed,
+    )
+    if sequences.shortfall:
+        _note(sequences.shortfall)
+    began = time.perf_counter()
+    with torch.no_grad():
+        found = survey.describe(
+            model,
+            config["layer"],
+            lorsa.to(model.device).requires_grad_(False),
+            sequences,
+            [(document.id, document.text) for document in documents],
+            removed=arguments.removed,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+        )
+    with store.atomic_path(out) as temporary:
+        found.table.to_parquet(temporary, index=False)
+    for sentence in found.discovery.skipped.values():
+        _note(sentence)
+    return {
+        "path": str(out),
+        "heads": len(found.table),
+        "dead_fraction": float(found.table["dead"].mean()),
+        "families": found.discovery.counts(),
+        "skipped": found.discovery.skipped,
+        "n_tokens": sequences.n_tokens,
+        "seconds": time.perf_counter() - began,
+    }
+
 
 
 def _model_of_run(folder: Path, source: Mapping[str, Any], override: str | None, device: str) -> LanguageModel:

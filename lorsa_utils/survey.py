@@ -1,9 +1,10 @@
-"""What each unit does on running text, in one pass, and the table of all heads of a layer."""
+"""What each unit does on running text, in one pass, and the table of all heads of a layer (`lorsa heads`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lorsa_utils import heads, prompts
 from lorsa_utils.corpus import Sequences
 from lorsa_utils.heads import FAMILIES, SCORES, Discovery
+from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.store import UserError
-from lorsa_utils.units import LorsaHeads, Rows, Unembedding, Units
+from lorsa_utils.units import LorsaHeads, Rows, Unembedding, Units, removal_effects
 
 
 @dataclass(frozen=True)
@@ -113,23 +116,23 @@ def table(
         `Survey.facts`, `top_logits` and `bottom_logits` (tokens that w_o raises and lowers most), `contexts` (text with the peak in
         «»), and `<family>_<score>` on the confirmation half for every family looked for.
     """
-    heads = pd.DataFrame({"head": np.arange(units.n)})
-    heads["group"] = heads["head"] // units.lorsa.config.group_size
+    rows = pd.DataFrame({"head": np.arange(units.n)})
+    rows["group"] = rows["head"] // units.lorsa.config.group_size
     named = [discovery.families(head) for head in range(units.n)]
-    heads["family"] = [names[0] if names else "" for names in named]
-    heads["families"] = ["; ".join(names) for names in named]
-    heads["dead"] = (found.facts["frequency"] == 0).to_numpy()
-    heads = pd.concat([heads, found.facts], axis=1)
+    rows["family"] = [names[0] if names else "" for names in named]
+    rows["families"] = ["; ".join(names) for names in named]
+    rows["dead"] = (found.facts["frequency"] == 0).to_numpy()
+    rows = pd.concat([rows, found.facts], axis=1)
     unembedding, text = Unembedding(model), _token_texts(model.tokenizer)
     for name, largest in (("top_logits", True), ("bottom_logits", False)):
         chosen = unembedding.top_tokens(units.lorsa.W_O.detach(), n_tokens, largest)
-        heads[name] = [[text[token] for token in row] for row in chosen.tolist()]
-    heads["contexts"] = contexts(found, sequences, model.tokenizer)
+        rows[name] = [[text[token] for token in row] for row in chosen.tolist()]
+    rows["contexts"] = contexts(found, sequences, model.tokenizer)
     confirmed = discovery.scores.query("half == 'confirmation'")
     wide = confirmed.pivot(index="unit", columns="family", values=[*SCORES]).reindex(range(units.n))
     wide.columns = [f"{family}_{name}" for name, family in wide.columns]
     order = [f"{family}_{name}" for family in FAMILIES for name in SCORES]
-    return pd.concat([heads, wide[[name for name in order if name in wide and not wide[name].isna().all()]]], axis=1)
+    return pd.concat([rows, wide[[name for name in order if name in wide and not wide[name].isna().all()]]], axis=1)
 
 
 def _token_texts(tokenizer: Any) -> dict[int, str]:
@@ -154,3 +157,74 @@ def contexts(found: Survey, sequences: Sequences, tokenizer: Any, before: int = 
     for unit, text in zip(owners, texts, strict=True):
         result[unit].append(text)
     return result
+
+
+# -------------------------------------------------------------------------------------------------------------- a whole layer
+
+
+class Layer(NamedTuple):
+    """All that `describe` finds out about the heads of one Lorsa."""
+
+    table: pd.DataFrame
+    """Of `table`, with `effect` and `effect_error`: what removing this head alone does to the loss at labelled queries of its family, in
+    nats, for the heads that were removed (NaN for the others)."""
+    discovery: Discovery
+    survey: Survey
+    prompts: prompts.Prompts
+
+
+def describe(
+    model: LanguageModel,
+    layer: int,
+    lorsa: Lorsa,
+    sequences: Sequences,
+    documents: Sequence[tuple[str, str]],
+    *,
+    removed: int = 3,
+    scale: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Layer:
+    """The whole way from a trained Lorsa to the table of its heads.
+
+    Args:
+        model: the language model.
+        layer: of the Lorsa.
+        lorsa: takes raw activations.
+        sequences: running text, read once.
+        documents: (id, text), for the families that need passages of real text.
+        removed: heads of each family whose removal is measured, those with the largest share times recall; each costs one
+            pass of the model over the prompts of its family. Families that predict no token are left out.
+        scale: factor on the number of prompts, see `prompts.standard`.
+        seed: of prompts, nulls and shuffles.
+        batch_size: sequences at a time.
+        progress: show bars.
+
+    Raises:
+        UserError: the text is empty, or no head is ever active on it.
+    """
+    units = LorsaHeads(lorsa)
+    found = survey(model, layer, units, sequences, batch_size=batch_size, progress=progress)
+    if bool((found.facts["frequency"] == 0).all()):
+        raise UserError("No head is active anywhere on this text: all are dead, or the module belongs to another model; train it again.")
+    bos_id = int(sequences.tokens[0, 0]) if sequences.bos_policy == "prepend" else None
+    vocabulary = prompts.Vocabulary(model.tokenizer, bos_id)
+    try:
+        texts = prompts.passages(documents, vocabulary, 64, seed=seed)
+    except UserError:
+        texts = []  # the families that need passages are skipped, with a sentence
+    made = prompts.standard(vocabulary, texts, seed, scale)
+    few = slice(0, 16)
+    null = heads.random_lorsa(lorsa, model, layer, sequences.tokens[few].long(), sequences.mask[few], seed)
+    options = {"batch_size": 2 * batch_size, "seed": seed, "progress": progress}
+    discovery = heads.discover(model, layer, units, made.sets, LorsaHeads(null), skipped=made.skipped, **options)  # type: ignore[arg-type]
+    rows = table(discovery, found, units, model, sequences)
+    rows["effect"] = rows["effect_error"] = np.nan
+    for family, each in tqdm(made.sets.items(), desc="removals", disable=not progress):
+        mine = [head for head in discovery.units(family) if rows.loc[head, "family"] == family][:removed]
+        if each.predicts and mine:
+            second = heads.halves(each)[1]
+            effects = removal_effects(model, layer, units, {str(head): [head] for head in mine}, second, 2 * batch_size)
+            rows.loc[mine, "effect"], rows.loc[mine, "effect_error"] = effects["labelled"].to_numpy(), effects["labelled_error"].to_numpy()
+    return Layer(rows, discovery, found, made)

@@ -2,12 +2,14 @@ import dataclasses
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from tiny_models import save_tiny_model
 
@@ -117,6 +119,7 @@ def test_the_package_is_a_command_too() -> None:
         ("cache", "(default: bfloat16)"),
         ("train", "(default: smollm2)"),
         ("eval", "(default: 100000)"),
+        ("heads", "(default: 50000)"),
         ("reproduce", "(default: laptop)"),
     ],
 )
@@ -244,6 +247,40 @@ def test_eval_warns_when_worse_than_the_mean(trained: str, tmp_path: Path, capsy
     out, err = capsys.readouterr()
     assert "Warning: FVU is above 1" in err
     assert "ce_recovered" in out
+
+
+def test_heads_writes_one_row_a_head(trained: str, text: str, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "tables" / "heads.parquet"
+    found = answer("heads", trained, "--text", text, "--tokens", "600", "--out", out)
+    table = pd.read_parquet(out)
+    assert len(table) == found["heads"] == 32
+    assert {"head", "family", "frequency", "induction_share", "induction_precision", "top_logits", "contexts", "effect"} <= set(table)
+    assert found["dead_fraction"] == table["dead"].mean()
+    assert set(found["families"]) & set(found["skipped"]) == set()
+    assert {"induction", "duplicate_token", "local"} <= set(found["families"])
+    assert {"name_mover", "subtoken_induction"} <= set(found["skipped"]), "bytes have no names"
+    assert found["n_tokens"] == 600
+    assert len(table.loc[0, "top_logits"]) == 10
+
+
+def test_heads_of_what_has_none(trained: str, cached: str, model: str, other_model: str, tmp_path: Path, complaint: Any) -> None:
+    out = tmp_path / "heads.parquet"
+    assert "is not a run folder" in complaint("heads", tmp_path, "--out", out)
+    assert "other weights" in complaint("heads", trained, "--out", out, "--model", other_model)
+    assert "ends in .parquet" in complaint("heads", trained, "--out", tmp_path / "heads.csv")
+    sae = tmp_path / "sae"
+    shape = ["--n-heads", "32", "--k", "4", "--tokens", "500"]
+    assert lorsa("train", "--model", model, "--cache", cached, "--layer", "1", "--kind", "sae", "--out", sae, *shape) == 0
+    assert "holds a sae, not a Lorsa" in complaint("heads", sae, "--out", out)
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" ")
+    assert "empty" in complaint("heads", trained, "--out", out, "--text", empty)
+    dead = tmp_path / "dead"
+    shutil.copytree(trained, dead)
+    weights = store.read_tensors(dead / "model.safetensors")
+    store.write_tensors(dead / "model.safetensors", weights | {name: 0 * weights[name] for name in ("W_V", "b_V")})
+    assert "all are dead" in complaint("heads", dead, "--out", out)
+    assert not out.exists()
 
 
 def test_a_single_short_paragraph_can_be_trained_on(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
