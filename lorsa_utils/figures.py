@@ -450,3 +450,45 @@ def toy_table(data: pd.DataFrame, title: str, widths: Sequence[float] | None = N
     )
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=110 + 38 * (len(data) + 1), margin={"l": 10, "r": 10, "b": 10})
     return figure
+
+
+# -------------------------------------------------------------------------------------------------- the kernels of notebook 12
+
+
+def attention_tiles(data: pd.DataFrame, title: str = "T2: tiles of the attention kernels") -> go.Figure:
+    """Rectangles of queries (down) by keys (across) that kernels compute, one panel a kernel; what stays white is never computed.
+
+    Args:
+        data: one row a tile, columns `kernel`, `query`, `query_end`, `key`, `key_end` and `used`, the share of entries that count.
+        title: of the figure.
+    """
+    kernels = list(dict.fromkeys(data["kernel"]))
+    figure = make_subplots(cols=len(kernels), shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=kernels)
+    kinds = {"all entries used": (data["used"] == 1, PALETTE[0]), "some entries masked": (data["used"] < 1, PALETTE[5])}
+    for column, kernel in enumerate(kernels, 1):
+        for name, (chosen, colour) in kinds.items():
+            xs: list[Any] = []
+            ys: list[Any] = []
+            for tile in data[chosen & (data["kernel"] == kernel)].itertuples():
+                xs += [tile.key, tile.key_end, tile.key_end, tile.key, tile.key, None]
+                ys += [tile.query, tile.query, tile.query_end, tile.query_end, tile.query, None]
+            figure.add_scatter(
+                x=xs,
+                y=ys,
+                name=name,
+                mode="lines",
+                fill="toself",
+                fillcolor=colour,
+                line={"color": "white", "width": 1},
+                legendgroup=name,
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+    ends = float(data["key_end"].max()), float(data["query_end"].max())
+    figure.update_layout(template=TEMPLATE, title={"text": title, "y": 0.97, "yanchor": "top"}, height=400, margin={"t": 80, "b": 100})
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.3})
+    figure.update_xaxes(range=[0, ends[0]], tickvals=[0, ends[0] / 2, ends[0]], title="key", showgrid=False)
+    figure.update_yaxes(range=[ends[1], 0], showgrid=False)
+    figure.update_yaxes(title="query", col=1)
+    return figure

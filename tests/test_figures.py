@@ -137,3 +137,22 @@ def test_a_real_browser_draws_a_png(monkeypatch: pytest.MonkeyPatch) -> None:
     image = figures.draw_png(drawings()["layer_fvu"])
     assert image is not None
     assert image.startswith(b"\x89PNG")
+
+
+TILES = pd.DataFrame(
+    [["forward", 0, 4, 0, 4, 0.6], ["forward", 4, 8, 0, 4, 1.0], ["forward", 4, 8, 4, 8, 0.6], ["keys", 0, 3, 0, 4, 0.7]],
+    columns=["kernel", "query", "query_end", "key", "key_end", "used"],
+)
+
+
+def test_tiles_are_rectangles_in_the_panel_of_their_kernel() -> None:
+    figure = figures.attention_tiles(TILES)
+    assert [note.text for note in figure.layout.annotations] == ["forward", "keys"]
+    full, masked, none, few = figure.data
+    assert (list(full.x), list(full.y)) == ([0, 4, 4, 0, 0, None], [4, 4, 8, 8, 4, None])
+    assert list(masked.x).count(None) == 2
+    assert not none.x
+    assert (few.xaxis, few.fillcolor) == ("x2", masked.fillcolor)
+    assert full.fillcolor != masked.fillcolor
+    assert figure.layout.yaxis.range == (8, 0), "the first query is on top"
+    assert sum(trace.showlegend for trace in figure.data) == 2
