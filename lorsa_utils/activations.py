@@ -294,7 +294,7 @@ def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         return wanted
     found = store.read_json(path / "manifest.json")
     differing = _differences(_without_progress(found), _without_progress(wanted))
-    if differing:
+    if any(name.endswith("_sha256") or not name.endswith((" model", " revision")) for name, _, _ in differing):
         name, old, new = differing[0]
         raise store.UserError(
             f"{path} holds another cache: its {name} is {old!r}, asked is {new!r}; choose another --out or delete that folder."

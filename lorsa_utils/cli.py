@@ -512,13 +512,13 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if sequences.shortfall:
         _note(sequences.shortfall)
-    result = metrics.evaluate_spliced(
-        model, config["layer"], module.to(model.device), sequences, arguments.batch_size, progress=sys.stderr.isatty()
-    )
+    _tell_eval_cost(model, sequences, arguments.batch_size)
+    result = metrics.evaluate_spliced(model, config["layer"], module.to(model.device), sequences, arguments.batch_size, progress=True)
     if result["fvu"] > 1:
         _note("Warning: FVU is above 1, worse than predicting the mean; this text or model is probably not what the module was made for.")
     keys = ("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered", "l0", "dead_fraction", "n_tokens", "cosine")
     return {key: result[key] if math.isfinite(result[key]) else None for key in keys}
+
 
 def heads(arguments: argparse.Namespace) -> dict[str, Any]:
     """`lorsa heads`: families, scores, logits and contexts of every head."""
@@ -575,6 +575,15 @@ def heads(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
     }
 
+
+def _tell_eval_cost(model: LanguageModel, sequences: Sequences, batch_size: int) -> None:
+    """Say what three passes over the text cost when that is more than a minute."""
+    tokens, mask = sequences.tokens[:batch_size].to(model.device), sequences.mask[:batch_size].to(model.device)
+    began = time.perf_counter()
+    float(model.loss(tokens.long(), mask)[0].sum())  # reading a value waits for the device
+    seconds = 3 * (time.perf_counter() - began) * len(sequences.tokens) / len(tokens)
+    if seconds > 60:
+        _note(f"Three passes over {sequences.n_tokens:,} tokens: about {seconds / 60:.0f} minutes.")
 
 
 def _model_of_run(folder: Path, source: Mapping[str, Any], override: str | None, device: str) -> LanguageModel:

@@ -127,7 +127,7 @@ class Run:
             groups.append({"params": qk, "lr_factor": train.qk_lr_factor})
         self._forward: Callable[..., SparseOutput] = self.module
         if world.size > 1:
-            self._forward = DistributedDataParallel(self.module, broadcast_buffers=False)
+            self._forward = DistributedDataParallel(self.module)
         self.optimizer = torch.optim.Adam(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
 
     @property
@@ -391,7 +391,11 @@ def _check_specs(specs: Sequence[RunSpec]) -> None:
 def _require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
     found = _flatten(store.read_json(folder / "config.json"))
     asked = _flatten(json.loads(json.dumps(wanted)))
-    for name in sorted((set(found) | set(asked)) - {"source.text"}):  # files may move, source.text_sha256 tells what was read
+    # Files may move, hashes tell what was read; how often the run is logged and saved changes nothing that it computes.
+    free = {"source.text", "train.log_every", "train.save_every_seconds"}
+    if found.get("source.model_sha256") == asked.get("source.model_sha256"):
+        free |= {"source.model", "source.revision"}
+    for name in sorted((set(found) | set(asked)) - free):
         if found.get(name) != asked.get(name):
             raise store.UserError(
                 f"{folder} was started with {name} = {found.get(name)!r}, not {asked.get(name)!r}; "
