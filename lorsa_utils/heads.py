@@ -38,7 +38,7 @@ from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.prompts import PromptSet
 from lorsa_utils.store import UserError
-from lorsa_utils.units import Unembedding, Units, by_pair, final_norm
+from lorsa_utils.units import Unembedding, Units, by_pair, final_norm, removal_effects
 
 NULL_RATE = 0.001
 """Share of random-init heads that may clear all bars of a family."""
@@ -490,3 +490,37 @@ def f1(scores: pd.DataFrame) -> pd.Series:
     """Harmonic mean of precision (share, where there are no controls) and recall; 0 where either is not defined."""
     side = scores["share"] if scores["precision"].isna().all() else scores["precision"]
     return (2 * side * scores["recall"] / (side + scores["recall"])).fillna(0.0)
+
+
+def carried(
+    model: LanguageModel,
+    layer: int,
+    kinds: Mapping[str, tuple[Units, Sequence[int]]],
+    whole: Units,
+    prompts: PromptSet,
+    tops: Sequence[int] = (1, 3, 10),
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """How much of what a layer does for a family its first units carry, for each kind of units.
+
+    Args:
+        model: the language model.
+        layer: where the units are.
+        kinds: name to (units, ranking of some of them, the best first).
+        whole: all units whose removal takes the whole layer away: the MHSA heads, mean-ablated.
+        prompts: of the family; those that no unit was chosen on (`halves`).
+        tops: how many of the first units to remove together; more than a ranking has are left out, one pass of the model each.
+        batch_size: prompts at a time.
+
+    Returns:
+        columns `kind`, `top`, the fields of `units.Effect`, and `share`: `labelled` over that of removing the whole layer (the row
+        `whole layer`). Shares may exceed 1: other units of the layer may work against the first ones.
+    """
+    parts = []
+    for name, (units, ranking) in kinds.items():
+        sets = {str(top): list(ranking[:top]) for top in tops if top <= len(ranking)}
+        parts.append(removal_effects(model, layer, units, sets, prompts, batch_size).assign(kind=name))
+    everything = removal_effects(model, layer, whole, {"all": range(whole.n)}, prompts, batch_size).assign(kind="whole layer")
+    table = pd.concat([*parts, everything], ignore_index=True).rename(columns={"removed": "top"}).drop(columns="n")
+    table["share"] = table["labelled"] / float(everything["labelled"].iloc[0])
+    return table[["kind", "top", *(name for name in table.columns if name not in ("kind", "top"))]]

@@ -187,3 +187,16 @@ def test_compare_chooses_on_one_half_and_shows_the_other(found: Discovery) -> No
     assert best.loc[0, "f1"] == pytest.approx(1, abs=1e-3)
     without = halves["confirmation"].assign(precision=np.nan)
     assert heads.f1(without)[0] == pytest.approx(1, abs=1e-2)
+
+
+def test_how_much_the_first_heads_carry(model: Any, made: Prompts) -> None:
+    lorsa, mhsa = units.LorsaHeads(known_lorsa(model)), units.MHSAHeads(model.site(0))
+    second = heads.halves(made.sets["successor"])[1]
+    table = heads.carried(model, 0, {"Lorsa": (lorsa, [3, 7, 8]), "MHSA": (mhsa, [3])}, mhsa, second, tops=(1, 3)).set_index(
+        ["kind", "top"]
+    )
+    assert table.index.tolist() == [("Lorsa", "1"), ("Lorsa", "3"), ("MHSA", "1"), ("whole layer", "all")]
+    assert table.loc[("whole layer", "all"), "share"] == 1
+    assert table.loc[("Lorsa", "1"), "labelled"] == pytest.approx(table.loc[("MHSA", "1"), "labelled"], rel=1e-3)
+    whole = table.loc[("whole layer", "all"), "labelled"]
+    assert np.allclose(table["share"], table["labelled"] / whole)
