@@ -15,9 +15,11 @@ gradients agreed with a float64 computation.
 
 from __future__ import annotations
 
-import gc
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -277,24 +279,39 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
-def _peak_mb(candidate: Candidate, x: Tensor, y: Tensor, clock: Clock, before: float) -> float:
-    """Peak memory of a step in MB, above what was there before the module was made; NaN where the system does not tell."""
-    if clock.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(clock.device)
+def peak_mb(name: str, shape_name: str, device: torch.device) -> float:
+    """Peak memory of training steps in MB: weights, optimizer and step, without the program itself.
+
+    On a CPU that is asked of a process of its own, where nothing ran before.
+    """
+    if device.type == "cuda":
+        return _peak_here(name, shape_name, device)
+    script = f"import torch; from lorsa_utils import bench; print(bench._peak_here({name!r}, {shape_name!r}, torch.device('cpu')))"
+    search_path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": search_path}
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    return float(answer.stdout.split()[-1]) if answer.returncode == 0 else float("nan")
+
+
+def _peak_here(name: str, shape_name: str, device: torch.device) -> float:
+    shape, clock = SHAPES[shape_name], Clock(device)
+    x, y = _batch(shape, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) / 1e6
+    else:
+        before = psutil.Process().memory_info().rss / 1e6
+    candidate = _make(name, shape, device)
+    for _ in range(3):
         _step(candidate, x, y, clock)
-        return torch.cuda.max_memory_allocated(clock.device) / 1e6 - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-        _step(candidate, x, y, clock)
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6 - before
+    if sys.platform == "win32":
         return float("nan")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6 - before
+    import resource  # not there on Windows
 
-
-def _memory_now(device: torch.device) -> float:
-    gc.collect()
-    return torch.cuda.memory_allocated(device) / 1e6 if device.type == "cuda" else psutil.Process().memory_info().rss / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6 - before
 
 
 def measure(shape_name: str, device: str | torch.device = "cpu", names: Sequence[str] | None = None, rounds: int = 15) -> pd.DataFrame:
@@ -323,13 +340,11 @@ def measure(shape_name: str, device: str | torch.device = "cpu", names: Sequence
         check(name, shape, place)
     clock = Clock(place)
     x, y = _batch(shape, place)
-    made, peaks = [], {}
-    for name in names:
-        before = _memory_now(place)
-        made.append(_make(name, shape, place))
+    peaks = {name: peak_mb(name, shape_name, place) for name in names}
+    made = [_make(name, shape, place) for name in names]
+    for candidate in made:
         for _ in range(2):
-            _step(made[-1], x, y, clock)
-        peaks[name] = _peak_mb(made[-1], x, y, clock, before)
+            _step(candidate, x, y, clock)
     ceilings = Ceilings(shape, clock)
     ceilings.sample()
     ceilings.rates.clear()

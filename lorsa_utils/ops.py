@@ -321,43 +321,60 @@ def _attention_backward(
     """
     batch, groups, length, _ = q.shape
     visits = _pack_visits(indices, kept, grad, batch, length, groups, v.shape[-1])
-    # Rows of all pairs in one table, [batch, n_qk, length, width] in the memory order of the projections.
-    grads = [side.new_zeros(batch, length, groups, side.shape[-1]).transpose(1, 2) for side in (q, k, v)]
+    tables = [_as_rows(side) for side in (q, k, v)]
+    # One row more than there are, for what padding brings.
+    grads = [side.new_zeros(len(table) + 1, table.shape[1]) for side, table in zip((q, k, v), tables, strict=True)]
     for first in range(0, len(visits.counts), PAIRS_AT_A_TIME):
-        _backward_of_pairs(q, k, v, lse, scale, visits, slice(first, first + PAIRS_AT_A_TIME), grads)
-    return grads[0], grads[1], grads[2]
+        chosen = slice(first, first + PAIRS_AT_A_TIME)
+        _backward_of_pairs(tables, lse, scale, visits, chosen, grads)
+    q_grad, k_grad, v_grad = (table[:-1].view(batch, length, groups, -1).transpose(1, 2) for table in grads)
+    return q_grad, k_grad, v_grad
+
+
+def _as_rows(side: Tensor) -> Tensor:
+    """[batch, n_qk, length, width] as a table of rows in the memory order of the projections, [batch * length * n_qk, width]."""
+    return side.transpose(1, 2).reshape(-1, side.shape[-1])
 
 
 def _backward_of_pairs(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, visits: _Visits, chosen: slice, grads: list[Tensor]
+    tables: Sequence[Tensor], lse: Tensor, scale: float, visits: _Visits, chosen: slice, grads: Sequence[Tensor]
 ) -> None:
-    """Add the gradients of some (sequence, QK group) pairs; these have nearly equally many visits, the first has most."""
-    groups, counts = q.shape[1], visits.counts[chosen]
-    sequence, group = visits.pairs[chosen] // groups, visits.pairs[chosen] % groups
-    keys, values = k[sequence, group], v[sequence, group]
+    """Add the gradients of some (sequence, QK group) pairs; these have nearly equally many visits, the first has most.
+
+    Args:
+        tables, grads: rows of q, k and v, and of their gradients (with one row more), see `_as_rows`.
+        lse, scale: as in `_attention_backward`.
+        visits, chosen: all visits, and which pairs are meant.
+    """
+    (_, groups, length), counts = lse.shape, visits.counts[chosen]
+    n, spare = len(counts), len(grads[0]) - 1
+    pair = visits.pairs[chosen]
+    # Row of position 0 of each pair; positions are `groups` rows apart.
+    origin = (pair // groups * length * groups + pair % groups)[:, None]
+    every = (origin + groups * torch.arange(length, device=pair.device)).flatten()
+    keys, values = (table.index_select(0, every).view(n, length, -1) for table in tables[1:])
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-    slots = torch.arange(counts[0], device=q.device)
-    lengths = torch.tensor(counts, device=q.device)[:, None]
+    levels = lse.reshape(-1, length).index_select(0, pair)
+    lengths = torch.tensor(counts, device=pair.device)[:, None]
     for begin in range(0, counts[0], QUERIES_AT_A_TIME):
-        slot = slots[begin : begin + QUERIES_AT_A_TIME]
+        slot = torch.arange(begin, min(begin + QUERIES_AT_A_TIME, counts[0]), device=pair.device)
         real = slot < lengths
         # Padding repeats the last visit of a pair, with gradient and delta zero.
-        rows = visits.starts[chosen, None] + torch.minimum(slot, lengths - 1)
-        position = visits.positions[rows]
+        visit = visits.starts[chosen, None] + torch.minimum(slot, lengths - 1)
+        position = visits.positions[visit]
         reach = int(position.max()) + 1
-        where = (sequence[:, None], group[:, None], position)
-        queries = q[where]
-        upstream = visits.grads[torch.where(real, rows, len(visits.grads) - 1)]
-        p = torch.baddbmm(lse[where][..., None], queries, keys[:, :reach].transpose(1, 2), beta=-1, alpha=scale).exp_()
-        p.masked_fill_(torch.arange(reach, device=q.device) > position[..., None], 0.0)
-        ds = torch.baddbmm(torch.where(real, visits.delta[rows], 0.0)[..., None], upstream, values[:, :reach].transpose(1, 2), beta=-1)
-        ds.mul_(p).mul_(scale)
-        grad_queries = ds @ keys[:, :reach]
-        grads[0][tuple(index.expand_as(position)[real] for index in where)] = grad_queries[real]
+        rows = origin + groups * position
+        queries = tables[0].index_select(0, rows.flatten()).view(n, len(slot), -1)
+        upstream = visits.grads.index_select(0, torch.where(real, visit, len(visits.grads) - 1).flatten()).view(n, len(slot), -1)
+        p = torch.baddbmm(levels.gather(1, position)[..., None], queries, keys[:, :reach].transpose(1, 2), beta=-1, alpha=scale).exp_()
+        p.masked_fill_(torch.arange(reach, device=pair.device) > position[..., None], 0.0)
+        delta = torch.where(real, visits.delta[visit], 0.0)[..., None]
+        ds = torch.baddbmm(delta, upstream, values[:, :reach].transpose(1, 2), beta=-scale, alpha=scale).mul_(p)
+        grads[0].index_copy_(0, torch.where(real, rows, spare).flatten(), (ds @ keys[:, :reach]).flatten(0, 1))
         grad_keys[:, :reach].baddbmm_(ds.transpose(1, 2), queries)
         grad_values[:, :reach].baddbmm_(p.transpose(1, 2), upstream)
-    grads[1][sequence, group] = grad_keys
-    grads[2][sequence, group] = grad_values
+    grads[1].index_copy_(0, every, grad_keys.flatten(0, 1))
+    grads[2].index_copy_(0, every, grad_values.flatten(0, 1))
 
 
 def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: int) -> Tensor:
