@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lorsa_utils import ops, store
+from lorsa_utils import kernels, store
 from lorsa_utils.config import LorsaConfig, RotaryConfig
 from lorsa_utils.lorsa import Lorsa
 
@@ -108,10 +108,16 @@ class OursLorsa(Lorsa):
         return super().forward(x).y
 
 
+class TorchLorsa(OursLorsa):
+    """The kit's step without kernels."""
+
+    backend = "torch"
+
+
 def backends(device: torch.device) -> dict[str, tuple[type[Lorsa], bool]]:
-    """Name to (class, whether it is compiled) of what can run on a device."""
-    ours = {ops.default_backend(device): (OursLorsa, False)}
-    return {**ours, "plain": (PlainLorsa, False), "plain-compiled": (PlainLorsa, True)}
+    """Name to (class, whether it is compiled) of what can run on a device; the first is what the kit chooses there."""
+    kernel: dict[str, tuple[type[Lorsa], bool]] = {"triton": (OursLorsa, False)} if kernels.available(device) else {}
+    return {**kernel, "torch": (TorchLorsa, False), "plain": (PlainLorsa, False), "plain-compiled": (PlainLorsa, True)}
 
 
 @dataclass
@@ -386,7 +392,7 @@ def _row(candidate: Candidate, shape_name: str, x: Tensor, ceilings: Ceilings, p
         "copy_gb_per_s": bandwidth / 1e9,
         "rounds": len(times["step_ms"]),
         "torch": torch.__version__,
-        "triton": ops.triton_version(),
+        "triton": kernels.triton.__version__ if kernels.triton else "",
         "python": platform.python_version(),
     }
 

@@ -64,6 +64,8 @@ class SparseModule(nn.Module):
     W_O: Tensor
     b_O: Tensor
     config: object
+    backend: str = "auto"
+    """Which implementation of the operations `forward` uses, see `ops`."""
 
     @property
     def k(self) -> int:
@@ -115,9 +117,10 @@ class SparseModule(nn.Module):
         kept = self.keep(x, self.k)
         return kept.indices.view(*x.shape[:-1], -1), kept.values.view(*x.shape[:-1], -1)
 
-    def decode(self, indices: Tensor, values: Tensor, bias: bool = True, backend: str = "torch") -> Tensor:
+    def decode(self, indices: Tensor, values: Tensor, bias: bool = True, backend: str | None = None) -> Tensor:
         """Output [batch, length, d_model] of kept units [batch, length, k]."""
-        flat = ops.sparse_decode(indices.reshape(-1, indices.shape[-1]), values.reshape(-1, values.shape[-1]), self.W_O, backend)
+        rows = indices.reshape(-1, indices.shape[-1]), values.reshape(-1, values.shape[-1])
+        flat = ops.sparse_decode(*rows, self.W_O, backend or self.backend)
         y = flat.view(*indices.shape[:-1], -1)
         return y + self.b_O if bias else y
 
@@ -261,7 +264,7 @@ class Lorsa(SparseModule):
             side = rows.view(*x.shape[:2], w.shape[0], w.shape[2]).transpose(1, 2)
             if self.config.qk_norm:
                 side = ops.rms_norm(side, getattr(self, norm)[groups][:, None], self.config.qk_norm_eps)
-            sides.append(ops.apply_rotary(side, cos, sin, self.config.rotary.adjacent_pairs))
+            sides.append(ops.apply_rotary(side, cos, sin, self.config.rotary.adjacent_pairs, self.backend))
         return sides[0], sides[1]
 
     def values(self, x: Tensor) -> Tensor:
@@ -276,7 +279,7 @@ class Lorsa(SparseModule):
     def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
         """See `SparseModule.keep`."""
         norms = self.W_O.detach().norm(dim=1)
-        return ops.sparse_attention(*self.attention_inputs(x), self.attn_scale, norms, k, self.score, dead, aux_k)
+        return ops.sparse_attention(*self.attention_inputs(x), self.attn_scale, norms, k, self.score, dead, aux_k, self.backend)
 
     def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
         """z of every head before the selection, [batch, length, n_ov]."""

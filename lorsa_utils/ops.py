@@ -1,6 +1,7 @@
 """The few operations that everything is made of: rotary tables, ONE attention, ONE top-K selection, ONE sparse decode.
 
-Each takes `backend`: "torch" (vectorised, any device) or "reference" (the loops of `reference`, for checks).
+Each takes `backend`: "torch" (vectorised, any device), "triton" (the kernels of `kernels`, NVIDIA GPUs), "reference" (the loops
+of `reference`, for checks) or "auto": triton where it runs, else torch.
 
 `sparse_attention` is what training runs: attention and selection as one operation, whose backward pass knows that the
 gradient of z is zero outside the kept heads. With P the pattern of a QK group, dz the gradient of its kept heads and
@@ -20,10 +21,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorsa_utils import reference
+from lorsa_utils import kernels, reference
 from lorsa_utils.config import RotaryConfig
+from lorsa_utils.store import UserError
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("auto", "torch", "triton", "reference")
+
+
+def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
+    """The backend that "auto" means for tensors like `like`; any other stays itself.
+
+    Args:
+        backend: one of `BACKENDS`.
+        like: a tensor on the device in question.
+        sizes: d_qk, group size and number of units, where the kernels have limits.
+
+    Raises:
+        UserError: there is no such backend.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if backend != "auto":
+        return backend
+    return "triton" if kernels.available(like.device) and (not sizes or kernels.supports(*sizes)) else "torch"
 
 
 def rotary_tables(
@@ -35,7 +55,7 @@ def rotary_tables(
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, backend: str = "auto") -> Tensor:
     """Rotate queries or keys.
 
     Args:
@@ -45,7 +65,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> T
     """
     if cos.shape[-1] == 0:
         return x
-    result: Tensor = _Rotation.apply(x, cos, sin, adjacent_pairs)
+    backend = choose_backend(backend, x) if x.dim() == 4 and cos.dim() == 2 else "torch"
+    result: Tensor = _Rotation.apply(x, cos, sin, adjacent_pairs, backend)
     return result
 
 
@@ -53,18 +74,20 @@ class _Rotation(torch.autograd.Function):
     """One pass over the data in each direction; the gradient of a rotation is the rotation by the opposite angle."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, backend: str) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.adjacent_pairs = adjacent_pairs
-        return _rotate(x, cos, sin, adjacent_pairs)
+        ctx.options = adjacent_pairs, backend
+        return _rotate(x, cos, sin, adjacent_pairs, backend)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grad_outputs[0], cos, -sin, ctx.adjacent_pairs), None, None, None
+        return _rotate(grad_outputs[0], cos, -sin, *ctx.options), None, None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, backend: str) -> Tensor:
+    if backend == "triton":
+        return kernels.apply_rotary(x, cos, sin, adjacent_pairs)
     out = torch.empty_like(x)
     half = cos.shape[-1]
     # A sequence at a time, so that the pieces of a pass stay in the CPU's caches.
@@ -98,7 +121,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
     Returns:
         [batch, n_heads, length, d_v].
     """
-    if backend == "reference":
+    if choose_backend(backend, q) == "reference":
         flat = [reference.causal_attention(q[b, h], k[b, h], v[b, h], scale) for b in range(q.shape[0]) for h in range(q.shape[1])]
         return torch.stack(flat).reshape(v.shape)
     d_v, d_qk = v.shape[-1], q.shape[-1]
@@ -140,7 +163,7 @@ def select_top_k(scores: Tensor, k: int, backend: str = "torch", floor: float | 
     return indices[:, :k].contiguous()
 
 
-def select_heads(z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | None = None, backend: str = "torch") -> Tensor:
+def select_heads(z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Top-K selection of heads or features.
 
     Args:
@@ -153,6 +176,8 @@ def select_heads(z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | N
     Returns:
         indices [n_rows, k], in no order; ties go to the lower index.
     """
+    if choose_backend(backend, z) == "triton":
+        return kernels.select_top_k(z, norms, k, score, among)[0]
     scores = (z.abs() if score == "abs" else z) * norms
     if among is not None:
         scores = scores.clamp_(min=0).masked_fill_(~among, -1.0)
@@ -182,6 +207,7 @@ def sparse_attention(
     score: str = "relu",
     dead: Tensor | None = None,
     aux_k: int = 0,
+    backend: str = "auto",
 ) -> KeptHeads:
     """Causal attention over QK groups and the selection of heads, differentiable in q, k and v through the kept heads.
 
@@ -195,14 +221,15 @@ def sparse_attention(
         dead: mask [n_ov] of the heads that AuxK chooses from.
         aux_k: how many it chooses.
     """
-    if q.device.type != "cpu":
-        z = causal_attention(q, k, v, scale).transpose(1, 2).reshape(-1, norms.shape[0])
-        with torch.no_grad():
-            chosen, _, _ = _select_kept(z, norms, n_keep, score, dead, aux_k)
-        values = z.gather(1, torch.cat(chosen, dim=1))
-        values = values.relu() if score == "relu" else values
-        return KeptHeads(chosen[0], values[:, :n_keep], chosen[1], values[:, n_keep:])
-    return KeptHeads(*_SparseAttention.apply(q, k, v, norms, dead, scale, n_keep, score, aux_k))
+    backend = choose_backend(backend, q, q.shape[-1], v.shape[-1], norms.shape[0])
+    if backend == "triton" or (backend == "torch" and q.device.type == "cpu"):
+        return KeptHeads(*_SparseAttention.apply(q, k, v, norms, dead, scale, n_keep, score, aux_k, backend))
+    z = causal_attention(q, k, v, scale, backend).transpose(1, 2).reshape(-1, norms.shape[0])
+    with torch.no_grad():
+        chosen, kept, _ = _select_kept(z, norms, n_keep, score, dead, aux_k, backend)
+    values = z.gather(1, torch.cat(chosen, dim=1)) * (kept != 0)
+    values = values.relu() if score == "relu" else values
+    return KeptHeads(chosen[0], values[:, :n_keep], chosen[1], values[:, n_keep:])
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -220,11 +247,16 @@ class _SparseAttention(torch.autograd.Function):
         n_keep: int,
         score: str,
         aux_k: int,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        z, lse = _attention_with_lse(q, k, v, scale)
-        chosen, kept, values = _select_kept(z, norms, n_keep, score, dead, aux_k)
+        if backend == "triton":
+            z, lse = kernels.attention_forward(q, k, v, scale, _dot_precision())
+            z = z.flatten(0, 1)
+        else:
+            z, lse = _attention_with_lse(q, k, v, scale)
+        chosen, kept, values = _select_kept(z, norms, n_keep, score, dead, aux_k, backend)
         ctx.save_for_backward(q, k, v, lse, torch.cat(chosen, dim=1), kept)
-        ctx.scale, ctx.relu = scale, score == "relu"
+        ctx.scale, ctx.relu, ctx.backend = scale, score == "relu", backend
         ctx.mark_non_differentiable(*chosen)
         return chosen[0], values[:, :n_keep].contiguous(), chosen[1], values[:, n_keep:].contiguous()
 
@@ -232,19 +264,30 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse, indices, kept = ctx.saved_tensors
         grad = _gradient_of_kept(grad_outputs, kept, ctx.relu)
-        return *_attention_backward(q, k, v, lse, ctx.scale, indices, kept, grad), *[None] * 6
+        if ctx.backend == "triton":
+            grads = kernels.attention_backward(q, k, v, lse, ctx.scale, indices, kept, grad, _dot_precision())
+        else:
+            grads = _attention_backward(q, k, v, lse, ctx.scale, indices, kept, grad)
+        return *grads, *[None] * 7
 
 
-def _select_kept(z: Tensor, norms: Tensor, n_keep: int, score: str, dead: Tensor | None, aux_k: int) -> tuple[list[Tensor], Tensor, Tensor]:
+def _dot_precision() -> str:
+    """How the kernels multiply float32 numbers: as PyTorch does on this machine."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _select_kept(
+    z: Tensor, norms: Tensor, n_keep: int, score: str, dead: Tensor | None, aux_k: int, backend: str
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Both selections from z [n_rows, n]: their indices, and z and activations of both side by side, [n_rows, n_keep + aux_k]."""
-    chosen = [select_heads(z, norms, n_keep, score)]
+    chosen = [select_heads(z, norms, n_keep, score, backend=backend)]
     if dead is None or not aux_k:
         chosen.append(chosen[0][:, :0])
     elif z.device.type == "cpu":
         numbers = dead.nonzero()[:, 0]
-        chosen.append(numbers[select_heads(z[:, numbers], norms[numbers], min(aux_k, len(numbers)), score)])
+        chosen.append(numbers[select_heads(z[:, numbers], norms[numbers], min(aux_k, len(numbers)), score, backend=backend)])
     else:  # the number of dead units is not asked for: that would wait for the GPU
-        chosen.append(select_heads(z, norms, aux_k, score, among=dead))
+        chosen.append(select_heads(z, norms, aux_k, score, among=dead, backend=backend))
     kept = z.gather(1, torch.cat(chosen, dim=1))
     if chosen[1].numel():
         assert dead is not None
@@ -402,13 +445,30 @@ class _DecodeWeightGradient(torch.autograd.Function):
         return grad, None, None, _sum_rows_by_unit(indices, values, grad, ctx.n_units) if needed else None
 
 
-def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str = "torch") -> Tensor:
+class _KernelDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(indices, values, weight)
+        return kernels.sparse_decode(indices, values, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor, Tensor]:
+        indices, values, weight = ctx.saved_tensors
+        grad_values, grad_weight = kernels.sparse_decode_backward(indices, values, weight, grad_outputs[0])
+        return None, grad_values.to(values.dtype), grad_weight.to(weight.dtype)
+
+
+def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
     """Sum of chosen rows: indices [n_rows, k], values [n_rows, k], weight [n, d] to [n_rows, d]; differentiable in values and weight.
 
     Indices of one row must differ from each other.
     """
+    backend = choose_backend(backend, weight)
     if backend == "reference":
         return reference.sparse_decode(indices, values, weight)
+    if backend == "triton":
+        decoded: Tensor = _KernelDecode.apply(indices, values, weight)
+        return decoded
     # The bag's own gradient of the values is fast, that of the weight is not: it comes from the function above.
     y = F.embedding_bag(indices, weight.detach(), per_sample_weights=values.to(weight.dtype), mode="sum")
     result: Tensor = _DecodeWeightGradient.apply(y, indices, values.detach(), weight)
@@ -416,7 +476,15 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str 
 
 
 def sparse_encode(
-    x: Tensor, weight: Tensor, bias: Tensor, norms: Tensor, n_keep: int, score: str = "relu", dead: Tensor | None = None, aux_k: int = 0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norms: Tensor,
+    n_keep: int,
+    score: str = "relu",
+    dead: Tensor | None = None,
+    aux_k: int = 0,
+    backend: str = "auto",
 ) -> KeptHeads:
     """Linear encoder and selection of features, differentiable through the kept features, whose rows alone the backward pass touches.
 
@@ -425,15 +493,25 @@ def sparse_encode(
         weight, bias: [n, d] and [n].
         norms, n_keep, score, dead, aux_k: as in `sparse_attention`.
     """
-    return KeptHeads(*_SparseEncoding.apply(x, weight, bias, norms, dead, n_keep, score, aux_k))
+    backend = choose_backend(backend, x)
+    return KeptHeads(*_SparseEncoding.apply(x, weight, bias, norms, dead, n_keep, score, aux_k, backend))
 
 
 class _SparseEncoding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norms: Tensor, dead: Tensor | None, n_keep: int, score: str, aux_k: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        norms: Tensor,
+        dead: Tensor | None,
+        n_keep: int,
+        score: str,
+        aux_k: int,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        chosen, kept, values = _select_kept(F.linear(x, weight, bias), norms, n_keep, score, dead, aux_k)
+        chosen, kept, values = _select_kept(F.linear(x, weight, bias), norms, n_keep, score, dead, aux_k, backend)
         indices = torch.cat(chosen, dim=1)
         ctx.save_for_backward(x, weight, indices, kept)
         ctx.relu = score == "relu"
@@ -447,14 +525,4 @@ class _SparseEncoding(torch.autograd.Function):
         grad_x = F.embedding_bag(indices, weight, per_sample_weights=grad.to(weight.dtype), mode="sum") if ctx.needs_input_grad[0] else None
         grad_weight = _sum_rows_by_unit(indices, grad, x, len(weight)).to(weight.dtype)
         grad_bias = weight.new_zeros(len(weight)).index_add_(0, indices.flatten(), grad.flatten().to(weight.dtype))
-        return grad_x, grad_weight, grad_bias, *[None] * 5
-
-
-def default_backend(device: torch.device) -> str:
-    """What `sparse_attention` runs on a device."""
-    return "torch"
-
-
-def triton_version() -> str:
-    """Triton's version, empty where it is not installed."""
-    return ""
+        return grad_x, grad_weight, grad_bias, *[None] * 6

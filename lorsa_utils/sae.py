@@ -37,7 +37,8 @@ class SAE(SparseModule):
     def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
         """See `SparseModule.keep`."""
         rows = x.reshape(-1, x.shape[-1])
-        return ops.sparse_encode(rows, self.W_E, self.b_E, self.W_O.detach().norm(dim=1), k, self.score, dead, aux_k)
+        norms = self.W_O.detach().norm(dim=1)
+        return ops.sparse_encode(rows, self.W_E, self.b_E, norms, k, self.score, dead, aux_k, self.backend)
 
     def readers(self) -> tuple[Tensor, Tensor]:
         """See `SparseModule.readers`."""
