@@ -162,6 +162,10 @@ def contexts(found: Survey, sequences: Sequences, tokenizer: Any, before: int = 
 # -------------------------------------------------------------------------------------------------------------- a whole layer
 
 
+REMOVAL_PAIRS = 24
+"""Pairs of prompts on which the removal of a head is measured in the table."""
+
+
 class Layer(NamedTuple):
     """All that `describe` finds out about the heads of one Lorsa."""
 
@@ -224,7 +228,14 @@ def describe(
     for family, each in tqdm(made.sets.items(), desc="removals", disable=not progress):
         mine = [head for head in discovery.units(family) if rows.loc[head, "family"] == family][:removed]
         if each.predicts and mine:
-            second = heads.halves(each)[1]
+            second = _thinned(heads.halves(each)[1], REMOVAL_PAIRS)
             effects = removal_effects(model, layer, units, {str(head): [head] for head in mine}, second, 2 * batch_size)
             rows.loc[mine, "effect"], rows.loc[mine, "effect_error"] = effects["labelled"].to_numpy(), effects["labelled_error"].to_numpy()
     return Layer(rows, discovery, found, made)
+
+
+def _thinned(each: prompts.PromptSet, n: int) -> prompts.PromptSet:
+    """About `n` pairs, evenly from all: the series of one family follow each other."""
+    pairs = each.pair.unique()
+    kept = pairs[torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).round().long()]
+    return each.keep_pairs(lambda pair: torch.isin(pair, kept))

@@ -64,3 +64,28 @@ def test_survey_does_not_depend_on_the_batch_size(model: Any, texts: list[prompt
     nothing = sequences_of(tokens, torch.zeros_like(tokens, dtype=torch.bool))
     with pytest.raises(UserError, match="longer text"):
         survey.survey(model, 0, each, nothing)
+
+
+def test_describe_is_the_whole_way(model: Any, texts: list[prompts.Passage], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts])
+    sequences = sequences_of(tokens, tokens != model.vocabulary.bos_id)
+    documents = [(passage.document, model.tokenizer.decode(passage.ids)) for passage in texts]
+    found = survey.describe(model, 0, known_lorsa(model), sequences, documents, removed=2, scale=0.75, progress=False)
+    assert found.table["family"].tolist()[0] == "induction"
+    assert found.table["family"].tolist()[3] == "successor"
+    assert found.table.loc[3, "effect"] > 0.1
+    assert found.table["effect"].notna().sum() == 2, "induction and successor predict a token, previous token and sink do not"
+    assert set(found.discovery.skipped) == {"previous_token", "attention_sink", "local", "thematic_anchor"}, "no passage is 96 tokens long"
+    dead = known_lorsa(model)
+    with torch.no_grad():
+        dead.W_V.zero_()
+        dead.b_V.zero_()
+    with pytest.raises(UserError, match="all are dead"):
+        survey.describe(model, 0, dead, sequences, documents, progress=False)
+
+
+def test_thinned_keeps_pairs_from_everywhere(made: prompts.Prompts) -> None:
+    few = survey._thinned(made.sets["successor"], 14)
+    assert len(few.pair.unique()) == 14
+    assert set(few.kind) == set(made.sets["successor"].kind)
+    assert len(survey._thinned(few, 100).pair.unique()) == 14
