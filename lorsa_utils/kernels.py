@@ -44,6 +44,8 @@ except ImportError:  # no wheels for macOS and Windows
     triton = None
 
 LOG2_E = math.log2(math.e)
+_WIDEST = 256
+_MOST_UNITS = 65536
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _CHUNK = 512  # tokens that one program sums for a row of dW; hot heads have several chunks
 # Queries, keys, warps and stages by the bytes of the widest row, chosen from the compiler's report: at most 100 KB of shared
@@ -60,7 +62,9 @@ _L2_BYTES = 24 * 2**20  # of W that stay in the cache (50 MB on an H100) while t
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    return function if triton is None else triton.jit(function)
+    # Nothing is gained by compiling anew for a multiple of 16 of these.
+    general = ("length", "n_groups", "n_kept", "n_chunks", "n_rows")
+    return function if triton is None else triton.jit(function, do_not_specialize=general)
 
 
 def available(device: torch.device | str) -> bool:
@@ -69,6 +73,11 @@ def available(device: torch.device | str) -> bool:
     if triton is None or _INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def supports(d_qk: int, group_size: int, n_units: int) -> bool:
+    """Whether a layer is within the kernels' limits: queries and groups up to 256 wide, up to 65536 units."""
+    return d_qk <= _WIDEST and group_size <= _WIDEST and n_units <= _MOST_UNITS
 
 
 def _launch(kernel: Any, n_programs: int | tuple[int, int], *args: Any, **options: Any) -> None:
@@ -97,6 +106,8 @@ def _dot_precision(x: Tensor, precision: str) -> str:
 
 def _tiles(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """Tile sizes, warps and pipeline stages of an attention kernel; M counts queries and N keys."""
+    if max(d, g) > _WIDEST:
+        raise UserError(f'The Triton attention takes queries and groups up to {_WIDEST} wide, not {max(d, g)}; use backend "torch".')
     row_bytes = max(_block(d), _block(g)) * dtype.itemsize
     table = _TILES["ieee" if dtype == torch.float32 and precision == "ieee" else kernel]
     m, n, warps, stages = table[max(128, row_bytes)]
@@ -317,7 +328,7 @@ def _attention_backward_kv(
     end = tl.load(before + n_blocks)
     for first in range(tl.load(before + block), end, BLOCK_M):
         slots = first + tl.arange(0, BLOCK_M)
-        visited = slots < end
+        visited = slots < end  # of the others dZ and delta are zero below, so they add nothing
         queries = tl.load(packed + pair * length + slots, mask=visited, other=0)
         q_tile = _rounded(_load_rows(q, queries, q_strides[2], in_d, D, visited), PRECISION)
         log_sums = tl.load(lse + pair * length + queries, mask=visited, other=0.0)
@@ -327,8 +338,7 @@ def _attention_backward_kv(
         )
         # Transposed, keys by queries: the sums over queries need no transpose then.
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
-        seen = (queries[None, :] >= keys[:, None]) & visited[None, :]
-        pattern = tl.where(seen, tl.exp2(scores - log_sums[None, :]), 0.0)
+        pattern = tl.where(queries[None, :] >= keys[:, None], tl.exp2(scores - log_sums[None, :]), 0.0)
         dv_tile = tl.dot(_rounded(pattern.to(dz_tile.dtype), PRECISION), tl.trans(dz_tile), dv_tile, input_precision=PRECISION)
         d_pattern = tl.dot(v_tile, dz_tile, input_precision=PRECISION)
         d_scores = pattern * (d_pattern - delta[None, :])
@@ -404,24 +414,26 @@ def _score_keys(z, norms, among, columns, n, ABS: tl.constexpr, MASKED: tl.const
 
 @_jit
 def _select_top_k(
-    z, norms, among, indices, values, n, k, z_row,
+    z, norms, among, indices, values, n, n_kept, z_row,
     ABS: tl.constexpr, MASKED: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z += row * z_row
+    # Of the row dealt out into at least k segments, k keys reach the least of the segments' largest ones.
+    dealt = tl.arange(0, BLOCK // SEGMENTS)[:, None] * SEGMENTS + tl.arange(0, SEGMENTS)[None, :]
+    largest = tl.max(_score_keys(z, norms, among, dealt, n, ABS, MASKED), 0)
+    low = tl.maximum(tl.min(largest, 0), -1)
+    high = tl.max(largest, 0)
+    # Between these two bisect on the largest `low` that at least k keys reach, and stop early when exactly k do.
     key = _score_keys(z, norms, among, tl.arange(0, BLOCK), n, ABS, MASKED)
-    # Bisect on the largest `low` that at least k keys reach, and stop early when exactly k do. The row, dealt out into at
-    # least k segments, has k keys that reach the least of the segments' largest ones: a close start.
-    low = tl.maximum(tl.min(tl.max(tl.reshape(key, [BLOCK // SEGMENTS, SEGMENTS], can_reorder=True), 0), 0), -1)
-    high = tl.max(key, 0)
     count = tl.sum((key >= low).to(tl.int32), 0)
-    while (low < high) & (count != k):
+    while (low < high) & (count != n_kept):
         middle = low + ((high - low) >> 1) + ((high - low) & 1)
         reach = tl.sum((key >= middle).to(tl.int32), 0)
-        high = tl.where(reach >= k, high, middle - 1)
-        low = tl.where(reach >= k, middle, low)
-        count = tl.where(reach >= k, reach, count)
-    room = k - tl.sum((key > low).to(tl.int32), 0)  # for keys equal to `low`, lower indices first
+        high = tl.where(reach >= n_kept, high, middle - 1)
+        low = tl.where(reach >= n_kept, middle, low)
+        count = tl.where(reach >= n_kept, reach, count)
+    room = n_kept - tl.sum((key > low).to(tl.int32), 0)  # for keys equal to `low`, lower indices first
     n_above = 0
     n_tied = 0
     for first in range(0, n, CHUNK):
@@ -431,11 +443,12 @@ def _select_top_k(
         counts = tl.cumsum((chunk > low).to(tl.int32) + ((chunk == low).to(tl.int32) << 16), 0)
         tied = n_tied + (counts >> 16)
         kept = (chunk > low) | ((chunk == low) & (tied <= room))
-        slot = row * k + n_above + (counts & 0xFFFF) + tl.minimum(tied, room) - 1
+        slot = row * n_kept + n_above + (counts & 0xFFFF) + tl.minimum(tied, room) - 1
         tl.store(indices + slot, columns.to(tl.int64), mask=kept)
         tl.store(values + slot, tl.load(z + columns, mask=kept, other=0.0), mask=kept)
-        n_above += tl.sum((chunk > low).to(tl.int32), 0)
-        n_tied += tl.sum((chunk == low).to(tl.int32), 0)
+        last = tl.max(counts, 0)  # neither half ever falls, so the last is the largest
+        n_above += last & 0xFFFF
+        n_tied += last >> 16
 
 
 def select_top_k(z: Tensor, norms: Tensor, k: int, score: str = "relu", among: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -454,8 +467,8 @@ def select_top_k(z: Tensor, norms: Tensor, k: int, score: str = "relu", among: T
     n_rows, n = z.shape
     if not 1 <= k <= n:
         raise UserError(f"Cannot keep {k} of {n} units; choose k from 1 to {n}.")
-    if n > 65536:
-        raise UserError(f'The Triton selection takes at most 65536 units, not {n}; use backend "torch".')
+    if n > _MOST_UNITS:
+        raise UserError(f'The Triton selection takes at most {_MOST_UNITS} units, not {n}; use backend "torch".')
     z = _rows(z)
     indices = torch.empty((n_rows, k), dtype=torch.int64, device=z.device)
     values = torch.empty((n_rows, k), dtype=z.dtype, device=z.device)
@@ -479,16 +492,16 @@ def select_top_k(z: Tensor, norms: Tensor, k: int, score: str = "relu", among: T
 
 
 @_jit
-def _decode(indices, values, weight, y, d, k, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _decode(indices, values, weight, y, d, n_kept, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     """y of one token, one block of columns. All tokens of a block of columns come before the next block: W's slice stays in L2."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for first in range(0, k, BLOCK_K):
+    for first in range(0, n_kept, BLOCK_K):
         entries = first + tl.arange(0, BLOCK_K)
-        rows = tl.load(indices + token * k + entries, mask=entries < k, other=0)
-        value = tl.load(values + token * k + entries, mask=entries < k, other=0.0).to(tl.float32)
-        sums += value[:, None] * _load_rows(weight, rows, d, columns, d, entries < k)
+        rows = tl.load(indices + token * n_kept + entries, mask=entries < n_kept, other=0)
+        value = tl.load(values + token * n_kept + entries, mask=entries < n_kept, other=0.0).to(tl.float32)
+        sums += value[:, None] * _load_rows(weight, rows, d, columns, d, entries < n_kept)
     tl.store(y + token * d + columns, tl.sum(sums, 0), mask=columns < d)
 
 
@@ -502,20 +515,20 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
 
 
 @_jit
-def _decode_backward_values(indices, weight, dy, parts, n_rows, d, k, span, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _decode_backward_values(indices, weight, dy, parts, n_rows, d, n_kept, span, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     """Products of dy with the chosen rows over one span of columns; for the order of programs see `_decode`."""
-    n_blocks = tl.cdiv(k, BLOCK_K)
+    n_blocks = tl.cdiv(n_kept, BLOCK_K)
     token = (tl.program_id(0) // n_blocks).to(tl.int64)
     entries = (tl.program_id(0) % n_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     begin = tl.program_id(1) * span
-    rows = tl.load(indices + token * k + entries, mask=entries < k, other=0)
+    rows = tl.load(indices + token * n_kept + entries, mask=entries < n_kept, other=0)
     sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for first in range(begin, tl.minimum(begin + span, d), BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         gradient = tl.load(dy + token * d + columns, mask=columns < d, other=0.0).to(tl.float32)
-        sums += gradient[None, :] * _load_rows(weight, rows, d, columns, d, entries < k)
-    place = (tl.program_id(1).to(tl.int64) * n_rows + token) * k + entries
-    tl.store(parts + place, tl.sum(sums, 1), mask=entries < k)
+        sums += gradient[None, :] * _load_rows(weight, rows, d, columns, d, entries < n_kept)
+    place = (tl.program_id(1).to(tl.int64) * n_rows + token) * n_kept + entries
+    tl.store(parts + place, tl.sum(sums, 1), mask=entries < n_kept)
 
 
 @_jit

@@ -221,10 +221,18 @@ def test_two_calls_give_the_same_bits() -> None:
         assert torch.equal(first, second)
 
 
-def test_unknown_precision_is_refused() -> None:
+def test_an_unknown_precision_is_refused() -> None:
     case = problem(4, 8, 1, 1, torch.float32)
     with pytest.raises(UserError, match='choose "ieee" or "tf32"'):
         kernels.attention_forward(case.q, case.k, case.v, 1.0, "float8")
+
+
+def test_layers_past_the_limits_are_refused() -> None:
+    case = problem(4, 257, 1, 1, torch.float32)
+    with pytest.raises(UserError, match="up to 256 wide, not 257"):
+        kernels.attention_forward(case.q, case.k, case.v, 1.0)
+    assert kernels.supports(256, 256, 65536)
+    assert not any(kernels.supports(*sizes) for sizes in [(257, 1, 8), (8, 257, 514), (8, 1, 65537)])
 
 
 # --------------------------------------------------------------------------------------------------------------- selection
