@@ -492,3 +492,46 @@ def attention_tiles(data: pd.DataFrame, title: str = "T2: tiles of the attention
     figure.update_yaxes(range=[ends[1], 0], showgrid=False)
     figure.update_yaxes(title="query", col=1)
     return figure
+
+
+# ------------------------------------------------------------------------------------------------------------- head discovery
+
+
+def operand_maps(maps: Mapping[str, Any], low: int = 0, title: str = "P9: activation at `=`") -> go.Figure:
+    """Activations over the operand grid, one square panel a head, at most three in a row; colours are each panel's own.
+
+    Args:
+        maps: name of a panel (its rule, say) to activations [n, n], rows are op1, columns op2.
+        low: smallest operand.
+        title: of the figure.
+    """
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = make_subplots(rows=rows, cols=columns, subplot_titles=list(maps), horizontal_spacing=0.09, vertical_spacing=0.28 / rows)
+    for number, (name, values) in enumerate(maps.items()):
+        z = np.asarray(values, dtype=float)
+        operands = list(range(low, low + len(z)))
+        place = {"row": number // columns + 1, "col": number % columns + 1}
+        figure.add_heatmap(z=z, x=operands, y=operands, colorscale="Viridis", zmin=0, showscale=False, name=name, **place)
+    figure.update_layout(template=TEMPLATE, title={"text": title}, height=90 + 230 * rows, margin={"t": 90})
+    figure.update_annotations(font_size=11)
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False)
+    figure.update_xaxes(title="op2", row=rows)
+    figure.update_yaxes(title="op1", col=1)
+    return figure
+
+
+def family_map(data: pd.DataFrame, title: str = "P12: which MHSA heads carry which families") -> go.Figure:
+    """Mean shares of MHSA heads (columns) in the Lorsa heads of each family (rows).
+
+    Args:
+        data: of `correspondence.family_shares`: `family`, `lorsa_heads`, and a column for each MHSA head.
+        title: of the figure.
+    """
+    heads = [column for column in data.columns if isinstance(column, int)]
+    names = [f"{row.family} ({row.lorsa_heads} heads)" for row in data.itertuples()]
+    figure = toy_shares(data[heads].to_numpy(), names, title)
+    figure.update_xaxes(title="MHSA head")
+    figure.update_yaxes(title="family")
+    return figure

@@ -198,7 +198,7 @@ def _layer_and_residual(model: LanguageModel, layer: int, tokens: Tensor, whole:
 
 
 def score(reading: Reading, queries: Tensor | None = None) -> pd.DataFrame:
-    """Scores of every unit, one row a unit (see the module's docstring), and the columns `active` and `support`.
+    """Scores of every unit, one row a unit (see the module's docstring), and the columns `active`, `support` and `size`.
 
     Args:
         reading: of one family.
@@ -206,7 +206,8 @@ def score(reading: Reading, queries: Tensor | None = None) -> pd.DataFrame:
 
     Returns:
         NaN where a score is not defined: `share` of a unit that is never active, `precision` without controls, `logit` without prediction.
-        `active` is the share of labelled queries where the unit is active, `support` the number of pairs with such a query.
+        `active` is the share of labelled queries where the unit is active, `support` the number of pairs with such a query, `size` the
+        mean activation at labelled queries (how much the unit writes there).
     """
     prompts = reading.prompts
     queries = torch.ones_like(prompts.positive) if queries is None else queries
@@ -230,7 +231,8 @@ def score(reading: Reading, queries: Tensor | None = None) -> pd.DataFrame:
         result["logit"] = (reading.logit[kept] - reading.logit_other[kept]).mean(dim=0)
     result["active"] = (labelled > 0).double().mean(dim=0)
     result["support"] = (by_pair(labelled, prompts.pair[prompts.positive & queries]) > 0).sum(dim=0)
-    return pd.DataFrame({name: result[name].double().numpy() for name in (*SCORES, "active", "support")})
+    result["size"] = labelled.double().mean(dim=0)
+    return pd.DataFrame({name: result[name].double().numpy() for name in (*SCORES, "active", "support", "size")})
 
 
 def auc(labelled: Tensor, controls: Tensor, columns: int = 512) -> Tensor:
@@ -329,10 +331,10 @@ class Discovery:
         return [family for family in FAMILIES if family in mine]
 
     def units(self, family: str) -> list[int]:
-        """Named units of a family, by share on the confirmation half times recall, the largest first."""
+        """Named units of a family, by what they write from the predicted sources (share times size, confirmation half), most first."""
         named = set(self.names.query("family == @family and named")["unit"])
         rows = self.scores.query("family == @family and half == 'confirmation'").set_index("unit")
-        worth = rows["share"] * rows["recall"]
+        worth = rows["share"] * rows["size"]
         return [int(unit) for unit in worth.sort_values(ascending=False).index if unit in named]
 
     def counts(self) -> dict[str, int]:

@@ -27,7 +27,8 @@ class Survey:
 
     facts: pd.DataFrame
     """One row a unit: `frequency` (share of counted tokens where it is active), `mean_activation` and `max_activation` (where active),
-    and, over its mass where active, `distance` (mean tokens back), `first_share`, `previous_share`, `self_share`; NaN for a dead unit."""
+    and, over its mass where active, `distance` (mean tokens back), `first_share`, `previous_share`, `self_share`. For a dead unit
+    `frequency` and `max_activation` are 0 and the rest NaN."""
     places: Tensor = field(repr=False)
     """[n_units, n_contexts, 2], sequence and position of its largest activations, each from another sequence; -1 where there are none."""
     peaks: Tensor = field(repr=False)
@@ -198,8 +199,8 @@ def describe(
         lorsa: takes raw activations.
         sequences: running text, read once.
         documents: (id, text), for the families that need passages of real text.
-        removed: heads of each family whose removal is measured, those with the largest share times recall; each costs one
-            pass of the model over the prompts of its family. Families that predict no token are left out.
+        removed: heads of each family whose removal is measured, in the order of `Discovery.units`; each costs one pass of the model
+            over `REMOVAL_PAIRS` pairs of prompts. Families that predict no token are left out.
         scale: factor on the number of prompts, see `prompts.standard`.
         seed: of prompts, nulls and shuffles.
         batch_size: sequences at a time.

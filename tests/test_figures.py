@@ -156,3 +156,20 @@ def test_tiles_are_rectangles_in_the_panel_of_their_kernel() -> None:
     assert full.fillcolor != masked.fillcolor
     assert figure.layout.yaxis.range == (8, 0), "the first query is on top"
     assert sum(trace.showlegend for trace in figure.data) == 2
+
+
+def test_operand_maps_have_a_panel_each() -> None:
+    maps = {f"head {number}": np.arange(16.0).reshape(4, 4) * number for number in range(5)}
+    figure = figures.operand_maps(maps, low=10)
+    assert [trace.name for trace in figure.data] == list(maps)
+    assert list(figure.data[0].x) == [10, 11, 12, 13]
+    assert len({trace.yaxis for trace in figure.data}) == 5
+    assert figure.data[2].z[1][2] == 12
+    assert len(figures.operand_maps({"one": np.eye(3)}).data) == 1
+
+
+def test_family_map_names_families_with_their_size() -> None:
+    data = pd.DataFrame({"family": ["induction", "sink"], 0: [0.9, 0.5], 1: [0.1, 0.5], "lorsa_heads": [12, 3], "mhsa_heads": [1.2, 2.0]})
+    figure = figures.family_map(data)
+    assert list(figure.data[0].y) == ["induction (12 heads)", "sink (3 heads)"]
+    assert np.asarray(figure.data[0].z).tolist() == [[0.9, 0.1], [0.5, 0.5]]
