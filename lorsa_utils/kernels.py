@@ -84,6 +84,8 @@ def _launch(kernel: Any, n_programs: int | tuple[int, int], *args: Any, **option
     like = args[0]
     if triton is None or not (like.is_cuda or _INTERPRETED):
         raise UserError(f'The Triton kernels need an NVIDIA GPU, not {like.device}; use backend "torch" here.')
+    if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+        raise UserError('The Triton kernels compute in float32; use backend "torch" for float64.')
     grid = (n_programs,) if isinstance(n_programs, int) else n_programs
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
         kernel[grid](*args, **options)

@@ -360,6 +360,39 @@ def test_rotation_equals_plain(d: int, rotary_dim: int, adjacent: bool) -> None:
     assert torch.allclose(rotated.float(), ops.apply_rotary(half.float(), cos, sin, adjacent), rtol=2.0**-8, atol=1e-6)
 
 
+# ----------------------------------------------------------------------------------------------------------- a whole step
+
+
+@pytest.mark.parametrize("score", ["relu", "abs"])
+def test_a_training_step_through_ops_equals_float64(score: str) -> None:
+    batch, length, n_groups, d, g, n_keep, aux_k = 2, 45, 3, 16, 4, 4, 2
+    n, scale = n_groups * g, 0.4
+    cos, sin = ops.rotary_tables(RotaryConfig(rope_type="default", rotary_dim=8), length, DEVICE, torch.float64)
+    leaves = [draw(batch, length, n_groups, width, seed=seed) for seed, width in enumerate((d, d, g))] + [draw(n, 24, seed=3)]
+    dead = draw(n, seed=4) > 0.3
+    targets = draw(2, batch * length, 24, seed=5)
+
+    def step(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        q, k, v, weight = inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        q, k = (ops.apply_rotary(x.transpose(1, 2), cos.to(dtype), sin.to(dtype), False, backend) for x in (q, k))
+        norms = weight.detach().norm(dim=1)
+        kept = ops.sparse_attention(q, k, v.transpose(1, 2), scale, norms, n_keep, score, dead, aux_k, backend)
+        y = ops.sparse_decode(kept.indices, kept.values, weight, backend)
+        aux = ops.sparse_decode(kept.aux_indices, kept.aux_values, weight, backend)
+        loss = (y - targets[0].to(dtype)).square().mean() + (aux - targets[1].to(dtype)).square().mean()
+        chosen = torch.cat((kept.indices.sort().values, kept.aux_indices.sort().values), dim=1)
+        return chosen, y.detach(), aux.detach(), *torch.autograd.grad(loss, inputs)
+
+    found, plain_step, exact = step(torch.float32, "triton"), step(torch.float32, "torch"), step(torch.float64, "torch")
+    assert torch.equal(found[0], exact[0])
+    assert_as_exact("y aux dq dk dv dW", found[1:], plain_step[1:], exact[1:])
+
+
+def test_float64_is_refused() -> None:
+    with pytest.raises(UserError, match='"torch" for float64'):
+        kernels.select_top_k(draw(2, 8, dtype=torch.float64), torch.ones(8, device=DEVICE), 2)
+
+
 # ------------------------------------------------------------------------------------------------- where kernels do not run
 
 
