@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from toys import rotaries
 
 from lorsa_utils import ops, reference
 from lorsa_utils.config import RotaryConfig
+from lorsa_utils.store import UserError
 
 seeds = st.integers(0, 2**20)
 sizes = st.integers(1, 6)
@@ -79,6 +82,15 @@ def test_ties_go_to_the_lower_index(rows: list[list[int]], data: st.DataObject) 
     assert torch.equal(ops.select_top_k(scores, k, backend="reference"), reference.select_top_k(scores, k))
 
 
+@pytest.mark.parametrize("floor", [None, 0.0])
+@pytest.mark.parametrize(("n", "k"), [(400, 7), (800, 24), (400, 24), (401, 7)])
+def test_wide_rows_are_searched_in_two_short_searches(n: int, k: int, floor: float | None) -> None:
+    """Few different scores, so that ties cross the folds; 401 columns and 400 for 24 are too few or odd to be folded."""
+    scores = torch.randint(-30, 30, (60, n), generator=torch.Generator().manual_seed(n + k)).float()
+    found = ops.select_top_k(scores, k, floor=floor).sort(dim=1).values
+    assert torch.equal(found, reference.select_top_k(scores if floor is None else scores.clamp_min(floor), k))
+
+
 @pytest.mark.parametrize("k", [1, 2, 63, 64, 999, 1000])
 def test_exactly_k_among_many_equal_scores(k: int) -> None:
     """As at the start of training: most scores are exactly zero."""
@@ -136,12 +148,91 @@ def test_gradients_of_rows_nobody_chose_are_zero() -> None:
     assert weight.grad[[1, 4]].abs().min() > 0
 
 
-def test_gradients_in_pieces() -> None:
-    """Wide enough that the gathered rows are handled in several pieces."""
-    rows, n, k, d = 9, 70, 64, 1 << 16
-    indices, weight = chosen(rows, n, k), draw(n, d, dtype=torch.float32)
-    values = draw(rows, k, seed=1, dtype=torch.float32).requires_grad_()
-    assert rows > (1 << 24) // (k * d) > 0
-    ops.sparse_decode(indices, values, weight).backward(torch.ones(rows, d))
-    assert values.grad is not None
-    assert torch.allclose(values.grad, weight.sum(1)[indices], rtol=1e-3, atol=1e-2)
+# -------------------------------------------------------------------------------------- attention and selection as one
+
+
+class Layer(NamedTuple):
+    """Inputs of `sparse_attention`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    norms: torch.Tensor
+    dead: torch.Tensor
+
+
+def layer(batch: int, groups: int, length: int, d_qk: int, size: int, seed: int = 0) -> Layer:
+    q, k, v = (draw(batch, length, groups, width, seed=seed + i) for i, width in enumerate((d_qk, d_qk, size)))
+    sides = [side.transpose(1, 2).requires_grad_() for side in (q, k, v)]
+    dead = draw(groups * size, seed=seed + 4) < 0
+    dead[0] = True
+    return Layer(sides[0], sides[1], sides[2], draw(groups * size, seed=seed + 3).abs() + 0.1, dead)
+
+
+def gradients(found: ops.KeptHeads, inputs: Layer) -> list[torch.Tensor]:
+    upstream = [draw(*side.shape, seed=9) for side in (found.values, found.aux_values)]
+    total = (found.values * upstream[0]).sum() + (found.aux_values * upstream[1]).sum()
+    return [
+        torch.zeros_like(side) if grad is None else grad for side, grad in zip(inputs, torch.autograd.grad(total, inputs[:3]), strict=False)
+    ]
+
+
+@pytest.mark.parametrize("score", ["relu", "abs"])
+@pytest.mark.parametrize(
+    ("shape", "n_keep", "aux_k"),
+    [((1, 1, 1, 2, 1), 1, 0), ((2, 3, 7, 4, 2), 3, 2), ((1, 2, 150, 8, 8), 1, 3), ((2, 4, 97, 8, 3), 12, 0), ((2, 30, 11, 4, 6), 5, 40)],
+)
+def test_sparse_attention_equals_plain_autograd(shape: tuple[int, ...], n_keep: int, aux_k: int, score: str) -> None:
+    """Values and gradients, for more (sequence, group) pairs and queries than are handled at a time, and heads chosen twice."""
+    inputs = layer(*shape)
+    found = ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, n_keep, score, inputs.dead, aux_k, backend="torch")
+    z = (ops.attention_pattern(inputs.q, inputs.k, 0.6) @ inputs.v).transpose(1, 2).reshape(shape[0] * shape[2], -1)
+    active = z.relu() if score == "relu" else z
+    plain = ops.KeptHeads(found.indices, active.gather(1, found.indices), found.aux_indices, active.gather(1, found.aux_indices))
+    scores = active.abs() * inputs.norms
+    assert torch.equal(found.indices.sort(dim=1).values, reference.select_top_k(scores.detach(), n_keep))
+    assert found.aux_indices.shape[1] == min(aux_k, int(inputs.dead.sum()))
+    assert inputs.dead[found.aux_indices].all()
+    assert (found.values - plain.values).abs().max() < 1e-12
+    for mine, autograds in zip(gradients(found, inputs), gradients(plain, inputs), strict=True):
+        assert (mine - autograds).abs().max() < 1e-11
+    assert gradients(found, inputs)[2].abs().max() > 0
+
+
+def test_sparse_attention_by_the_loops() -> None:
+    inputs = layer(1, 2, 6, 4, 3)
+    results = [ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, 2, backend=backend) for backend in ("torch", "reference")]
+    assert torch.equal(results[0].indices.sort(dim=1).values, results[1].indices.sort(dim=1).values)
+    pairs = zip(*(gradients(found._replace(values=found.values.sort(dim=1).values), inputs) for found in results), strict=True)
+    assert all((one - other).abs().max() < 1e-12 for one, other in pairs)
+
+
+def test_memory_of_the_backward_pass_holds_no_dense_activations() -> None:
+    """What is kept for the backward pass: inputs, log-sum-exp, and K numbers and indices a token."""
+    inputs = layer(2, 4, 50, 8, 16)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, 3)
+    tokens = 2 * 50
+    assert sum(saved) == sum(side.numel() for side in inputs[:3]) + tokens * (4 + 3 + 3)
+
+
+@pytest.mark.parametrize("score", ["relu", "abs"])
+def test_gradients_of_sparse_encode(score: str) -> None:
+    x, weight, bias = draw(7, 5).requires_grad_(), draw(12, 5, seed=1).requires_grad_(), draw(12, seed=2).requires_grad_()
+    norms, dead = draw(12, seed=3).abs() + 0.1, torch.arange(12) % 3 == 0
+
+    def encode(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = ops.sparse_encode(*inputs, norms, 4, score, dead, 2)
+        return kept.values, kept.aux_values
+
+    assert torch.autograd.gradcheck(encode, (x, weight, bias))
+    kept = ops.sparse_encode(x, weight, bias, norms, 4, score)
+    dense = x @ weight.T + bias
+    assert torch.allclose(kept.values, (dense.relu() if score == "relu" else dense).gather(1, kept.indices))
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(UserError, match="no backend 'cuda'; choose one of auto, torch, triton, reference"):
+        ops.sparse_decode(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), torch.ones(2, 3), backend="cuda")
+    assert ops.choose_backend("auto", torch.ones(1)) == "torch"
