@@ -381,8 +381,14 @@ def _attention_backward(
     batch, groups, length, _ = q.shape
     visits = _pack_visits(indices, kept, grad, batch, length, groups, v.shape[-1])
     tables = [_as_rows(side) for side in (q, k, v)]
-    # One row more than there are, for what padding brings.
-    grads = [side.new_zeros(len(table) + 1, table.shape[1]) for side, table in zip((q, k, v), tables, strict=True)]
+    # One row more than there are, for what padding brings. Pairs write all their keys and values, so only absent ones need zeros.
+    grads = [table.new_empty(len(table) + 1, table.shape[1]) for table in tables]
+    grads[0].zero_()
+    absent = torch.ones(batch, groups, dtype=torch.bool, device=q.device)
+    absent.view(-1)[visits.pairs] = False
+    for sequence, group in absent.nonzero().tolist():
+        for table in grads[1:]:
+            table[:-1].view(batch, length, groups, -1)[sequence, :, group] = 0
     for first in range(0, len(visits.counts), PAIRS_AT_A_TIME):
         chosen = slice(first, first + PAIRS_AT_A_TIME)
         _backward_of_pairs(tables, lse, scale, visits, chosen, grads)
