@@ -6,6 +6,8 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 TORCH   ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+# Builds of torch for GPUs bring the Triton they want. Without one, this runs the tests of the kernels in its interpreter.
+TRITON  ?= 3.6.0
 LOCK    := build/lock
 # Asked for only by other Python versions than the one that locks, and pinned for them (papermill on 3.12).
 ALSO_LOCKED := aiohttp
@@ -18,7 +20,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce test test-fast lint format browser lock clean
+.PHONY: help setup reproduce test test-fast test-gpu lint format browser lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -34,6 +36,9 @@ test: $(READY) browser lint  ## run every check and test
 
 test-fast: $(READY)  ## run the tests that take seconds
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not browser"
+
+test-gpu: $(READY)  ## run the tests of the kernels on an NVIDIA GPU
+	$(PY) -m pytest -m "gpu or not gpu" tests/test_kernels.py
 
 lint: $(READY)  ## ruff (code and notebooks) and mypy
 	$(PY) -m ruff check
@@ -51,6 +56,8 @@ $(READY): pyproject.toml constraints.txt
 	@rm -f $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check triton==$(TRITON) 2>/dev/null \
+	  || echo "No Triton $(TRITON) for this system: the tests of the GPU kernels are skipped."
 	@printf '%s' '$(CURDIR)' > $(READY)
 
 # Static figures and the page tests draw with a Chromium. Without one, figures fall back and those tests are skipped.

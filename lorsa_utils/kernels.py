@@ -106,7 +106,7 @@ def _dot_precision(x: Tensor, precision: str) -> str:
     return precision if x.dtype == torch.float32 else "ieee"
 
 
-def _tiles(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
+def tile_sizes(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """Tile sizes, warps and pipeline stages of an attention kernel; M counts queries and N keys."""
     if max(d, g) > _WIDEST:
         raise UserError(f'The Triton attention takes queries and groups up to {_WIDEST} wide, not {max(d, g)}; use backend "torch".')
@@ -199,7 +199,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: 
     precision = _dot_precision(q, precision)
     z = torch.empty((batch, length, n_groups * g), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch, n_groups, length), dtype=torch.float32, device=q.device)
-    tiles = _tiles("forward", d, g, length, q.dtype, precision)
+    tiles = tile_sizes("forward", d, g, length, q.dtype, precision)
     _launch(
         _attention_forward,
         batch * n_groups * -(-length // tiles["BLOCK_M"]),
@@ -372,7 +372,7 @@ def attention_backward(
     (batch, n_groups, length, d), g = q.shape, v.shape[-1]
     q, k, v = _rows(q), _rows(k), _rows(v)
     precision = _dot_precision(q, precision)
-    tiles, key_tiles = (_tiles(kernel, d, g, length, q.dtype, precision) for kernel in ("queries", "keys"))
+    tiles, key_tiles = (tile_sizes(kernel, d, g, length, q.dtype, precision) for kernel in ("queries", "keys"))
     heads, order = indices.to(torch.int32).sort(dim=1, stable=True)
     kept = (heads, z.gather(1, order).float(), dz.gather(1, order).float())
     # Entries of group g in a token's sorted row are those from edge g to edge g + 1.

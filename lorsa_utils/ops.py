@@ -34,7 +34,7 @@ def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
     Args:
         backend: one of `BACKENDS`.
         like: a tensor on the device in question.
-        sizes: d_qk, group size and number of units, where the kernels have limits.
+        sizes: d_qk, group size and number of units, where the kernels have limits; the kernels know no float64 either.
 
     Raises:
         UserError: there is no such backend.
@@ -43,7 +43,8 @@ def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
         raise UserError(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
     if backend != "auto":
         return backend
-    return "triton" if kernels.available(like.device) and (not sizes or kernels.supports(*sizes)) else "torch"
+    fits = like.dtype != torch.float64 and (not sizes or kernels.supports(*sizes))
+    return "triton" if fits and kernels.available(like.device) else "torch"
 
 
 def rotary_tables(
@@ -192,7 +193,7 @@ def select_heads(z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | N
     Returns:
         indices [n_rows, k], in no order; ties go to the lower index.
     """
-    if choose_backend(backend, z) == "triton":
+    if choose_backend(backend, z, 1, 1, z.shape[-1]) == "triton":
         return kernels.select_top_k(z, norms, k, score, among)[0]
     scores = (z.abs() if score == "abs" else z) * norms
     if among is not None:
@@ -289,7 +290,10 @@ class _SparseAttention(torch.autograd.Function):
 
 def _dot_precision() -> str:
     """How the kernels multiply float32 numbers: as PyTorch does on this machine."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    try:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    except RuntimeError:  # set through the newer switches, which this one does not read
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _select_kept(
