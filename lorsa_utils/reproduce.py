@@ -178,11 +178,13 @@ def _read_log(folder: Path) -> dict[str, Any]:
 
 
 def _hash(path: Path, profile: Profile) -> str:
-    """Hash of everything that decides a notebook's outputs: its cells, the package, the profile, the expected values."""
+    """Hash of everything that decides a notebook's outputs: its cells, the package, the profile, the expected values, recorded tables."""
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in store.read_json(path)["cells"]]
     package = {file.name: store.sha256_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))}
     expected = notebook.expected_values(path.stem, profile.name)
-    return store.sha256_json({"cells": cells, "package": package, "profile": profile.to_dict(), "expected": expected})
+    tables = {file.name: store.sha256_file(file) for file in sorted(store.data_dir().glob("*.csv"))}
+    content = {"cells": cells, "package": package, "profile": profile.to_dict(), "expected": expected, "tables": tables}
+    return store.sha256_json(content)
 
 
 def _is_up_to_date(folder: Path, name: str, digest: str, log: dict[str, Any]) -> bool:

@@ -146,6 +146,9 @@ def test_changes_of_package_profile_or_expected_values_make_a_run_stale(tmp_path
     assert reproduce._hash(path, smoke) == before
     store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"smoke": {"fvu": {"max": 1}}})
     assert reproduce._hash(path, smoke) != before
+    before = reproduce._hash(path, smoke)
+    store.write_text(store.data_dir() / "benchmarks.csv", "shape\nA\n")
+    assert reproduce._hash(path, smoke) != before
     outputs = json.loads(path.read_text(encoding="utf-8"))
     outputs["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
     after = reproduce._hash(path, smoke)
