@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
 pytest.importorskip("triton", reason="Triton is not installed; it has no wheels for this system")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,8 +29,9 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("Triton was loaded without its interpreter; set TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
 
 from lorsa_utils import kernels, ops, reference  # noqa: E402
-from lorsa_utils.config import RotaryConfig  # noqa: E402
+from lorsa_utils.config import LorsaConfig, RotaryConfig, TrainConfig  # noqa: E402
 from lorsa_utils.store import UserError  # noqa: E402
+from lorsa_utils.train import RunSpec, prepare_runs  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LENGTHS, D_QK, GROUP_SIZES, KEPT = (1, 63, 97, 128, 257, 1000), (8, 24, 64, 128), (1, 3, 8, 64, 128), (1, 7, 64, None)
@@ -386,6 +388,30 @@ def test_a_training_step_through_ops_equals_float64(score: str) -> None:
     found, plain_step, exact = step(torch.float32, "triton"), step(torch.float32, "torch"), step(torch.float64, "torch")
     assert torch.equal(found[0], exact[0])
     assert_as_exact("y aux dq dk dv dW", found[1:], plain_step[1:], exact[1:])
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_by_loops_and_by_kernels_stay_together(tmp_path: Path) -> None:
+    source, settings = ToySource(6, 7), TrainConfig(tokens=10**6, batch_size=1, lr=3e-3, aux_k=0, warmup=0.0)
+    config = LorsaConfig(D_MODEL, 8, 2, D_HEAD, 2, rotary=ROTARY)
+    runs = {}
+    for backend in ("reference", "torch", "triton"):
+        spec = RunSpec(backend, 0, config, settings, tmp_path / backend)
+        runs[backend] = prepare_runs([spec], source, {0: toy_site(0)}, device=DEVICE)[0]
+        runs[backend].module.backend = backend
+    losses: dict[str, list[float]] = {backend: [] for backend in runs}
+    batches = list(source.batches(1))
+    for step in range(200):
+        for backend, run in runs.items():
+            run.train_step(batches[step % len(batches)])
+            losses[backend].append(run.recent_metrics()["loss"])
+    expected = torch.tensor(losses["reference"])
+    assert expected[-6:].mean() < 0.7 * expected[:6].mean(), "nothing was learnt"
+    for backend in ("torch", "triton"):
+        assert (torch.tensor(losses[backend]) - expected).abs().max() < 5e-3 * expected[0]
+        for name, weight in runs[backend].module.state_dict().items():
+            other = runs["reference"].module.state_dict()[name]
+            assert (weight - other).abs().max() < 1e-2 * max(0.1, float(other.abs().max())), (backend, name)
 
 
 def test_float64_is_refused() -> None:
