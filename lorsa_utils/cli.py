@@ -486,32 +486,41 @@ def _estimate_seconds(
     return seconds * train.tokens / max(1, int(second.mask.sum()))
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`lorsa eval`: reconstruction and spliced loss on text of the caller's choice."""
-    from lorsa_utils import metrics, store
-    from lorsa_utils.corpus import tokenize
+def _require_finished(folder: Path) -> None:
+    """Refuse a folder that does not hold a finished run."""
+    from lorsa_utils import store
     from lorsa_utils.lorsa import read_module_settings
-    from lorsa_utils.sae import load_module
 
-    folder = Path(arguments.folder)
     read_module_settings(folder)
     if not (folder / "model.safetensors").is_file():
         raise store.UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
+
+
+def _sequences_of_run(documents: list[Any], model: LanguageModel, source: Mapping[str, Any], n_tokens: int, seed: int) -> Sequences:
+    """Text cut into sequences as the run's training text was."""
+    from lorsa_utils.corpus import tokenize
+
+    sequences = tokenize(
+        documents, model.tokenizer, context=source["context"], n_tokens=n_tokens, bos_policy=source["bos_policy"], seed=seed
+    )
+    if sequences.shortfall:
+        _note(sequences.shortfall)
+    return sequences
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa eval`: reconstruction and spliced loss on text of the caller's choice."""
+    from lorsa_utils import metrics, store
+    from lorsa_utils.sae import load_module
+
+    folder = Path(arguments.folder)
+    _require_finished(folder)
     config = store.read_json(folder / "config.json")
     module = load_module(folder)
     source = config["source"]
     model = _model_of_run(folder, source, arguments.model, arguments.device)
     documents = _documents(arguments.text, source.get("text"), arguments.tokens)
-    sequences = tokenize(
-        documents,
-        model.tokenizer,
-        context=source["context"],
-        n_tokens=arguments.tokens,
-        bos_policy=source["bos_policy"],
-        seed=config["train"]["seed"],
-    )
-    if sequences.shortfall:
-        _note(sequences.shortfall)
+    sequences = _sequences_of_run(documents, model, source, arguments.tokens, config["train"]["seed"])
     _tell_eval_cost(model, sequences, arguments.batch_size)
     result = metrics.evaluate_spliced(model, config["layer"], module.to(model.device), sequences, arguments.batch_size, progress=True)
     if result["fvu"] > 1:
@@ -525,13 +534,10 @@ def heads(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lorsa_utils import store, survey
-    from lorsa_utils.corpus import tokenize
-    from lorsa_utils.lorsa import Lorsa, read_module_settings
+    from lorsa_utils.lorsa import Lorsa
 
     folder, out = Path(arguments.folder), Path(arguments.out)
-    read_module_settings(folder)
-    if not (folder / "model.safetensors").is_file():
-        raise store.UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
+    _require_finished(folder)
     if out.suffix != ".parquet":
         raise store.UserError(f"The table is written as Parquet; give --out a name that ends in .parquet, not {out.name}.")
     config, lorsa = store.read_json(folder / "config.json"), Lorsa.load(folder)
@@ -539,16 +545,7 @@ def heads(arguments: argparse.Namespace) -> dict[str, Any]:
     source = config["source"]
     model = _model_of_run(folder, source, arguments.model, arguments.device)
     documents = _documents(arguments.text, source.get("text"), arguments.tokens)
-    sequences = tokenize(
-        documents,
-        model.tokenizer,
-        context=source["context"],
-        n_tokens=arguments.tokens,
-        bos_policy=source["bos_policy"],
-        seed=arguments.seed,
-    )
-    if sequences.shortfall:
-        _note(sequences.shortfall)
+    sequences = _sequences_of_run(documents, model, source, arguments.tokens, arguments.seed)
     began = time.perf_counter()
     with torch.no_grad():
         found = survey.describe(
