@@ -33,6 +33,11 @@ class Survey:
     """[n_units, n_contexts, 2], sequence and position of its largest activations, each from another sequence; -1 where there are none."""
     peaks: Tensor = field(repr=False)
     """[n_units, n_contexts], those activations."""
+    sampled: Tensor = field(repr=False)
+    """[n_units, n_samples, 2], sequence and position of tokens drawn at random from those where it is active, each from another
+    sequence; -1 where there are no more."""
+    samples: Tensor = field(repr=False)
+    """[n_units, n_samples], activations there."""
     n_tokens: int
     """Counted tokens."""
 
@@ -42,9 +47,28 @@ _MAPS = ("distance", "first_share", "previous_share", "self_share")
 
 @torch.no_grad()
 def survey(
-    model: LanguageModel, layer: int, units: Units, sequences: Sequences, n_contexts: int = 4, batch_size: int = 8, progress: bool = True
+    model: LanguageModel,
+    layer: int,
+    units: Units,
+    sequences: Sequences,
+    n_contexts: int = 12,
+    batch_size: int = 8,
+    progress: bool = True,
+    n_samples: int = 32,
+    seed: int = 0,
 ) -> Survey:
     """One pass over text; memory does not grow with it.
+
+    Args:
+        model: the language model.
+        layer: of the units.
+        units: what to look at.
+        sequences: the text.
+        n_contexts: places of the largest activations to keep for each unit.
+        batch_size: sequences at a time.
+        progress: show a bar.
+        n_samples: active tokens to draw for each unit.
+        seed: of that draw.
 
     Raises:
         UserError: the text holds no counted token.
@@ -54,7 +78,8 @@ def survey(
     length = sequences.tokens.shape[1]
     maps = _text_maps(length).to(model.device)
     sums = torch.zeros(len(_MAPS) + 3, units.n, dtype=torch.float64)
-    peaks, places = torch.zeros(units.n, n_contexts), torch.full((units.n, n_contexts, 2), -1)
+    top, drawn = _Best(units.n, n_contexts), _Best(units.n, n_samples)
+    generator = torch.Generator().manual_seed(seed)
     bar = tqdm(total=len(sequences.tokens), unit="seq", desc="text", disable=not progress)
     for first in range(0, len(sequences.tokens), batch_size):
         tokens = sequences.tokens[first : first + batch_size].to(model.device, torch.long)
@@ -65,13 +90,18 @@ def survey(
             if len(positions):
                 rows = units.rows(batch, place, positions, maps[:, positions])
                 sums += _row_sums(rows)
-                peaks, places = _merge_peaks(peaks, places, rows.activation.cpu(), positions.cpu(), first + place)
+                activation = rows.activation.cpu().float()
+                top.add(activation, activation, positions.cpu(), first + place)
+                # The largest of random keys makes a draw in which every active token counts alike, however long the text.
+                keys = torch.rand(activation.shape, generator=generator) * (activation > 0)
+                drawn.add(keys, activation, positions.cpu(), first + place)
             bar.update()
     bar.close()
     active, activation, total, *masses = sums
-    facts = {"frequency": active / sequences.n_tokens, "mean_activation": activation / active, "max_activation": peaks.max(dim=1).values}
+    facts = {"frequency": active / sequences.n_tokens, "mean_activation": activation / active, "max_activation": top.values.amax(dim=1)}
     facts |= {name: mass / total for name, mass in zip(_MAPS, masses, strict=True)}
-    return Survey(pd.DataFrame({name: value.double().numpy() for name, value in facts.items()}), places, peaks, sequences.n_tokens)
+    table = pd.DataFrame({name: value.double().numpy() for name, value in facts.items()})
+    return Survey(table, top.places, top.values, drawn.places, drawn.values, sequences.n_tokens)
 
 
 def _text_maps(length: int) -> Tensor:
@@ -88,12 +118,19 @@ def _row_sums(rows: Rows) -> Tensor:
     return torch.stack([side.sum(dim=0).double() for side in sides]).cpu()
 
 
-def _merge_peaks(peaks: Tensor, places: Tensor, activation: Tensor, positions: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Add the largest activation of one sequence to the running best, which stay sorted."""
-    highest, where = activation.max(dim=0)
-    new = torch.stack([torch.full_like(where, number), positions[where]], dim=1).masked_fill((highest <= 0)[:, None], -1)
-    peaks, order = torch.cat([peaks, highest[:, None].to(peaks.dtype)], dim=1).topk(peaks.shape[1], dim=1)
-    return peaks, torch.cat([places, new[:, None]], dim=1).gather(1, order[:, :, None].expand(-1, -1, 2))
+class _Best:
+    """For each unit the places with the largest keys, at most one in a sequence, sorted."""
+
+    def __init__(self, n_units: int, n: int) -> None:
+        self.keys, self.values, self.places = torch.zeros(n_units, n), torch.zeros(n_units, n), torch.full((n_units, n, 2), -1)
+
+    def add(self, keys: Tensor, values: Tensor, positions: Tensor, number: int) -> None:
+        """One sequence: keys (0 where there is nothing) and values [n_queries, n_units] at positions [n_queries]."""
+        highest, where = keys.max(dim=0)
+        new = torch.stack([torch.full_like(where, number), positions[where]], dim=1).masked_fill((highest <= 0)[:, None], -1)
+        self.keys, order = torch.cat([self.keys, highest[:, None]], dim=1).topk(self.keys.shape[1], dim=1)
+        self.values = torch.cat([self.values, values.gather(0, where[None]).T], dim=1).gather(1, order)
+        self.places = torch.cat([self.places, new[:, None]], dim=1).gather(1, order[:, :, None].expand(-1, -1, 2))
 
 
 # --------------------------------------------------------------------------------------------------------------------- table
@@ -142,11 +179,11 @@ def _token_texts(tokenizer: Any) -> dict[int, str]:
     return dict(enumerate(decoded)) | dict.fromkeys(range(size, size + 4096), "")  # models pad their vocabulary
 
 
-def contexts(found: Survey, sequences: Sequences, tokenizer: Any, before: int = 16, after: int = 4) -> list[list[str]]:
-    """Texts around the largest activations of every unit, the peak in «»."""
+def contexts(found: Survey, sequences: Sequences, tokenizer: Any, n: int = 4, before: int = 16, after: int = 4) -> list[list[str]]:
+    """Texts around the `n` largest activations of every unit, the peak in «»."""
     texts: list[str] = []
     owners: list[int] = []
-    for unit, places in enumerate(found.places.tolist()):
+    for unit, places in enumerate(found.places[:, :n].tolist()):
         for row, position in places:
             if row >= 0:
                 ids, counted = sequences.tokens[row], sequences.mask[row]

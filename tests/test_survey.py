@@ -40,6 +40,12 @@ def test_survey_and_table(model: Any, found: Discovery, texts: list[prompts.Pass
     for unit in range(23):
         for (row, position), peak in zip(seen.places[unit].tolist(), seen.peaks[unit].tolist(), strict=True):
             assert row == -1 or kept[row, position - 1, unit] == pytest.approx(peak, abs=1e-5)
+        for (row, position), value in zip(seen.sampled[unit].tolist(), seen.samples[unit].tolist(), strict=True):
+            assert (row == -1) == (value == 0)
+            assert row == -1 or kept[row, position - 1, unit] == pytest.approx(value, abs=1e-5)
+    assert int((seen.sampled[23, :, 0] >= 0).sum()) == 0, "a dead head has no active token to draw"
+    drawn = seen.sampled[0, :, 0][seen.sampled[0, :, 0] >= 0].tolist()
+    assert len(set(drawn)) == len(drawn) == int((kept[:, :, 0] > 0).any(dim=1).sum()), "one token of every text where it is active"
     rows = survey.table(found, seen, each, model, sequences)
     assert rows["head"].tolist() == list(range(24))
     assert rows["family"].tolist()[:4] == list(KNOWN)
