@@ -38,13 +38,12 @@ from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.prompts import PromptSet
 from lorsa_utils.store import UserError
-from lorsa_utils.units import Unembedding, Units, by_pair, final_norm, removal_effects
+from lorsa_utils.units import N_FLIPS, Unembedding, Units, by_pair, final_norm, removal_effects, sign_flip_p
 
 NULL_RATE = 0.001
 """Share of random-init heads that may clear all bars of a family."""
 ERROR_RATE = 0.05
 """Chance that a table holds even one name that shuffled labels would have given."""
-N_FLIPS = 20_000
 MIN_SUPPORT = 8
 """A unit, real or random, is judged when it is active at a labelled query of at least so many pairs; fewer cannot be significant."""
 SCORES = ("share", "precision", "recall", "auc", "logit")
@@ -281,19 +280,7 @@ def p_values(
         differences.append(means[0] - means[1])
     if sign and reading.logit is not None and reading.logit_other is not None:
         differences.append(sign * by_pair((reading.logit - reading.logit_other)[kept][:, units], pairs))
-    return np.max([_sign_flip_p(one, seed, n_flips) for one in differences], axis=0)
-
-
-def _sign_flip_p(differences: Tensor, seed: int, n_flips: int) -> np.ndarray:
-    """One-sided p-value of differences [n_pairs, n] under flips of the signs of whole pairs."""
-    scaled = differences / differences.square().sum(dim=0).sqrt().clamp_min(1e-300)
-    observed = scaled.sum(dim=0)
-    generator = torch.Generator().manual_seed(seed)
-    exceeding = torch.zeros(len(observed))
-    for first in range(0, n_flips, 2000):
-        flips = torch.randint(0, 2, (min(2000, n_flips - first), len(scaled)), generator=generator).double() * 2 - 1
-        exceeding += (flips @ scaled >= observed - 1e-9).sum(dim=0)
-    return ((exceeding + 1) / (n_flips + 1)).numpy()
+    return np.max([sign_flip_p(one, seed, n_flips) for one in differences], axis=0)
 
 
 def holm(p: np.ndarray, rate: float = ERROR_RATE) -> np.ndarray:

@@ -24,9 +24,11 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lorsa_utils import ops
 from lorsa_utils.lorsa import Lorsa, SparseModule
@@ -97,6 +99,10 @@ class Units(abc.ABC):
     def written(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         """What some units [n_chosen] write together, for x and y [batch, length, d_model]: [batch, length, d_model]."""
 
+    def active(self, x: Tensor, y: Tensor) -> Tensor:
+        """Where each unit writes anything, for x and y [batch, length, d_model]: [batch, length, n_units] bool."""
+        return torch.ones(*x.shape[:-1], self.n, dtype=torch.bool, device=x.device)
+
     def check(self, chosen: Sequence[int]) -> Tensor:
         """Indices as a tensor.
 
@@ -127,13 +133,19 @@ class _SparseUnits(Units):
     def _input(self, x: Tensor, y: Tensor) -> Tensor:
         return x
 
+    def _values(self, x: Tensor, y: Tensor) -> Tensor:
+        """Activations, zero where not kept, [batch, length, n_units]."""
+        indices, values = self.module.encode(self._input(x, y).to(self.module.W_O.dtype))
+        return torch.zeros(*indices.shape[:-1], self.n, dtype=values.dtype, device=values.device).scatter_(-1, indices, values)
+
     def written(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         """See `Units.written`."""
         chosen = chosen.to(x.device)
-        read = self._input(x, y).to(self.module.W_O.dtype)
-        indices, values = self.module.encode(read)
-        dense = torch.zeros(*indices.shape[:-1], self.n, dtype=values.dtype, device=values.device).scatter_(-1, indices, values)
-        return (dense[..., chosen] @ self.module.W_O[chosen]).to(y.dtype)
+        return (self._values(x, y)[..., chosen] @ self.module.W_O[chosen]).to(y.dtype)
+
+    def active(self, x: Tensor, y: Tensor) -> Tensor:
+        """See `Units.active`."""
+        return self._values(x, y) != 0
 
 
 class LorsaHeads(_SparseUnits):
@@ -315,23 +327,33 @@ class Unembedding:
 
 
 @torch.no_grad()
-def losses(model: LanguageModel, layer: int, units: Units, chosen: Sequence[int], prompts: PromptSet, batch_size: int = 16) -> Tensor:
+def losses(
+    model: LanguageModel,
+    layer: int,
+    units: Units,
+    chosen: Sequence[int],
+    prompts: PromptSet,
+    batch_size: int = 16,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Loss of the token after every query, in nats, with some units removed (see `units`): [n_queries].
 
     With nothing chosen these are the untouched model's, bit for bit. One pass of the whole model over the prompts each time:
-    choose units by score first.
+    choose units by score first. `rows` are the prompts to run, all without it; queries of others get NaN.
     """
     indices = units.check(chosen)
 
     def remove(attn_input: Tensor, attn_output: Tensor) -> Tensor:
         return attn_output - units.written(attn_input.float(), attn_output.float(), indices).to(attn_output.dtype)
 
-    found = torch.zeros(len(prompts.row))
+    found = torch.full((len(prompts.row),), torch.nan)
     with model.splice({layer: remove}):
-        for rows in torch.arange(len(prompts.tokens)).split(batch_size):
-            values, _ = model.loss(prompts.tokens[rows])
-            mine = torch.isin(prompts.row, rows)
-            place = prompts.row[mine] - rows[0]
+        rows = torch.arange(len(prompts.tokens)) if rows is None else rows
+        for first in range(0, len(rows), batch_size):
+            some = rows[first : first + batch_size]
+            values, _ = model.loss(prompts.tokens[some])
+            mine = torch.isin(prompts.row, some)
+            place = torch.searchsorted(some, prompts.row[mine])
             found[mine] = values.cpu()[place, prompts.position[mine].clamp(max=values.shape[1] - 1)]
     return found
 
@@ -340,32 +362,82 @@ class Effect(NamedTuple):
     """What removing some units does to the loss, in nats; positive when it grows."""
 
     labelled: float
-    """At labelled queries: how much the units help the model to say the predicted token."""
+    """Mean over labelled queries: how much the units help the model to say the predicted token."""
     labelled_error: float
     """Standard error over pairs of prompts."""
+    p: float
+    """One-sided: how often flipping the signs of whole pairs gives a mean at least as large."""
+    where_active: float
+    """Mean over those labelled queries where one of the units is active (NaN without any)."""
+    active: float
+    """Their share among the labelled queries."""
     controls: float
-    """At controls (NaN without any)."""
+    """Mean at controls (NaN without any)."""
 
 
-def effect(changed: Tensor, untouched: Tensor, prompts: PromptSet) -> Effect:
-    """The effect from two results of `losses`."""
+def effect(changed: Tensor, untouched: Tensor, prompts: PromptSet, active: Tensor, seed: int = 0) -> Effect:
+    """The effect from two results of `losses`, and where any of the units is active [n_queries]."""
     difference = (changed - untouched)[:, None]
-    means = by_pair(difference[prompts.positive], prompts.pair[prompts.positive])[:, 0]
+    means = by_pair(difference[prompts.positive], prompts.pair[prompts.positive])
     error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
     controls = float(difference[~prompts.positive].mean()) if prompts.has_controls else float("nan")
-    return Effect(float(means.mean()), error, controls)
+    there = active[prompts.positive]
+    where = float(difference[prompts.positive][there].mean()) if bool(there.any()) else float("nan")
+    return Effect(float(means.mean()), error, float(sign_flip_p(means, seed)[0]), where, float(there.double().mean()), controls)
 
 
+@torch.no_grad()
 def removal_effects(
-    model: LanguageModel, layer: int, units: Units, sets_of_units: Mapping[str, Sequence[int]], prompts: PromptSet, batch_size: int = 16
+    model: LanguageModel,
+    layer: int,
+    units: Units,
+    sets_of_units: Mapping[str, Sequence[int]],
+    prompts: PromptSet,
+    batch_size: int = 16,
+    progress: bool = False,
 ) -> pd.DataFrame:
-    """Effects of removing several sets of units, one row a set: `removed` (its name), `n`, and the fields of `Effect`."""
+    """Effects of removing several sets of units, one row a set: `removed` (its name), `n`, and the fields of `Effect`.
+
+    Each set costs one pass of the model over the prompts in which one of its units is active; in all others nothing changes.
+    """
     untouched = losses(model, layer, units, [], prompts, batch_size)
+    where = _where_active(model, layer, units, {name: units.check(chosen) for name, chosen in sets_of_units.items()}, prompts, batch_size)
     rows = []
-    for name, chosen in sets_of_units.items():
-        found = effect(losses(model, layer, units, chosen, prompts, batch_size), untouched, prompts)
-        rows.append({"removed": name, "n": len(chosen), **found._asdict()})
+    for name, chosen in tqdm(sets_of_units.items(), desc="removals", disable=not progress):
+        touched = where[name].any(dim=1).nonzero()[:, 0]
+        changed = losses(model, layer, units, chosen, prompts, batch_size, touched)
+        active = where[name][prompts.row, prompts.position]
+        rows.append(
+            {"removed": name, "n": len(chosen), **effect(changed.where(~changed.isnan(), untouched), untouched, prompts, active)._asdict()}
+        )
     return pd.DataFrame(rows)
+
+
+def _where_active(
+    model: LanguageModel, layer: int, units: Units, sets_of_units: Mapping[str, Tensor], prompts: PromptSet, batch_size: int
+) -> dict[str, Tensor]:
+    """For each set the places where one of its units is active, [n_prompts, length] bool."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in sets_of_units}
+    for tokens in prompts.tokens.split(batch_size):
+        active = units.active(*(side.float() for side in model.capture(tokens, [layer])[layer]))
+        for name, chosen in sets_of_units.items():
+            parts[name].append(active[..., chosen.to(active.device)].any(dim=-1).cpu())
+    return {name: torch.cat(some) for name, some in parts.items()}
+
+
+N_FLIPS = 20_000
+
+
+def sign_flip_p(differences: Tensor, seed: int = 0, n_flips: int = N_FLIPS) -> np.ndarray:
+    """One-sided p-values [n] of differences [n_pairs, n] under flips of the signs of whole pairs; none is below 1 / (n_flips + 1)."""
+    scaled = differences / differences.square().sum(dim=0).sqrt().clamp_min(1e-300)
+    observed = scaled.sum(dim=0)
+    generator = torch.Generator().manual_seed(seed)
+    exceeding = torch.zeros(len(observed))
+    for first in range(0, n_flips, 2000):
+        flips = torch.randint(0, 2, (min(2000, n_flips - first), len(scaled)), generator=generator).double() * 2 - 1
+        exceeding += (flips @ scaled >= observed - 1e-9).sum(dim=0)
+    return ((exceeding + 1) / (n_flips + 1)).numpy()
 
 
 def by_pair(values: Tensor, pairs: Tensor) -> Tensor:

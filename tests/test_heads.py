@@ -139,13 +139,13 @@ def test_holm_by_hand() -> None:
 
 def test_sign_flips_are_exact_where_they_can_be_counted() -> None:
     differences = torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]).double()
-    p = heads._sign_flip_p(differences, 0, 20_000)
+    p = units.sign_flip_p(differences, 0, 20_000)
     assert p == pytest.approx([1 / 16, 5 / 16, 1.0], abs=0.02)
 
 
 def test_sign_flips_hold_their_rate() -> None:
     noise = torch.randn(24, 2000, generator=torch.Generator().manual_seed(0)).double()
-    assert (heads._sign_flip_p(noise, 1, 2000) <= 0.05).mean() == pytest.approx(0.05, abs=0.015)
+    assert (units.sign_flip_p(noise, 1, 2000) <= 0.05).mean() == pytest.approx(0.05, abs=0.015)
 
 
 def test_the_null_raises_the_bar_until_it_keeps_its_rate() -> None:

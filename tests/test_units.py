@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,10 +216,29 @@ def test_by_pair() -> None:
     assert units.by_pair(values, torch.tensor([7, 7, 2])).tolist() == [[10.0], [2.0]]
 
 
-def test_effect_error_is_over_pairs(tmp_path: Path) -> None:
+def test_effect_error_is_over_pairs() -> None:
     found: Any = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
     changed = torch.where(found.pair == 0, 1.0, 3.0)
-    effect = units.effect(changed, torch.zeros(len(found.row)), found)
+    effect = units.effect(changed, torch.zeros(len(found.row)), found, found.pair == 1)
     assert effect.labelled == 2.0
     assert effect.labelled_error == pytest.approx(1.0)
+    assert effect.p == pytest.approx(0.25, abs=0.02), "of four ways to flip two pairs one gives as much"
+    assert (effect.where_active, effect.active) == (3.0, 0.5)
     assert effect.controls == 2.0
+
+
+def test_prompts_where_no_removed_unit_is_active_are_not_run(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = units.LorsaHeads(lorsa_for(model))
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
+    whole = {unit: units.losses(model, 1, each, [unit], found) for unit in range(each.n)}
+    active = each.active(*model.capture(found.tokens, [1])[1]).any(dim=1)
+    some = [unit for unit in range(each.n) if 0 < int(active[:, unit].sum()) < len(found.tokens)]
+    ran: list[int] = []
+    untouched = units.losses(model, 1, each, [], found)
+    real = model.loss
+    monkeypatch.setattr(model, "loss", lambda tokens, *rest: (ran.append(len(tokens)), real(tokens, *rest))[1])
+    table = units.removal_effects(model, 1, each, {str(unit): [unit] for unit in some}, found)
+    assert some
+    assert sum(ran) == len(found.tokens) + int(active[:, some].sum())
+    for unit, measured in zip(some, table["labelled"], strict=True):
+        assert measured == pytest.approx(float((whole[unit] - untouched)[found.positive].mean()), abs=1e-6)
