@@ -27,6 +27,7 @@ FLOORS = (
     *("lorsa", "sae", "activations"),
     *("initialize", "metrics", "train", "bench"),
     *("units", "heads", "survey", "correspondence", "arithmetic", "topics"),
+    *("tasks", "circuits"),
     "toy",
     "figures",
     *("notebook", "reproduce", "cli", "__main__"),
