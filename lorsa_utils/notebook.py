@@ -15,7 +15,7 @@ import math
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -344,6 +344,65 @@ def trained(
         sites = {spec.layer: model.site(spec.layer) for spec in group}
         train_runs(group, source, sites, device=model.device, resume=True)
     return {name: spec.folder for name, spec in specs.items()}
+
+
+def train_config(run: Context, tokens: int, log_lines: int = 50) -> TrainConfig:
+    """How notebooks train modules on `tokens` tokens, with about so many lines of metrics."""
+    p = run.profile
+    steps = tokens / (p.batch_size * (p.context - 1))
+    return TrainConfig(
+        tokens=tokens,
+        batch_size=p.batch_size,
+        seed=run.seed,
+        log_every=max(1, int(steps) // log_lines),
+        dead_window=min(8_000, tokens // 5),
+    )
+
+
+def compare_tokens(profile: Profile) -> int:
+    """Training tokens of each module of notebook 03: there are three in each layer, so scaled-down profiles give each less."""
+    return max(20_000, profile.train_tokens * 2 // 5) if profile.is_scaled_down else profile.train_tokens
+
+
+def main_lorsa(run: Context, model: LanguageModel, source: ActivationCache) -> Path:
+    """Run folder of the Lorsa of notebook 02: the profile's layer, trained longest. Trained now when it is missing."""
+    from lorsa_utils.lorsa import Lorsa
+
+    p = run.profile
+    shape = Lorsa.config_for_site(model.site(p.layer), p.n_heads, p.n_qk, p.k)
+    return trained(run, model, source, {"lorsa": (p.layer, shape)}, train_config(run, p.train_tokens))["lorsa"]
+
+
+LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
+
+
+def layer_modules(
+    run: Context, model: LanguageModel, source: ActivationCache, kinds: Sequence[str] = LAYER_MODULES
+) -> dict[int, dict[str, Path]]:
+    """Run folders of the modules of notebook 03, all trained on the same tokens. Those that are missing are trained now.
+
+    Args:
+        run: the notebook's context.
+        model: the language model.
+        source: training activations.
+        kinds: some of `LAYER_MODULES`.
+
+    Returns:
+        layer to kind to run folder.
+    """
+    from lorsa_utils.lorsa import Lorsa
+
+    p = run.profile
+    features = {"sae_equal_features": p.sae_features, "sae_equal_parameters": p.sae_features_equal_parameters}
+
+    def shape(layer: int, kind: str) -> LorsaConfig | SAEConfig:
+        if kind == "lorsa":
+            return Lorsa.config_for_site(model.site(layer), p.n_heads, p.n_qk, p.k)
+        return SAEConfig(model.d_model, features[kind], p.k)
+
+    wanted = {f"layer{layer:02d}_{kind}": (layer, shape(layer, kind)) for layer in p.layers for kind in kinds}
+    folders = trained(run, model, source, wanted, train_config(run, compare_tokens(p), 25))
+    return {layer: {kind: folders[f"layer{layer:02d}_{kind}"] for kind in kinds} for layer in p.layers}
 
 
 def _saved_position(folder: Path) -> str | None:
