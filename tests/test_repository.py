@@ -27,9 +27,9 @@ FLOORS = (
     *("lorsa", "sae", "activations"),
     *("initialize", "metrics", "train", "bench"),
     *("units", "heads", "survey", "correspondence", "arithmetic", "topics"),
-    *("tasks", "circuits"),
+    *("tasks", "circuits", "graph"),
     "toy",
-    "figures",
+    *("evidence", "pages", "figures"),
     *("notebook", "reproduce", "cli", "__main__"),
 )
 MODULES = sorted((ROOT / PACKAGE).glob("*.py"))
