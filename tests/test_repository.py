@@ -27,7 +27,7 @@ FLOORS = (
     *("lorsa", "sae", "activations"),
     *("initialize", "metrics", "train", "bench"),
     *("units", "heads", "survey", "correspondence", "arithmetic", "topics"),
-    *("tasks", "circuits", "graph"),
+    *("tasks", "circuits", "graph", "faithfulness"),
     "toy",
     *("evidence", "pages", "figures"),
     *("notebook", "reproduce", "cli", "__main__"),

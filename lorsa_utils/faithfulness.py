@@ -1,0 +1,413 @@
+"""How much of a behaviour a small set of nodes carries: curves against circuit size, with intervals; Lorsa, SAE, MHSA and random sets.
+
+For a circuit C at the chosen layers and the metric M (mean over held-out prompts),
+
+    faithfulness f(C) = (M(only C) - M(none)) / (M(all) - M(none))       1: C alone does what all nodes do
+    completeness c(C) = (M(all but C) - M(none)) / (M(all) - M(none))    0: nothing is left without C
+
+`only C` removes all nodes but C, errors too (with `keep_errors` they stay); `none` removes all nodes. Under resampling `none` gives each
+layer's output on the corrupted prompt whatever the kind of units, so that all kinds share one scale. (Wang et al. 2022; Marks et al. 2024.)
+
+Circuits are the first nodes of a ranking made on other prompts. The area under a curve is over the logarithm of the size, divided by its
+range, so that it is a mean faithfulness; curves are linear between measured sizes. Sizes are numbers of nodes or, in the other table,
+of weights that the nodes are computed with. Intervals are a bootstrap over prompts: prompts of all seeds are drawn together, each
+evaluated with the circuit that its own seed's discovery prompts gave; differences between kinds are taken within a draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lorsa_utils import circuits
+from lorsa_utils.circuits import Baseline, SparseModel, SparseNodes
+from lorsa_utils.store import UserError
+from lorsa_utils.tasks import Task
+
+N_DRAWS = 1000
+
+
+# ------------------------------------------------------------------------------------------------------------------ curves
+
+
+def ranking(scores: Tensor, error_nodes: Sequence[int]) -> list[int]:
+    """Nodes by the size of their mean score, largest first: scores [n_prompts, n_nodes]; error nodes and nodes without any are left out."""
+    means = scores.mean(dim=0)
+    size = means.abs()
+    size[list(error_nodes)] = 0
+    order = size.argsort(descending=True)
+    return [int(number) for number in order[: int((size > 0).sum())]]
+
+
+def random_order(order: Sequence[int], seed: int) -> list[int]:
+    """The same nodes in random order: what a set of the same size reaches that was drawn from all nodes that do anything."""
+    generator = torch.Generator().manual_seed(seed)
+    return [order[int(i)] for i in torch.randperm(len(order), generator=generator)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Metric of every prompt for nested circuits."""
+
+    sizes: tuple[int, ...]
+    """Nodes in each circuit."""
+    parameters: tuple[float, ...]
+    """Weights that they are computed with."""
+    only: Tensor = field(repr=False)
+    """[n_sizes, n_prompts], metric with the circuit alone."""
+    without: Tensor | None = field(repr=False)
+    """[n_sizes, n_prompts], metric with all but the circuit; None when it was not measured."""
+    all: Tensor = field(repr=False)
+    """[n_prompts], metric of the untouched model."""
+    none: Tensor = field(repr=False)
+    """[n_prompts], metric with all nodes removed."""
+
+
+def measure_curve(
+    sparse: SparseModel,
+    task: Task,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    instead: Baseline,
+    name: str = "logit_difference",
+    completeness: bool = True,
+    keep_errors: bool = False,
+    batch_size: int = 32,
+) -> Curve:
+    """Faithfulness and completeness of the first nodes of a ranking.
+
+    Args:
+        sparse: the model.
+        task: held-out prompts.
+        order: ranking made on other prompts.
+        sizes: of circuits; those beyond the ranking are left out.
+        instead: for the held-out prompts.
+        name: of the metric.
+        completeness: measure that as well (as many passes again).
+        keep_errors: let the error nodes be part of every circuit.
+        batch_size: prompts at a time.
+
+    Raises:
+        UserError: removing all nodes changes nothing, so that there is no behaviour to explain at these layers.
+    """
+    sizes = [size for size in sizes if size <= len(order)]
+    if not sizes:
+        raise UserError(f"The ranking has {len(order)} nodes; ask for circuits of at most so many.")
+    errors = sparse.mask(sparse.error_nodes)
+    chosen = torch.stack([sparse.mask(list(order[:size])) for size in sizes])
+    outside = ~(chosen | errors) if keep_errors else ~chosen
+    sets = [sparse.mask([])[None], torch.ones_like(chosen[:1]), outside, *([chosen] if completeness else [])]
+    reference = circuits.clean_logits(sparse.model, task, batch_size) if name == "kl" else None
+    found = circuits.measure(sparse, task, torch.cat(sets), instead, name, reference, batch_size)
+    everything, none, n = found[0], found[1], len(sizes)
+    if abs(float((everything - none).mean())) < 1e-6:
+        raise UserError("Removing all nodes of these layers does not change the metric, so no circuit can be found in them; choose others.")
+    parameters = tuple(float(sparse.parameters(order[:size])) for size in sizes)
+    return Curve(tuple(sizes), parameters, found[2 : 2 + n], found[2 + n :] if completeness else None, everything, none)
+
+
+def pool(curves: Sequence[Curve]) -> Curve:
+    """The curves of several seeds as one over all their prompts; parameters are their mean."""
+    first = curves[0]
+    if any(curve.sizes != first.sizes for curve in curves):
+        common = min((curve.sizes for curve in curves), key=len)
+        return pool([_first_sizes(curve, len(common)) for curve in curves])
+    without = None if first.without is None else torch.cat([curve.without for curve in curves if curve.without is not None], dim=1)
+    parameters = tuple(float(np.mean([curve.parameters[i] for curve in curves])) for i in range(len(first.sizes)))
+    only, everything, none = (torch.cat([getattr(curve, name) for curve in curves], dim=-1) for name in ("only", "all", "none"))
+    return Curve(first.sizes, parameters, only, without, everything, none)
+
+
+def _first_sizes(curve: Curve, n: int) -> Curve:
+    without = None if curve.without is None else curve.without[:n]
+    return Curve(curve.sizes[:n], curve.parameters[:n], curve.only[:n], without, curve.all, curve.none)
+
+
+def draws(n_prompts: int, seed: int = 0, n_draws: int = N_DRAWS) -> Tensor:
+    """Prompts drawn again with replacement, [n_draws + 1, n_prompts]; row 0 is the prompts themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.arange(n_prompts)[None], torch.randint(n_prompts, (n_draws, n_prompts), generator=generator)])
+
+
+def shares(values: Tensor, curve: Curve, drawn: Tensor) -> Tensor:
+    """(M - M(none)) / (M(all) - M(none)) for values [n_sizes, n_prompts] in every draw: [n_draws + 1, n_sizes]."""
+    means = values.double()[:, drawn].mean(dim=2).T
+    everything, none = (side.double()[drawn].mean(dim=1)[:, None] for side in (curve.all, curve.none))
+    return (means - none) / (everything - none)
+
+
+class Interval(NamedTuple):
+    """A value and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interval(over_draws: Tensor) -> Interval:
+    """The first draw is the value, the others [n_draws + 1] give the interval."""
+    low, high = over_draws[1:].quantile(torch.tensor([0.025, 0.975], dtype=over_draws.dtype)).tolist()
+    return Interval(float(over_draws[0]), low, high)
+
+
+def curve_table(curves: Mapping[str, Curve], seed: int = 0) -> pd.DataFrame:
+    """Faithfulness and completeness of several kinds with intervals.
+
+    Returns:
+        columns `nodes` (name of the curve), `size`, `parameters`, `faithfulness`, `low`, `high`, `completeness`, `completeness_low`,
+        `completeness_high` (NaN where it was not measured).
+    """
+    rows = []
+    for name, curve in curves.items():
+        drawn = draws(len(curve.all), seed)
+        faithful = shares(curve.only, curve, drawn)
+        left = None if curve.without is None else shares(curve.without, curve, drawn)
+        for i, (size, parameters) in enumerate(zip(curve.sizes, curve.parameters, strict=True)):
+            one = interval(faithful[:, i])
+            other = Interval(math.nan, math.nan, math.nan) if left is None else interval(left[:, i])
+            row = {"nodes": name, "size": size, "parameters": parameters, "faithfulness": one.value, "low": one.low, "high": one.high}
+            rows.append(row | {"completeness": other.value, "completeness_low": other.low, "completeness_high": other.high})
+    return pd.DataFrame(rows)
+
+
+def areas(curve: Curve, over: str, low: float, high: float, drawn: Tensor) -> Tensor:
+    """Area under the faithfulness curve between two sizes, over the logarithm, in every draw: [n_draws + 1].
+
+    Args:
+        curve: measured; at sizes below its first it is 0 at size 0 nodes, that is, the first value holds.
+        over: `sizes` or `parameters`.
+        low: where the area begins.
+        high: where it ends; beyond the curve's last size the last value holds.
+        drawn: of `draws`.
+    """
+    values = shares(curve.only, curve, drawn).numpy()
+    places = np.log(np.asarray(getattr(curve, over), dtype=float))
+    grid = np.linspace(math.log(low), math.log(high), 65)
+    lines = np.stack([np.interp(grid, places, row) for row in values])
+    return torch.from_numpy(np.trapezoid(lines, grid, axis=1) / (grid[-1] - grid[0]))
+
+
+def area_table(curves: Mapping[str, Curve], over: str = "sizes", against: str = "Lorsa heads", seed: int = 0) -> pd.DataFrame:
+    """Areas of several kinds over the range of sizes that all of them have, and what `against` has more than each, with intervals.
+
+    Returns:
+        columns `nodes`, `from`, `to`, `area`, `low`, `high`, `lead` (area of `against` minus this one's), `lead_low`, `lead_high`.
+
+    Raises:
+        UserError: the kinds have no common range, or different prompts.
+    """
+    low = max(getattr(curve, over)[0] for curve in curves.values())
+    high = min(getattr(curve, over)[-1] for curve in curves.values())
+    if not low < high:
+        raise UserError(f"These curves have no range of {over} in common; measure them at more sizes.")
+    if len({len(curve.all) for curve in curves.values()}) > 1:
+        raise UserError("These curves were measured on different prompts; measure all kinds on the same ones.")
+    drawn = draws(len(curves[against].all), seed)
+    found = {name: areas(curve, over, low, high, drawn) for name, curve in curves.items()}
+    rows = []
+    for name, area in found.items():
+        one, lead = interval(area), interval(found[against] - area)
+        row = {"nodes": name, "from": low, "to": high, "area": one.value, "low": one.low, "high": one.high}
+        rows.append(row | {"lead": lead.value, "lead_low": lead.low, "lead_high": lead.high})
+    return pd.DataFrame(rows)
+
+
+def minimality(
+    sparse: SparseModel, task: Task, circuit: Sequence[int], instead: Baseline, name: str = "logit_difference", batch_size: int = 32
+) -> pd.DataFrame:
+    """What each node of a circuit adds to it: the fall of faithfulness when it is left out, one row a node (`node`, `adds`).
+
+    A circuit is minimal when no node can be left out for nothing.
+    """
+    every = sparse.mask([])
+    inside = sparse.mask(list(circuit))
+    without = [~(inside & ~sparse.mask([node])) for node in circuit]
+    reference = circuits.clean_logits(sparse.model, task, batch_size) if name == "kl" else None
+    found = circuits.measure(sparse, task, torch.stack([every, ~every, ~inside, *without]), instead, name, reference, batch_size)
+    whole, none, own, *rest = found.double().mean(dim=1).tolist()
+    adds = [(own - value) / (whole - none) for value in rest]
+    return pd.DataFrame({"node": [str(sparse.node(node)) for node in circuit], "adds": adds})
+
+
+# ----------------------------------------------------------------------------------------------------- agreement, stability
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's correlation; NaN for fewer than three values."""
+    return float(pd.Series(one).rank().corr(pd.Series(other[: len(one)]).rank())) if len(one) > 2 else math.nan
+
+
+def agreement(exact: Tensor, estimates: Mapping[str, Tensor]) -> pd.DataFrame:
+    """How well estimated effects of some nodes agree with exact ones, all [n_nodes] means over prompts.
+
+    Returns:
+        columns `estimate`, `rank_correlation` (Spearman), `correlation` (Pearson), `slope` (of exact on estimated, through 0) and `n`.
+    """
+    rows = []
+    for name, found in estimates.items():
+        one, other = exact.double().numpy(), found.double().numpy()
+        rank = rank_correlation(one, other)
+        straight = float(np.corrcoef(one, other)[0, 1]) if len(one) > 2 else math.nan
+        slope = float((one * other).sum() / max((other * other).sum(), 1e-30))
+        rows.append({"estimate": name, "rank_correlation": rank, "correlation": straight, "slope": slope, "n": len(one)})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def match_units(one: SparseModel, other: SparseModel) -> tuple[Tensor, Tensor]:
+    """For every node of one model the node of the other, in the same layer, that writes most nearly the same direction.
+
+    Returns:
+        match [n_nodes] and cosine [n_nodes]; error nodes match error nodes with cosine 1.
+    """
+    if list(one.layers) != list(other.layers):
+        raise UserError("The two models have different layers taken apart; give modules for the same layers.")
+    match, cosine = torch.zeros(one.n_nodes, dtype=torch.long), torch.ones(one.n_nodes)
+    for layer, columns in one.columns.items():
+        sides = [model.layers[layer] for model in (one, other)]
+        if not all(isinstance(nodes, SparseNodes) for nodes in sides):
+            raise UserError("MHSA heads have no write direction of their own; match Lorsa heads or SAE features.")
+        write = [torch.nn.functional.normalize(nodes.module.W_O.detach(), dim=1) for nodes in sides]  # type: ignore[attr-defined]
+        best = (write[0] @ write[1].T).max(dim=1)
+        first = other.columns[layer].start
+        match[columns.start : columns.stop - 1] = (best.indices + first).cpu()
+        cosine[columns.start : columns.stop - 1] = best.values.cpu()
+        match[columns.stop - 1] = other.columns[layer].stop - 1
+    return match, cosine
+
+
+def stability(one: SparseModel, other: SparseModel, scores: Tensor, other_scores: Tensor, n: int = 50) -> dict[str, float]:
+    """Do two trainings give the same circuit?
+
+    Args:
+        one: with the first modules.
+        other: with the second.
+        scores: effects of the nodes of the first, [n_prompts, n_nodes], on some prompts.
+        other_scores: of the second, on the same prompts.
+        n: nodes of the circuit.
+
+    Returns:
+        `matched` (share of the first n nodes whose match, cosine at least 0.7, is among the first 2n of the other), `cosine` (mean of the n
+        nodes with their matches), `rank_correlation` (Spearman of the effects of the n nodes and of their matches),
+        `chance_cosine` and `chance_rank_correlation` (the same with random nodes of the second that do anything in the place of matches).
+    """
+    order, other_order = ranking(scores, one.error_nodes)[:n], ranking(other_scores, other.error_nodes)
+    match, cosine = match_units(one, other)
+    mine, theirs = scores.mean(dim=0)[order].numpy(), other_scores.mean(dim=0)
+    likely = set(other_order[: 2 * n])
+    matched = [int(match[node]) in likely and float(cosine[node]) >= 0.7 for node in order]
+    by_chance = [random_order(other_order, seed)[: len(order)] for seed in range(20)]
+    chance = [rank_correlation(mine[: len(some)], theirs[some].numpy()) for some in by_chance]
+    return {
+        "n": len(order),
+        "matched": float(np.mean(matched)),
+        "cosine": float(cosine[order].mean()),
+        "rank_correlation": rank_correlation(mine, theirs[match[order]].numpy()),
+        "chance_rank_correlation": float(np.nanmean(chance)),
+        "chance_cosine": float(np.mean([_cosines(one, other, order, some) for some in by_chance])),
+    }
+
+
+@torch.no_grad()
+def _cosines(one: SparseModel, other: SparseModel, nodes: Sequence[int], others: Sequence[int]) -> float:
+    values = []
+    for a, b in zip(nodes, others, strict=False):
+        writes = []
+        for model, number in ((one, a), (other, b)):
+            layer, unit = model.node(number)
+            writes.append(model.layers[layer].module.W_O[unit])  # type: ignore[attr-defined]
+        values.append(float(torch.nn.functional.cosine_similarity(writes[0], writes[1], dim=0)))
+    return float(np.mean(values))
+
+
+def error_shares(sparse: SparseModel, task: Task, instead: Baseline, name: str = "logit_difference", batch_size: int = 32) -> pd.DataFrame:
+    """How much of the behaviour the error terms carry as more layers are taken apart, from the last layer backwards.
+
+    Returns:
+        one row for each number of layers: `layers` (how many), `first` (the earliest of them), `errors` (fall of the metric when their
+        errors are removed, as a share of the fall when all their nodes are) and `units` (the same for all their units).
+    """
+    sets = [sparse.mask([])]
+    for layer in reversed(sparse.layers):
+        mine = torch.cat([torch.arange(columns.start, columns.stop) for other, columns in sparse.columns.items() if other >= layer])
+        every = sparse.mask(mine)
+        errors = sparse.mask([sparse.columns[other].stop - 1 for other in sparse.layers if other >= layer])
+        sets += [errors, every & ~errors, every]
+    reference = circuits.clean_logits(sparse.model, task, batch_size) if name == "kl" else None
+    found = circuits.measure(sparse, task, torch.stack(sets), instead, name, reference, batch_size).double().mean(dim=1)
+    rows = []
+    for number, layer in enumerate(reversed(sparse.layers)):
+        by_errors, by_units, fall = (float(found[0] - value) for value in found[1 + 3 * number : 4 + 3 * number])
+        rows.append({"layers": number + 1, "first": layer, "errors": by_errors / fall, "units": by_units / fall, "fall": fall})
+    return pd.DataFrame(rows)
+
+
+# ----------------------------------------------------------------------------------- features that several heads write together
+
+
+@torch.no_grad()
+def collective_effects(
+    lorsa: SparseModel,
+    sae: SparseModel,
+    task: Task,
+    nodes: Sequence[int],
+    heads_needed: Sequence[int],
+    kind: str = "resample",
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """Is a feature that several MHSA heads write together one unit? Remove it as one, as an SAE feature, head by head.
+
+    For every chosen Lorsa head the fall of the metric when the following is resampled, where it is active or would be: the Lorsa head; the
+    SAE feature that writes most nearly its direction; of each MHSA head the part along its write direction (the largest is shown).
+
+    Args:
+        lorsa: with Lorsa heads.
+        sae: with SAE features at the same layers.
+        task: prompts.
+        nodes: of `lorsa`.
+        heads_needed: MHSA heads that each of them comes from (`correspondence.heads_needed`).
+        kind: of ablation.
+        batch_size: prompts at a time.
+
+    Returns:
+        one row a node: `node`, `mhsa_heads`, effects `lorsa`, `sae`, `mhsa`, `sae_cosine`, `sae_share`, `mhsa_share` (of Lorsa's effect).
+    """
+    model = lorsa.model
+    instead, instead_sae = circuits.baseline(lorsa, task, kind), circuits.baseline(sae, task, kind)
+    match, cosine = match_units(lorsa, sae)
+    own = circuits.effects(lorsa, task, nodes, instead, batch_size=batch_size).mean(dim=1)
+    features = circuits.effects(sae, task, match[list(nodes)].tolist(), instead_sae, batch_size=batch_size).mean(dim=1)
+    rows = []
+    for number, node in enumerate(nodes):
+        layer, unit = lorsa.node(node)
+        direction = torch.nn.functional.normalize(lorsa.layers[layer].module.W_O[unit], dim=0)  # type: ignore[attr-defined]
+        single = _largest_head_effect(model, task, layer, direction, batch_size)
+        effect = float(own[number])
+        row = {"node": str(lorsa.node(node)), "mhsa_heads": int(heads_needed[number]), "lorsa": effect, "sae": float(features[number])}
+        row |= {"sae_cosine": float(cosine[node]), "mhsa": single}
+        rows.append(row | {"sae_share": float(features[number]) / effect, "mhsa_share": single / effect})
+    return pd.DataFrame(rows)
+
+
+def _largest_head_effect(model: circuits.LanguageModel, task: Task, layer: int, direction: Tensor, batch_size: int) -> float:
+    """Largest fall of the logit difference when one MHSA head's part along a direction is that of the corrupted prompt.
+
+    To first order, by the gradient at the clean prompt: the parts are small, and there are many of them.
+    """
+    site = model.site(layer)
+    total = torch.zeros(site.n_heads, device=direction.device)
+    heads = circuits.SparseModel(model, {layer: circuits.MHSANodes(site)})
+    for first in range(0, len(task), batch_size):
+        part = task.rows(slice(first, first + batch_size))
+        gradient = circuits._gradients(heads, part, "logit_difference", {}, [layer], None)[layer] @ direction
+        outputs = [site.head_outputs(model.capture(side, [layer])[layer][0].float()) @ direction for side in (part.clean, part.corrupted)]
+        total += ((outputs[0] - outputs[1]) * gradient[..., None]).sum(dim=(0, 1))
+    effects = total / len(task)
+    return float(effects[effects.abs().argmax()])
