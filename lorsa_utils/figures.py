@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lorsa_utils import store
+
+if TYPE_CHECKING:
+    from lorsa_utils.graph import Graph
 
 # Okabe and Ito's palette (2008): told apart with every common colour blindness. Black comes last, it is also the ink.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -497,6 +500,128 @@ def attention_tiles(data: pd.DataFrame, title: str = "T2: tiles of the attention
 # ------------------------------------------------------------------------------------------------------------- head discovery
 
 
+def token_profile(values: Sequence[float], tokens: Sequence[str], marked: Sequence[int] = (), *, title: str, y_title: str) -> go.Figure:
+    """One number for each token of a text, as bars; some of them marked by colour.
+
+    Args:
+        values: [length].
+        tokens: text of the tokens, [length].
+        marked: positions in another colour.
+        title: of the figure.
+        y_title: with its unit.
+    """
+    names = [f"{position} {token}" for position, token in enumerate(tokens)]
+    figure = new_figure(title, "token", y_title)
+    colours = [PALETTE[1] if position in set(marked) else PALETTE[0] for position in range(len(names))]
+    figure.add_bar(x=names, y=np.asarray(values, dtype=float), marker_color=colours)
+    figure.update_xaxes(type="category", tickangle=-90)
+    return figure
+
+
+def share_distribution(data: pd.DataFrame, bar: float, title: str = "P7: how much of a pattern lies on the predicted source") -> go.Figure:
+    """For each kind of units, the share of units above every value: real ones beside their null.
+
+    Args:
+        data: columns `kind` and `share`, one row a unit.
+        bar: the share that a name asks for.
+        title: of the figure.
+    """
+    figure = new_figure(title, "share of the pattern on the predicted source", "units above (share)")
+    for number, (kind, part) in enumerate(data.groupby("kind", sort=False)):
+        values = np.sort(part["share"].dropna().to_numpy())
+        above = 1 - np.arange(len(values)) / max(1, len(values))
+        style = {"color": PALETTE[number], "width": 2, "dash": ("solid", "dash", "dot", "dashdot")[number % 4], "shape": "vh"}
+        figure.add_scatter(x=values, y=above, mode="lines", name=f"{kind} ({len(values)})", line=style)
+    figure.add_vline(x=bar, line={"color": "#444444", "dash": "dot"}, annotation_text="bar", annotation_position="top left")
+    figure.update_xaxes(range=[0, 1.02])
+    figure.update_yaxes(type="log")
+    figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
+    return figure
+
+
+def precision_recall(data: pd.DataFrame, title: str = "P7: precision and recall of single units") -> go.Figure:
+    """Units as points, precision against recall, one colour and symbol for each kind.
+
+    Args:
+        data: columns `kind`, `precision` and `recall`, one row a unit.
+        title: of the figure.
+    """
+    figure = new_figure(title, "recall (share of labelled positions found)", "precision")
+    for number, (kind, part) in enumerate(data.groupby("kind", sort=False)):
+        marker = {"symbol": SYMBOLS[number], "size": 8, "color": PALETTE[number], "opacity": 0.7}
+        figure.add_scatter(x=part["recall"], y=part["precision"], mode="markers", name=f"{kind} ({len(part)})", marker=marker)
+    figure.update_xaxes(range=[-0.02, 1.02])
+    figure.update_yaxes(range=[0.45, 1.02])
+    figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
+    return figure
+
+
+def effects(data: pd.DataFrame, title: str = "P7: what removing one head costs") -> go.Figure:
+    """Effects of removals with two standard errors, the largest on top.
+
+    Args:
+        data: columns `name`, `labelled`, `labelled_error` and `clear` (whether the effect is told from zero).
+        title: of the figure.
+    """
+    figure = new_figure(title, "increase of the loss at labelled positions (nats)", "")
+    ordered = data.sort_values("labelled")
+    for number, (clear, name) in enumerate(((True, "above zero (Holm, 5 %)"), (False, "not told from zero"))):
+        part = ordered[ordered["clear"] == clear]
+        bars_of = {"array": 2 * part["labelled_error"], "color": "#888888"}
+        marker = {"symbol": SYMBOLS[number], "size": 9, "color": PALETTE[number]}
+        figure.add_scatter(x=part["labelled"], y=part["name"], error_x=bars_of, mode="markers", marker=marker, name=name)
+    figure.add_vline(x=0, line={"color": "#444444"})
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=ordered["name"].tolist())
+    figure.update_layout(height=170 + 22 * len(data), legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    figure.update_layout(margin={"t": 90}, title={"y": 0.98, "yanchor": "top"})
+    return figure
+
+
+def stacked_shares(data: pd.DataFrame, x: str, parts: Sequence[str], panel: str, *, title: str, x_title: str, y_title: str) -> go.Figure:
+    """Stacked bars that sum to one, side by side for each value of column `panel`.
+
+    Args:
+        data: column `x`, columns `parts` (shares), column `panel`.
+        x: column of the horizontal axis.
+        parts: columns to stack, from below.
+        panel: column that separates the panels.
+        title: of the figure.
+        x_title: with its unit.
+        y_title: with its unit.
+    """
+    names = list(dict.fromkeys(data[panel]))
+    figure = make_subplots(cols=len(names), shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=[str(name) for name in names])
+    for column, name in enumerate(names, 1):
+        part = data[data[panel] == name]
+        for number, piece in enumerate(parts):
+            colour = PALETTE[number % len(PALETTE)]
+            style = {"marker_color": colour, "name": piece, "legendgroup": piece, "showlegend": column == 1}
+            figure.add_bar(x=part[x].astype(str), y=part[piece], row=1, col=column, **style)
+    figure.update_layout(template=TEMPLATE, barmode="stack", title={"text": title, "y": 0.97, "yanchor": "top"}, height=HEIGHT + 40)
+    figure.update_layout(margin={"t": 90}, legend={"orientation": "h", "y": -0.25, "x": 0})
+    figure.update_xaxes(title=x_title, type="category")
+    figure.update_yaxes(title=y_title, range=[0, 1], col=1)
+    return figure
+
+
+def overlaps(data: pd.DataFrame, title: str = "P13: are QK groups copies of MHSA heads?") -> go.Figure:
+    """Distributions of pattern overlaps, one box with its points for each kind of pair.
+
+    Args:
+        data: columns `pair` (kind of pair) and `overlap`.
+        title: of the figure.
+    """
+    figure = new_figure(title, "overlap of attention patterns (1: equal)", "")
+    for number, (pair, part) in enumerate(data.groupby("pair", sort=False)):
+        colour = PALETTE[number % len(PALETTE)]
+        marker = {"color": colour, "size": 4, "opacity": 0.5}
+        figure.add_box(x=part["overlap"], name=str(pair), marker=marker, line={"color": colour}, boxpoints="all", jitter=0.6, pointpos=0)
+    figure.update_xaxes(range=[0, 1.02])
+    figure.update_yaxes(autorange="reversed")
+    figure.update_layout(showlegend=False, height=140 + 55 * data["pair"].nunique())
+    return figure
+
+
 def operand_maps(maps: Mapping[str, Any], low: int = 0, title: str = "P9: activation at `=`") -> go.Figure:
     """Activations over the operand grid, one square panel a head, at most three in a row; colours are each panel's own.
 
@@ -534,4 +659,163 @@ def family_map(data: pd.DataFrame, title: str = "P12: which MHSA heads carry whi
     figure = toy_shares(data[heads].to_numpy(), names, title)
     figure.update_xaxes(title="MHSA head")
     figure.update_yaxes(title="family")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------------------- circuits
+
+
+def circuit_curves(data: pd.DataFrame, x: str = "size", y: str = "faithfulness", *, title: str = "P17: faithfulness") -> go.Figure:
+    """Faithfulness or completeness against circuit size, one line a kind with its interval as a band; size on a logarithmic axis.
+
+    Args:
+        data: of `faithfulness.curve_table`.
+        x: `size` (nodes) or `parameters` (weights).
+        y: `faithfulness` or `completeness`.
+        title: of the figure.
+    """
+    x_title = {"size": "nodes in the circuit", "parameters": "weights that its nodes are computed with"}[x]
+    figure = new_figure(title, x_title, f"{y} (share of the behaviour)")
+    ends = ("low", "high") if y == "faithfulness" else (f"{y}_low", f"{y}_high")
+    for number, (name, part) in enumerate(data[data[y].notna()].groupby("nodes", sort=False)):
+        style = _style(number)
+        band = pd.concat([part[[x, ends[1]]].set_axis(["x", "y"], axis=1), part[[x, ends[0]]].iloc[::-1].set_axis(["x", "y"], axis=1)])
+        colour = PALETTE[number % len(PALETTE)]
+        figure.add_scatter(
+            x=band["x"],
+            y=band["y"],
+            fill="toself",
+            fillcolor=_faint(colour),
+            line={"width": 0},
+            hoverinfo="skip",
+            showlegend=False,
+            mode="lines",
+        )
+        dash = "dot" if "random" in str(name) else "solid"
+        figure.add_scatter(x=part[x], y=part[y], name=str(name), **style)
+        figure.data[-1].line.dash = dash
+    for level in (0.0, 1.0):
+        figure.add_hline(y=level, line={"color": "#888888", "dash": "dot", "width": 1})
+    figure.update_xaxes(type="log", exponentformat="power")
+    figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 60)
+    return figure
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.15)"
+
+
+def effect_scatter(data: pd.DataFrame, title: str = "P17: estimated against exact effects") -> go.Figure:
+    """Exact effects of nodes against estimated ones.
+
+    Args:
+        data: columns `exact`, `estimated`, `estimate` (how it was estimated) and `node`.
+        title: of the figure.
+    """
+    figure = new_figure(title, "estimated effect (fall of the logit difference)", "exact effect")
+    for number, (name, part) in enumerate(data.groupby("estimate", sort=False)):
+        marker = {"size": 8, "symbol": SYMBOLS[number], "color": PALETTE[number], "opacity": 0.7}
+        figure.add_scatter(x=part["estimated"], y=part["exact"], mode="markers", name=str(name), marker=marker, text=part["node"])
+    ends = [float(data[["exact", "estimated"]].min().min()), float(data[["exact", "estimated"]].max().max())]
+    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#888888", "dash": "dash"}, name="equal", hoverinfo="skip")
+    figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
+    return figure
+
+
+_NODE_STYLES = {
+    "embedding": ("square", "#888888"),
+    "unit": ("circle", PALETTE[0]),
+    "error": ("diamond", PALETTE[1]),
+    "logit": ("square", PALETTE[2]),
+}
+
+
+def attribution_graph(graph: Graph, title: str = "P17: attribution graph", n_labels: int = 12) -> go.Figure:
+    """A graph as read from its file: tokens across, layers up, edges as wide as their weight, errors as diamonds.
+
+    Args:
+        graph: of `graph.read_graph`.
+        title: of the figure.
+        n_labels: units with the largest influence that are named.
+    """
+    layers = sorted({node.layer for node in graph.nodes})
+    height = {layer: number for number, layer in enumerate(layers)}
+    place = _node_places(graph, height)
+    figure = new_figure(title, "token", "layer")
+    largest = max((abs(weight) for *_, weight in graph.links), default=1.0)
+    for source, target, weight in sorted(graph.links, key=lambda link: abs(link[2]))[-300:]:
+        (x0, y0), (x1, y1) = place[source], place[target]
+        share = abs(weight) / largest
+        line = {
+            "width": 0.3 + 4 * share,
+            "color": _faint(PALETTE[0] if weight > 0 else PALETTE[1]).replace("0.15", f"{0.15 + 0.6 * share:.2f}"),
+        }
+        figure.add_scatter(x=[x0, x1], y=[y0, y1], mode="lines", line=line, hoverinfo="skip", showlegend=False)
+    for kind, (symbol, colour) in _NODE_STYLES.items():
+        nodes = [node for node in graph.nodes if node.kind == kind]
+        texts = [f"{node.label}<br>influence {node.influence or 0:.3f}, activation {node.activation or 0:.2f}" for node in nodes]
+        xs, ys = [place[node.node_id][0] for node in nodes], [place[node.node_id][1] for node in nodes]
+        marker = {"symbol": symbol, "color": colour, "size": [7 + 14 * min(1.0, node.influence or 0) ** 0.5 for node in nodes]}
+        figure.add_scatter(x=xs, y=ys, mode="markers", name=kind, marker=marker, text=texts, hoverinfo="text")
+    named = sorted((node for node in graph.nodes if node.kind == "unit"), key=lambda node: -(node.influence or 0))[:n_labels]
+    for node in named:
+        x, y = place[node.node_id]
+        figure.add_annotation(x=x, y=y, text=f"{node.layer}.{node.unit}", showarrow=False, yshift=13, font={"size": 9})
+    figure.update_xaxes(tickvals=list(range(len(graph.tokens))), ticktext=list(graph.tokens), tickangle=-60, showgrid=False)
+    names = ["tokens" if layer < 0 else "logit" if layer >= graph.n_layers else str(layer) for layer in layers]
+    figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=names)
+    figure.update_layout(height=560, width=WIDTH + 120, legend={"orientation": "h", "y": 1.08, "x": 0.35})
+    return figure
+
+
+def _node_places(graph: Graph, height: Mapping[int, int]) -> dict[str, tuple[float, float]]:
+    """Nodes of one token and layer side by side, the most influential in the middle."""
+    cells: dict[tuple[int, int], list[Any]] = {}
+    for node in sorted(graph.nodes, key=lambda node: -(node.influence or 0)):
+        cells.setdefault((node.position, height[node.layer]), []).append(node)
+    place = {}
+    for (position, level), nodes in cells.items():
+        for number, node in enumerate(nodes):
+            ring = (number + 1) // 2 * (1 if number % 2 else -1)
+            spread = 0.85 / max(3, len(nodes))
+            place[node.node_id] = (position + ring * spread, level + (0.14 if number % 3 == 1 else -0.14 if number % 3 == 2 else 0.0))
+    return place
+
+
+def pair_map(pairs: Any, queries: Sequence[str], keys: Sequence[str], n: int = 10, title: str = "P17: why a head looks there") -> go.Figure:
+    """Score contributions of pairs of parts: the largest rows and columns, and the rest of each side summed.
+
+    Args:
+        pairs: [n_queries, n_keys], they sum to the score.
+        queries: names of the query side's parts.
+        keys: names of the key side's parts.
+        n: parts shown of each side.
+        title: of the figure.
+    """
+    values = np.asarray(pairs, dtype=float)
+    shown = []
+    for axis, names in ((0, list(queries)), (1, list(keys))):
+        order = np.argsort(-np.abs(values).sum(axis=1 - axis))
+        kept = order[:n]
+        rest = np.delete(values, kept, axis=axis).sum(axis=axis, keepdims=True)
+        values = np.concatenate([np.take(values, kept, axis=axis), rest], axis=axis)
+        shown.append([names[i] for i in kept] + ["all others"])
+    largest = float(np.abs(values).max()) or 1.0
+    figure = new_figure(title, "key side", "query side")
+    figure.add_heatmap(z=values, x=shown[1], y=shown[0], zmin=-largest, zmax=largest, colorscale="RdBu_r", colorbar={"title": "score"})
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(type="category", tickangle=-45)
+    figure.update_layout(height=480)
+    return figure
+
+
+def weight_map(values: Any, rows: Sequence[str], columns: Sequence[str], *, title: str, x_title: str, y_title: str) -> go.Figure:
+    """A matrix of weights with zero in white: [n_rows, n_columns]."""
+    matrix = np.asarray(values, dtype=float)
+    largest = float(np.abs(matrix).max()) or 1.0
+    figure = new_figure(title, x_title, y_title)
+    figure.add_heatmap(z=matrix, x=list(columns), y=list(rows), zmin=-largest, zmax=largest, colorscale="RdBu_r")
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(autorange="reversed", type="category")
     return figure
