@@ -81,6 +81,24 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
+    sub = command("show", show, "Write a page for one head, or for several in one pass over the text; it opens from the disk, offline.")
+    sub.add_argument("folder", metavar="DIR", help="run folder of `lorsa train`")
+    sub.add_argument("--head", type=_numbers, required=True, metavar="I", help="which head; several: 12,1956")
+    sub.add_argument("--out", required=True, metavar="F.html", help="the page; a folder for several heads")
+    sub.add_argument(
+        "--table", metavar="TABLE.parquet", help="of `lorsa heads`, for names and scores; without, DIR/heads.parquet if it is there"
+    )
+    sub.add_argument(
+        "--sae", metavar="DIR", help="run folder of an SAE of the same layer, for the features nearest to what the head writes"
+    )
+    sub.add_argument("--transcoder", metavar="DIR", help="run folder of a transcoder of the same layer, for those nearest to what it reads")
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders; without, the held-out part of the run's own text")
+    sub.add_argument("--tokens", type=_count, default=20_000, metavar="N", help="at most so many tokens of text")
+    sub.add_argument("--seed", type=int, default=0, help="of the order of the text and of random contexts")
+    sub.add_argument("--model", metavar="M", help="where the run's model is now, when it moved")
+    sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
     sub = command("bench", bench, "Time training steps against the hardware's floor and plain PyTorch; append rows to a CSV.")
     sub.add_argument("--shape", type=_names, default=["A", "B"], metavar="S", help="A, B, pythia, pythia-1024, llama; several: A,B")
     sub.add_argument("--backend", type=_names, metavar="NAME", help="only these: torch, triton, plain, plain-compiled")
@@ -165,6 +183,13 @@ def _layers(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",")})
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"layers are numbers separated by commas, as 9,17, not {text!r}") from error
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"heads are numbers separated by commas, as 12,1956, not {text!r}") from error
 
 
 def _names(text: str) -> list[str]:
@@ -571,6 +596,79 @@ def heads(arguments: argparse.Namespace) -> dict[str, Any]:
         "n_tokens": sequences.n_tokens,
         "seconds": time.perf_counter() - began,
     }
+
+
+def show(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa show`: pages of heads."""
+    import torch
+
+    from lorsa_utils import correspondence, evidence, pages, store, survey, units
+    from lorsa_utils.lorsa import Lorsa
+
+    folder, out, chosen = Path(arguments.folder), Path(arguments.out), list(dict.fromkeys(arguments.head))
+    _require_finished(folder)
+    config, lorsa = store.read_json(folder / "config.json"), Lorsa.load(folder)
+    heads = units.LorsaHeads(lorsa)
+    heads.check(chosen)
+    is_page = out.suffix in (".html", ".htm")
+    if is_page != (len(chosen) == 1):
+        wanted = "a file name that ends in .html" if len(chosen) == 1 else "a folder"
+        raise store.UserError(f"For {len(chosen)} page{'s' * (len(chosen) > 1)} give --out {wanted}, not {out.name}.")
+    store.require_writable(out.parent if is_page else out)
+    beside = {name: _beside(getattr(arguments, name), name, config) for name in ("sae", "transcoder")}
+    table = _table_of_heads(arguments.table or folder / "heads.parquet", required=arguments.table is not None)
+    source, layer = config["source"], config["layer"]
+    model = evidence.ReadOnce(_model_of_run(folder, source, arguments.model, arguments.device), layer)
+    documents = _documents(arguments.text, source.get("text"), arguments.tokens)
+    sequences = _sequences_of_run(documents, model, source, arguments.tokens, arguments.seed)
+    began = time.perf_counter()
+    with torch.no_grad():
+        lorsa.to(model.device).requires_grad_(False)
+        found = survey.survey(model, layer, heads, sequences, batch_size=arguments.batch_size)
+        few = slice(0, min(32, len(sequences.tokens)))
+        x = model.capture(sequences.tokens[few].long(), [layer])[layer][0].float()
+        mean = units.mean_head_values(model.site(layer), x, sequences.mask[few].to(x.device))
+        shares = correspondence.mhsa_shares(model, layer, lorsa, mean, sequences, batch_size=arguments.batch_size).shares
+        options = {"table": table, "shares": shares, "sae": beside["sae"], "input_sae": beside["transcoder"]}
+        options |= {"batch_size": arguments.batch_size, "seed": arguments.seed}
+        collected = evidence.collect(model, layer, lorsa, chosen, found, sequences, **options)
+        if is_page:
+            store.write_text(out, pages.head_page(next(collected)))
+            written = [out]
+        else:
+            written = [*pages.write_pages(collected, out, chosen).values()]
+    answer = {"path": str(out)} if is_page else {"path": str(out), "pages": [str(path) for path in written]}
+    return answer | {"bytes": sum(path.stat().st_size for path in written), "seconds": time.perf_counter() - began}
+
+
+def _beside(folder: str | None, kind: str, config: Mapping[str, Any]) -> Any:
+    """The SAE or transcoder of the same layer that heads are compared with."""
+    from lorsa_utils import store
+    from lorsa_utils.sae import SAE
+
+    if folder is None:
+        return None
+    module, layer = SAE.load(folder), store.read_json(Path(folder) / "config.json").get("layer")
+    if module.config.kind != kind or layer != config["layer"]:
+        raise store.UserError(f"{folder} holds a {module.config.kind} of layer {layer}; give a {kind} of layer {config['layer']}.")
+    return module.requires_grad_(False)
+
+
+def _table_of_heads(path: str | Path, required: bool) -> Any:
+    """The Parquet table of `lorsa heads`, None when it is not there and need not be."""
+    import pandas as pd
+
+    from lorsa_utils.store import UserError
+
+    if not required and not Path(path).is_file():
+        return None
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a table of heads; make it with `lorsa heads`.") from error
+    if not {"head", "families"} <= set(table):
+        raise UserError(f"{path} is no table of heads; make it with `lorsa heads`.")
+    return table
 
 
 def _tell_eval_cost(model: LanguageModel, sequences: Sequences, batch_size: int) -> None:

@@ -7,8 +7,9 @@ For a head h of QK group g, at a query i of one text (paper, Sec. 5):
     attention   A_ij, the pattern of the group, which all of its heads share
 
 A context is a window of a text around one token: `top` ones hold the largest activations, `sample` ones an active token drawn at random,
-one from each stretch of the ordered activations, `random` ones any token at all, so that silence shows too. Sources before the window
-are added up in one column, except the first token, where attention likes to rest.
+one from each stretch of the ordered activations, `random` ones any token at all, so that silence shows too. Of the sources before the
+window only the first token, where attention likes to rest, and the surroundings of the main ones are kept apart; the others are added up
+in one column.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +38,10 @@ from lorsa_utils.units import LorsaHeads, Unembedding
 
 BEFORE, AFTER = 100, 10
 """Tokens of a context before and after the token it was chosen for, as in the authors' interface."""
+MAIN_SOURCES, MAIN_SHARE = 4, 0.05
+"""A token's main sources: at most so many, each with at least such a share of its z pattern (in absolute values)."""
+AROUND = (8, 3)
+"""Tokens that are kept before and after a main source."""
 N_TOP, N_SAMPLES, N_RANDOM = 10, 8, 4
 N_TOKENS = 10
 """Tokens that w_o raises and lowers most."""
@@ -62,9 +68,9 @@ class Context:
 
     place: Place
     tokens: list[str]
-    """Text of the sources, [m]; the last n of them are the window's tokens. "" stands for the tokens in between, added up."""
+    """Text of the sources, [m]; the last n of them are the window's tokens, "" those added up."""
     positions: list[int]
-    """Position of each source in its sequence, [m]; -1 for those added up."""
+    """Position of each source in its sequence, [m]; -1 for those added up, always the second column if there are any."""
     peak: int
     """The token it was chosen for, counted from the window's first."""
     activation: Tensor = field(repr=False)
@@ -80,6 +86,11 @@ class Context:
     def n_before(self) -> int:
         """Columns of sources before the window."""
         return len(self.tokens) - len(self.activation)
+
+    @property
+    def main_sources(self) -> list[int]:
+        """Columns of the main sources of the token it was chosen for, the largest first."""
+        return main_sources(self.z_pattern[self.peak])
 
 
 class Feature(NamedTuple):
@@ -203,9 +214,9 @@ def _whole_characters(tokenizer: Any, ids: Sequence[int], first: int) -> tuple[i
     return first + 1, ""
 
 
-def _hexadecimal(piece: str) -> str:
+def _hexadecimal(piece: str | None) -> str:
     """A token of a byte-level vocabulary as the bytes it stands for."""
-    return "".join(f"⟨{_BYTE_OF[character]:02X}⟩" if character in _BYTE_OF else character for character in piece)
+    return "".join(f"⟨{_BYTE_OF[character]:02X}⟩" if character in _BYTE_OF else character for character in piece or "")
 
 
 def _byte_characters() -> dict[str, int]:
@@ -245,27 +256,49 @@ def read_context(
         head: of it.
         x: attention input of the text, [length, d_model].
         kept: heads and activations of `lorsa.encode`, each [length, k].
-        ids: tokens of the text, [length].
+        ids: tokens of the text; what follows them in x is padding.
         place: the token in the middle.
         tokenizer: of the model.
     """
-    start, end = max(0, place.position - BEFORE), min(place.position + AFTER + 1, len(x))
+    start, end = max(0, place.position - BEFORE), min(place.position + AFTER + 1, len(ids))
     norm = lorsa.W_O[head].norm()
     attention = lorsa.attention_pattern(x[None], head // lorsa.config.group_size)[0, start:end, :end]
     v = (x[:end] @ lorsa.W_V[head] + lorsa.b_V[head]) * norm
     activation = ((kept[0][start:end] == head) * kept[1][start:end]).sum(dim=-1) * norm
-    far = max(0, start - 1)  # tokens between the first and the window
-    columns = [*range(min(start, 1)), *([-1] if far else []), *range(start, end)]
+    apart = _apart((attention[place.position - start] * v), start)
+    added_up = sorted(set(range(start)) - set(apart))
+    columns = [*apart[:1], *([-1] if added_up else []), *apart[1:], *range(start, end)]
 
-    def folded(pattern: Tensor) -> Tensor:
-        between = pattern[:, 1:start].sum(dim=1, keepdim=True)
-        return torch.cat([pattern[:, : min(start, 1)], between[:, : min(far, 1)], pattern[:, start:]], dim=1).cpu()
+    def folded(sides: Tensor, total: Tensor) -> Tensor:
+        """Columns of [n, end], with the total of those added up, [n, 1]."""
+        parts = [sides[:, [column]] if column >= 0 else total for column in columns[: len(columns) - end + start]]
+        return torch.cat([*parts, sides[:, start:]], dim=1).cpu()
 
-    texts = token_texts(tokenizer, [int(ids[column]) for column in columns if column >= 0])
-    if far:
-        texts.insert(1, "")
-    at_sources = torch.cat([v[: min(start, 1)], v.new_zeros(min(far, 1)), v[start:]]).cpu()
-    return Context(place, texts, columns, place.position - start, activation.cpu(), folded(attention * v), folded(attention), at_sources)
+    z = attention * v
+    texts = iter(token_texts(tokenizer, [int(ids[column]) for column in columns if column >= 0]))
+    return Context(
+        place,
+        ["" if column < 0 else next(texts) for column in columns],
+        columns,
+        place.position - start,
+        activation.cpu(),
+        folded(z, z[:, added_up].sum(dim=1, keepdim=True)),
+        folded(attention, attention[:, added_up].sum(dim=1, keepdim=True)),
+        folded(v[None], v.new_zeros(1, 1))[0],
+    )
+
+
+def main_sources(z: Tensor) -> list[int]:
+    """The main sources in a row of a z pattern [m], the largest first."""
+    sizes = z.abs()
+    order = sizes.argsort(descending=True)[:MAIN_SOURCES].tolist()
+    return [source for source in order if float(sizes[source]) >= MAIN_SHARE * float(sizes.sum()) > 0]
+
+
+def _apart(z: Tensor, start: int) -> list[int]:
+    """Positions before the window that are not added up, for a row z [end] of the z pattern."""
+    around = [range(source - AROUND[0], source + AROUND[1] + 1) for source in main_sources(z) if 0 < source < start]
+    return sorted({0, *(position for some in around for position in some if 0 <= position < start)}) if start else []
 
 
 # ------------------------------------------------------------------------------------------------------------------- heads
@@ -329,7 +362,7 @@ def collect(
         explanation, score = (explanations or {}).get(head, (None, None))
         raised, lowered = words.ends(lorsa.W_O[head])
         yield Head(
-            model=model.name,
+            model=Path(model.name).name if Path(model.name).exists() else model.name,
             layer=layer,
             head=head,
             n_heads=units.n,
@@ -393,7 +426,8 @@ def _contexts(
         inputs = model.capture(tokens, [layer])[layer][0].float()
         indices, values = lorsa.encode(inputs)
         for number, row in enumerate(batch):
-            ids, kept = sequences.tokens[row].tolist(), (indices[number], values[number])
+            counted = int(sequences.mask[row].nonzero().max()) + 1  # what comes after is padding
+            ids, kept = sequences.tokens[row, :counted].tolist(), (indices[number], values[number])
             for head, index, place in wanted[row]:
                 done[head, index] = read_context(lorsa, head, inputs[number], kept, ids, place, model.tokenizer)
             bar.update()
@@ -408,7 +442,11 @@ class _Words:
         self.unembedding, self.tokenizer = Unembedding(model), model.tokenizer
 
     def _named(self, values: Tensor, indices: Tensor) -> list[tuple[str, float]]:
-        return [(self.tokenizer.decode([index]), value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
+        return [(self.text(index), value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
+
+    def text(self, index: int) -> str:
+        """A token alone; models pad their vocabulary with some that have no text."""
+        return token_texts(self.tokenizer, [index])[0]
 
     def ends(self, direction: Tensor) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
         """Tokens that a direction [d_model], taken at norm 1, raises and lowers most, with their logits."""
@@ -417,7 +455,7 @@ class _Words:
 
     def raised(self, directions: Tensor, n: int = 4) -> list[list[str]]:
         """The first tokens that each direction [n, d_model] raises."""
-        return [[self.tokenizer.decode([index]) for index in row] for row in self.unembedding.top_tokens(directions, n).tolist()]
+        return [[self.text(index) for index in row] for row in self.unembedding.top_tokens(directions, n).tolist()]
 
 
 def _families(row: Any) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lorsa_utils import store
-from lorsa_utils.evidence import Context, Head
+from lorsa_utils.evidence import AROUND, Context, Head
 from lorsa_utils.heads import FAMILIES
 
 MEANINGS = {
@@ -46,7 +46,6 @@ KINDS = {
 }
 SHOWN_BEFORE, SHOWN_AFTER = 24, 8
 """Tokens around the chosen one that are shown before a context is opened in full; the main sources are shown too."""
-MAIN_SOURCES, MAIN_SHARE = 4, 0.05
 
 
 def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
@@ -131,6 +130,8 @@ def visible(token: str) -> str:
     signs = {"\n": "⏎", "\r": "␍", "\t": "⇥", "": "∅"}
     if token in signs:
         return signs[token]
+    if token.isspace():
+        return "".join(signs.get(c, "␣" if c == " " else _control(c)) for c in token)
     return "".join(signs.get(c, c) if c.isprintable() or c in signs or c.isspace() else _control(c) for c in token)
 
 
@@ -144,6 +145,11 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     return f"{value:.3g}".replace("-", "−")
+
+
+def fixed(value: float) -> str:
+    """A number with two decimals and a true minus sign."""
+    return f"{value:.2f}".replace("-", "−")
 
 
 def percent(share: float) -> str:
@@ -257,9 +263,17 @@ def _shares(shares: Sequence[float]) -> str:
 
 
 def _scores(head: Head) -> str:
-    names = ("share", "precision", "recall", "auc", "logit")
-    rows = [(text(family), *(number(values.get(name, math.nan)) for name in names)) for family, values in head.scores.items()]
-    body = _table("Chance is 0.5 for precision and auc, 0 for logit", ("family", *names), rows, range(1, 6))
+    notes = {
+        "share": "of the z pattern on the predicted source",
+        "precision": "active there and not at controls; chance is 0.5",
+        "recall": "of the places where the name asks for it",
+        "auc": "more active there than at controls; chance is 0.5",
+        "logit": "effect on the predicted token",
+    }
+    rows = [
+        (name, *(fixed(values[name]) if name in values else "–" for values in head.scores.values()), note) for name, note in notes.items()
+    ]
+    body = _table("On the half of the prompts that named no head", ("", *map(text, head.scores), ""), rows, range(1, len(head.scores) + 1))
     if head.effect is not None:
         effect, error = head.effect
         body += (
@@ -304,8 +318,10 @@ def _context(context: Context, place: int, rank: int, largest: float) -> str:
     """A context: its text, and an empty table that the script fills."""
     about, where = _title(context, rank), context.place
     table = (
-        '<table class="sources"><caption></caption><colgroup><col class="token"><col><col><col><col></colgroup><thead><tr>'
-        '<th scope="col">source</th><th scope="col" class="n">z</th><th></th><th scope="col" class="n">attention</th><th></th></tr></thead>'
+        '<table class="sources"><caption></caption>'
+        '<colgroup><col class="token"><col><col class="z"><col class="bars"><col><col class="bars"></colgroup>'
+        '<thead><tr><th scope="col">source</th><th scope="col" class="n">back</th><th scope="col" class="n">z</th><td></td>'
+        '<th scope="col" class="n">attn</th><td></td></tr></thead>'
         "<tbody></tbody><tfoot></tfoot></table>"
     )
     return (
@@ -338,8 +354,8 @@ def _spans(context: Context, largest: float) -> str:
 def _span(context: Context, column: int, token: str, largest: float, shown: bool) -> str:
     place = column - context.n_before
     if context.positions[column] < 0:
-        between = context.positions[column + 1] - 1
-        return f'<span class="between{"" if shown else " far"}" data-j="{column}"> ⋯ {between} tokens ⋯ </span>'
+        added_up = context.positions[-1] + 2 - len(context.positions)
+        return f'<span class="between{"" if shown else " far"}" data-j="{column}"> ⋯ {added_up} tokens ⋯ </span>'
     classes, style, attributes = ["t"], "", ' role="button" tabindex="-1"' if place >= 0 else ""
     if place >= 0 and (size := abs(float(context.activation[place]))):
         style = f' style="--a:{min(1.0, size / largest):.2f}"'
@@ -360,16 +376,14 @@ def _gap(n: int) -> str:
 def _shown(context: Context) -> set[int]:
     """Columns that are shown at first: around the chosen token, and around its main sources."""
     here, n = context.n_before + context.peak, len(context.tokens)
-    z = context.z_pattern[context.peak].abs()
-    order = z.argsort(descending=True)[:MAIN_SOURCES].tolist()
     shown = set(range(max(context.n_before, here - SHOWN_BEFORE), min(n, here + SHOWN_AFTER + 1)))
-    for source in order:
-        if float(z[source]) >= MAIN_SHARE * float(z.sum()):
-            shown |= {source} if source < context.n_before else set(range(max(context.n_before, source - 8), min(n, source + 4)))
+    place = {position: column for column, position in enumerate(context.positions)}
+    for source in context.main_sources:
+        position = context.positions[source]
+        near = range(position - AROUND[0], position + AROUND[1] + 1) if position > 0 else [position]
+        shown |= {place[one] for one in near if one in place and (one >= 0 or position < 0)}
     # A gap of one or two tokens takes more room than they do.
-    return shown | {
-        column for column in range(context.n_before, n) if {column - 1, column + 1} <= shown or {column - 1, column + 2} <= shown
-    }
+    return shown | {column for column in range(n) if {column - 1, column + 1} <= shown or {column - 1, column + 2} <= shown}
 
 
 def _numbers(context: Context) -> dict[str, Any]:
@@ -403,7 +417,7 @@ def _features(head: Head) -> str:
         (head.read_features, "w_v", "features of the transcoder on this layer's input, by their read directions"),
     ):
         if features is not None:
-            rows = [(str(f.number), number(f.cosine), " ".join(map(word, f.tokens))) for f in features]
+            rows = [(str(f.number), fixed(f.cosine), " ".join(map(word, f.tokens))) for f in features]
             parts.append(_card(f"Nearest to {name}", _table(what, ("feature", "cosine", "raises"), rows, (0, 1))))
     return f'<h2>Nearest SAE features</h2><div class="cards">{"".join(parts)}</div>' if parts else ""
 
@@ -413,7 +427,7 @@ def _siblings(head: Head, links: Mapping[int, str]) -> str:
     for row in head.siblings.sort_values(["frequency", "head"], ascending=[False, True]).itertuples():
         name = f'<a href="{text(links[row.head])}">{row.head}</a>' if row.head in links else str(row.head)
         active = percent(row.frequency) if row.frequency else "dead"
-        cells = (name, text(row.families), active, number(row.cos_o), number(row.cos_v), " ".join(map(word, row.tokens)))
+        cells = (name, text(row.families), active, fixed(row.cos_o), fixed(row.cos_v), " ".join(map(word, row.tokens)))
         rows.append(cells)
     columns = ("head", "family", "active", "cos w_o", "cos w_v", "raises")
     table = _table("They share one attention pattern; each reads and writes its own direction", columns, rows, (0, 2, 3, 4))

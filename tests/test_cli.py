@@ -283,6 +283,46 @@ def test_heads_of_what_has_none(trained: str, cached: str, model: str, other_mod
     assert not out.exists()
 
 
+def test_show_writes_pages(trained: str, cached: str, model: str, text: str, tmp_path: Path, answer: Any, complaint: Any) -> None:
+    page, shape = tmp_path / "new" / "page.html", ["--n-heads", "32", "--k", "4", "--tokens", "500"]
+    found = answer("show", trained, "--head", "5", "--out", page, "--text", text, "--tokens", "600")
+    assert found["path"] == str(page)
+    content = page.read_text(encoding="utf-8")
+    assert found["bytes"] == page.stat().st_size < 2_000_000
+    assert "Head 5" in content
+    assert "name was not looked for" in content
+    for kind in ("sae", "transcoder"):
+        out = ["--kind", kind, "--out", tmp_path / kind]
+        assert lorsa("train", "--model", model, "--cache", cached, "--layer", "1", *out, *shape) == 0
+    table = tmp_path / "heads.parquet"
+    answer("heads", trained, "--text", text, "--tokens", "600", "--out", table)
+    extra = ["--table", table, "--sae", tmp_path / "sae", "--transcoder", tmp_path / "transcoder", "--text", text, "--tokens", "600"]
+    found = answer("show", trained, "--head", "3,5,3", "--out", tmp_path / "pages", *extra)
+    assert [Path(path).name for path in found["pages"]] == ["layer01_head00003.html", "layer01_head00005.html"]
+    both = [Path(path).read_text(encoding="utf-8") for path in found["pages"]]
+    assert all("Nearest to w_o" in content and "Nearest to w_v" in content for content in both)
+    assert all("name was not looked for" not in content for content in both)
+    assert "give a sae of layer 1" in complaint("show", trained, "--head", "5", "--out", page, "--sae", tmp_path / "transcoder")
+
+
+def test_show_of_what_is_not_there(trained: str, cached: str, tmp_path: Path, complaint: Any) -> None:
+    page = tmp_path / "page.html"
+    assert "no unit 32 among 32 Lorsa heads; choose one from 0 to 31" in complaint("show", trained, "--head", "32", "--out", page)
+    assert "give --out a folder" in complaint("show", trained, "--head", "1,2", "--out", page)
+    assert "ends in .html" in complaint("show", trained, "--head", "1", "--out", tmp_path / "page")
+    assert "is not a run folder" in complaint("show", cached, "--head", "1", "--out", page)
+    assert "make it with `lorsa heads`" in complaint("show", trained, "--head", "1", "--out", page, "--table", tmp_path / "no.parquet")
+    half = tmp_path / "half"
+    shutil.copytree(trained, half)
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "is damaged" in complaint("show", half, "--head", "1", "--out", page)
+    weights.unlink()
+    assert "unfinished run" in complaint("show", half, "--head", "1", "--out", page)
+    assert lorsa("show", trained, "--head", "one", "--out", page) == 2
+    assert not page.exists()
+
+
 def test_a_single_short_paragraph_can_be_trained_on(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = tmp_path / "short.txt"
     short.write_text("One sentence that is shorter than the context.")

@@ -106,9 +106,10 @@ class View {
       const row = body.insertRow(), name = cell(row);
       const word = document.createElement("span");
       word.className = this.name(j) === null ? "soft" : "word";
-      word.textContent = this.name(j) ?? "in between";
+      word.textContent = this.name(j) ?? "added up";
       const back = context.positions[context.before + i] - context.positions[j];
-      name.append(word, this.name(j) === null ? "" : back ? ` ${back} back` : " itself");
+      name.append(word);
+      cell(row, this.name(j) === null ? "" : back ? String(back) : "itself", "n");
       cell(row, signed(z[j]), "n");
       bar(cell(row), Math.abs(z[j]) / size, z[j] < 0 ? "minus" : "plus");
       cell(row, percent(a[j]), "n");
@@ -117,10 +118,10 @@ class View {
     const add = (values) => rest.reduce((sum, j) => sum + values[j], 0);
     if (rest.length) {
       const row = foot.insertRow();
-      cell(row, `${rest.length} others`); cell(row, signed(add(z)), "n"); cell(row); cell(row, percent(add(a)), "n"); cell(row);
+      cell(row, `${rest.length} others`); cell(row, "", "n"); cell(row, signed(add(z)), "n"); cell(row); cell(row, percent(add(a)), "n"); cell(row);
     }
     const row = foot.insertRow();
-    cell(row, context.act[i] ? "activation" : total > 0 ? "sum, not kept" : "sum, not active"); cell(row, signed(total), "n"); cell(row); cell(row, "", "n"); cell(row);
+    cell(row, context.act[i] ? "activation" : total > 0 ? "sum, not kept" : "sum, not active"); cell(row, "", "n"); cell(row, signed(total), "n"); cell(row); cell(row, "", "n"); cell(row);
     this.table.caption.textContent = `z of “${this.name(context.before + i)}” by source`;
     this.top = top.slice(0, 3).map((j) => `${this.name(j) ?? "tokens in between"} ${signed(z[j])}`);
   }
