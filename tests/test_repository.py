@@ -27,8 +27,9 @@ FLOORS = (
     *("lorsa", "sae", "activations"),
     *("initialize", "metrics", "train", "bench"),
     *("units", "heads", "survey", "correspondence", "arithmetic", "topics"),
+    *("examples", "rules", "judges", "autointerp"),
     *("tasks", "circuits", "graph", "faithfulness"),
-    "toy",
+    *("toy", "sparse_toy"),
     *("evidence", "pages", "figures"),
     *("notebook", "reproduce", "cli", "__main__"),
 )

@@ -60,10 +60,10 @@ class View {
 
   key(event) {
     const on = +(event.target.dataset.j ?? this.pinned), first = this.context.before, last = this.tokens.length - 1;
-    const visible = (j, step) => { while (j > first && j < last && !this.tokens[j].offsetParent) j += step; return j; };
-    const to = { ArrowLeft: visible(Math.max(on - 1, first), -1), ArrowRight: visible(Math.min(on + 1, last), 1),
-      Home: visible(first, 1), End: visible(last, -1), Escape: first + this.context.peak }[event.key];
-    if (to === undefined || !this.tokens[to].offsetParent) return;
+    const visible = (j, step) => { while (this.tokens[j] && !this.tokens[j].offsetParent) j += step; return j; };
+    const to = { ArrowLeft: visible(on - 1, -1), ArrowRight: visible(on + 1, 1), Home: visible(first, 1), End: visible(last, -1),
+      Escape: first + this.context.peak }[event.key];
+    if (to === undefined || to < first || to > last) return;
     event.preventDefault();
     this.focus(to);
   }
