@@ -340,6 +340,17 @@ class SparseModel:
             yield
 
 
+def take_apart(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequence[int]) -> SparseModel:
+    """A model with Lorsa heads or SAE features (layer -> module for raw activations) or MHSA heads (layers) as nodes.
+
+    Raises:
+        UserError: see `SparseNodes` and `SparseModel`.
+    """
+    if isinstance(modules, Mapping):
+        return SparseModel(model, {layer: SparseNodes(module, model.site(layer)) for layer, module in modules.items()})
+    return SparseModel(model, {layer: MHSANodes(model.site(layer)) for layer in modules})
+
+
 # ------------------------------------------------------------------------------------------------------------- effects
 
 

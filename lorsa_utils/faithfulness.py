@@ -16,9 +16,11 @@ evaluated with the circuit that its own seed's discovery prompts gave; differenc
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lorsa_utils import circuits
+from lorsa_utils import circuits, store
 from lorsa_utils.circuits import Baseline, SparseModel, SparseNodes
 from lorsa_utils.store import UserError
 from lorsa_utils.tasks import Task
@@ -411,3 +413,76 @@ def _largest_head_effect(model: circuits.LanguageModel, task: Task, layer: int, 
         total += ((outputs[0] - outputs[1]) * gradient[..., None]).sum(dim=(0, 1))
     effects = total / len(task)
     return float(effects[effects.abs().argmax()])
+
+
+# ------------------------------------------------------------------------------------------------------- the whole comparison
+
+
+def usual_sizes(n_nodes: int) -> list[int]:
+    """Circuit sizes to measure: powers of 2 where there are few nodes (MHSA heads), else powers of 4 up to 1,024."""
+    return [2**i for i in range(11) if 2**i <= n_nodes] if n_nodes <= 256 else [4**i for i in range(6)]
+
+
+def compare(
+    kinds: Mapping[str, SparseModel],
+    task: Task,
+    name: str = "logit_difference",
+    ablation: str = "resample",
+    seed: int = 0,
+    random: bool = True,
+    batch_size: int = 32,
+) -> dict[str, Curve]:
+    """Curves of several kinds of nodes on one task, for one draw of prompts.
+
+    Half of the prompts rank the nodes (gradient times activation), the other half measures the circuits.
+
+    Args:
+        kinds: name to model, with the same layers taken apart.
+        task: prompts of one seed.
+        name: of the metric.
+        ablation: see `circuits.baseline`.
+        seed: of the random sets.
+        random: measure, for each kind, random sets of the same sizes as well (faithfulness alone), under `random <name>`.
+        batch_size: prompts at a time.
+
+    Returns:
+        name to curve.
+    """
+    discovery, held_out = task.split()
+    found = {}
+    for label, sparse in kinds.items():
+        reference = circuits.clean_logits(sparse.model, discovery) if name == "kl" else None
+        scores = circuits.attribute(
+            sparse, discovery, circuits.baseline(sparse, discovery, ablation), name, 1, batch_size // 2 or 1, reference
+        )
+        order = ranking(scores, sparse.error_nodes)
+        instead, sizes = circuits.baseline(sparse, held_out, ablation), usual_sizes(sparse.n_nodes)
+        found[label] = measure_curve(sparse, held_out, order, sizes, instead, name, batch_size=batch_size)
+        if random:
+            drawn = random_order(order, seed)
+            found[f"random {label}"] = measure_curve(
+                sparse, held_out, drawn, sizes, instead, name, completeness=False, batch_size=batch_size
+            )
+    return found
+
+
+def save_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
+    """Write curves as one safetensors file."""
+    tensors, about = {}, {}
+    for name, curve in curves.items():
+        about[name] = json.dumps({"sizes": curve.sizes, "parameters": curve.parameters})
+        for part in ("only", "without", "all", "none"):
+            if (value := getattr(curve, part)) is not None:
+                tensors[f"{name}.{part}"] = value
+    store.write_tensors(path, tensors, about)
+
+
+def load_curves(path: str | Path) -> dict[str, Curve]:
+    """Read what `save_curves` wrote."""
+    tensors = store.read_tensors(path)
+    found = {}
+    for name, text in store.read_tensor_metadata(path).items():
+        about = json.loads(text)
+        parts = [tensors.get(f"{name}.{part}") for part in ("only", "without", "all", "none")]
+        found[name] = Curve(tuple(about["sizes"]), tuple(about["parameters"]), *parts)  # type: ignore[arg-type]
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import planted
@@ -180,6 +181,23 @@ def test_collective_feature_is_one_lorsa_head(model: LanguageModel) -> None:
     assert row["sae_cosine"] > 0.99
     assert row["sae_share"] == pytest.approx(1, abs=0.05)
     assert abs(row["mhsa_share"]) < 0.7, "one MHSA head writes half of it"
+
+
+def test_comparison_of_kinds_and_its_file(model: LanguageModel, tmp_path: Path) -> None:
+    kinds = {kind: planted_sparse(model, kind) for kind in circuits.KINDS}
+    curves = faithfulness.compare(kinds, planted.planted_task(n=8), seed=1)
+    assert list(curves) == ["lorsa", "random lorsa", "sae", "random sae", "mhsa", "random mhsa"]
+    assert curves["mhsa"].sizes[:4] == (1, 2, 4, 8)
+    assert len(curves["mhsa"].all) == 4, "half of the prompts are held out"
+    assert float(faithfulness.curve_table(curves).query("nodes == 'mhsa' and size == 4")["faithfulness"].iloc[0]) > 0.9
+    faithfulness.save_curves(curves, tmp_path / "curves.safetensors")
+    again = faithfulness.load_curves(tmp_path / "curves.safetensors")
+    assert set(again) == set(curves)
+    for name, curve in curves.items():
+        assert again[name].sizes == curve.sizes
+        assert again[name].parameters == curve.parameters
+        assert torch.equal(again[name].only, curve.only)
+        assert (again[name].without is None) == name.startswith("random")
 
 
 def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:

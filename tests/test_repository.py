@@ -31,7 +31,7 @@ FLOORS = (
     *("tasks", "circuits", "graph", "faithfulness"),
     *("toy", "sparse_toy"),
     *("evidence", "pages", "figures"),
-    *("notebook", "reproduce", "cli", "__main__"),
+    *("notebook", "gallery", "reproduce", "cli", "__main__"),
 )
 MODULES = sorted((ROOT / PACKAGE).glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
