@@ -22,6 +22,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lorsa_utils import ops
+from lorsa_utils import ops, store
 from lorsa_utils.activations import ActivationBatch, ActivationSource
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import AttentionSite
@@ -255,6 +256,30 @@ def _firings(dictionary: Dictionary, drawn: Tensor, found: Sequence[tuple[np.nda
     return Firings(
         dictionary, drawn.numpy(), number[order], place[order], value[order], sources[order].astype(np.int32), shares[order], similarity
     )
+
+
+def save(path: str | Path, text: Text, firings: Sequence[Firings]) -> None:
+    """Write what the pass recorded as one safetensors file."""
+    tensors = {"tokens": torch.from_numpy(text.tokens), "mask": torch.from_numpy(text.mask)}
+    for number, one in enumerate(firings):
+        tensors |= {f"{number}.{name}": torch.from_numpy(np.ascontiguousarray(getattr(one, name))) for name in _ARRAYS}
+    store.write_tensors(path, tensors)
+
+
+def load(path: str | Path, dictionaries: Sequence[Dictionary], tokenizer: Any) -> tuple[Text, list[Firings]]:
+    """Read what `save` wrote for the same dictionaries in the same order.
+
+    Raises:
+        UserError: the file is missing, damaged, or was made of other dictionaries.
+    """
+    tensors = {name: tensor.numpy() for name, tensor in store.read_tensors(path).items()}
+    if any(f"{number}.units" not in tensors for number in range(len(dictionaries))) or f"{len(dictionaries)}.units" in tensors:
+        raise UserError(f"{path} was made of other dictionaries; delete it and collect again.")
+    firings = [Firings(one, *(tensors[f"{number}.{name}"] for name in _ARRAYS)) for number, one in enumerate(dictionaries)]
+    return _text(tensors["tokens"], tensors["mask"], tokenizer), firings
+
+
+_ARRAYS = ("units", "unit", "place", "value", "sources", "shares", "similarity")
 
 
 # ----------------------------------------------------------------------------------------------------------------- windows

@@ -819,3 +819,56 @@ def weight_map(values: Any, rows: Sequence[str], columns: Sequence[str], *, titl
     figure.update_xaxes(type="category")
     figure.update_yaxes(autorange="reversed", type="category")
     return figure
+
+
+# --------------------------------------------------------------------------------------------------- automated interpretability
+
+
+def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", chance: float = 0.5) -> go.Figure:
+    """Means with intervals over layers, one colour a dictionary, one panel a score; a dashed line at chance.
+
+    Args:
+        data: of `autointerp.summary`: `dictionary`, `layer`, `score`, `mean`, `low`, `high`.
+        title: of the figure.
+        chance: where the dashed line is; correlations have theirs at 0.
+    """
+    scores = list(dict.fromkeys(data["score"]))
+    figure = make_subplots(rows=1, cols=len(scores), subplot_titles=scores, horizontal_spacing=0.08)
+    layers = sorted(set(data["layer"]))
+    for panel, score in enumerate(scores, start=1):
+        place = {"row": 1, "col": panel}
+        for number, (name, part) in enumerate(data[data["score"] == score].groupby("dictionary", sort=False)):
+            error = {"array": part["high"] - part["mean"], "arrayminus": part["mean"] - part["low"], "symmetric": False}
+            x = [layers.index(layer) + 0.14 * number for layer in part["layer"]]
+            # Dictionaries are moved apart, so that intervals do not hide each other.
+            figure.add_scatter(
+                **{"x": x, "y": part["mean"], "error_y": error, "name": str(name), "legendgroup": str(name)},
+                **{"showlegend": panel == 1, "mode": "markers", "marker": _style(number)["marker"], **place},
+            )
+        figure.add_hline(y=0 if score == "simulation" else chance, line={"dash": "dash", "color": "#888888", "width": 1}, **place)
+    ticks = {"tickvals": [i + 0.07 for i in range(len(layers))], "ticktext": [str(layer) for layer in layers]}
+    figure.update_xaxes(title="layer", range=[-0.4, len(layers) - 0.4], **ticks)
+    figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, margin={"t": 110})
+    figure.update_layout(legend={"orientation": "h", "y": 1.22, "x": 1.0, "xanchor": "right"})
+    return figure
+
+
+def score_against(data: pd.DataFrame, x: str, y: str, *, title: str, x_title: str, y_title: str, log: bool = True) -> go.Figure:
+    """One point a unit, one colour a dictionary.
+
+    Args:
+        data: of `autointerp.study`.
+        x: column of the horizontal axis.
+        y: column of the vertical axis, a score with chance at 0.5.
+        title: of the figure.
+        x_title: with its unit.
+        y_title: with its unit.
+        log: whether the horizontal axis is logarithmic.
+    """
+    figure = new_figure(title, x_title, y_title)
+    for number, (name, part) in enumerate(data.groupby("dictionary", sort=False)):
+        marker = _style(number)["marker"] | {"size": 5, "opacity": 0.5}
+        figure.add_scatter(x=part[x], y=part[y], name=str(name), mode="markers", marker=marker)
+    figure.add_hline(y=0.5, line={"dash": "dash", "color": "#888888", "width": 1})
+    figure.update_xaxes(type="log" if log else "linear")
+    return figure

@@ -217,7 +217,7 @@ def explain_request(unit: UnitExamples, strings: Mapping[int, str]) -> Request:
         active.append(f"[{scale}] {windows.marked(row, strings, windows.values[row] > 0.3 * peak)}{of}".replace("\n", "\\n"))
     silent = [windows.marked(row, strings).replace("\n", "\\n") for row in np.flatnonzero(~windows.active).tolist()]
     spread = [silent[index] for index in np.linspace(0, len(silent) - 1, min(SHOWN_SILENT, len(silent))).astype(int).tolist()]
-    return render("explain", 80, active="\n".join(active), silent="\n".join(spread))
+    return render("explain", 50, active="\n".join(active), silent="\n".join(spread))
 
 
 def _numbered(texts: Sequence[str]) -> str:
@@ -397,7 +397,7 @@ class TextJudge(Judge):
         pieces = [windows.pieces(row, strings) for row in range(len(windows))]
         answers = self.ask([simulation_request(explanation.text, some, self.one_by_one) for some in pieces])
         for row, (some, answer) in enumerate(zip(pieces, answers, strict=True)):
-            values = parse_numbers(answer, len(some), 10)
+            values = parse_numbers(f"[{answer}]" if self.one_by_one else answer, len(some), 10)
             self.tally.add(1, int(values is None))
             if values is not None:
                 result[row] = 0
