@@ -24,9 +24,12 @@ from lorsa_utils import __version__
 
 if TYPE_CHECKING:
     from lorsa_utils.activations import ActivationSource
+    from lorsa_utils.circuits import SparseModel
     from lorsa_utils.config import LorsaConfig, SAEConfig
     from lorsa_utils.corpus import Corpus, Sequences
     from lorsa_utils.models import AttentionSite, LanguageModel
+    from lorsa_utils.prompts import Vocabulary
+    from lorsa_utils.tasks import Task
     from lorsa_utils.train import RunSpec, World
 
 PROFILE_NAMES = ("smoke", "laptop", "paper")
@@ -99,6 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
+    _circuit_options(command("circuit", circuit, "Find the nodes that a behaviour needs, and measure how much of it they carry."))
+
     sub = command("bench", bench, "Time training steps against the hardware's floor and plain PyTorch; append rows to a CSV.")
     sub.add_argument("--shape", type=_names, default=["A", "B"], metavar="S", help="A, B, pythia, pythia-1024, llama; several: A,B")
     sub.add_argument("--backend", type=_names, metavar="NAME", help="only these: torch, triton, plain, plain-compiled")
@@ -156,6 +161,26 @@ def _train_options(sub: argparse.ArgumentParser) -> None:
             option = f"--{name.replace('_', '-')}"
             # Without the option the attribute stays away, so that TrainConfig alone knows its defaults.
             sub.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="X", help=f"{text} (default: {default})")
+
+
+def _circuit_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("folders", nargs="*", metavar="DIR", help="run folders of `lorsa train`, one for each layer")
+    sub.add_argument("--nodes", choices=("lorsa", "sae", "mhsa"), default="lorsa", help="what the layers are taken apart into")
+    sub.add_argument("--task", default="induction", metavar="T", help="induction, indirect_object, successor, greater_than, agreement, ...")
+    sub.add_argument("--prompts", metavar="FILE", help="own pairs in place of the task's: JSON lines with clean, corrupted, answer, wrong")
+    sub.add_argument("--layers", type=_layers, metavar="9,17", help="layers of --nodes mhsa, when no DIR names them")
+    sub.add_argument(
+        "--metric", choices=("logit_difference", "loss", "kl"), default="logit_difference", help="what the circuit must keep up"
+    )
+    sub.add_argument("--ablation", choices=("resample", "mean", "zero"), default="resample", help="what removed nodes write instead")
+    sub.add_argument("--pairs", type=_count, default=32, metavar="N", help="pairs of prompts; half of them rank nodes, half measure")
+    sub.add_argument("--graph", metavar="OUT.json", help="trace the first prompt and write its graph for Neuronpedia's viewer")
+    sub.add_argument("--traced", type=_count, default=64, metavar="N", help="nodes of the graph whose inputs are traced")
+    sub.add_argument("--out", metavar="CURVES.csv", help="write the curves as a table as well")
+    sub.add_argument("--seed", type=int, default=0, help="of prompts and random sets")
+    sub.add_argument("--model", metavar="M", help="where the runs' model is now, when it moved; the model itself, when no DIR is given")
+    sub.add_argument("--batch-size", type=_count, default=32, help="prompts in one model pass")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
 def _config_fields(class_name: str) -> list[tuple[str, Any, str, str]]:
@@ -720,6 +745,133 @@ def _documents(text: Sequence[str] | None, trained_on: str | list[str] | None, n
     if not corpus.held_out:
         _note("The run's text is too short to hold a part of it out: results are measured on the training text.")
     return corpus.held_out or corpus.train
+
+
+def circuit(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa circuit`: accuracy, ranking, faithfulness and completeness, errors, and one prompt's graph."""
+    from lorsa_utils import circuits, faithfulness, store, tasks
+
+    began = time.perf_counter()
+    for path in (arguments.graph, arguments.out):
+        if path:
+            store.require_writable(Path(path).parent)
+    sparse, vocabulary = _nodes(arguments)
+    task = _task(arguments, vocabulary)
+    found = tasks.accuracy(circuits.clean_logits(sparse.model, task, arguments.batch_size), task)
+    tasks.require_able(task.name, found)
+    _tell_circuit_cost(sparse, task, faithfulness.usual_sizes(sparse.n_nodes), arguments.batch_size)
+    kind = sparse.kind
+    settings = (arguments.metric, arguments.ablation, arguments.seed)
+    curves = faithfulness.compare({kind: sparse}, task, *settings, batch_size=arguments.batch_size)
+    table = faithfulness.curve_table(curves, arguments.seed)
+    if arguments.out:
+        store.write_text(arguments.out, table.to_csv(index=False))
+    discovery, held_out = task.split()
+    instead = circuits.baseline(sparse, held_out, arguments.ablation)
+    reference = circuits.clean_logits(sparse.model, discovery) if arguments.metric == "kl" else None
+    scores = circuits.attribute(
+        sparse, discovery, circuits.baseline(sparse, discovery, arguments.ablation), arguments.metric, 1, arguments.batch_size, reference
+    )
+    order = faithfulness.ranking(scores, sparse.error_nodes)[:10]
+    effects = circuits.effects(sparse, held_out, order, instead, arguments.metric, arguments.batch_size).mean(dim=1)
+    errors = faithfulness.error_shares(sparse, held_out, instead, arguments.metric, arguments.batch_size).iloc[-1]
+    return {
+        "task": task.name,
+        "nodes": kind,
+        "layers": list(sparse.layers),
+        "accuracy": found,
+        "metric": float(curves[kind].all.mean()),
+        "metric_without_the_layers": float(curves[kind].none.mean()),
+        "error_share": float(errors["errors"]),
+        "circuit": [{"node": str(sparse.node(node)), "effect": float(effect)} for node, effect in zip(order, effects, strict=True)],
+        "curves": [{key: None if value != value else value for key, value in row.items()} for row in table.to_dict("records")],
+        "graph": _graph(arguments, sparse, task, vocabulary) if arguments.graph else None,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
+    """The model with its layers taken apart, and its vocabulary."""
+    from lorsa_utils import circuits, store
+    from lorsa_utils.corpus import _bos_id
+    from lorsa_utils.models import load_model
+    from lorsa_utils.prompts import Vocabulary
+    from lorsa_utils.sae import load_module
+
+    folders = [Path(folder) for folder in arguments.folders]
+    if not folders:
+        if arguments.nodes != "mhsa" or not arguments.layers:
+            raise store.UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
+        model = load_model(arguments.model or "smollm2", device=arguments.device)
+        return circuits.take_apart(model, arguments.layers), Vocabulary(model.tokenizer, _bos_id(model.tokenizer, "auto"))
+    for folder in folders:
+        _require_finished(folder)
+    configs = [store.read_json(folder / "config.json") for folder in folders]
+    if len({config["source"]["model_sha256"] for config in configs}) > 1:
+        raise store.UserError("These runs were trained on different models; give runs of one model.")
+    layers = [config["layer"] for config in configs]
+    if twice := [layer for layer in layers if layers.count(layer) > 1]:
+        raise store.UserError(f"Layer {twice[0]} is given twice; give one run folder for each layer.")
+    model = _model_of_run(folders[0], configs[0]["source"], arguments.model, arguments.device)
+    vocabulary = Vocabulary(model.tokenizer, _bos_id(model.tokenizer, configs[0]["source"]["bos_policy"]))
+    if arguments.nodes == "mhsa":
+        return circuits.take_apart(model, layers), vocabulary
+    modules = {}
+    for folder, config in zip(folders, configs, strict=True):
+        if config["module"]["kind"] != arguments.nodes:
+            raise store.UserError(
+                f"{folder} holds a {config['module']['kind']}, not a {arguments.nodes}; give --nodes or the folder that fits."
+            )
+        modules[config["layer"]] = load_module(folder).to(model.device).requires_grad_(False)
+    return circuits.take_apart(model, modules), vocabulary
+
+
+def _task(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Task:
+    """The task's prompts, or the caller's own."""
+    from lorsa_utils import store, tasks
+
+    if not arguments.prompts:
+        return tasks.make(arguments.task, vocabulary, max(4, arguments.pairs), arguments.seed)
+    path = Path(arguments.prompts)
+    try:
+        pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise store.UserError(f"Cannot read {path} ({error.strerror}); check the path.") from error
+    except ValueError as error:
+        raise store.UserError(f"{path} is not JSON lines ({error}); write one object a line.") from error
+    if len(pairs) < 2 or not all(isinstance(pair, dict) for pair in pairs):
+        raise store.UserError(f"{path} needs at least two pairs, one JSON object a line: half of them rank nodes, half measure.")
+    return tasks.from_texts(vocabulary, path.stem, pairs)
+
+
+def _tell_circuit_cost(sparse: SparseModel, task: Task, sizes: Sequence[int], batch_size: int) -> None:
+    """Say what the curves cost when that is more than a minute."""
+    import torch
+
+    from lorsa_utils import circuits
+
+    part = task.rows(slice(0, batch_size))
+    began = time.perf_counter()
+    circuits.measure(sparse, part, torch.ones(1, sparse.n_nodes, dtype=torch.bool), circuits.baseline(sparse, part), batch_size=batch_size)
+    seconds = (time.perf_counter() - began) / len(part) * len(task) / 2 * (3 * len(sizes) + 20)
+    if seconds > 60:
+        _note(f"About {3 * len(sizes) + 20} passes over {len(task) // 2} prompts: {seconds / 60:.0f} minutes.")
+
+
+def _graph(arguments: argparse.Namespace, sparse: SparseModel, task: Task, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Trace the first prompt and write its graph."""
+    import torch
+
+    from lorsa_utils import circuits, graph
+
+    first = task.rows(slice(0, 1))
+    answers, wrong = ([token for token in side[0].tolist() if token >= 0] for side in (first.answers, first.wrong))
+    trace = graph.Trace(sparse, first.clean[0, : int(first.position[0]) + 1], answers, wrong)
+    found = graph.trace_graph(trace, task.name, vocabulary.tokenizer, n_traced=arguments.traced, progress=True)
+    with torch.no_grad():
+        chance = circuits.clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
+    graph.write_graph(found, arguments.graph, probability=float(chance))
+    return {"path": arguments.graph, "nodes": len(found.nodes), "links": len(found.links), **found.facts}
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:

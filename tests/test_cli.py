@@ -527,3 +527,69 @@ def test_what_commands_print_does_not_reach_stdout(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdout", out)
     assert lorsa("fetch", "--json") == 1
     assert out.getvalue() == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------- circuit
+
+
+@pytest.fixture
+def byte_pairs(tmp_path: Path) -> Path:
+    """Own prompts: single bytes as answers, which a random model prefers by chance; the tests lower the bar."""
+    rng = random.Random(1)
+    letters = "abcdefgh"
+    rows = [
+        {"clean": "".join(rng.choices(letters, k=6)), "corrupted": "".join(rng.choices(letters, k=6)), "answer": "x", "wrong": "y"}
+        for _ in range(8)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("nodes", ["lorsa", "mhsa"])
+def test_circuit_prints_curves(
+    trained: str, byte_pairs: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch, nodes: str
+) -> None:
+    monkeypatch.setattr("lorsa_utils.tasks.require_able", lambda name, found: None)
+    out = tmp_path / "curves.csv"
+    options = ["--prompts", byte_pairs, "--nodes", nodes, "--out", out]
+    graph_file = tmp_path / "graph.json"
+    options += ["--graph", graph_file, "--traced", "4"] if nodes == "lorsa" else []
+    result = answer("circuit", trained, *options)
+    assert result["task"] == "pairs"
+    assert result["layers"] == [1]
+    assert 0 <= result["accuracy"] <= 1
+    assert {row["nodes"] for row in result["curves"]} == {nodes, f"random {nodes}"}
+    assert all({"size", "parameters", "faithfulness", "low", "high", "completeness"} <= set(row) for row in result["curves"])
+    assert len(pd.read_csv(out)) == len(result["curves"])
+    assert all(set(row) == {"node", "effect"} for row in result["circuit"])
+    if nodes == "lorsa":
+        assert json.loads(graph_file.read_text(encoding="utf-8"))["metadata"]["slug"] == "pairs"
+        assert result["graph"]["traced"] == 4
+    else:
+        assert result["error_share"] == pytest.approx(0, abs=1e-6), "MHSA heads leave nothing over"
+
+
+def test_circuit_of_what_has_none(trained: str, byte_pairs: Path, tmp_path: Path, complaint: Any) -> None:
+    assert "No run folder was given" in complaint("circuit")
+    assert "is given twice" in complaint("circuit", trained, trained)
+    assert "not a sae" in complaint("circuit", trained, "--nodes", "sae")
+    assert "no task 'juggling'" in complaint("circuit", trained, "--task", "juggling")
+    assert "check the path" in complaint("circuit", trained, "--prompts", tmp_path / "nowhere.jsonl")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"clean": "ab", "corrupted": "abc", "answer": "x", "wrong": "y"}\n' * 2, encoding="utf-8")
+    assert "equal length" in complaint("circuit", trained, "--prompts", broken)
+    broken.write_text('{"clean": "ab", "corrupted": "cd", "answer": "xx", "wrong": "y"}\n' * 2, encoding="utf-8")
+    assert "is 2 tokens" in complaint("circuit", trained, "--prompts", broken)
+    broken.write_text("nothing", encoding="utf-8")
+    assert "not JSON lines" in complaint("circuit", trained, "--prompts", broken)
+    cannot = tmp_path / "cannot.jsonl"
+    rows = [json.loads(line) for line in byte_pairs.read_text(encoding="utf-8").splitlines()]
+    swapped = [row | {"answer": row["wrong"], "wrong": row["answer"]} for row in rows]
+    for some in (rows, swapped):  # a random model prefers one of the two letters nearly always
+        cannot.write_text("\n".join(json.dumps(row) for row in some), encoding="utf-8")
+        code = lorsa("circuit", trained, "--prompts", cannot, "--nodes", "mhsa")
+        if code == 1:
+            break
+    assert code == 1
+    assert "% of the prompts of cannot" in complaint("circuit", trained, "--prompts", cannot, "--nodes", "mhsa")
