@@ -48,6 +48,10 @@ SHOWN_BEFORE, SHOWN_AFTER = 24, 8
 """Tokens around the chosen one that are shown before a context is opened in full; the main sources are shown too."""
 
 
+PAGES_FILE = "pages.json"
+"""In a folder of pages: a list of {file, layer, head, about}."""
+
+
 def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
     """The page of one head, as HTML.
 
@@ -63,7 +67,7 @@ def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
 
 
 def write_pages(heads: Iterable[Head], folder: str | Path, pages: Sequence[int] = ()) -> dict[int, Path]:
-    """Write the pages of some heads into a folder.
+    """Write the pages of some heads into a folder, and `PAGES_FILE` with a line about each.
 
     Args:
         heads: of `evidence.collect`.
@@ -73,11 +77,13 @@ def write_pages(heads: Iterable[Head], folder: str | Path, pages: Sequence[int] 
     Returns:
         head to its file.
     """
-    target, written = store.require_writable(folder), {}
+    target, written, lines = store.require_writable(folder), {}, []
     for head in heads:
         links = {other: page_name(head.layer, other) for other in pages}
         written[head.head] = target / page_name(head.layer, head.head)
         store.write_text(written[head.head], head_page(head, links))
+        lines.append({"file": written[head.head].name, "layer": head.layer, "head": head.head, "about": describe(head)})
+    store.write_json(target / PAGES_FILE, lines)
     return written
 
 
@@ -364,8 +370,6 @@ def _span(context: Context, column: int, token: str, largest: float, shown: bool
         attributes = ' role="button" tabindex="0"'
     if not shown:
         classes.append("far")
-    if not token.strip():
-        classes.append("ws")
     return f'<span class="{" ".join(classes)}"{style} data-j="{column}"{attributes}>{text(visible(token))}</span>'
 
 

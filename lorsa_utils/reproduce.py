@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 
 from lorsa_utils import notebook, store
 from lorsa_utils.config import Profile, get_profile
+from lorsa_utils.gallery import write_index
 
 CELL_TIMEOUT_SECONDS = {"smoke": 900, "laptop": 3600, "paper": 14 * 24 * 3600}
 """A cell that runs longer is stopped, and its notebook fails."""
@@ -301,91 +301,3 @@ def _write_page(path: Path) -> None:
         return
     page, _ = HTMLExporter().from_filename(str(path))
     store.write_text(path.with_suffix(".html"), page)
-
-
-# -------------------------------------------------------------------------------------------------------------------- page
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-figure { margin: 2rem 0; padding-bottom: 1rem; border-bottom: 1px solid #ddd; }
-figure img, figure iframe { max-width: 100%; border: 0; } figure iframe { width: 640px; height: 560px; }
-figcaption { margin-top: .5rem; } .facts { color: #666; font-size: 13px; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #eee; }
-.PASS { color: #00693e; } .FAIL { color: #b00020; font-weight: bold; }
-"""
-
-
-def write_index(folder: str | Path, profile: str) -> Path:
-    """Write `index.html` for a run folder: every figure with its caption and files, every recorded value with its expectation."""
-    path = Path(folder)
-    results = notebook.read_results(path)
-    records = sorted((store.read_json(file) for file in (path / "figures").glob("*.json")), key=lambda r: (r["notebook"], r["label"]))
-    names = sorted({*results, *(record["notebook"] for record in records)})
-    body = [f"<h1>Lorsa: results of the {_text(profile)} profile</h1>"]
-    if get_profile(profile).is_scaled_down:
-        body.append("<p>Models, data and budgets are scaled down; numbers are not those of the paper's setting.</p>")
-    body.append(_contents(path, names))
-    for name in names:
-        body.append(f'<h2 id="{_text(name)}">{_text(name)}</h2>')
-        body += [_figure(path, record) for record in records if record["notebook"] == name]
-        body.append(_values(results.get(name, {}), name, profile))
-    facts = " ".join(f"{key} {value}" for key, value in notebook.provenance().items())
-    rows = "\n".join(body)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Lorsa, {_text(profile)} profile</title><style>{_STYLE}</style></head>
-<body>
-{rows}
-<p class="facts">{_text(facts)}</p>
-</body></html>
-"""
-    store.write_text(path / "index.html", page)
-    return path / "index.html"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _contents(folder: Path, names: Sequence[str]) -> str:
-    items = []
-    for name in names:
-        files = [f"{name}.html", f"{name}.ipynb", f"{name}.failed.ipynb"]
-        links = ", ".join(_link(file, file.removeprefix(f"{name}.")) for file in files if (folder / file).is_file())
-        items.append(f'<li><a href="#{_text(name)}">{_text(name)}</a> ({links or "not finished"})</li>')
-    return f"<ul>{''.join(items)}</ul>"
-
-
-def _link(target: str, label: str) -> str:
-    return f'<a href="{_text(target)}">{_text(label)}</a>'
-
-
-def _figure(folder: Path, record: dict[str, Any]) -> str:
-    """One figure: its image, or the interactive page in a frame, with caption and links."""
-    label = record["label"]
-    files = {ending: f"figures/{label}.{ending}" for ending in ("png", "html", "csv")}
-    if (folder / files["png"]).is_file():
-        picture = f'<img src="{_text(files["png"])}" alt="{_text(record["caption"])}">'
-    else:
-        picture = f'<iframe src="{_text(files["html"])}" title="{_text(label)}" loading="lazy"></iframe>'
-    links = " · ".join([_link(files["html"], "interactive"), _link(files["csv"], "numbers (CSV)")])
-    about = ("profile", "model", "layer", "tokens", "seed", "commit")
-    facts = " · ".join(f"{key} {record[key]}" for key in about if record.get(key) is not None)
-    caption = f"<figcaption><b>{_text(label)}</b>. {_text(record['caption'])}<br>{links}<br>"
-    return f'<figure>{picture}{caption}<span class="facts">{_text(facts)}</span></figcaption></figure>'
-
-
-def _values(values: dict[str, Any], name: str, profile: str) -> str:
-    """The table of recorded values."""
-    checks = notebook.check_values(values, notebook.expected_values(name, profile))
-    if not checks:
-        return ""
-    rows = "".join(
-        f"<tr><td>{_text(check.key)}</td><td>{_text(_short(check.value))}</td><td>{_text(check.expected)}</td>"
-        f'<td class="{check.word}">{check.word}</td></tr>'
-        for check in checks
-    )
-    return f"<table><tr><th>value</th><th>measured</th><th>expected</th><th></th></tr>{rows}</table>"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

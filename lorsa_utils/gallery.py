@@ -1,0 +1,192 @@
+"""`index.html` of a run folder: every figure beside the paper's claim and our number, pages of heads, every recorded value.
+
+It opens from the disk, offline: pictures and pages lie beside it, and it asks nobody for anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorsa_utils import notebook, store
+from lorsa_utils.config import get_profile
+from lorsa_utils.pages import PAGES_FILE, document, template, text
+
+OTHER = "more"
+"""Where figures are shown whose label names no item of the paper."""
+
+
+def write_index(folder: str | Path, profile: str) -> Path:
+    """Write `index.html` for a run folder.
+
+    Args:
+        folder: of the run.
+        profile: its profile.
+
+    Returns:
+        the page.
+
+    Raises:
+        UserError: a figure's record is damaged, or the folder cannot be written.
+    """
+    path = Path(folder)
+    results, records = notebook.read_results(path), figure_records(path)
+    names = sorted({*results, *(record["notebook"] for record in records)})
+    parts = [_opening(profile), _contents(records), *_plates(path, records, results), _heads(path)]
+    parts += [_notebook(path, name, results.get(name, {}), profile) for name in names]
+    facts = " · ".join(f"{key} {value}" for key, value in notebook.provenance().items())
+    main = f"<header><h1>Lorsa <small>results of the {text(profile)} profile</small></h1></header><main>{''.join(parts)}</main>"
+    frames = "default-src 'none'; frame-src 'self' file:"
+    store.write_text(path / "index.html", document(f"Lorsa, {profile} profile", f"{main}<footer>{text(facts)}</footer>", policy=frames))
+    return path / "index.html"
+
+
+def figure_records(folder: Path) -> list[dict[str, Any]]:
+    """What was noted about each figure of a run whose files are there, by paper item, notebook and label.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    records = []
+    for file in (folder / "figures").glob("*.json"):
+        record = store.read_json(file)
+        if not isinstance(record, dict) or not {"label", "notebook", "caption", "profile"} <= set(record):
+            raise store.UserError(f"{file} is no record of a figure; delete it and run its notebook again.")
+        if file.with_suffix(".html").is_file():
+            records.append(record)
+    return sorted(records, key=lambda record: (_order(item_of(record)), record["notebook"], record["label"]))
+
+
+def item_of(record: Mapping[str, Any]) -> str:
+    """The paper item that a figure's label begins with."""
+    found = re.match(r"([PT]\d+)(?![0-9])", record["label"])
+    return found[1] if found and found[1] in claims() else OTHER
+
+
+def claims() -> dict[str, dict[str, Any]]:
+    """Paper item to its title, the paper's claim and where our numbers are recorded (`notebook/key`)."""
+    return dict(json.loads(template("claims.json")))
+
+
+def _order(item: str) -> int:
+    items = [*claims(), OTHER]
+    return items.index(item)
+
+
+# ------------------------------------------------------------------------------------------------------------------- parts
+
+
+def _opening(profile: str) -> str:
+    if not get_profile(profile).is_scaled_down:
+        return ""
+    return '<p class="lead">Models, data and budgets are scaled down; numbers are not those of the paper\'s setting.</p>'
+
+
+def _contents(records: Sequence[Mapping[str, Any]]) -> str:
+    """All items of the paper, and how many figures each has here."""
+    counts = {item: sum(item_of(record) == item for record in records) for item in claims()}
+    made = [f'<a href="#{item}">{item} {text(claims()[item]["title"])}</a> ({n})' for item, n in counts.items() if n]
+    missing = [f"{item} {text(claims()[item]['title'])}" for item, n in counts.items() if not n]
+    parts = [f"<p><b>Figures</b>: {' · '.join(made) or 'none yet'}</p>"]
+    if missing:
+        parts.append(
+            f'<details class="soft"><summary>{len(missing)} items without a figure in this run</summary>{" · ".join(missing)}</details>'
+        )
+    return "".join(parts)
+
+
+def _plates(folder: Path, records: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    parts, before = [], None
+    for record in records:
+        item = item_of(record)
+        if item != before:
+            parts.append(_item(item, results))
+        parts.append(_plate(folder, record))
+        before = item
+    return parts
+
+
+def _item(item: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    if item == OTHER:
+        return f'<h2 id="{OTHER}">More figures</h2>'
+    about = claims()[item]
+    claim = f'<p class="claim"><b>The paper</b>: {text(about["claim"])}</p>' if about["claim"] else ""
+    return f'<h2 id="{item}">{item} {text(about["title"])}</h2>{claim}{_our_numbers(about.get("numbers", {}), results)}'
+
+
+def _our_numbers(wanted: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> str:
+    found = []
+    for name, place in wanted.items():
+        where, key = place.split("/", 1)
+        if (value := results.get(where, {}).get(key)) is not None:
+            found.append(f"{text(name)} <b>{text(_short(value))}</b>")
+    return f"<p><b>Here</b>: {'; '.join(found)}.</p>" if found else ""
+
+
+def _plate(folder: Path, record: Mapping[str, Any]) -> str:
+    """One figure: its image, or the interactive page in a frame, with caption, facts and links."""
+    label = record["label"]
+    files = {ending: f"figures/{label}.{ending}" for ending in ("png", "html", "csv")}
+    if (folder / files["png"]).is_file():
+        picture = f'<a href="{text(files["html"])}"><img src="{text(files["png"])}" alt="{text(record["caption"])}" loading="lazy"></a>'
+    else:
+        picture = f'<iframe src="{text(files["html"])}" title="{text(label)}" loading="lazy"></iframe>'
+    wanted = [(files["html"], "interactive"), (files["csv"], "numbers (CSV)"), *_notebook_files(folder, record["notebook"])]
+    links = " · ".join(_link(file, name) for file, name in wanted if (folder / file).is_file())
+    about = ("profile", "model", "layer", "tokens", "seed", "commit")
+    facts = " · ".join(f"{key} {record[key]}" for key in about if record.get(key) is not None)
+    number = f"<p><b>Here</b>: {text(record['number'])}</p>" if record.get("number") is not None else ""
+    caption = f'<p><b>{text(label)}</b>. {text(record["caption"])}</p>{number}<p>{links}</p><p class="soft">{text(facts)}</p>'
+    return f'<figure class="plate">{picture}<figcaption>{caption}</figcaption></figure>'
+
+
+def _notebook_files(folder: Path, name: str) -> list[tuple[str, str]]:
+    """The forms a notebook has in the run folder."""
+    files = {f"{name}.html": f"notebook {name}", f"{name}.ipynb": "as .ipynb", f"{name}.failed.ipynb": "failed"}
+    return [(file, label) for file, label in files.items() if (folder / file).is_file()]
+
+
+def _link(target: str, label: str) -> str:
+    return f'<a href="{text(target)}">{text(label)}</a>'
+
+
+def _heads(folder: Path) -> str:
+    """Pages of heads that the run wrote."""
+    file = folder / "heads" / PAGES_FILE
+    if not file.is_file():
+        return ""
+    rows = []
+    for page in store.read_json(file):
+        target, name = f"heads/{page['file']}", f"Layer {page['layer']}, head {page['head']}"
+        if (folder / target).is_file():
+            rows.append(f"<li>{_link(target, name)}: {text(page['about'])}</li>")
+    return f'<h2 id="heads">Pages of heads</h2><ul>{"".join(rows)}</ul>' if rows else ""
+
+
+def _notebook(folder: Path, name: str, values: Mapping[str, Any], profile: str) -> str:
+    links = ", ".join(_link(file, label) for file, label in _notebook_files(folder, name)) or "not finished"
+    return f'<h2 id="{text(name)}">{text(name)}</h2><p>{links}</p>{_values(values, name, profile)}'
+
+
+def _values(values: Mapping[str, Any], name: str, profile: str) -> str:
+    """The table of recorded values."""
+    checks = notebook.check_values(values, notebook.expected_values(name, profile))
+    if not checks:
+        return ""
+    rows = "".join(
+        f"<tr><td>{text(check.key)}</td><td>{text(_short(check.value))}</td><td>{text(check.expected)}</td>"
+        f'<td class="{check.word}">{check.word}</td></tr>'
+        for check in checks
+    )
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("value", "measured", "expected", "result"))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<details><summary>{len(checks)} recorded values</summary><div class="wide">{table}</div></details>'
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_short(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,68 @@
+"""The gallery in a real browser: every picture is drawn, every link leads somewhere, nothing leaves the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+from browsing import Watched, keep_screenshot, open_browser
+from tiny_heads import LAYER, tiny_heads
+
+from lorsa_utils import evidence, figures, gallery, notebook, pages
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as running:
+        yield running
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_pictures_and_links(images: bool, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("LORSA_STATIC_IMAGES", "1")
+    figures.can_draw_png.cache_clear()
+    if not images:
+        monkeypatch.setattr("lorsa_utils.figures.draw_png", lambda figure: None)
+    run = notebook.start("06_head_explorer", "smoke", tmp_path / "run")
+    for label in ("P4_layer_fvu", "P5_table", "more"):
+        run.show(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), label, f"Caption of {label}.")
+    tiny = tiny_heads(tmp_path / "model")
+    chosen = [1, 2, 5]
+    pages.write_pages(
+        evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False), run.folder / "heads", chosen
+    )
+    run.record("x", 1.0)
+    for width in (1200, 400):
+        tab = Watched(browser, width)
+        page = tab.open(gallery.write_index(run.folder, "smoke"))
+        for plate in page.locator("figure.plate").all():
+            plate.scroll_into_view_if_needed()
+            if images:
+                page.wait_for_function("image => image.complete && image.naturalWidth > 300", arg=plate.locator("img").element_handle())
+            else:
+                plate.frame_locator("iframe").locator(".main-svg").first.wait_for(timeout=30_000)
+        assert page.locator("figure.plate").count() == 3
+        assert page.locator("iframe").count() == (0 if images else 3)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        keep_screenshot(page, f"gallery_{'images' if images else 'frames'}_{width}")
+        links = {link.evaluate("link => link.href") for link in page.locator("a").all()}
+        assert len([link for link in links if "/heads/" in link]) == 3
+        for link in sorted(links):
+            if ".html" in link and "#" not in link:
+                other = Watched(browser)
+                other.page.goto(link)
+                assert other.page.locator("h1, .plotly-graph-div").count()
+                assert not other.problems, link
+                assert not other.left
+                other.page.close()
+            elif "#" not in link:
+                assert Path(link.removeprefix("file://")).is_file()
+        assert not tab.problems
+        assert not tab.left
+        page.close()

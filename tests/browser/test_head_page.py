@@ -1,0 +1,216 @@
+"""Head pages in a real browser: what one sees under the pointer and hears with the keyboard is what the module computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import Watched, keep_screenshot, open_browser
+from tiny_heads import DEAD, LAYER, Tiny, tiny_heads
+
+from lorsa_utils import evidence, pages
+from lorsa_utils.evidence import Head
+
+pytestmark = pytest.mark.browser
+NASTY = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_heads(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def heads(tiny: Tiny) -> list[Head]:
+    return list(evidence.collect(tiny.model, LAYER, tiny.lorsa, [5, DEAD], tiny.found, tiny.sequences, progress=False))
+
+
+def value(text: str) -> float:
+    return float(text.replace("−", "-").replace("+", "").replace(" %", ""))
+
+
+def table_of(figure: Any) -> tuple[list[list[str]], list[list[str]]]:
+    """Rows of the body and of the foot of a context's table of sources."""
+    body, foot = (
+        [[cell.inner_text() for cell in row.locator("td").all()] for row in figure.locator(f"{part} tr").all()]
+        for part in ("tbody", "tfoot")
+    )
+    return body, foot
+
+
+def check_table(figure: Any, context: evidence.Context, column: int) -> None:
+    """The table tells the z pattern and the attention of one query."""
+    i = column - context.n_before
+    z, attention = context.z_pattern[i, : column + 1], context.attention[i, : column + 1]
+    body, foot = table_of(figure)
+    order = z.abs().argsort(descending=True, stable=True).tolist()
+    for row, source in zip(body, order, strict=False):
+        shown_z, shown_a = value(row[2]), value(row[4]) / 100
+        assert shown_z == pytest.approx(float(z[source]), abs=0.006)
+        close = [number for number in range(len(z)) if abs(float(z[number]) - shown_z) < 0.006]
+        assert any(abs(float(attention[number]) - shown_a) < 0.006 for number in close)
+    assert value(foot[-1][2]) == pytest.approx(float(z.sum()), abs=0.006), "the last line is the whole activation before the selection"
+
+
+def test_hover_draws_the_z_pattern(browser: Any, heads: list[Head], tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(pages.head_page(heads[0]), encoding="utf-8")
+    tab = Watched(browser)
+    page = tab.open(file)
+    for number in (0, 2, len(heads[0].contexts) - 1):
+        context, figure = heads[0].contexts[number], page.locator(f'[data-context="{number}"]')
+        figure.scroll_into_view_if_needed()
+        peak = context.n_before + context.peak
+        check_table(figure, context, peak)
+        tokens = figure.locator("[data-j][role=button]:visible").all()
+        for token in tokens[:: max(1, len(tokens) // 4)]:
+            token.hover()
+            column = int(token.get_attribute("data-j"))
+            assert "here" in token.get_attribute("class")
+            check_table(figure, context, column)
+            z = context.z_pattern[column - context.n_before, : column + 1]
+            marked = {int(one.get_attribute("data-j")): one for one in figure.locator(".source").all()}
+            shares = (z.abs() / z.abs().sum()).tolist()
+            assert set(marked) >= {j for j, share in enumerate(shares) if share > 0.011}
+            assert not set(marked) & {j for j, share in enumerate(shares) if share < 0.009}
+            for j, one in marked.items():
+                assert ("minus" in one.get_attribute("class")) == (float(z[j]) < 0)
+                if shares[j] > 0.051:
+                    assert value(one.get_attribute("data-z")) == pytest.approx(float(z[j]), abs=0.006)
+        page.locator("h1").hover()
+        check_table(figure, context, peak)
+    keep_screenshot(page, "head_page_1200")
+    assert not tab.problems
+    assert not tab.left
+
+
+def test_keyboard_and_screen_reader(browser: Any, heads: list[Head], tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(pages.head_page(heads[0]), encoding="utf-8")
+    tab = Watched(browser)
+    page = tab.open(file)
+    context = heads[0].contexts[0]
+    figure, live = page.locator('[data-context="0"]'), page.locator("#live")
+    peak = context.n_before + context.peak
+    assert page.locator('.context [role=button][tabindex="0"]').count() == len(heads[0].contexts), (
+        "one stop of the tab key for each context"
+    )
+    figure.locator('[tabindex="0"][role=button]').focus()
+    assert f"activation {float(context.activation[context.peak]):.2f}" in live.inner_text()
+    page.keyboard.press("ArrowLeft")
+    here = int(figure.locator(".here").get_attribute("data-j"))
+    assert here == peak - 1
+    check_table(figure, context, here)
+    assert page.evaluate("document.activeElement.dataset.j") == str(here)
+    page.keyboard.press("Home")
+    first = int(figure.locator(".here").get_attribute("data-j"))
+    assert context.n_before <= first < here
+    page.keyboard.press("Escape")
+    assert int(figure.locator(".here").get_attribute("data-j")) == peak
+    snapshot = page.locator("main").aria_snapshot()
+    assert "radio" in snapshot
+    assert f'group "1. activation {float(context.activation[context.peak]):.2f}"' in snapshot
+    assert "columnheader" in snapshot
+    assert not tab.problems
+
+
+def test_attention_and_whole_contexts_can_be_asked_for(browser: Any, heads: list[Head], tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(pages.head_page(heads[0]), encoding="utf-8")
+    page = Watched(browser).open(file)
+    context, figure = heads[0].contexts[0], page.locator('[data-context="0"]')
+    page.get_by_label("attention of its QK group").check()
+    attention = context.attention[context.peak]
+    for one in figure.locator("[data-z]").all():
+        assert value(one.get_attribute("data-z")) / 100 == pytest.approx(float(attention[int(one.get_attribute("data-j"))]), abs=0.006)
+    assert figure.locator(".far").first.is_hidden()
+    figure.locator(".gap").first.click()
+    assert figure.locator(".far").first.is_visible()
+    other = page.locator('[data-context="1"]')
+    assert other.locator(".far").first.is_hidden()
+    page.get_by_label("whole contexts").check()
+    assert other.locator(".far").first.is_visible()
+    assert other.locator("[data-j]:visible").count() == len(heads[0].contexts[1].tokens)
+
+
+@pytest.mark.parametrize("token", [NASTY, "שלום", "😀", "\u202eabc", '"><img src=x onerror=alert(1)>'])
+def test_token_text_stays_text(token: str, browser: Any, heads: list[Head], tmp_path: Path) -> None:
+    contexts = [dataclasses.replace(one, tokens=[token if text else "" for text in one.tokens]) for one in heads[0].contexts]
+    head = dataclasses.replace(heads[0], contexts=contexts, raised=[(token, 1.0)] * 3, explanation=token)
+    file = tmp_path / "page.html"
+    file.write_text(pages.head_page(head), encoding="utf-8")
+    tab = Watched(browser)
+    page = tab.open(file)
+    figure = page.locator('[data-context="0"]')
+    figure.locator("[tabindex='0']").hover()
+    shown = pages.visible(token)
+    assert figure.locator(".here").inner_text() == shown
+    assert figure.locator("tbody tr .word").first.inner_text() in (shown, "added up")
+    assert page.locator(".card .word").first.inner_text() == shown
+    assert page.locator("img").count() == 0
+    assert not tab.problems, "a dialog would be one"
+    assert not tab.left
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (400, False), (400, True), (320, False)])
+def test_fits_and_can_be_read(width: int, dark: bool, browser: Any, heads: list[Head], tmp_path: Path) -> None:
+    for name, head in (("alive", heads[0]), ("dead", heads[1])):
+        file = tmp_path / f"{name}.html"
+        file.write_text(pages.head_page(head), encoding="utf-8")
+        tab = Watched(browser, width, dark=dark)
+        page = tab.open(file)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out to the right"
+        assert worst_contrast(page) >= 4.5
+        keep_screenshot(page, f"head_page_{name}_{width}_{'dark' if dark else 'light'}")
+        assert not tab.problems
+        page.close()
+
+
+CONTRAST = """() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const over = (colours) => {
+    canvas.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let worst = [99, ""];
+  for (const element of document.querySelectorAll("h1, h2, p, td, th, caption, .t, .word, .soft, .gap, a, label, summary, figcaption")) {
+    if (!element.checkVisibility() || !element.textContent.trim()) continue;
+    const behind = [];
+    for (let node = element; node; node = node.parentElement) behind.unshift(getComputedStyle(node).backgroundColor);
+    const text = light(over([...behind, getComputedStyle(element).color])), back = light(over(behind));
+    const ratio = (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
+    if (ratio < worst[0]) worst = [ratio, element.outerHTML.slice(0, 120)];
+  }
+  return worst;
+}"""
+
+
+def worst_contrast(page: Any) -> float:
+    """The smallest ratio of luminance of text and its background (WCAG asks for 4.5)."""
+    ratio, where = page.evaluate(CONTRAST)
+    print(f"contrast {ratio:.2f} at {where}")
+    return float(ratio)
+
+
+def test_dead_head_says_so(browser: Any, heads: list[Head], tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(pages.head_page(heads[1]), encoding="utf-8")
+    tab = Watched(browser)
+    page = tab.open(file)
+    assert "A dead head" in page.locator(".lead").inner_text()
+    assert page.locator(".context").count() == 0
+    assert not tab.problems
