@@ -186,8 +186,7 @@ def study(
     Raises:
         UserError: more than `judges.MAX_FAILED` of the answers cannot be read, or a scorer is unknown.
     """
-    if unknown := set(scorers) - set(SCORERS):
-        raise UserError(f"Scorer {sorted(unknown)[0]!r} is unknown; known are {', '.join(SCORERS)}.")
+    check_scorers(scorers)
     rows: list[dict[str, Any]] = []
     for one in sets:
         name = f"{one.dictionary.name} {one.dictionary.layer}"
@@ -200,6 +199,16 @@ def study(
         rows += _spread(judge, tasks, f"{name} score", progress)
     judge.tally.check(final=True)
     return pd.DataFrame(rows)
+
+
+def check_scorers(scorers: Sequence[str]) -> None:
+    """Refuse names of scorers that do not exist.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if unknown := sorted(set(scorers) - set(SCORERS)):
+        raise UserError(f"Scorer {unknown[0]!r} is unknown; known are {', '.join(SCORERS)}.")
 
 
 def _spread(judge: Judge, tasks: Sequence[Callable[[], Any]], title: str, progress: bool) -> list[Any]:
@@ -436,6 +445,31 @@ def _compared(one: pd.DataFrame, other: pd.DataFrame, scorer: str, seed: int) ->
         **{"matched_difference": float(matched.mean()), "matched_p": sign_flip_p(matched, seed)},
         "spread": spread,
     }
+
+
+def overall(
+    scores: pd.DataFrame, first: str = "Lorsa", second: str = "SAE", scorers: Sequence[str] = SCORERS, seed: int = 0
+) -> pd.DataFrame:
+    """Difference of `first` and `second`, averaged over the layers that have both: `scorer`, `layers`, `difference`, `low`, `high`.
+
+    The interval is a 95 % bootstrap over units within layers: it holds for these layers, not for layers that were not looked at.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for scorer in (column for column in scorers if column in scores):
+        draws, means = [], []
+        for _, part in scores[scores[scorer].notna()].groupby("layer"):
+            sides = [part.loc[part["dictionary"] == name, scorer].to_numpy(dtype=float) for name in (first, second)]
+            if min(map(len, sides)) >= 2:
+                drawn = [rng.choice(side, (N_DRAWS, len(side))).mean(axis=1) for side in sides]
+                draws.append(drawn[0] - drawn[1])
+                means.append(sides[0].mean() - sides[1].mean())
+        if means:
+            low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
+            rows.append(
+                {"scorer": scorer, "layers": len(means), "difference": float(np.mean(means)), "low": float(low), "high": float(high)}
+            )
+    return pd.DataFrame(rows, columns=["scorer", "layers", "difference", "low", "high"])
 
 
 def outcomes(comparison: pd.DataFrame) -> pd.DataFrame:

@@ -104,6 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     _circuit_options(command("circuit", circuit, "Find the nodes that a behaviour needs, and measure how much of it they carry."))
 
+    _autointerp_options(command("autointerp", autointerp, "Explain units of trained modules and score the explanations."))
+
     sub = command("bench", bench, "Time training steps against the hardware's floor and plain PyTorch; append rows to a CSV.")
     sub.add_argument("--shape", type=_names, default=["A", "B"], metavar="S", help="A, B, pythia, pythia-1024, llama; several: A,B")
     sub.add_argument("--backend", type=_names, metavar="NAME", help="only these: torch, triton, plain, plain-compiled")
@@ -183,6 +185,35 @@ def _circuit_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
+def _autointerp_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("folders", nargs="+", metavar="DIR", help="run folders of `lorsa train`; a Lorsa and an SAE of one layer are compared")
+    sub.add_argument("--backend", choices=("rules", "local", "openai", "replay"), default="rules", help="who explains and judges")
+    sub.add_argument("--out", required=True, metavar="DIR", help="scores, tests and answers; the same folder again goes on there")
+    sub.add_argument("--units", type=_count, default=100, metavar="N", help="units of each module, drawn at random")
+    sub.add_argument(
+        "--judge-model", metavar="M", help="local: as --model (without, the run's own model); openai: the server's name for it"
+    )
+    sub.add_argument("--answers", metavar="FILE", help="replay: answers.jsonl of an earlier run")
+    sub.add_argument("--scorers", type=_names, default=["detection", "fuzzing", "simulation"], metavar="S", help="some of these")
+    sub.add_argument("--yes", action="store_true", help="openai: do not ask before the first question")
+    sub.add_argument("--prices", type=_prices, metavar="IN,OUT", help="openai: prices of a million tokens to read and to write")
+    sub.add_argument("--concurrency", type=_count, default=4, metavar="N", help="openai: questions at a time")
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders; without, the held-out part of the runs' own text")
+    sub.add_argument("--tokens", type=_count, default=50_000, metavar="N", help="at most so many tokens of text")
+    sub.add_argument("--seed", type=int, default=0, help="of all draws")
+    sub.add_argument("--model", metavar="M", help="where the runs' model is now, when it moved")
+    sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _prices(text: str) -> tuple[float, float]:
+    try:
+        read, written = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"two prices, as 0.15,0.60, not {text!r}") from error
+    return read, written
+
+
 def _config_fields(class_name: str) -> list[tuple[str, Any, str, str]]:
     """Name, type, default and docstring of a config's fields, read from its source: importing it would import torch."""
     tree = ast.parse(Path(__file__).with_name("config.py").read_text(encoding="utf-8"))
@@ -242,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 INTERRUPTED = {
     "train": "Stopped; the state is saved, run the same command with --resume to go on.",
     "cache": "Stopped; run the same command again, it goes on where it was.",
+    "autointerp": "Stopped; answers so far are kept, run the same command again.",
     "reproduce": "Stopped; run the same command again, finished notebooks and stages are kept.",
 }
 
@@ -696,14 +728,133 @@ def _table_of_heads(path: str | Path, required: bool) -> Any:
     return table
 
 
-def _tell_eval_cost(model: LanguageModel, sequences: Sequences, batch_size: int) -> None:
-    """Say what three passes over the text cost when that is more than a minute."""
+def autointerp(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa autointerp`: explanations, scores, tests."""
+    import pandas as pd
+
+    from lorsa_utils import autointerp as study
+    from lorsa_utils import examples, judges, store
+    from lorsa_utils.activations import ActivationStream
+
+    began = time.perf_counter()
+    study.check_scorers(arguments.scorers)
+    dictionaries, config = _dictionaries(arguments.folders)
+    out = store.require_writable(arguments.out)
+    if arguments.backend == "openai" and not arguments.judge_model:
+        raise store.UserError("The openai backend needs the name of a model; give it with --judge-model.")
+    if arguments.backend == "replay" and not arguments.answers:
+        raise store.UserError("The replay backend needs recorded answers; give an answers.jsonl with --answers.")
+    answers = judges.Answers(out / "answers.jsonl" if arguments.backend in ("local", "openai") else None)
+    try:
+        judge: judges.Judge | None = None
+        if arguments.backend == "rules":
+            judge = judges.RulesJudge()
+        elif arguments.backend == "replay":
+            judge = judges.ReplayJudge(arguments.answers, arguments.judge_model)
+        elif arguments.backend == "openai":
+            judge = judges.OpenAIJudge(arguments.judge_model, answers, arguments.concurrency)
+        source, folder = config["source"], Path(arguments.folders[0])
+        model = _model_of_run(folder, source, arguments.model, arguments.device)
+        if judge is None:
+            judge = judges.LocalJudge(_judge_model(arguments, model), answers)
+        documents = _documents(arguments.text, source.get("text"), arguments.tokens)
+        sequences = _sequences_of_run(documents, model, source, arguments.tokens, arguments.seed)
+        layers = sorted({one.layer for one in dictionaries})
+        moved = [one._replace(module=one.module.to(model.device).requires_grad_(False)) for one in dictionaries]
+        budget, sites = examples.Budget(units=arguments.units), {layer: model.site(layer) for layer in layers}
+        _tell_eval_cost(model, sequences, arguments.batch_size, passes=1)
+        stream = ActivationStream(model, sequences, layers)
+        text, firings = examples.collect(stream, moved, sites, model.tokenizer, budget, arguments.batch_size, arguments.seed)
+        sets = [examples.examples(one, text, budget, arguments.seed) for one in firings]
+        expected = study.estimate(sets, text, arguments.scorers, prices=arguments.prices)
+        study.confirmed(judge, expected, lambda sentence: _agreed(sentence, arguments.yes))
+        scores = study.study(sets, text, judge, arguments.scorers, seed=arguments.seed)
+    finally:
+        answers.close()
+    with store.atomic_path(out / "scores.parquet") as temporary:
+        scores.to_parquet(temporary, index=False)
+    tests, counts = pd.DataFrame(), pd.DataFrame()
+    if len({one.name for one in dictionaries}) == 2:
+        first, second = sorted({one.name for one in dictionaries}, key=lambda name: name != "Lorsa")
+        with contextlib.suppress(store.UserError):  # no layer has both: there is nothing to test
+            tests = study.compare(scores, first, second, arguments.scorers, arguments.seed)
+            counts = study.outcomes(tests)
+            store.write_text(out / "tests.csv", tests.to_csv(index=False))
+    answer = {
+        "path": str(out),
+        "judge": judge.name + (" (a proxy: no language model)" if judge.is_proxy else ""),
+        "prompts_sha256": judges.prompts_sha256(),
+        "unreadable": f"{judge.tally.failed} of {judge.tally.asked} answers",
+        "constant": study.constant_answer(sets[0]),
+        "scores": _without_nan(study.summary(scores, seed=arguments.seed)),
+        "tests": _without_nan(tests),
+        "outcomes": _without_nan(counts),
+        "left_out": {f"{one.dictionary.name} {one.dictionary.layer}": one.left_out for one in sets},
+        "n_tokens": sequences.n_tokens,
+        "seconds": time.perf_counter() - began,
+    }
+    store.write_json(out / "results.json", answer)
+    return answer
+
+
+def _without_nan(table: Any) -> list[dict[str, Any]]:
+    rows = table.to_dict("records")
+    return [{key: None if isinstance(value, float) and value != value else value for key, value in row.items()} for row in rows]
+
+
+def _dictionaries(folders: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+    """Modules of several run folders that read the same model and text, and the config of the first."""
+    from lorsa_utils import store
+    from lorsa_utils.examples import Dictionary
+    from lorsa_utils.lorsa import Lorsa
+    from lorsa_utils.sae import load_module
+
+    found: list[Dictionary] = []
+    configs: list[dict[str, Any]] = []
+    for folder in map(Path, folders):
+        _require_finished(folder)
+        configs.append(store.read_json(folder / "config.json"))
+        module = load_module(folder)
+        if not isinstance(module, Lorsa) and module.config.kind != "sae":
+            raise store.UserError(f"{folder} holds a transcoder, which has no source tokens; give Lorsa and SAE runs.")
+        name = "Lorsa" if isinstance(module, Lorsa) else "SAE"
+        if any((one.name, one.layer) == (name, configs[-1]["layer"]) for one in found):
+            name = f"{name} {folder.name}"
+        found.append(Dictionary(name, configs[-1]["layer"], module))
+        for key in ("model_sha256", "context", "bos_policy"):
+            if configs[-1]["source"][key] != configs[0]["source"][key]:
+                raise store.UserError(f"{folder} and {folders[0]} differ in {key.removesuffix('_sha256')}; give runs that share it.")
+    return found, configs[0]
+
+
+def _judge_model(arguments: argparse.Namespace, model: LanguageModel) -> LanguageModel:
+    from lorsa_utils.models import load_model
+
+    return load_model(arguments.judge_model, device=arguments.device) if arguments.judge_model else model
+
+
+def _agreed(sentence: str, yes: bool) -> bool:
+    """Tell a cost, and ask a person unless they have agreed beforehand."""
+    from lorsa_utils.store import UserError
+
+    _note(sentence)
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError("Nobody is there to confirm the estimate; add --yes to go on without being asked.")
+    _note("Go on? [y/N]")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _tell_eval_cost(model: LanguageModel, sequences: Sequences, batch_size: int, passes: int = 3) -> None:
+    """Say what passes of the model over the text cost when that is more than a minute."""
     tokens, mask = sequences.tokens[:batch_size].to(model.device), sequences.mask[:batch_size].to(model.device)
     began = time.perf_counter()
     float(model.loss(tokens.long(), mask)[0].sum())  # reading a value waits for the device
-    seconds = 3 * (time.perf_counter() - began) * len(sequences.tokens) / len(tokens)
+    seconds = passes * (time.perf_counter() - began) * len(sequences.tokens) / len(tokens)
     if seconds > 60:
-        _note(f"Three passes over {sequences.n_tokens:,} tokens: about {seconds / 60:.0f} minutes.")
+        times = "Three passes" if passes == 3 else "One pass"
+        _note(f"{times} of the model over {sequences.n_tokens:,} tokens: about {seconds / 60:.0f} minutes.")
 
 
 def _model_of_run(folder: Path, source: Mapping[str, Any], override: str | None, device: str) -> LanguageModel:

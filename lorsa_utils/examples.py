@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from lorsa_utils import ops, store
 from lorsa_utils.activations import ActivationBatch, ActivationSource
+from lorsa_utils.config import SAEConfig
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.sae import SAE
@@ -256,6 +257,28 @@ def _firings(dictionary: Dictionary, drawn: Tensor, found: Sequence[tuple[np.nda
     return Firings(
         dictionary, drawn.numpy(), number[order], place[order], value[order], sources[order].astype(np.int32), shares[order], similarity
     )
+
+
+def planted(text: Text, active: Sequence[np.ndarray], sources_back: Sequence[int]) -> Firings:
+    """Units that are known because they were made up: to see whether explanations and scores find what is there.
+
+    Args:
+        text: of a pass, or made by hand.
+        active: where each unit is active, bool [n_sequences, length] each.
+        sources_back: how many tokens before an active one each unit's source stands.
+    """
+    n = len(active)
+    dictionary = Dictionary("planted", -1, SAE(SAEConfig(d_model=n, n_features=n, k=1)))
+    parts = []
+    for number, (where, back) in enumerate(zip(active, sources_back, strict=True)):
+        row, position = np.nonzero(where & text.mask)
+        sources = np.repeat(np.maximum(position - back, 0)[:, None], N_SOURCES, axis=1)
+        shares = np.zeros((len(row), N_SOURCES), dtype=np.float32)
+        shares[:, 0] = 1
+        parts.append((np.full(len(row), number), row, position, np.ones(len(row), dtype=np.float32), sources, shares))
+    with torch.no_grad():
+        dictionary.module.W_O.copy_(torch.eye(n))
+    return _firings(dictionary, torch.arange(n), parts, text.tokens.shape[1])
 
 
 def save(path: str | Path, text: Text, firings: Sequence[Firings]) -> None:
