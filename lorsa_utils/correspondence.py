@@ -30,6 +30,7 @@ from lorsa_utils import ops
 from lorsa_utils.corpus import Sequences
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import AttentionSite, LanguageModel
+from lorsa_utils.prompts import PromptSet
 from lorsa_utils.store import UserError
 
 PAPER = {
@@ -288,16 +289,32 @@ def pattern_overlaps(
     total, weight = torch.zeros(()), 0
     for tokens, mask in zip(sequences.tokens, sequences.mask, strict=True):
         captured = model.capture(tokens[None].to(model.device, torch.long), sorted({layer, against}))
-        x = captured[layer][0].float()
-        if isinstance(patterns_of, Lorsa):
-            q, k = patterns_of.queries_keys(x)
-            one = ops.attention_pattern(q[0], k[0], patterns_of.attn_scale)
-        else:
-            one = patterns_of.pattern(x)[0]
-        found = overlap(one, site.pattern(captured[against][0].float())[0], mask.to(x.device), without_first)
+        one = _patterns(patterns_of, captured[layer][0].float())
+        found = overlap(one, site.pattern(captured[against][0].float())[0], mask.to(one.device), without_first)
         n = int(mask.sum())
         total, weight = total + n * found.cpu(), weight + n
     return total / weight
+
+
+def _patterns(patterns_of: Lorsa | AttentionSite, x: Tensor) -> Tensor:
+    """Patterns of all QK groups or MHSA heads for one sequence x [1, length, d_model]: [n, length, length]."""
+    if isinstance(patterns_of, Lorsa):
+        q, k = patterns_of.queries_keys(x)
+        return ops.attention_pattern(q[0], k[0], patterns_of.attn_scale)
+    return patterns_of.pattern(x)[0]
+
+
+@torch.no_grad()
+def attention_on_sources(model: LanguageModel, layer: int, patterns_of: Lorsa | AttentionSite, prompts: PromptSet) -> Tensor:
+    """Attention of each QK group (or MHSA head) to the predicted sources, mean over labelled positions, [n]."""
+    found = []
+    for number, tokens in enumerate(prompts.tokens):
+        mine = prompts.positive & (prompts.row == number)
+        if bool(mine.any()):
+            pattern = _patterns(patterns_of, model.capture(tokens[None].to(model.device), [layer])[layer][0].float())
+            on_sources = (pattern[:, prompts.position[mine].to(pattern.device)] * prompts.sources[mine].to(pattern)).sum(dim=2)
+            found.append(on_sources.T.cpu())
+    return torch.cat(found).mean(dim=0)
 
 
 def pattern_table(overlaps: Tensor, baseline: Tensor, n_heads: int) -> pd.DataFrame:

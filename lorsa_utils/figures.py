@@ -563,7 +563,7 @@ def effects(data: pd.DataFrame, title: str = "P7: what removing one head costs")
         data: columns `name`, `labelled`, `labelled_error` and `clear` (whether the effect is told from zero).
         title: of the figure.
     """
-    figure = new_figure(title, "increase of the loss at labelled positions (nats)", "")
+    figure = new_figure(title, "increase of the loss at labelled positions (nats)", "removed")
     ordered = data.sort_values("labelled")
     for number, (clear, name) in enumerate(((True, "above zero (Holm, 5 %)"), (False, "not told from zero"))):
         part = ordered[ordered["clear"] == clear]
@@ -611,7 +611,7 @@ def overlaps(data: pd.DataFrame, title: str = "P13: are QK groups copies of MHSA
         data: columns `pair` (kind of pair) and `overlap`.
         title: of the figure.
     """
-    figure = new_figure(title, "overlap of attention patterns (1: equal)", "")
+    figure = new_figure(title, "overlap of attention patterns (1: equal)", "pair of patterns")
     for number, (pair, part) in enumerate(data.groupby("pair", sort=False)):
         colour = PALETTE[number % len(PALETTE)]
         marker = {"color": colour, "size": 4, "opacity": 0.5}

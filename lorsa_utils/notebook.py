@@ -373,6 +373,25 @@ def main_lorsa(run: Context, model: LanguageModel, source: ActivationCache) -> P
     return trained(run, model, source, {"lorsa": (p.layer, shape)}, train_config(run, p.train_tokens))["lorsa"]
 
 
+def short_config(run: Context) -> TrainConfig:
+    """How the short runs of notebook 02 are trained."""
+    train = train_config(run, run.profile.train_tokens)
+    return train.replace(tokens=max(10_000, train.tokens // 5), log_every=max(1, train.log_every // 2))
+
+
+def short_starts(run: Context, model: LanguageModel, source: ActivationCache) -> dict[str, Path]:
+    """Run folders of the short runs of notebook 02 from both starts, `mhsa` and `random`. Trained now when they are missing."""
+    from lorsa_utils.lorsa import Lorsa
+
+    p = run.profile
+    shape = Lorsa.config_for_site(model.site(p.layer), p.n_heads, p.n_qk, p.k)
+    folders: dict[str, Path] = {}
+    for init in ("mhsa", "random"):
+        name = f"start_{init}"
+        folders |= {init: trained(run, model, source, {name: (p.layer, shape)}, short_config(run).replace(init=init))[name]}
+    return folders
+
+
 LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
 
 

@@ -410,7 +410,7 @@ def removal_effects(
         rows.append(
             {"removed": name, "n": len(chosen), **effect(changed.where(~changed.isnan(), untouched), untouched, prompts, active)._asdict()}
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["removed", "n", *Effect._fields])
 
 
 def _where_active(

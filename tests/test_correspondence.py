@@ -15,7 +15,8 @@ from toys import random_sequences
 from lorsa_utils import correspondence, units
 from lorsa_utils.correspondence import Shares
 from lorsa_utils.lorsa import Lorsa
-from lorsa_utils.models import LanguageModel, load_model
+from lorsa_utils.models import AttentionSite, LanguageModel, load_model
+from lorsa_utils.prompts import PromptSet
 from lorsa_utils.store import UserError
 
 
@@ -160,14 +161,20 @@ def test_overlap(seed: int, without_first: bool) -> None:
     assert correspondence.overlap(i, j, torch.tensor([False] + 6 * [True]))[0, 0] == 0
 
 
-def test_a_copied_group_overlaps_with_its_head(model: LanguageModel) -> None:
-    site = model.site(1)
+def copied_groups(site: AttentionSite) -> Lorsa:
+    """Two QK groups for each MHSA head, with its queries and keys."""
     copied = Lorsa(Lorsa.config_for_site(site, 24, 8, 4))
     with torch.no_grad():
         for target, source in ((copied.W_Q, site.W_Q), (copied.b_Q, site.b_Q)):
             target.copy_(torch.cat([source, source]))
         for target, source in ((copied.W_K, site.expand_kv(site.W_K)), (copied.b_K, site.expand_kv(site.b_K))):
             target.copy_(torch.cat([source, source]))
+    return copied
+
+
+def test_a_copied_group_overlaps_with_its_head(model: LanguageModel) -> None:
+    site = model.site(1)
+    copied = copied_groups(site)
     within = correspondence.pattern_overlaps(model, 1, copied, 1, SEQUENCES)
     other = correspondence.pattern_overlaps(model, 1, copied, 0, SEQUENCES)
     table = correspondence.pattern_table(within, other, site.n_heads)
@@ -178,3 +185,17 @@ def test_a_copied_group_overlaps_with_its_head(model: LanguageModel) -> None:
     own = correspondence.pattern_overlaps(model, 1, site, 1, SEQUENCES, without_first=True)
     assert torch.allclose(own.diagonal(), torch.ones(4), atol=1e-5)
     assert np.allclose(table["others"][0], (within[0].sum() - 1) / 3, atol=1e-5)
+
+
+def test_attention_on_sources(model: LanguageModel) -> None:
+    site = model.site(1)
+    tokens = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    sources = torch.zeros(3, 9, dtype=torch.bool)
+    sources[0, 2] = sources[1, [1, 4]] = True
+    row, position = torch.tensor([0, 1, 1]), torch.tensor([5, 8, 3])
+    found = PromptSet("x", tokens, row, position, sources.any(dim=1), sources, row, ("a", "a"))
+    pattern = site.pattern(model.capture(tokens, [1])[1][0])
+    by_hand = (pattern[0, :, 5, 2] + pattern[1, :, 8, 1] + pattern[1, :, 8, 4]) / 2
+    assert torch.allclose(correspondence.attention_on_sources(model, 1, site, found), by_hand, atol=1e-6)
+    of_copies = correspondence.attention_on_sources(model, 1, copied_groups(site), found)
+    assert torch.allclose(of_copies, by_hand.repeat(2), atol=1e-5)

@@ -18,6 +18,8 @@ LAYERS = pd.DataFrame(
         "ce_recovered": [0.9, 0.8, 0.7, 0.95, 0.9, 0.85],
     }
 )
+EFFECTS = pd.DataFrame({"name": ["a", "b"], "labelled": [0.1, 0.3], "labelled_error": [0.01, 0.2], "clear": [True, False]})
+SHARES = pd.DataFrame({"t": [0.5, 0.5], "one": [0.25, 0.5], "more": [0.75, 0.5], "of": ["heads", "null"]})
 ROWS = [{"tokens": t, "fvu": 1 / t, "dead_fraction": 0.1} for t in (1, 10, 100)]
 
 
@@ -36,6 +38,12 @@ def drawings() -> dict[str, go.Figure]:
         "scatter_fvu": figures.scatter_fvu(pd.DataFrame({"layer": [1, 2, 3], "lorsa": [0.1, 0.2, 0.3], "sae": [0.2, 0.4, 0.6]})),
         "loss_recovered": figures.loss_recovered(LAYERS),
         "sink_bars": figures.sink_bars([0.2, 0.9]),
+        "token_profile": figures.token_profile([0.0, 2.0], ["a", "a"], [1], title="t", y_title="activation"),
+        "share_distribution": figures.share_distribution(pd.DataFrame({"kind": ["a", "a", "b"], "share": [0.1, 0.9, 0.2]}), 0.5),
+        "precision_recall": figures.precision_recall(pd.DataFrame({"kind": ["a", "b"], "precision": [0.6, 0.9], "recall": [0.1, 0.2]})),
+        "effects": figures.effects(EFFECTS),
+        "stacked_shares": figures.stacked_shares(SHARES, "t", ["one", "more"], "of", title="t", x_title="share", y_title="heads"),
+        "overlaps": figures.overlaps(pd.DataFrame({"pair": ["a", "a", "b"], "overlap": [0.1, 0.2, 0.9]})),
         "pattern_heatmap": figures.pattern_heatmap(np.eye(3), ["a", "b", "c"]),
     }
 
@@ -55,6 +63,35 @@ def test_lines_are_one_per_group_in_the_order_of_the_data() -> None:
     assert [trace.name for trace in figure.data] == ["Lorsa", "SAE"]
     assert list(figure.data[1].y) == [0.05, 0.1, 0.2]
     assert len({trace.line.color for trace in figure.data} | {trace.marker.symbol for trace in figure.data}) == 4
+
+
+def test_repeated_tokens_keep_bars_of_their_own() -> None:
+    bars = drawings()["token_profile"].data[0]
+    assert list(bars.x) == ["0 a", "1 a"]
+    assert len(set(bars.marker.color)) == 2, "the marked one has another colour"
+
+
+def test_share_distribution_falls_from_one() -> None:
+    first = drawings()["share_distribution"].data[0]
+    assert (list(first.x), list(first.y)) == ([0.1, 0.9], [1.0, 0.5])
+
+
+def test_effects_are_ordered_with_the_largest_on_top() -> None:
+    figure = drawings()["effects"]
+    assert list(figure.layout.yaxis.categoryarray) == ["a", "b"]
+    clear, rest = figure.data
+    assert (list(clear.y), list(clear.error_x.array)) == (["a"], [0.02])
+    assert list(rest.y) == ["b"]
+
+
+def test_stacked_shares_have_a_panel_for_each_kind_and_fill_them() -> None:
+    figure = drawings()["stacked_shares"]
+    assert [(trace.name, trace.xaxis, trace.y[0]) for trace in figure.data] == [
+        ("one", "x", 0.25),
+        ("more", "x", 0.75),
+        ("one", "x2", 0.5),
+        ("more", "x2", 0.5),
+    ]
 
 
 def test_scatter_tells_the_correlation_from_three_layers_on() -> None:
