@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import planted
 import pytest
 import torch
@@ -9,13 +11,15 @@ from tiny_models import random_tokens, save_tiny_model
 from torch import Tensor
 
 from lorsa_utils import circuits, tasks
+from lorsa_utils.activations import ActivationBatch
 from lorsa_utils.circuits import MHSANodes, Node, SparseModel, SparseNodes
-from lorsa_utils.config import SAEConfig
+from lorsa_utils.config import SAEConfig, TrainConfig
 from lorsa_utils.initialize import initialize
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel, load_model
 from lorsa_utils.sae import SAE
 from lorsa_utils.store import UserError
+from lorsa_utils.train import Run, RunSpec
 
 LAYERS = (0, 2)
 
@@ -190,6 +194,30 @@ def test_planted_sae_features_are_found(model: LanguageModel) -> None:
     task = planted.planted_task(n=2, repeat=True)
     before, after = int(task.clean[0, 2]), int(task.answers[0, 0])
     assert found_nodes(planted_sparse(model, "sae"), task, "zero") == {f"0.{before}", f"1.{after}"}
+
+
+def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(n: int) -> ActivationBatch:
+        tokens = torch.randint(0, planted.N, (n, 10), generator=generator)
+        x, y = model.capture(tokens, [0])[0]
+        counted = torch.ones_like(tokens, dtype=torch.bool)
+        return ActivationBatch(tokens, counted, {0: x}, {0: y}, counted)
+
+    site = model.site(0)
+    train = TrainConfig(tokens=300 * 320, batch_size=32, lr=5e-3, aux_k=16, dead_window=1000)
+    run = Run(RunSpec("planted", 0, Lorsa.config_for_site(site, 4 * planted.N, 4, 1), train, Path()), {}, torch.device("cpu"))
+    run.start(site, batch(64))
+    for _ in range(300):
+        run.train_step(batch(32))
+    module = run.finished_module().requires_grad_(False)
+    sparse, task = SparseModel(model, {0: SparseNodes(module, site)}), planted.planted_task(n=2, repeat=True)
+    exact = circuits.effects(sparse, task, range(sparse.n_nodes), circuits.baseline(sparse, task)).mean(dim=1)
+    size = float(tasks.metric("logit_difference", circuits.clean_logits(model, task), task).mean())
+    assert int((exact.abs() > 0.05 * size).sum()) == 1, "what two MHSA heads write together is one Lorsa head"
+    assert float(exact.max()) > 0.9 * size
+    assert int(exact.argmax()) not in sparse.error_nodes
 
 
 def test_path_goes_through_the_second_head_alone(model: LanguageModel) -> None:
