@@ -247,7 +247,15 @@ def choose_places(found: Survey, head: int, sequences: Sequences, seed: int = 0)
 
 @torch.no_grad()
 def read_context(
-    lorsa: Lorsa, head: int, x: Tensor, kept: tuple[Tensor, Tensor], ids: Sequence[int], place: Place, tokenizer: Any
+    lorsa: Lorsa,
+    head: int,
+    x: Tensor,
+    kept: tuple[Tensor, Tensor],
+    ids: Sequence[int],
+    place: Place,
+    tokenizer: Any,
+    before: int = BEFORE,
+    after: int = AFTER,
 ) -> Context:
     """One window of one text.
 
@@ -259,8 +267,10 @@ def read_context(
         ids: tokens of the text; what follows them in x is padding.
         place: the token in the middle.
         tokenizer: of the model.
+        before: tokens of the window before that one.
+        after: and after it.
     """
-    start, end = max(0, place.position - BEFORE), min(place.position + AFTER + 1, len(ids))
+    start, end = max(0, place.position - before), min(place.position + after + 1, len(ids))
     norm = lorsa.W_O[head].norm()
     attention = lorsa.attention_pattern(x[None], head // lorsa.config.group_size)[0, start:end, :end]
     v = (x[:end] @ lorsa.W_V[head] + lorsa.b_V[head]) * norm

@@ -30,7 +30,7 @@ FLOORS = (
     *("examples", "rules", "judges", "autointerp"),
     *("tasks", "circuits", "graph", "faithfulness"),
     *("toy", "sparse_toy"),
-    *("evidence", "pages", "figures"),
+    *("evidence", "pages", "dashboard", "figures"),
     *("notebook", "gallery", "reproduce", "cli", "__main__"),
 )
 MODULES = sorted((ROOT / PACKAGE).glob("*.py"))
