@@ -732,7 +732,7 @@ _NODE_STYLES = {
 
 
 def attribution_graph(graph: Graph, title: str = "P17: attribution graph", n_labels: int = 12) -> go.Figure:
-    """A graph as read from its file: tokens across, layers up, edges as wide as their weight, errors as diamonds.
+    """A graph as read from its file: tokens across, layers up, errors as diamonds; edges as wide as their share of their target's largest.
 
     Args:
         graph: of `graph.read_graph`.
@@ -743,10 +743,12 @@ def attribution_graph(graph: Graph, title: str = "P17: attribution graph", n_lab
     height = {layer: number for number, layer in enumerate(layers)}
     place = _node_places(graph, height)
     figure = new_figure(title, "token", "layer")
-    largest = max((abs(weight) for *_, weight in graph.links), default=1.0)
-    for source, target, weight in sorted(graph.links, key=lambda link: abs(link[2]))[-300:]:
+    largest: dict[str, float] = {}
+    for _, target, weight in graph.links:
+        largest[target] = max(largest.get(target, 0.0), abs(weight))
+    for source, target, weight in sorted(graph.links, key=lambda link: abs(link[2]) / (largest[link[1]] or 1.0))[-300:]:
         (x0, y0), (x1, y1) = place[source], place[target]
-        share = abs(weight) / largest
+        share = abs(weight) / (largest[target] or 1.0)
         line = {
             "width": 0.3 + 4 * share,
             "color": _faint(PALETTE[0] if weight > 0 else PALETTE[1]).replace("0.15", f"{0.15 + 0.6 * share:.2f}"),
