@@ -166,6 +166,8 @@ class Trace:
         self.inputs = {layer: x.float() for layer, (x, _) in captured.items()}
         self.embedding = _embedding(self.model, self.tokens)
         self.sources = self._list_sources()
+        self.place = {(source.kind, source.layer, source.unit, source.position): number for number, source in enumerate(self.sources)}
+        """(kind, layer, unit, position) -> number of the source."""
 
     def _list_sources(self) -> list[Source]:
         found = [Source("embedding", -1, -1, i, float(row.norm())) for i, row in enumerate(self.embedding)]
@@ -184,10 +186,6 @@ class Trace:
 
     def _module(self, layer: int) -> Any:
         return self.sparse.layers[layer].module  # type: ignore[attr-defined]
-
-    def index(self) -> dict[tuple[str, int, int, int], int]:
-        """(kind, layer, unit, position) -> number of the source."""
-        return {(source.kind, source.layer, source.unit, source.position): number for number, source in enumerate(self.sources)}
 
     def edges(self, targets: Sequence[Target], batch_size: int = 16, progress: bool = False) -> tuple[Tensor, Tensor]:
         """Edges from all sources to some targets.
@@ -539,7 +537,7 @@ def trace_graph(
     began, done = time.perf_counter(), 0
     while done < n_traced:
         reach = _reach(trace, targets, rows)
-        traced = {trace.index()[("unit", *target)] for target in targets[1:]}
+        traced = {trace.place["unit", *target] for target in targets[1:]}
         open_units = sorted((number for number in units if number not in traced), key=lambda number: -float(reach[number]))
         some = open_units[: min(batch_size, n_traced - done)]
         fresh = [Target(*trace.sources[number][1:4]) for number in some]
@@ -563,7 +561,7 @@ def trace_graph(
 
 def _matrix(trace: Trace, targets: Sequence[Target], rows: Sequence[Tensor]) -> Tensor:
     """All edges as a square matrix over sources and, last, the logit."""
-    n, place = len(trace.sources), trace.index()
+    n, place = len(trace.sources), trace.place
     weights = torch.zeros(n + 1, n + 1)
     weights[n, :n] = rows[0]
     for target, row in zip(targets[1:], rows[1:], strict=True):
@@ -573,7 +571,7 @@ def _matrix(trace: Trace, targets: Sequence[Target], rows: Sequence[Tensor]) -> 
 
 def _reach(trace: Trace, targets: Sequence[Target], rows: Sequence[Tensor]) -> Tensor:
     """Influence of every source, without making the square matrix: targets in order of depth."""
-    place = trace.index()
+    place = trace.place
     reach = torch.zeros(len(trace.sources))
     reach += rows[0].abs() / rows[0].abs().sum().clamp_min(1e-12)
     for target, row in sorted(zip(targets[1:], rows[1:], strict=True), key=lambda pair: -pair[0].layer):
@@ -608,7 +606,7 @@ def _pruned(
     reach = torch.cat([_reach(trace, targets, rows), torch.ones(1)])
     kept = keep_cumulative(reach, node_share) | torch.tensor([source.kind == "embedding" for source in trace.sources] + [True])
     kept &= torch.tensor([source.kind != "bias" for source in trace.sources] + [True])
-    place = trace.index()
+    place = trace.place
     ids = [_node_id(trace, source) for source in trace.sources] + [_logit_id(trace)]
     found = []
     for target, row in zip(targets, rows, strict=True):

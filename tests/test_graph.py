@@ -55,7 +55,7 @@ def test_edges_are_linear_and_their_values_are_the_models(tiny: LanguageModel, k
     with torch.no_grad():
         logits = tiny.logits(trace.tokens[None])[0, -1]
     assert float(values[0]) == pytest.approx(float(logits[3] - logits[9]), abs=1e-4)
-    numbers = trace.index()
+    numbers = trace.place
     for target, value in zip(units, values[1:], strict=True):
         assert float(value) == pytest.approx(trace.sources[numbers["unit", *target]].value, abs=1e-4)
     if tiny.config.model_type == "qwen3":  # the one kind here without other biases
@@ -76,7 +76,7 @@ def test_edge_is_the_slope_of_the_frozen_model(tiny: LanguageModel) -> None:
     """Remove half of one source from the frozen model by hand: the logit difference falls by half the edge."""
     trace = random_trace(tiny)
     edges, values = trace.edges([Target(-1, -1, 6)])
-    number = trace.index()["error", 2, -1, 5]
+    number = trace.place["error", 2, -1, 5]
     shift = torch.zeros_like(trace.outputs[2])
     shift[0, 5] = -0.5 * trace.activity[2].error[0, 5]
     # After layer 2, the last attention of a tiny model, only norms and one MLP follow; hold them by their gradient at the clean prompt.
