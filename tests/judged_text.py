@@ -1,0 +1,55 @@
+"""Text made by hand with planted units, for tests of examples, rules and judges."""
+
+from __future__ import annotations
+
+import string
+
+import numpy as np
+
+from lorsa_utils import examples
+from lorsa_utils.examples import Budget, Examples, Text
+
+LENGTH = 32
+SPECIAL = {0: "<bos>", 1: ",", **{2 + digit: str(digit) for digit in range(10)}}
+FIRST_WORD = 20
+BUDGET = Budget(units=20, shown=40, contrast=40, scored=20, least=8)
+
+
+def strings(n_words: int = 600) -> dict[int, str]:
+    """Token texts: comma, digits, and words of four letters, each behind a space."""
+    letters = string.ascii_lowercase[:9]
+    words = [f" {a}{b}{c}x" for a in letters for b in letters for c in letters][:n_words]
+    return SPECIAL | {FIRST_WORD + number: word for number, word in enumerate(words)}
+
+
+def make_text(n: int = 240, seed: int = 0) -> Text:
+    """Different words in every sequence; in half of them a comma, in half a digit, in half one word comes again."""
+    rng = np.random.default_rng(seed)
+    texts = strings()
+    tokens = np.zeros((n, LENGTH), dtype=np.int64)
+    for row in range(n):
+        tokens[row, 1:] = FIRST_WORD + rng.choice(len(texts) - len(SPECIAL), LENGTH - 1, replace=False)
+        places = rng.permutation(np.arange(4, LENGTH - 1))
+        if rng.random() < 0.5:
+            tokens[row, places[0]] = 1
+        if rng.random() < 0.5:
+            tokens[row, places[1]] = rng.integers(2, 12)
+        if rng.random() < 0.5:
+            later, earlier = max(places[2:4]), min(places[2:4])
+            tokens[row, later] = tokens[row, earlier]
+    mask = np.ones_like(tokens, dtype=bool)
+    mask[:, 0] = False
+    return Text(tokens, mask, texts)
+
+
+def planted_sets(n: int = 240, seed: int = 0, budget: Budget = BUDGET) -> tuple[Text, Examples]:
+    """Units that fire on digits, after a comma, and on a word that came before."""
+    text = make_text(n, seed)
+    digits = (text.tokens >= 2) & (text.tokens < 12)
+    after_comma = np.zeros_like(text.mask)
+    after_comma[:, 1:] = text.tokens[:, :-1] == 1
+    again = np.zeros_like(text.mask)
+    for row, column in np.ndindex(text.tokens.shape):
+        again[row, column] = text.tokens[row, column] in text.tokens[row, :column]
+    firings = examples.planted(text, [digits, after_comma, again], [0, 1, 4])
+    return text, examples.examples(firings, text, budget, seed)
