@@ -23,6 +23,7 @@ from plotly.subplots import make_subplots
 from lorsa_utils import store
 
 if TYPE_CHECKING:
+    from lorsa_utils.evidence import Context
     from lorsa_utils.graph import Graph
 
 # Okabe and Ito's palette (2008): told apart with every common colour blindness. Black comes last, it is also the ink.
@@ -874,3 +875,54 @@ def score_against(data: pd.DataFrame, x: str, y: str, *, title: str, x_title: st
     figure.add_hline(y=0.5, line={"dash": "dash", "color": "#888888", "width": 1})
     figure.update_xaxes(type="log" if log else "linear")
     return figure
+
+
+# ------------------------------------------------------------------------------------------------------------ looking at heads
+
+
+def head_context(context: Context, title: str = "P5: one context of a head", n: int = 44) -> go.Figure:
+    """A context as a head page shows it: activation of each token, and z pattern and attention of the token it was chosen for.
+
+    Args:
+        context: of `evidence.read_context`.
+        title: of the figure.
+        n: tokens to draw: the last ones up to the chosen one, with its main sources where these are further back.
+    """
+    peak = context.n_before + context.peak
+    shown = sorted({*range(max(0, peak - n), peak + 1), *context.main_sources})
+    names = [f"{column} {context.tokens[column] or 'added up'}" for column in shown]
+    activation = [0.0] * context.n_before + context.activation.tolist()
+    z, attention = context.z_pattern[context.peak].tolist(), context.attention[context.peak].tolist()
+    panels = (("activation", activation, PALETTE[4]), ("z pattern", z, PALETTE[0]), ("attention", attention, "#767676"))
+    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.04)
+    for row, (name, values, colour) in enumerate(panels, 1):
+        drawn = [values[column] for column in shown]
+        colours = [PALETTE[3] if value < 0 else colour for value in drawn]
+        figure.add_bar(x=names, y=drawn, name=name, marker_color=colours, showlegend=False, row=row, col=1)
+        figure.update_yaxes(title=name, row=row, col=1)
+    figure.update_xaxes(type="category", showgrid=False, tickangle=90, tickfont={"size": 10})
+    figure.update_xaxes(title=f"source tokens, up to “{context.tokens[peak].strip() or 'white space'}”", row=3, col=1)
+    figure.update_layout(template=TEMPLATE, title={"text": title}, height=620)
+    return figure
+
+
+def next_tokens(data: pd.DataFrame, title: str = "P5: next-token probabilities before and after") -> go.Figure:
+    """Bars of `dashboard.steer`: columns `token`, `before` and `after`."""
+    long = data.melt("token", ["before", "after"], var_name="when", value_name="probability")
+    long["token"] = [repr(token) for token in long["token"]]
+    return bars(long, "token", "probability", "when", title=title, x_title="next token", y_title="probability")
+
+
+def head_list(data: pd.DataFrame, title: str = "P5: heads of the layer", n: int = 12) -> go.Figure:
+    """The first rows of a table of heads, as a picture."""
+    rows = data.head(n)
+    percents = {
+        "active (%)": "frequency",
+        "first token (%)": "first_share",
+        "token before (%)": "previous_share",
+        "itself (%)": "self_share",
+    }
+    columns = {"head": rows["head"].astype(str), "family": rows["family"].replace("", "–")}
+    columns |= {name: (100 * rows[key]).map("{:.1f}".format) for name, key in percents.items()}
+    columns["tokens back"] = rows["distance"].map("{:.0f}".format)
+    return toy_table(pd.DataFrame(columns), title, [1, 2, 1, 1, 1, 1, 1])
