@@ -469,8 +469,8 @@ def compare(
 def save_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
     """Write curves as one safetensors file."""
     tensors, about = {}, {}
-    for name, curve in curves.items():
-        about[name] = json.dumps({"sizes": curve.sizes, "parameters": curve.parameters})
+    for number, (name, curve) in enumerate(curves.items()):
+        about[name] = json.dumps({"number": number, "sizes": curve.sizes, "parameters": curve.parameters})
         for part in ("only", "without", "all", "none"):
             if (value := getattr(curve, part)) is not None:
                 tensors[f"{name}.{part}"] = value
@@ -481,8 +481,8 @@ def load_curves(path: str | Path) -> dict[str, Curve]:
     """Read what `save_curves` wrote."""
     tensors = store.read_tensors(path)
     found = {}
-    for name, text in store.read_tensor_metadata(path).items():
-        about = json.loads(text)
+    header = {name: json.loads(text) for name, text in store.read_tensor_metadata(path).items()}
+    for name, about in sorted(header.items(), key=lambda item: item[1]["number"]):
         parts = [tensors.get(f"{name}.{part}") for part in ("only", "without", "all", "none")]
         found[name] = Curve(tuple(about["sizes"]), tuple(about["parameters"]), *parts)  # type: ignore[arg-type]
     return found

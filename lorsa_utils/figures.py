@@ -695,6 +695,9 @@ def circuit_curves(data: pd.DataFrame, x: str = "size", y: str = "faithfulness",
         dash = "dot" if "random" in str(name) else "solid"
         figure.add_scatter(x=part[x], y=part[y], name=str(name), **style)
         figure.data[-1].line.dash = dash
+    # A share of little has wide intervals; they may leave the picture, the lines may not hide in it.
+    low, high = (float(getattr(data[[y, end]], side)().agg(side)) for end, side in zip(ends, ("min", "max"), strict=True))
+    figure.update_yaxes(range=[max(min(low, -0.1), -0.6), min(max(high, 1.1), 1.6)])
     for level in (0.0, 1.0):
         figure.add_hline(y=level, line={"color": "#888888", "dash": "dot", "width": 1})
     figure.update_xaxes(type="log", exponentformat="power")

@@ -65,7 +65,7 @@ class SparseToyConfig(Config):
     """MHSA heads of a layer."""
     d_mlp: int = 128
     """Width of an MLP."""
-    steps: int = 2500
+    steps: int = 1500
     """Training steps of the Transformer."""
     lr: float = 3e-3
     """Its learning rate."""
@@ -79,7 +79,7 @@ class SparseToyConfig(Config):
     """Features of each transcoder."""
     k: int = 8
     """Units kept for each token, in every module."""
-    sparse_steps: int = 1500
+    sparse_steps: int = 1000
     """Training steps of each sparse module."""
     sparse_lr: float = 3e-3
     """Their learning rate."""
