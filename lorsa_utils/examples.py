@@ -449,7 +449,7 @@ def _unit_examples(firings: Firings, number: int, text: Text, half: np.ndarray, 
         hard = _hard_places(firings, number, rows, first_peaks, text, rng)
         hard["random"] = np.flatnonzero(text.mask.ravel())
         found = _silent_places(hard, silent, half, side, length, n, rng)
-        if sum(len(part) for part in found.values()) < budget.least:
+        if sum(len(part) for part in found.values()) < min(budget.least, n):
             return "too few silent windows"
         windows.append(_windows(firings, rows, text, peaks[chosen[side]], quantile[chosen[side]], found))
     lorsa = firings.dictionary.module

@@ -50,6 +50,8 @@ MAX_FAILED = 0.05
 FEWEST_TO_STOP = 40
 """Answers that must have been asked for before the share counts, while a study runs."""
 SHOWN_ACTIVE, SHOWN_SILENT = 10, 5
+LEAST_SHARE = 0.05
+"""A source that is shown to the explainer has this share of the mass, at least."""
 PER_CALL = 5
 """Texts in one question to a chat endpoint."""
 
@@ -211,7 +213,10 @@ def explain_request(unit: UnitExamples, strings: Mapping[int, str]) -> Request:
     active = []
     for row in chosen:
         peak = windows.values[row].max()
-        sources = [json.dumps(strings[int(t)], ensure_ascii=False) for t in windows.sources[row] if int(t) in strings]
+        known = zip(windows.sources[row], windows.shares[row], strict=True)
+        sources = [
+            json.dumps(strings[int(token)], ensure_ascii=False) for token, share in known if int(token) in strings and share >= LEAST_SHARE
+        ]
         of = f" (from {', '.join(sources)})" if sources else ""
         scale = round(10 * peak / unit.maximum)
         active.append(f"[{scale}] {windows.marked(row, strings, windows.values[row] > 0.3 * peak)}{of}".replace("\n", "\\n"))
