@@ -38,6 +38,8 @@ from lorsa_utils.units import final_norm
 
 MAX_LENGTH = 128
 MAX_NODES = 5_000
+_BYTES_AT_ONCE = 3 << 30
+"""What traced targets may take together; with a model, and the edges of `MAX_NODES` at `MAX_LENGTH`, that stays below 8 GiB."""
 
 
 class _Paths(NamedTuple):
@@ -192,13 +194,14 @@ class Trace:
 
         Args:
             targets: units at positions, or the logit difference.
-            batch_size: targets traced in one pass.
+            batch_size: targets traced in one pass, fewer where they need too much memory.
             progress: show a bar.
 
         Returns:
             edges [n_targets, n_sources] and the targets' values [n_targets]. A row sums to its target's value less the model's other
             biases (none in a Llama, but for b_V times the pattern's mass: `constants` has that part of each target).
         """
+        batch_size = max(1, min(batch_size, _BYTES_AT_ONCE // _bytes_of_a_row(self.model, len(self.tokens))))
         rows, values, self.constants = [], [], torch.zeros(len(targets))
         for first in tqdm(range(0, len(targets), batch_size), desc="edges", disable=not progress):
             some = targets[first : first + batch_size]

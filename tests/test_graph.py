@@ -64,6 +64,15 @@ def test_edges_are_linear_and_their_values_are_the_models(tiny: LanguageModel, k
     assert not edges[1, later].any(), "a node gets nothing from its own layer or a later one"
 
 
+def test_little_memory_gives_the_same_edges(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = random_trace(tiny)
+    targets = [Target(-1, -1, 6), a_unit(trace, 2), a_unit(trace, 0)]
+    together, _ = trace.edges(targets)
+    monkeypatch.setattr(graph, "_BYTES_AT_ONCE", 1)
+    apart, _ = trace.edges(targets)
+    assert torch.allclose(together, apart, atol=1e-4)
+
+
 def test_edges_come_from_earlier_positions(tiny: LanguageModel) -> None:
     trace = random_trace(tiny)
     target = next(Target(*source[1:4]) for source in trace.sources if source.kind == "unit" and source.layer == 2 and source.position == 3)
