@@ -321,9 +321,8 @@ def estimate(
                 starts = range(0, len(some), judges.PER_CALL)
                 asked += repeats * [judges.verdict_request(kind, words, some[first : first + judges.PER_CALL]) for first in starts]
             if "simulation" in scorers:
-                asked += [
-                    judges.simulation_request(words, unit.second.pieces(row, text.strings)) for row in range(min(N_SIMULATED, len(texts)))
-                ]
+                n = N_SIMULATED // 2 + min(N_SIMULATED // 2, int((unit.second.kind == "random").sum()))
+                asked += [judges.simulation_request(words, unit.second.pieces(row, text.strings)) for row in range(min(n, len(texts)))]
             calls += len(asked)
             read += sum(len(part) for request in asked for _, part in request.messages) // 4 + 8 * len(asked)
             written += sum(request.max_tokens for request in asked)
