@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PROFILE_NAMES = ("smoke", "laptop", "paper")
 KINDS = ("lorsa", "sae", "transcoder")
+FEW_NODES = 64  # so many nodes of a circuit are ranked by removing each, more by gradients
 # These fields of TrainConfig have options of their own.
 IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that torchrun started
 OWN_OPTIONS = ("tokens", "seed", "freeze_qk", "init", "batch_size")
@@ -913,16 +914,13 @@ def circuit(arguments: argparse.Namespace) -> dict[str, Any]:
     _tell_circuit_cost(sparse, task, faithfulness.usual_sizes(sparse.n_nodes), arguments.batch_size)
     kind = sparse.kind
     settings = (arguments.metric, arguments.ablation, arguments.seed)
-    curves = faithfulness.compare({kind: sparse}, task, *settings, batch_size=arguments.batch_size)
+    curves = faithfulness.compare({kind: sparse}, task, *settings, exact_up_to=FEW_NODES, batch_size=arguments.batch_size)
     table = faithfulness.curve_table(curves, arguments.seed)
     if arguments.out:
         store.write_text(arguments.out, table.to_csv(index=False))
     discovery, held_out = task.split()
     instead = circuits.baseline(sparse, held_out, arguments.ablation)
-    reference = circuits.clean_logits(sparse.model, discovery) if arguments.metric == "kl" else None
-    scores = circuits.attribute(
-        sparse, discovery, circuits.baseline(sparse, discovery, arguments.ablation), arguments.metric, 1, arguments.batch_size, reference
-    )
+    scores = faithfulness.rank_scores(sparse, discovery, arguments.metric, arguments.ablation, FEW_NODES, arguments.batch_size)
     order = faithfulness.ranking(scores, sparse.error_nodes)[:10]
     effects = circuits.effects(sparse, held_out, order, instead, arguments.metric, arguments.batch_size).mean(dim=1)
     errors = faithfulness.error_shares(sparse, held_out, instead, arguments.metric, arguments.batch_size).iloc[-1]

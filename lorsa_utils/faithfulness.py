@@ -430,11 +430,12 @@ def compare(
     ablation: str = "resample",
     seed: int = 0,
     random: bool = True,
+    exact_up_to: int = 0,
     batch_size: int = 32,
 ) -> dict[str, Curve]:
     """Curves of several kinds of nodes on one task, for one draw of prompts.
 
-    Half of the prompts rank the nodes (gradient times activation), the other half measures the circuits.
+    Half of the prompts rank the nodes, the other half measures the circuits.
 
     Args:
         kinds: name to model, with the same layers taken apart.
@@ -443,6 +444,7 @@ def compare(
         ablation: see `circuits.baseline`.
         seed: of the random sets.
         random: measure, for each kind, random sets of the same sizes as well (faithfulness alone), under `random <name>`.
+        exact_up_to: rank by exact effects where there are no more nodes than this, else by gradient times activation.
         batch_size: prompts at a time.
 
     Returns:
@@ -451,11 +453,7 @@ def compare(
     discovery, held_out = task.split()
     found = {}
     for label, sparse in kinds.items():
-        reference = circuits.clean_logits(sparse.model, discovery) if name == "kl" else None
-        scores = circuits.attribute(
-            sparse, discovery, circuits.baseline(sparse, discovery, ablation), name, 1, batch_size // 2 or 1, reference
-        )
-        order = ranking(scores, sparse.error_nodes)
+        order = ranking(rank_scores(sparse, discovery, name, ablation, exact_up_to, batch_size), sparse.error_nodes)
         instead, sizes = circuits.baseline(sparse, held_out, ablation), usual_sizes(sparse.n_nodes)
         found[label] = measure_curve(sparse, held_out, order, sizes, instead, name, batch_size=batch_size)
         if random:
@@ -464,6 +462,17 @@ def compare(
                 sparse, held_out, drawn, sizes, instead, name, completeness=False, batch_size=batch_size
             )
     return found
+
+
+def rank_scores(
+    sparse: SparseModel, task: Task, name: str = "logit_difference", ablation: str = "resample", exact_up_to: int = 0, batch_size: int = 32
+) -> Tensor:
+    """Effects of all nodes on some prompts, [n_prompts, n_nodes]: exact ones where the nodes are few, else gradient times activation."""
+    instead = circuits.baseline(sparse, task, ablation)
+    if sparse.n_nodes <= exact_up_to:
+        return circuits.effects(sparse, task, range(sparse.n_nodes), instead, name, batch_size).T
+    reference = circuits.clean_logits(sparse.model, task, batch_size) if name == "kl" else None
+    return circuits.attribute(sparse, task, instead, name, 1, max(1, batch_size // 2), reference)
 
 
 def save_curves(curves: Mapping[str, Curve], path: str | Path) -> None:

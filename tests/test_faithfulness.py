@@ -200,6 +200,16 @@ def test_comparison_of_kinds_and_its_file(model: LanguageModel, tmp_path: Path) 
         assert (again[name].without is None) == name.startswith("random")
 
 
+def test_few_nodes_are_ranked_by_removing_each(model: LanguageModel) -> None:
+    sparse, task = planted_sparse(model, "mhsa"), planted.planted_task(n=4)
+    exact = faithfulness.rank_scores(sparse, task, exact_up_to=10)
+    assert torch.allclose(exact[:, 3], circuits.effects(sparse, task, [3], circuits.baseline(sparse, task))[0])
+    estimated = faithfulness.rank_scores(sparse, task)
+    assert exact.shape == estimated.shape
+    assert not torch.allclose(exact, estimated)
+    assert {str(sparse.node(i)) for i in faithfulness.ranking(exact, sparse.error_nodes)[:3]} == {"0.0", "0.1", "1.2"}
+
+
 def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
     task = planted.planted_task(n=2)
     sparse = planted_sparse(model, "lorsa")
