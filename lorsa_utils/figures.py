@@ -205,7 +205,8 @@ def pattern_heatmap(pattern: Any, tokens: Sequence[str], title: str = "Attention
     figure.add_heatmap(z=values, x=names, y=names, colorbar={"title": value}, hoverongaps=False, **scale)
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
-    figure.update_layout(height=520)
+    # Token names take the left third of the figure; a title over the map alone would be cut.
+    figure.update_layout(height=520, title={"xref": "container", "x": 0.02})
     return figure
 
 
@@ -535,7 +536,7 @@ def share_distribution(data: pd.DataFrame, bar: float, title: str = "P7: how muc
         figure.add_scatter(x=values, y=above, mode="lines", name=f"{kind} ({len(values)})", line=style)
     figure.add_vline(x=bar, line={"color": "#444444", "dash": "dot"}, annotation_text="bar", annotation_position="top left")
     figure.update_xaxes(range=[0, 1.02])
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", dtick=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
     return figure
 
@@ -660,6 +661,7 @@ def family_map(data: pd.DataFrame, title: str = "P12: which MHSA heads carry whi
     figure = toy_shares(data[heads].to_numpy(), names, title)
     figure.update_xaxes(title="MHSA head")
     figure.update_yaxes(title="family")
+    figure.update_layout(title={"xref": "container", "x": 0.02})
     return figure
 
 
