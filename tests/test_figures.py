@@ -210,3 +210,21 @@ def test_family_map_names_families_with_their_size() -> None:
     figure = figures.family_map(data)
     assert list(figure.data[0].y) == ["induction (12 heads)", "sink (3 heads)"]
     assert np.asarray(figure.data[0].z).tolist() == [[0.9, 0.1], [0.5, 0.5]]
+
+
+def test_score_intervals_have_a_panel_for_each_score() -> None:
+    rows = [(name, layer, score, 0.6, 0.55, 0.7) for score in ("detection", "simulation") for name in ("Lorsa", "SAE") for layer in (1, 17)]
+    data = pd.DataFrame(rows, columns=["dictionary", "layer", "score", "mean", "low", "high"])
+    figure = figures.score_intervals(data)
+    assert [trace.name for trace in figure.data] == ["Lorsa", "SAE", "Lorsa", "SAE"]
+    assert list(figure.data[0].error_y.array) == pytest.approx([0.1, 0.1])
+    assert list(figure.data[0].error_y.arrayminus) == pytest.approx([0.05, 0.05])
+    assert [shape.y0 for shape in figure.layout.shapes] == [0.5, 0]
+    assert list(figure.layout.xaxis.ticktext) == ["1", "17"]
+
+
+def test_score_against_shows_every_unit() -> None:
+    data = pd.DataFrame({"dictionary": ["Lorsa", "SAE", "SAE"], "frequency": [0.1, 0.01, 0.02], "detection": [0.5, 0.6, 0.7]})
+    figure = figures.score_against(data, "frequency", "detection", title="t", x_title="x", y_title="y")
+    assert [len(trace.x) for trace in figure.data] == [1, 2]
+    assert figure.layout.xaxis.type == "log"
