@@ -472,18 +472,16 @@ def attribute(
         clean = sparse.read(part.clean)
         ref = None if reference is None else reference[rows]
         if steps == 1:
-            gradients = _gradients(sparse, part, name, {}, list(sparse.layers), ref)
+            slopes = gradients(sparse, part, name, {}, list(sparse.layers), ref)
         else:
-            gradients = {
-                layer: _mean_gradient(sparse, part, name, layer, clean[layer], other[layer], steps, ref) for layer in sparse.layers
-            }
+            slopes = {layer: _mean_gradient(sparse, part, name, layer, clean[layer], other[layer], steps, ref) for layer in sparse.layers}
         for layer, columns in sparse.columns.items():
-            change = clean[layer].along(gradients[layer]) - other[layer].along(gradients[layer])
+            change = clean[layer].along(slopes[layer]) - other[layer].along(slopes[layer])
             found[rows, columns] = change.sum(dim=1).cpu()
     return found
 
 
-def _gradients(
+def gradients(
     sparse: SparseModel, task: Task, name: str, shifts: Mapping[int, Tensor], layers: Sequence[int], reference: Tensor | None
 ) -> dict[int, Tensor]:
     """Gradient of the summed metric with respect to what layers write, where some outputs are shifted: [batch, length, d_model] each."""
@@ -509,7 +507,7 @@ def _mean_gradient(
     every = torch.ones(1, 1, sparse.layers[layer].n + 1, dtype=torch.bool, device=sparse.model.device)
     change = other.written(every) - clean.written(every)
     shares = [(step + 0.5) / steps for step in range(steps)]
-    parts = [_gradients(sparse, task, name, {layer: share * change}, [layer], reference)[layer] for share in shares]
+    parts = [gradients(sparse, task, name, {layer: share * change}, [layer], reference)[layer] for share in shares]
     return torch.stack(parts).mean(dim=0)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lorsa_utils import circuits, store
 from lorsa_utils.circuits import Baseline, SparseModel, SparseNodes
+from lorsa_utils.models import LanguageModel
 from lorsa_utils.store import UserError
 from lorsa_utils.tasks import Task
 
@@ -386,33 +387,37 @@ def collective_effects(
     match, cosine = match_units(lorsa, sae)
     own = circuits.effects(lorsa, task, nodes, instead, batch_size=batch_size).mean(dim=1)
     features = circuits.effects(sae, task, match[list(nodes)].tolist(), instead_sae, batch_size=batch_size).mean(dim=1)
+    places = [lorsa.node(node) for node in nodes]
+    single: dict[int, float] = {}
+    for layer in sorted({place.layer for place in places}):
+        mine = [number for number, place in enumerate(places) if place.layer == layer]
+        write = lorsa.layers[layer].module.W_O[[places[number].unit for number in mine]]  # type: ignore[attr-defined]
+        found = _largest_head_effects(model, task, layer, torch.nn.functional.normalize(write, dim=1), batch_size)
+        single |= dict(zip(mine, found, strict=True))
     rows = []
     for number, node in enumerate(nodes):
-        layer, unit = lorsa.node(node)
-        direction = torch.nn.functional.normalize(lorsa.layers[layer].module.W_O[unit], dim=0)  # type: ignore[attr-defined]
-        single = _largest_head_effect(model, task, layer, direction, batch_size)
         effect = float(own[number])
-        row = {"node": str(lorsa.node(node)), "mhsa_heads": int(heads_needed[number]), "lorsa": effect, "sae": float(features[number])}
-        row |= {"sae_cosine": float(cosine[node]), "mhsa": single}
-        rows.append(row | {"sae_share": float(features[number]) / effect, "mhsa_share": single / effect})
+        row = {"node": str(places[number]), "mhsa_heads": int(heads_needed[number]), "lorsa": effect, "sae": float(features[number])}
+        row |= {"sae_cosine": float(cosine[node]), "mhsa": single[number]}
+        rows.append(row | {"sae_share": float(features[number]) / effect, "mhsa_share": single[number] / effect})
     return pd.DataFrame(rows)
 
 
-def _largest_head_effect(model: circuits.LanguageModel, task: Task, layer: int, direction: Tensor, batch_size: int) -> float:
-    """Largest fall of the logit difference when one MHSA head's part along a direction is that of the corrupted prompt.
+def _largest_head_effects(model: LanguageModel, task: Task, layer: int, directions: Tensor, batch_size: int) -> list[float]:
+    """Largest fall of the logit difference when one MHSA head's part along a direction is the corrupted prompt's, for each [n, d_model].
 
     To first order, by the gradient at the clean prompt: the parts are small, and there are many of them.
     """
     site = model.site(layer)
-    total = torch.zeros(site.n_heads, device=direction.device)
-    heads = circuits.SparseModel(model, {layer: circuits.MHSANodes(site)})
+    total = torch.zeros(site.n_heads, len(directions), device=directions.device)
+    heads = circuits.take_apart(model, [layer])
     for first in range(0, len(task), batch_size):
         part = task.rows(slice(first, first + batch_size))
-        gradient = circuits._gradients(heads, part, "logit_difference", {}, [layer], None)[layer] @ direction
-        outputs = [site.head_outputs(model.capture(side, [layer])[layer][0].float()) @ direction for side in (part.clean, part.corrupted)]
-        total += ((outputs[0] - outputs[1]) * gradient[..., None]).sum(dim=(0, 1))
+        gradient = circuits.gradients(heads, part, "logit_difference", {}, [layer], None)[layer]
+        clean, corrupted = (site.head_outputs(model.capture(side, [layer])[layer][0].float()) for side in (part.clean, part.corrupted))
+        total += torch.einsum("blhd,nd,ble,ne->hn", clean - corrupted, directions, gradient, directions)
     effects = total / len(task)
-    return float(effects[effects.abs().argmax()])
+    return effects.gather(0, effects.abs().argmax(dim=0, keepdim=True))[0].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- the whole comparison
