@@ -32,7 +32,7 @@ MAX_CONDITIONS = 3
 COST = 0.01
 """Rise of the objective that each condition has to bring."""
 BEAM = 20
-CAUTION = (0.5, 1.0, 1.5)
+CAUTION = (1.0, 1.5, 2.0)
 """Standard errors by which a term of one, two or three conditions must be better than nothing: there are many more of the long ones."""
 
 
