@@ -264,8 +264,13 @@ def agreement(exact: Tensor, estimates: Mapping[str, Tensor]) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def match_units(one: SparseModel, other: SparseModel) -> tuple[Tensor, Tensor]:
+def match_units(one: SparseModel, other: SparseModel, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """For every node of one model the node of the other, in the same layer, that writes most nearly the same direction.
+
+    Args:
+        one: with Lorsa heads or SAE features.
+        other: the same or another kind, at the same layers.
+        among: mask [n_nodes] of nodes of the other that may be matched; all without it.
 
     Returns:
         match [n_nodes] and cosine [n_nodes]; error nodes match error nodes with cosine 1.
@@ -278,8 +283,11 @@ def match_units(one: SparseModel, other: SparseModel) -> tuple[Tensor, Tensor]:
         if not all(isinstance(nodes, SparseNodes) for nodes in sides):
             raise UserError("MHSA heads have no write direction of their own; match Lorsa heads or SAE features.")
         write = [torch.nn.functional.normalize(nodes.module.W_O.detach(), dim=1) for nodes in sides]  # type: ignore[attr-defined]
-        best = (write[0] @ write[1].T).max(dim=1)
         first = other.columns[layer].start
+        alike = write[0] @ write[1].T
+        if among is not None:
+            alike[:, ~among[first : other.columns[layer].stop - 1]] = -torch.inf
+        best = alike.max(dim=1)
         match[columns.start : columns.stop - 1] = (best.indices + first).cpu()
         cosine[columns.start : columns.stop - 1] = best.values.cpu()
         match[columns.stop - 1] = other.columns[layer].stop - 1
@@ -368,7 +376,7 @@ def collective_effects(
     """Is a feature that several MHSA heads write together one unit? Remove it as one, as an SAE feature, head by head.
 
     For every chosen Lorsa head the fall of the metric when the following is resampled, where it is active or would be: the Lorsa head; the
-    SAE feature that writes most nearly its direction; of each MHSA head the part along its write direction (the largest is shown).
+    SAE feature that writes most nearly its direction among those that do anything on the task; of each MHSA head the part along its write direction (the largest is shown).
 
     Args:
         lorsa: with Lorsa heads.
@@ -384,7 +392,7 @@ def collective_effects(
     """
     model = lorsa.model
     instead, instead_sae = circuits.baseline(lorsa, task, kind), circuits.baseline(sae, task, kind)
-    match, cosine = match_units(lorsa, sae)
+    match, cosine = match_units(lorsa, sae, rank_scores(sae, task, "logit_difference", kind).abs().sum(dim=0) > 0)
     own = circuits.effects(lorsa, task, nodes, instead, batch_size=batch_size).mean(dim=1)
     features = circuits.effects(sae, task, match[list(nodes)].tolist(), instead_sae, batch_size=batch_size).mean(dim=1)
     places = [lorsa.node(node) for node in nodes]
