@@ -375,8 +375,9 @@ def collective_effects(
 ) -> pd.DataFrame:
     """Is a feature that several MHSA heads write together one unit? Remove it as one, as an SAE feature, head by head.
 
-    For every chosen Lorsa head the fall of the metric when the following is resampled, where it is active or would be: the Lorsa head; the
-    SAE feature that writes most nearly its direction among those that do anything on the task; of each MHSA head the part along its write direction (the largest is shown).
+    For every chosen Lorsa head the fall of the metric when the following is resampled: the Lorsa head; the SAE feature that writes most
+    nearly its direction among those that do anything on the task; of each MHSA head the part along its write direction (the largest is
+    shown).
 
     Args:
         lorsa: with Lorsa heads.
