@@ -82,6 +82,7 @@ def measure_curve(
     name: str = "logit_difference",
     completeness: bool = True,
     keep_errors: bool = False,
+    ends: Curve | None = None,
     batch_size: int = 32,
 ) -> Curve:
     """Faithfulness and completeness of the first nodes of a ranking.
@@ -95,6 +96,7 @@ def measure_curve(
         name: of the metric.
         completeness: measure that as well (as many passes again).
         keep_errors: let the error nodes be part of every circuit.
+        ends: another curve on the same prompts, whose `all` and `none` need not be measured again.
         batch_size: prompts at a time.
 
     Raises:
@@ -106,14 +108,15 @@ def measure_curve(
     errors = sparse.mask(sparse.error_nodes)
     chosen = torch.stack([sparse.mask(list(order[:size])) for size in sizes])
     outside = ~(chosen | errors) if keep_errors else ~chosen
-    sets = [sparse.mask([])[None], torch.ones_like(chosen[:1]), outside, *([chosen] if completeness else [])]
+    sets = [outside, *([chosen] if completeness else [])]
+    sets += [] if ends else [sparse.mask([])[None], torch.ones_like(chosen[:1])]
     reference = circuits.clean_logits(sparse.model, task, batch_size) if name == "kl" else None
     found = circuits.measure(sparse, task, torch.cat(sets), instead, name, reference, batch_size)
-    everything, none, n = found[0], found[1], len(sizes)
+    everything, none = (ends.all, ends.none) if ends else (found[-2], found[-1])
     if abs(float((everything - none).mean())) < 1e-6:
         raise UserError("Removing all nodes of these layers does not change the metric, so no circuit can be found in them; choose others.")
-    parameters = tuple(float(sparse.parameters(order[:size])) for size in sizes)
-    return Curve(tuple(sizes), parameters, found[2 : 2 + n], found[2 + n :] if completeness else None, everything, none)
+    parameters, n = tuple(float(sparse.parameters(order[:size])) for size in sizes), len(sizes)
+    return Curve(tuple(sizes), parameters, found[:n], found[n : 2 * n] if completeness else None, everything, none)
 
 
 def pool(curves: Sequence[Curve]) -> Curve:
@@ -443,7 +446,7 @@ def compare(
     name: str = "logit_difference",
     ablation: str = "resample",
     seed: int = 0,
-    random: bool = True,
+    random: Sequence[str] | None = None,
     exact_up_to: int = 0,
     batch_size: int = 32,
 ) -> dict[str, Curve]:
@@ -457,7 +460,7 @@ def compare(
         name: of the metric.
         ablation: see `circuits.baseline`.
         seed: of the random sets.
-        random: measure, for each kind, random sets of the same sizes as well (faithfulness alone), under `random <name>`.
+        random: kinds (all by default) of which random sets of the same sizes are measured as well, faithfulness alone, as `random <name>`.
         exact_up_to: rank by exact effects where there are no more nodes than this, else by gradient times activation.
         batch_size: prompts at a time.
 
@@ -465,16 +468,16 @@ def compare(
         name to curve.
     """
     discovery, held_out = task.split()
-    found = {}
+    found: dict[str, Curve] = {}
     for label, sparse in kinds.items():
         order = ranking(rank_scores(sparse, discovery, name, ablation, exact_up_to, batch_size), sparse.error_nodes)
         instead, sizes = circuits.baseline(sparse, held_out, ablation), usual_sizes(sparse.n_nodes)
-        found[label] = measure_curve(sparse, held_out, order, sizes, instead, name, batch_size=batch_size)
-        if random:
-            drawn = random_order(order, seed)
-            found[f"random {label}"] = measure_curve(
-                sparse, held_out, drawn, sizes, instead, name, completeness=False, batch_size=batch_size
-            )
+        # Without any node all kinds give the corrupted layers under resampling, so the first curve's ends serve all.
+        ends = next(iter(found.values()), None) if ablation == "resample" else None
+        found[label] = measure_curve(sparse, held_out, order, sizes, instead, name, ends=ends, batch_size=batch_size)
+        if random is None or label in random:
+            drawn, known = random_order(order, seed), found[label]
+            found[f"random {label}"] = measure_curve(sparse, held_out, drawn, sizes, instead, name, False, False, known, batch_size)
     return found
 
 
