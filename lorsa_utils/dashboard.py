@@ -329,7 +329,7 @@ class Explorer:
         self._read()
 
     def _build(self, w: Any, sentence: str) -> None:
-        wide, style = {"width": "60rem"}, {"description_width": "7rem"}
+        wide, style = {"width": "100%", "max_width": "60rem"}, {"description_width": "7rem"}
         families = [("all", ""), *((family.label, key) for key, family in FAMILIES.items()), ("without a name", "-")]
         self.layer = w.Dropdown(options=list(self.views), description="layer", style=style)
         self.family = w.Dropdown(options=families, description="family", style=style)
@@ -338,7 +338,7 @@ class Explorer:
         )
         self.order = w.Dropdown(options=list(ORDERS), description="sort by", style=style)
         self.dead = w.Checkbox(description="dead heads too", indent=False)
-        self.count, self.heads = w.HTML(), w.Select(options=[], rows=12, layout=wide, description="heads", style=style)
+        self.count, self.heads = w.HTML(), w.Select(options=[], rows=12, layout=wide, tooltip="heads")
         self.head = w.BoundedIntText(value=0, min=0, max=self.view.lorsa.n_units - 1, description="head", style=style)
         self.sentence = w.Textarea(value=sentence, description="sentence", continuous_update=True, layout=wide, style=style)
         self.token = w.IntSlider(value=0, min=0, max=0, description="token", layout=wide, style=style)

@@ -91,12 +91,13 @@ def run_all(browser: Any, address: str, name: str, minutes: float) -> Watched:
     return tab
 
 
-ANSWER_TIME = """([input, output, change]) => new Promise((resolve) => {
+ANSWER_TIME = """([input, output, change]) => new Promise((resolve, reject) => {
   let began = 0;
   const seen = new MutationObserver(() => {
     if (began) { seen.disconnect(); requestAnimationFrame(() => resolve(performance.now() - began)); }
   });
   seen.observe(output, { childList: true, subtree: true, characterData: true });
+  setTimeout(() => reject(new Error("the list did not change")), 20000);
   began = performance.now();
   if (input.tagName === "SELECT") input.selectedIndex = change; else input.value = change;
   input.dispatchEvent(new Event(input.tagName === "SELECT" ? "change" : "input", { bubbles: true }));
