@@ -499,7 +499,7 @@ def save_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
         about[name] = json.dumps({"number": number, "sizes": curve.sizes, "parameters": curve.parameters})
         for part in ("only", "without", "all", "none"):
             if (value := getattr(curve, part)) is not None:
-                tensors[f"{name}.{part}"] = value
+                tensors[f"{name}.{part}"] = value.clone()  # curves share their ends, a file may not
     store.write_tensors(path, tensors, about)
 
 
