@@ -42,6 +42,7 @@ PUBLIC_TWO_LAYERS = "JackFram/llama-68m"
 """A public two-layer Llama on the Hugging Face Hub (d_model 768, 12 heads): `models.load_model(PUBLIC_TWO_LAYERS)` in place of the toy."""
 
 BOS = 0
+N_RANDOM = 5
 RULES = ("successor", "skip-bigram", "induction", "free")
 
 
@@ -443,6 +444,8 @@ def _large(values: Tensor, least: float) -> list[int]:
 def cut_table(sparse: SparseTransformer, circuit: InductionCircuit, sample: Sample, seed: int = 0) -> pd.DataFrame:
     """Losses by rule: original, sparse, with the circuit cut, with each of its layers cut, with as many random live heads cut instead.
 
+    The random row is the mean over `N_RANDOM` draws.
+
     Returns:
         one row a model: `model`, `heads` (left out), `all` and one column for each rule.
     """
@@ -450,22 +453,29 @@ def cut_table(sparse: SparseTransformer, circuit: InductionCircuit, sample: Samp
     whole = circuit.cut()
     first, second = ("attention", 0), ("attention", 1)
     live = {("attention", layer): _live(sparse, layer, sample.tokens) for layer in (0, 1)}
-    drawn = {}
-    for place, heads in whole.items():
-        others = live[place][~torch.isin(live[place], heads)]
-        drawn[place] = others[torch.randperm(len(others), generator=generator)[: len(heads)]]
     cuts: dict[str, dict[tuple[str, int], Tensor]] = {
         "sparse": {},
         "circuit cut": whole,
         "first layer's heads cut": {first: whole[first]},
         "second layer's heads cut": {second: whole[second]},
-        "random heads cut": drawn,
     }
     rows = [{"model": "original", "heads": 0, **rule_losses(sparse.model, sample)}]
     for name, cut in cuts.items():
         with sparse.installed(cut):
             rows.append({"model": name, "heads": sum(len(heads) for heads in cut.values()), **rule_losses(sparse.model, sample)})
+    by_chance = []
+    for _ in range(N_RANDOM):
+        drawn = {place: _others(live[place], heads, generator) for place, heads in whole.items()}
+        with sparse.installed(drawn):
+            by_chance.append({"heads": sum(len(heads) for heads in drawn.values()), **rule_losses(sparse.model, sample)})
+    rows.append({"model": "random heads cut", **pd.DataFrame(by_chance).mean().to_dict()})
     return pd.DataFrame(rows)
+
+
+def _others(live: Tensor, heads: Tensor, generator: torch.Generator) -> Tensor:
+    """As many live heads as there are in a set, none of them in it."""
+    others = live[~torch.isin(live, heads)]
+    return others[torch.randperm(len(others), generator=generator)[: len(heads)]]
 
 
 def _live(sparse: SparseTransformer, layer: int, tokens: Tensor) -> Tensor:
