@@ -72,7 +72,7 @@ class Budget:
     """Classes of activation."""
     least: int = 12
     """Active windows, and silent ones, that a unit must have in each half."""
-    oversampling: int = 5
+    oversampling: int = 4
     """Units recorded for each one explained: some are dead, too rare or too dense."""
 
 
@@ -198,42 +198,46 @@ def _text(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any) -> Text:
 
 def _record(dictionary: Dictionary, site: AttentionSite, batch: ActivationBatch, drawn: Tensor, first: int) -> tuple[np.ndarray, ...]:
     """Activations of the drawn units on one batch: number of the unit, sequence, position, value, sources, shares."""
-    module, layer = dictionary.module, dictionary.layer
-    device = module.W_O.device
-    x, y = (side[layer].to(device).float() for side in (batch.inputs, batch.outputs))
-    indices, values = module.encode(x if isinstance(module, Lorsa) else y)
+    module, device = dictionary.module, dictionary.module.W_O.device
+    x, y = (side[dictionary.layer].to(device).float() for side in (batch.inputs, batch.outputs))
     number = torch.full((module.n_units,), -1, dtype=torch.long, device=device)
     number[drawn.to(device)] = torch.arange(len(drawn), device=device)
-    kept = (values != 0) & (number[indices] >= 0) & batch.mask.to(device)[..., None]
-    row, position, slot = kept.nonzero(as_tuple=True)
-    unit = indices[row, position, slot]
-    value = values[row, position, slot].abs() * module.W_O.norm(dim=1)[unit]
-    sources, shares = torch.zeros(len(row), N_SOURCES, dtype=torch.long), torch.zeros(len(row), N_SOURCES)
-    for sequence in row.unique().tolist():
-        mine = (row == sequence).nonzero()[:, 0]
-        one = x[sequence : sequence + 1]
-        masses = _lorsa_masses if isinstance(module, Lorsa) else _sae_masses
-        size = max(1, _VALUES_AT_ONCE // (x.shape[1] * (1 if isinstance(module, Lorsa) else site.n_heads)))
-        split = masses(module, site, one)  # type: ignore[arg-type]
-        for some in mine.split(size):
-            mass = split(unit[some], position[some]).abs()
-            top = mass.topk(min(N_SOURCES, mass.shape[1]), dim=1)
-            sources[some.cpu(), : top.indices.shape[1]] = top.indices.cpu()
-            shares[some.cpu(), : top.indices.shape[1]] = (top.values / mass.sum(dim=1, keepdim=True).clamp_min(1e-30)).cpu()
-    parts = (number[unit], row + first, position, value, sources, shares)
-    return tuple(part.cpu().numpy() for part in parts)
+    norms, mask = module.W_O.norm(dim=1), batch.mask.to(device)
+    parts = []
+    for row in range(len(x)):
+        if isinstance(module, Lorsa):
+            pre, split = _lorsa_parts(module, x[row : row + 1])
+        else:
+            pre, split = module.pre_activations(y[row : row + 1]), _sae_masses(module, site, x[row : row + 1])
+        indices, values = (side[0] for side in module.select(pre))
+        position, slot = ((values != 0) & (number[indices] >= 0) & mask[row, :, None]).nonzero(as_tuple=True)
+        unit = indices[position, slot]
+        value = values[position, slot].abs() * norms[unit]
+        size = max(1, _VALUES_AT_ONCE // (x.shape[1] * site.n_heads))
+        top = [_largest(split(*some)) for some in zip(unit.split(size), position.split(size), strict=True)]
+        sources, shares = (torch.cat(side) for side in zip(*top, strict=True))
+        parts.append((number[unit], torch.full_like(position, row + first), position, value, sources, shares))
+    return tuple(torch.cat(side).cpu().numpy() for side in zip(*parts, strict=True))
 
 
-def _lorsa_masses(module: Lorsa, site: AttentionSite, x: Tensor) -> Any:
-    """A function from heads [n] and positions [n] to their z patterns [n, length] (`Lorsa.z_pattern`, for many heads at once)."""
-    q, k = module.queries_keys(x)
-    v, group_size = module.values(x)[0], module.config.group_size
-    groups = max(1, _VALUES_AT_ONCE // x.shape[1] ** 2)
-    patterns = [
-        ops.attention_pattern(q[:, g : g + groups], k[:, g : g + groups], module.attn_scale)[0] for g in range(0, q.shape[1], groups)
-    ]
-    pattern = torch.cat(patterns)
-    return lambda heads, positions: pattern[heads // group_size, positions] * v[:, heads].T
+def _largest(mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Places and shares of the largest masses of [n, length], [n, N_SOURCES] each; a short text's missing ones have share 0."""
+    mass = mass.abs()
+    top = mass.topk(min(N_SOURCES, mass.shape[1]), dim=1)
+    shares = top.values / mass.sum(dim=1, keepdim=True).clamp_min(1e-30)
+    missing = (0, N_SOURCES - top.indices.shape[1])
+    return torch.nn.functional.pad(top.indices, missing), torch.nn.functional.pad(shares, missing)
+
+
+def _lorsa_parts(module: Lorsa, x: Tensor) -> tuple[Tensor, Any]:
+    """z of all heads [1, length, n_ov], and a function from heads [n] and positions [n] to their z patterns [n, length]."""
+    q, k, v = module.attention_inputs(x)
+    step = max(1, _VALUES_AT_ONCE // x.shape[1] ** 2)
+    groups = [slice(first, first + step) for first in range(0, q.shape[1], step)]
+    pattern = torch.cat([ops.attention_pattern(q[:, some], k[:, some], module.attn_scale)[0] for some in groups])
+    z = (pattern @ v[0]).transpose(0, 1).flatten(1)[None]
+    by_head, size = v[0].transpose(1, 2).flatten(0, 1), module.config.group_size
+    return z, lambda heads, positions: pattern[heads // size, positions] * by_head[heads]
 
 
 def _sae_masses(module: SAE, site: AttentionSite, x: Tensor) -> Any:
