@@ -574,8 +574,8 @@ def effects(data: pd.DataFrame, title: str = "P7: what removing one head costs")
         figure.add_scatter(x=part["labelled"], y=part["name"], error_x=bars_of, mode="markers", marker=marker, name=name)
     figure.add_vline(x=0, line={"color": "#444444"})
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=ordered["name"].tolist())
-    figure.update_layout(height=170 + 22 * len(data), legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
-    figure.update_layout(margin={"t": 90}, title={"y": 0.98, "yanchor": "top"})
+    figure.update_layout(height=210 + 22 * len(data), margin={"t": 110, "b": 90}, title={"y": 0.95, "yanchor": "top"})
+    figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0})
     return figure
 
 
@@ -841,7 +841,8 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
         chance: where the dashed line is; correlations have theirs at 0.
     """
     scores = list(dict.fromkeys(data["score"]))
-    figure = make_subplots(rows=1, cols=len(scores), subplot_titles=scores, horizontal_spacing=0.08)
+    alike = "simulation" not in scores
+    figure = make_subplots(rows=1, cols=len(scores), subplot_titles=scores, horizontal_spacing=0.04 if alike else 0.08, shared_yaxes=alike)
     layers = sorted(set(data["layer"]))
     for panel, score in enumerate(scores, start=1):
         place = {"row": 1, "col": panel}
@@ -856,6 +857,8 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
         figure.add_hline(y=0 if score == "simulation" else chance, line={"dash": "dash", "color": "#888888", "width": 1}, **place)
     ticks = {"tickvals": [i + 0.07 for i in range(len(layers))], "ticktext": [str(layer) for layer in layers]}
     figure.update_xaxes(title="layer", range=[-0.4, len(layers) - 0.4], **ticks)
+    if alike:
+        figure.update_yaxes(range=[min(chance - 0.1, data["low"].min() - 0.02), max(chance + 0.1, data["high"].max() + 0.02)])
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, margin={"t": 110})
     figure.update_layout(legend={"orientation": "h", "y": 1.22, "x": 1.0, "xanchor": "right"})
     return figure
@@ -878,7 +881,9 @@ def score_against(data: pd.DataFrame, x: str, y: str, *, title: str, x_title: st
         marker = _style(number)["marker"] | {"size": 5, "opacity": 0.5}
         figure.add_scatter(x=part[x], y=part[y], name=str(name), mode="markers", marker=marker)
     figure.add_hline(y=0.5, line={"dash": "dash", "color": "#888888", "width": 1})
-    figure.update_xaxes(type="log" if log else "linear")
+    if log:
+        decades = [base * factor for base in (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0) for factor in (1, 3)]
+        figure.update_xaxes(type="log", tickvals=decades, ticktext=[f"{value:g}" for value in decades])
     return figure
 
 
