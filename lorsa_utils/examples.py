@@ -383,15 +383,24 @@ class Examples:
     units: list[UnitExamples] = field(repr=False)
     """Those to explain, in random order."""
     relatives: list[int]
-    """For each, the place in `units` of another one: of its QK group if there is one, and then with the most similar write direction."""
+    """For each, the place in `units` of another one: of its family or QK group if there is one, then by similarity of what they write."""
     left_out: dict[str, int]
     """Recorded units that were not drawn from, by reason: `dead`, `too few active windows`, `too few silent windows`."""
     eligible: int
     """Recorded units with enough examples."""
 
 
-def examples(firings: Firings, text: Text, budget: Budget | None = None, seed: int = 0) -> Examples:
+def examples(
+    firings: Firings, text: Text, budget: Budget | None = None, seed: int = 0, families: Mapping[int, str] | None = None
+) -> Examples:
     """Windows of a random sample of the units that have enough of them.
+
+    Args:
+        firings: of one dictionary.
+        text: of the pass.
+        budget: how many units and windows.
+        seed: of the sample, the halves and the windows.
+        families: unit to family, where it is known (column `family` of `lorsa heads`); relatives are then sought in the family first.
 
     Raises:
         UserError: no recorded unit has enough examples.
@@ -417,13 +426,15 @@ def examples(firings: Firings, text: Text, budget: Budget | None = None, seed: i
             f"No unit of {firings.dictionary.name} at layer {firings.dictionary.layer} is active in {budget.least} windows of each half; "
             "give a longer text."
         )
-    groups = np.array([unit.group for unit in units])
+    known = families or {}
+    kinds = {name: -2 - number for number, name in enumerate(sorted(set(known.values()) - {""}))}
+    groups = np.array([kinds.get(known.get(unit.unit, ""), unit.group) for unit in units])
     return Examples(firings.dictionary, units, _relatives(firings.similarity[np.ix_(numbers, numbers)], groups), dict(left_out), eligible)
 
 
 def _relatives(similarity: np.ndarray, groups: np.ndarray) -> list[int]:
     """The most similar other unit, before all others those of the same group (-1 is none)."""
-    same = (groups[:, None] == groups) & (groups >= 0)
+    same = (groups[:, None] == groups) & (groups != -1)
     nearness = similarity + 3 * same
     np.fill_diagonal(nearness, -np.inf)
     return [int(index) for index in nearness.argmax(axis=1)]

@@ -153,6 +153,17 @@ def test_relatives_are_of_the_same_group_first() -> None:
     assert examples._relatives(similarity, np.array([0, 1, 0, 1])) == [2, 3, 0, 1]
 
 
+def test_relatives_are_of_the_same_family_where_it_is_known() -> None:
+    text, _ = planted_sets()
+    firings = examples.planted(text, [(text.tokens % 7 == number) & text.mask for number in range(4)], [0] * 4)
+    families = {0: "even", 1: "odd", 2: "even", 3: "odd"}
+    made = examples.examples(firings, text, BUDGET, families=families)
+    assert len(made.units) == 4
+    for index, relative in enumerate(made.relatives):
+        assert index != relative
+        assert families[made.units[index].unit] == families[made.units[relative].unit]
+
+
 def test_near_peaks_are_one_example() -> None:
     places = np.array([0, 5, 30, 33, 64, 100])
     values = np.array([1.0, 2.0, 5.0, 4.0, 1.0, 1.0])
