@@ -603,17 +603,17 @@ def standard(vocabulary: Vocabulary, texts: Sequence[Passage], seed: int = 0, sc
         vocabulary: of the model.
         texts: passages of real text; without any, the families that need them are skipped.
         seed: of all draws; families have streams of their own.
-        scale: factor on the number of pairs (1 is about 45,000 tokens in all).
+        scale: factor on the number of pairs (1 is about 75,000 tokens in all).
     """
     many, few = (max(16, round(scale * n)) for n in (96, 32))
-    some = list(texts)[: max(16, round(scale * 48))]
+    some = list(texts)[:many]
     makers: dict[str, Callable[[int], PromptSet]] = {
         "induction": lambda s: induction(vocabulary, many, s),
         "duplicate_token": lambda s: duplicate_token(vocabulary, many // 2, s),
         "previous_token": lambda s: previous_token(vocabulary, some, s),
         "attention_sink": lambda s: attention_sink(vocabulary, some, s),
         "local": lambda s: local(vocabulary, some, s),
-        "thematic_anchor": lambda s: thematic_anchor(vocabulary, texts, max(16, round(scale * 48)), s),
+        "thematic_anchor": lambda s: thematic_anchor(vocabulary, texts, many, s),
         "name_mover": lambda s: name_mover(vocabulary, many, s),
         "copy_suppression": lambda s: copy_suppression(vocabulary, many, s),
         "successor": lambda s: successor(vocabulary, few, s),

@@ -253,7 +253,7 @@ def describe(
     bos_id = int(sequences.tokens[0, 0]) if sequences.bos_policy == "prepend" else None
     vocabulary = prompts.Vocabulary(model.tokenizer, bos_id)
     try:
-        texts = prompts.passages(documents, vocabulary, 64, seed=seed)
+        texts = prompts.passages(documents, vocabulary, 96, seed=seed)
     except UserError:
         texts = []  # the families that need passages are skipped, with a sentence
     made = prompts.standard(vocabulary, texts, seed, scale)
