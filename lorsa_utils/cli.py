@@ -324,7 +324,11 @@ def _readable(answer: Mapping[str, Any], indent: str = "") -> str:
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
             lines += [
                 f"{indent}{key}",
-                *(f"{indent}  " + "  ".join(str(item) for item in row.values() if item is not None) for row in value),
+                *(
+                    f"{indent}  "
+                    + "  ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in row.values() if item is not None)
+                    for row in value
+                ),
             ]
         elif isinstance(value, list):
             lines += [f"{indent}{key}", *(f"{indent}  {item}" for item in value)] if value else [f"{indent}{key}  none"]
