@@ -135,10 +135,6 @@ class Rule:
 
     terms: tuple[Term, ...]
 
-    def to_json(self) -> list[list[object]]:
-        """As JSON values."""
-        return [[term.strength, *([c.where, c.what] for c in term.conditions)] for term in self.terms]
-
 
 class Lexicon:
     """Which classes every token of a text belongs to."""
