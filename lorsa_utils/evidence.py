@@ -427,13 +427,15 @@ def _contexts(
     for head, some in places.items():
         for number, place in enumerate(some):
             wanted.setdefault(place.row, []).append((head, number, place))
-    rows = sorted(wanted)
+    ends = {row: min(max(place.position for *_, place in some) + AFTER + 1, sequences.tokens.shape[1]) for row, some in wanted.items()}
+    rows = sorted(wanted, key=lambda row: (ends[row], row))
     done: dict[tuple[int, int], Context] = {}
     bar = tqdm(total=len(rows), unit="seq", desc="contexts", disable=not progress)
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         tokens = sequences.tokens[batch].to(model.device, torch.long)
-        inputs = model.capture(tokens, [layer])[layer][0].float()
+        # Which heads are kept is needed no further than the last token shown.
+        inputs = model.capture(tokens, [layer])[layer][0][:, : ends[batch[-1]]].float()
         indices, values = lorsa.encode(inputs)
         for number, row in enumerate(batch):
             counted = int(sequences.mask[row].nonzero().max()) + 1  # what comes after is padding

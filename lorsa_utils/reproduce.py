@@ -294,10 +294,10 @@ def _clean(path: Path) -> None:
 
 
 def _write_page(path: Path) -> None:
-    """The executed notebook as a page, when nbconvert is installed."""
+    """The executed notebook as a page that asks nobody, when nbconvert is installed; formulas stand in it as they were typed."""
     try:
         from nbconvert import HTMLExporter
     except ImportError:
         return
     page, _ = HTMLExporter().from_filename(str(path))
-    store.write_text(path.with_suffix(".html"), page)
+    store.write_text(path.with_suffix(".html"), re.sub(r'<script[^>]*\bsrc="https?://[^"]*"[^>]*>\s*</script>', "", page))

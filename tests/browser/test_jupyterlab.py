@@ -136,7 +136,10 @@ def explore(page: Any) -> None:
     sentence = page.locator(".widget-textarea textarea")
     sentence.fill("")
     sentence.press_sequentially("A zebra ran. A zebra", delay=20)
-    page.wait_for_function("() => document.querySelector('.lorsa .line').innerText.includes('A zebra ran. A zebra')", timeout=20_000)
+    shown = (
+        "[...document.querySelector('.lorsa .line').querySelectorAll('.t')].map((token) => token.innerText).join('').replaceAll('␣', ' ')"
+    )
+    page.wait_for_function(f"() => {shown}.endsWith('A zebra ran. A zebra')", timeout=20_000)
     keep_screenshot(page, "explorer_live")
 
     scale = page.locator(".widget-slider", has_text="scale").locator(".noUi-handle")
