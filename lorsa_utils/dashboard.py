@@ -329,7 +329,7 @@ class Explorer:
         self._read()
 
     def _build(self, w: Any, sentence: str) -> None:
-        wide, style = {"width": "100%", "max_width": "60rem"}, {"description_width": "7rem"}
+        wide, style = {"width": "98%", "max_width": "60rem"}, {"description_width": "7rem"}
         families = [("all", ""), *((family.label, key) for key, family in FAMILIES.items()), ("without a name", "-")]
         self.layer = w.Dropdown(options=list(self.views), description="layer", style=style)
         self.family = w.Dropdown(options=families, description="family", style=style)

@@ -59,7 +59,7 @@ class Watched:
 
 
 def keep_screenshot(page: Any, name: str, full: bool = False) -> None:
-    """Keep a picture where LORSA_SCREENSHOTS says, for people to look at."""
-    if folder := os.environ.get("LORSA_SCREENSHOTS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=full)
+    """Keep a picture for people to look at, in build/screenshots or where LORSA_SCREENSHOTS says."""
+    folder = Path(os.environ.get("LORSA_SCREENSHOTS") or Path(__file__).resolve().parents[1] / "build" / "screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / f"{name}.png", full_page=full)

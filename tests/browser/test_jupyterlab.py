@@ -142,6 +142,11 @@ def explore(page: Any) -> None:
     page.wait_for_function(f"() => {shown}.endsWith('A zebra ran. A zebra')", timeout=20_000)
     keep_screenshot(page, "explorer_live")
 
+    strongest = page.locator(".lorsa", has_text="Most active there").locator("tr").nth(1).locator("td").first.inner_text()
+    field = page.locator(".widget-text", has_text="head").locator("input[type=number]").first
+    field.fill(strongest)
+    field.press("Enter")
+    page.locator(".lorsa p", has_text=f"Head {strongest} at").first.wait_for(timeout=20_000)
     scale = page.locator(".widget-slider", has_text="scale").locator(".noUi-handle")
     scale.scroll_into_view_if_needed()
     before_text = page.locator(".lorsa", has_text="next token after").inner_text()
@@ -157,6 +162,8 @@ def explore(page: Any) -> None:
     for _ in range(8):
         scale.press("ArrowRight")
     page.locator(".lorsa p", has_text="times 5,").first.wait_for(timeout=20_000)
+    changed = [row.locator("td").all_inner_texts() for row in page.locator(".lorsa", has_text="next token after").locator("tr").all()[1:]]
+    assert any(cells[1] != cells[2] for cells in changed), "a head that is active matters when it is written five times as strongly"
     keep_screenshot(page, "explorer_steering")
 
 
