@@ -416,7 +416,7 @@ def measure(
     Args:
         sparse: the model.
         task: prompts.
-        removed: sets of nodes, [n_sets, n_nodes] bool.
+        removed: sets of nodes, [n_sets, n_nodes] bool, or a set for each prompt, [n_sets, n_prompts, n_nodes].
         instead: of `baseline`, for the same prompts.
         name: of the metric, see `tasks.metric`.
         reference: the untouched model's logits, for `kl`.
@@ -429,7 +429,8 @@ def measure(
     for number, nodes in enumerate(removed):
         for first in range(0, len(task.clean), batch_size):
             rows = slice(first, first + batch_size)
-            with sparse.removed(nodes[None].to(sparse.model.device), instead.rows(rows)):
+            mine = nodes[None] if nodes.dim() == 1 else nodes[rows]
+            with sparse.removed(mine.to(sparse.model.device), instead.rows(rows)):
                 logits = last_logits(sparse.model, task.clean[rows], task.position[rows])
             found[number, rows] = metric(name, logits, task.rows(rows), None if reference is None else reference[rows]).cpu()
     return found

@@ -119,6 +119,35 @@ def measure_curve(
     return Curve(tuple(sizes), parameters, found[:n], found[n : 2 * n] if completeness else None, everything, none)
 
 
+def measure_local_curve(
+    sparse: SparseModel, task: Task, sizes: Sequence[int], instead: Baseline, ends: Curve | None = None, batch_size: int = 32
+) -> Curve:
+    """Faithfulness of circuits of single prompts: each prompt's nodes are ranked by gradient times activation on that very prompt.
+
+    Sparse units are made to differ between prompts, so that what one prompt needs may be a small set where what all prompts need is not.
+    Nothing is held out, the ranking is by gradients and the test by removal. `parameters` are means over prompts; the errors are removed.
+
+    Args:
+        sparse: the model.
+        task: prompts.
+        sizes: of circuits.
+        instead: for the prompts.
+        ends: see `measure_curve`.
+        batch_size: prompts at a time.
+    """
+    scores = circuits.attribute(sparse, task, instead, batch_size=max(1, batch_size // 2))
+    orders = [ranking(row[None], sparse.error_nodes) for row in scores]
+    sizes = [size for size in sizes if size <= min(map(len, orders))]
+    if not sizes:
+        raise UserError(f"A prompt has {min(map(len, orders))} nodes that do anything; ask for circuits of at most so many.")
+    chosen = torch.stack([torch.stack([sparse.mask(order[:size]) for order in orders]) for size in sizes])
+    every = torch.ones_like(chosen[:1])
+    found = circuits.measure(sparse, task, torch.cat([~chosen, *([] if ends else [~every, every])]), instead, batch_size=batch_size)
+    everything, none = (ends.all, ends.none) if ends else (found[-2], found[-1])
+    parameters = tuple(float(np.mean([sparse.parameters(order[:size]) for order in orders])) for size in sizes)
+    return Curve(tuple(sizes), parameters, found[: len(sizes)], None, everything, none)
+
+
 def pool(curves: Sequence[Curve]) -> Curve:
     """The curves of several seeds as one over all their prompts; parameters are their mean."""
     first = curves[0]

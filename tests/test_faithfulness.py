@@ -210,6 +210,27 @@ def test_few_nodes_are_ranked_by_removing_each(model: LanguageModel) -> None:
     assert {str(sparse.node(i)) for i in faithfulness.ranking(exact, sparse.error_nodes)[:3]} == {"0.0", "0.1", "1.2"}
 
 
+def test_circuits_of_single_prompts_are_small(model: LanguageModel) -> None:
+    task = planted.planted_task(n=6)
+    sparse = planted_sparse(model, "lorsa")
+    instead = circuits.baseline(sparse, task)
+    local = faithfulness.measure_local_curve(sparse, task, [1, 2, 4, 8], instead)
+    table = faithfulness.curve_table({"one prompt": local, "all prompts": curve_of(sparse, task, [1, 2, 4, 8])})
+    found = table.set_index(["nodes", "size"])["faithfulness"]
+    assert found["one prompt", 8] > 0.95
+    assert found["one prompt", 8] > found["all prompts", 8] + 0.1, "each prompt needs other tokens' heads"
+    # One prompt alone: the same as its circuit measured by itself.
+    one = task.rows(slice(2, 3))
+    order = faithfulness.ranking(circuits.attribute(sparse, one, circuits.Baseline(*_rows(instead, 2))), sparse.error_nodes)
+    alone = faithfulness.measure_curve(sparse, one, order, [4], circuits.Baseline(*_rows(instead, 2)))
+    assert torch.allclose(alone.only[0, 0], local.only[2, 2], atol=1e-3)
+    assert faithfulness.measure_local_curve(sparse, task, [4], instead, ends=local).none is local.none
+
+
+def _rows(instead: circuits.Baseline, row: int) -> tuple[str, dict[int, circuits.Activity]]:
+    return instead.kind, instead.rows(slice(row, row + 1))
+
+
 def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
     task = planted.planted_task(n=2)
     sparse = planted_sparse(model, "lorsa")
