@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--table", metavar="TABLE.parquet", help="of `lorsa heads`, for names and scores; without, DIR/heads.parquet if it is there"
     )
+    sub.add_argument("--explanations", metavar="SCORES.parquet", help="of `lorsa autointerp`, for explanations and their detection scores")
     sub.add_argument(
         "--sae", metavar="DIR", help="run folder of an SAE of the same layer, for the features nearest to what the head writes"
     )
@@ -679,6 +680,7 @@ def show(arguments: argparse.Namespace) -> dict[str, Any]:
     store.require_writable(out.parent if is_page else out)
     beside = {name: _beside(getattr(arguments, name), name, config) for name in ("sae", "transcoder")}
     table = _table_of_heads(arguments.table or folder / "heads.parquet", required=arguments.table is not None)
+    explanations = _explanations(arguments.explanations, config["layer"])
     source, layer = config["source"], config["layer"]
     model = evidence.ReadOnce(_model_of_run(folder, source, arguments.model, arguments.device), layer)
     documents = _documents(arguments.text, source.get("text"), arguments.tokens)
@@ -692,7 +694,7 @@ def show(arguments: argparse.Namespace) -> dict[str, Any]:
         mean = units.mean_head_values(model.site(layer), x, sequences.mask[few].to(x.device))
         shares = correspondence.mhsa_shares(model, layer, lorsa, mean, sequences, batch_size=arguments.batch_size).shares
         options = {"table": table, "shares": shares, "sae": beside["sae"], "input_sae": beside["transcoder"]}
-        options |= {"batch_size": arguments.batch_size, "seed": arguments.seed}
+        options |= {"batch_size": arguments.batch_size, "seed": arguments.seed, "explanations": explanations}
         collected = evidence.collect(model, layer, lorsa, chosen, found, sequences, **options)
         if is_page:
             store.write_text(out, pages.head_page(next(collected)))
@@ -714,6 +716,24 @@ def _beside(folder: str | None, kind: str, config: Mapping[str, Any]) -> Any:
     if module.config.kind != kind or layer != config["layer"]:
         raise store.UserError(f"{folder} holds a {module.config.kind} of layer {layer}; give a {kind} of layer {config['layer']}.")
     return module.requires_grad_(False)
+
+
+def _explanations(path: str | None, layer: int) -> dict[int, tuple[str | None, float | None]]:
+    """Explanations of the Lorsa heads of a layer, each with its detection score where there is one."""
+    import pandas as pd
+
+    from lorsa_utils.store import UserError
+
+    if path is None:
+        return {}
+    try:
+        scores = pd.read_parquet(path)
+        mine = scores[(scores["dictionary"] == "Lorsa") & (scores["layer"] == layer) & scores["explanation"].notna()]
+        found = (mine["detection"] if "detection" in mine else pd.Series(math.nan, index=mine.index)).tolist()
+        rows = zip(mine["unit"].tolist(), mine["explanation"].tolist(), found, strict=True)
+        return {int(unit): (str(text), None if math.isnan(score) else float(score)) for unit, text, score in rows}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a table of explanations; make it with `lorsa autointerp`.") from error
 
 
 def _table_of_heads(path: str | Path, required: bool) -> Any:

@@ -296,12 +296,35 @@ def test_show_writes_pages(trained: str, cached: str, model: str, text: str, tmp
         assert lorsa("train", "--model", model, "--cache", cached, "--layer", "1", *out, *shape) == 0
     table = tmp_path / "heads.parquet"
     answer("heads", trained, "--text", text, "--tokens", "600", "--out", table)
-    extra = ["--table", table, "--sae", tmp_path / "sae", "--transcoder", tmp_path / "transcoder", "--text", text, "--tokens", "600"]
+    scores = tmp_path / "scores.parquet"
+    rows = [("Lorsa", 1, 3, "Only letters.", 0.75), ("Lorsa", 1, 5, "Only digits.", None), ("Lorsa", 0, 3, "wrong layer", 1.0)]
+    rows += [("Lorsa", 1, 4, None, None), ("SAE", 1, 3, "wrong kind", 1.0)]
+    pd.DataFrame(rows, columns=["dictionary", "layer", "unit", "explanation", "detection"]).to_parquet(scores)
+    extra = [
+        "--explanations",
+        scores,
+        "--table",
+        table,
+        "--sae",
+        tmp_path / "sae",
+        "--transcoder",
+        tmp_path / "transcoder",
+        "--text",
+        text,
+        "--tokens",
+        "600",
+    ]
     found = answer("show", trained, "--head", "3,5,3", "--out", tmp_path / "pages", *extra)
     assert [Path(path).name for path in found["pages"]] == ["layer01_head00003.html", "layer01_head00005.html"]
     both = [Path(path).read_text(encoding="utf-8") for path in found["pages"]]
     assert all("Nearest to w_o" in content and "Nearest to w_v" in content for content in both)
     assert all("name was not looked for" not in content for content in both)
+    assert "Only letters." in both[0]
+    assert "balanced accuracy 0.75" in both[0]
+    assert "Only digits." in both[1]
+    assert "balanced accuracy" not in both[1]
+    assert not any("wrong" in content for content in both)
+    assert "make it with `lorsa autointerp`" in complaint("show", trained, "--head", "5", "--out", page, "--explanations", table)
     assert "give a sae of layer 1" in complaint("show", trained, "--head", "5", "--out", page, "--sae", tmp_path / "transcoder")
 
 

@@ -136,9 +136,7 @@ def explore(page: Any) -> None:
     sentence = page.locator(".widget-textarea textarea")
     sentence.fill("")
     sentence.press_sequentially("A zebra ran. A zebra", delay=20)
-    shown = (
-        "[...document.querySelector('.lorsa .line').querySelectorAll('.t')].map((token) => token.innerText).join('').replaceAll('␣', ' ')"
-    )
+    shown = "[...document.querySelectorAll('.lorsa .line .t')].map((token) => token.innerText).join('').replaceAll('␣', ' ')"
     page.wait_for_function(f"() => {shown}.endsWith('A zebra ran. A zebra')", timeout=20_000)
     keep_screenshot(page, "explorer_live")
 
