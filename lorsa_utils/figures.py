@@ -553,7 +553,7 @@ def precision_recall(data: pd.DataFrame, title: str = "P7: precision and recall 
         marker = {"symbol": SYMBOLS[number], "size": 8, "color": PALETTE[number], "opacity": 0.7}
         figure.add_scatter(x=part["recall"], y=part["precision"], mode="markers", name=f"{kind} ({len(part)})", marker=marker)
     figure.update_xaxes(range=[-0.02, 1.02])
-    figure.update_yaxes(range=[0.45, 1.02])
+    figure.update_yaxes(range=[-0.02, 1.02])
     figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
     return figure
 

@@ -455,6 +455,29 @@ def _series(prompts: PromptSet) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------- cleaner than MHSA?
 
 
+def score_halves(
+    model: LanguageModel,
+    layer: int,
+    kinds: Mapping[str, Units],
+    sets: Mapping[str, PromptSet],
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, dict[str, dict[str, pd.DataFrame]]]:
+    """Scores of several kinds of units on both halves of all families, with one pass of the model for all kinds.
+
+    Returns:
+        family to kind to half (`discovery`, `confirmation`) to the table of `score`.
+    """
+    found: dict[str, dict[str, dict[str, pd.DataFrame]]] = {}
+    for family, prompts in tqdm(sets.items(), desc="families", disable=not progress):
+        found[family] = {kind: {} for kind in kinds}
+        for number, (half, part) in enumerate(zip(("discovery", "confirmation"), halves(prompts), strict=True)):
+            for kind, reading in read(model, layer, kinds, part, batch_size, seed + number).items():
+                found[family][kind][half] = score(reading)
+    return found
+
+
 def compare(scores: Mapping[str, Mapping[str, pd.DataFrame]], n: int = 1) -> pd.DataFrame:
     """The best units of each kind side by side.
 

@@ -200,3 +200,14 @@ def test_how_much_the_first_heads_carry(model: Any, made: Prompts) -> None:
     assert table.loc[("Lorsa", "1"), "labelled"] == pytest.approx(table.loc[("MHSA", "1"), "labelled"], rel=1e-3)
     whole = table.loc[("whole layer", "all"), "labelled"]
     assert np.allclose(table["share"], table["labelled"] / whole)
+
+
+def test_kinds_are_scored_together_as_they_are_alone(model: Any, made: Prompts) -> None:
+    kinds = {"Lorsa": units.LorsaHeads(known_lorsa(model)), "MHSA": units.MHSAHeads(model.site(0))}
+    sets = {name: made.sets[name] for name in ("induction", "previous_token")}
+    together = heads.score_halves(model, 0, kinds, sets, progress=False)
+    for name, some in sets.items():
+        for number, (half, part) in enumerate(zip(("discovery", "confirmation"), heads.halves(some), strict=True)):
+            for kind, each in kinds.items():
+                alone = heads.score(heads.read(model, 0, {kind: each}, part, seed=number)[kind])
+                pd.testing.assert_frame_equal(together[name][kind][half], alone)
