@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from lorsa_utils import gallery, notebook, pages, store
+from lorsa_utils import gallery, notebook, pages, reproduce, store
 from lorsa_utils.store import UserError
 
 
@@ -79,3 +79,6 @@ def test_items_of_labels(label: str, item: str) -> None:
 
 def test_claims_cover_every_item() -> None:
     assert [*gallery.claims()] == [*(f"P{n}" for n in range(1, 19)), "T1", "T2", "T3"]
+    names = {path.stem for path in reproduce.notebooks_dir().glob("*.ipynb")}
+    places = [place for about in gallery.claims().values() for place in about.get("numbers", {}).values()]
+    assert {place.split("/")[0] for place in places} <= names, "numbers come from notebooks that are there"
