@@ -44,7 +44,7 @@ KINDS = {
     "sample": ("When it is active at all", "Active tokens drawn at random, one from each stretch of the range from most to least active."),
     "random": ("Anywhere", "Tokens drawn at random, the same for every head: most heads are silent at most tokens."),
 }
-SHOWN_BEFORE, SHOWN_AFTER = 24, 8
+SHOWN_BEFORE, SHOWN_AFTER = 24, 10
 """Tokens around the chosen one that are shown before a context is opened in full; the main sources are shown too."""
 
 
@@ -263,7 +263,7 @@ def _logits(head: Head) -> str:
 
 
 def _shares(shares: Sequence[float]) -> str:
-    order = sorted(range(len(shares)), key=lambda index: -shares[index])[:9]
+    order = [index for index in sorted(range(len(shares)), key=lambda index: -shares[index])[:9] if shares[index] >= 0.005]
     rows = [(f"head {index}", percent(shares[index]), f'<div class="barcell">{_bar(shares[index])}</div>') for index in order]
     return _table("Share of what it writes, where it is active", ("MHSA head", "share", ""), rows, (1,))
 
@@ -276,10 +276,10 @@ def _scores(head: Head) -> str:
         "auc": "more active there than at controls; chance is 0.5",
         "logit": "effect on the predicted token",
     }
-    rows = [
-        (name, *(fixed(values[name]) if name in values else "–" for values in head.scores.values()), note) for name, note in notes.items()
-    ]
-    body = _table("On the half of the prompts that named no head", ("", *map(text, head.scores), ""), rows, range(1, len(head.scores) + 1))
+    rows = [(name, *(fixed(values[name]) if name in values else "–" for values in head.scores.values())) for name in notes]
+    body = _table("On the half of the prompts that named no head", ("", *map(text, head.scores)), rows, range(1, len(head.scores) + 1))
+    meanings = "".join(f"<p><b>{name}</b>: {note}</p>" for name, note in notes.items())
+    body += f'<details class="soft"><summary>What these mean</summary>{meanings}</details>'
     if head.effect is not None:
         effect, error = head.effect
         body += (

@@ -78,6 +78,10 @@ class View {
     this.drawn = j;
     const i = j - this.context.before, { a, z } = rows(this.context, i);
     const values = mode === "z" ? z : a, total = values.reduce((sum, x) => sum + Math.abs(x), 0) || 1;
+    // Numbers over neighbouring tokens would cover each other: the larger one is written.
+    const written = [];
+    for (const k of [...values.keys()].sort((one, other) => Math.abs(values[other]) - Math.abs(values[one])))
+      if (Math.abs(values[k]) / total >= 0.05 && written.every((near) => Math.abs(near - k) > 2)) written.push(k);
     this.tokens.forEach((token, number) => {
       const share = number < values.length ? Math.abs(values[number]) / total : 0;
       token.classList.toggle("here", number === j);
@@ -85,7 +89,7 @@ class View {
       token.classList.toggle("minus", share >= 0.01 && values[number] < 0);
       token.classList.toggle("grey", mode !== "z");
       token.style.setProperty("--s", share.toFixed(3));
-      if (share >= 0.05) token.dataset.z = mode === "z" ? signed(values[number]) : percent(values[number]);
+      if (written.includes(number)) token.dataset.z = mode === "z" ? signed(values[number]) : percent(values[number]);
       else delete token.dataset.z;
     });
     this.list(i, a, z);
