@@ -599,8 +599,8 @@ def stacked_shares(data: pd.DataFrame, x: str, parts: Sequence[str], panel: str,
             colour = PALETTE[number % len(PALETTE)]
             style = {"marker_color": colour, "name": piece, "legendgroup": piece, "showlegend": column == 1}
             figure.add_bar(x=part[x].astype(str), y=part[piece], row=1, col=column, **style)
-    figure.update_layout(template=TEMPLATE, barmode="stack", title={"text": title, "y": 0.97, "yanchor": "top"}, height=HEIGHT + 40)
-    figure.update_layout(margin={"t": 90}, legend={"orientation": "h", "y": -0.25, "x": 0})
+    figure.update_layout(template=TEMPLATE, barmode="stack", title={"text": title, "y": 0.95, "yanchor": "top"}, height=HEIGHT + 60)
+    figure.update_layout(margin={"t": 110}, legend={"orientation": "h", "y": -0.25, "x": 0})
     figure.update_xaxes(title=x_title, type="category")
     figure.update_yaxes(title=y_title, range=[0, 1], col=1)
     return figure
@@ -743,7 +743,7 @@ def attribution_graph(graph: Graph, title: str = "P17: attribution graph", n_lab
     Args:
         graph: of `graph.read_graph`.
         title: of the figure.
-        n_labels: units with the largest influence that are named.
+        n_labels: places (a token and a layer) whose most influential unit is named.
     """
     layers = sorted({node.layer for node in graph.nodes})
     height = {layer: number for number, layer in enumerate(layers)}
@@ -756,8 +756,8 @@ def attribution_graph(graph: Graph, title: str = "P17: attribution graph", n_lab
         (x0, y0), (x1, y1) = place[source], place[target]
         share = abs(weight) / (largest[target] or 1.0)
         line = {
-            "width": 0.3 + 4 * share,
-            "color": _faint(PALETTE[0] if weight > 0 else PALETTE[1]).replace("0.15", f"{0.15 + 0.6 * share:.2f}"),
+            "width": 0.3 + 2 * share,
+            "color": _faint(PALETTE[0] if weight > 0 else PALETTE[1]).replace("0.15", f"{0.1 + 0.4 * share:.2f}"),
         }
         figure.add_scatter(x=[x0, x1], y=[y0, y1], mode="lines", line=line, hoverinfo="skip", showlegend=False)
     for kind, (symbol, colour) in _NODE_STYLES.items():
@@ -766,8 +766,11 @@ def attribution_graph(graph: Graph, title: str = "P17: attribution graph", n_lab
         xs, ys = [place[node.node_id][0] for node in nodes], [place[node.node_id][1] for node in nodes]
         marker = {"symbol": symbol, "color": colour, "size": [7 + 14 * min(1.0, node.influence or 0) ** 0.5 for node in nodes]}
         figure.add_scatter(x=xs, y=ys, mode="markers", name=kind, marker=marker, text=texts, hoverinfo="text")
-    named = sorted((node for node in graph.nodes if node.kind == "unit"), key=lambda node: -(node.influence or 0))[:n_labels]
-    for node in named:
+    # One name for each token and layer, its most influential unit's: more would lie over each other. The rest show theirs on hover.
+    named: dict[tuple[int, int], Any] = {}
+    for node in sorted((node for node in graph.nodes if node.kind == "unit"), key=lambda node: -(node.influence or 0)):
+        named.setdefault((node.position, node.layer), node)
+    for node in list(named.values())[:n_labels]:
         x, y = place[node.node_id]
         figure.add_annotation(x=x, y=y, text=f"{node.layer}.{node.unit}", showarrow=False, yshift=13, font={"size": 9})
     figure.update_xaxes(tickvals=list(range(len(graph.tokens))), ticktext=list(graph.tokens), tickangle=-60, showgrid=False)
