@@ -620,7 +620,9 @@ def overlaps(data: pd.DataFrame, title: str = "P13: are QK groups copies of MHSA
         figure.add_box(x=part["overlap"], name=str(pair), marker=marker, line={"color": colour}, boxpoints="all", jitter=0.6, pointpos=0)
     figure.update_xaxes(range=[0, 1.02])
     figure.update_yaxes(autorange="reversed")
-    figure.update_layout(showlegend=False, height=140 + 55 * data["pair"].nunique())
+    figure.update_layout(
+        showlegend=False, height=150 + 55 * data["pair"].nunique(), title={"xref": "container", "x": 0.02}, margin={"t": 80}
+    )
     return figure
 
 
@@ -661,7 +663,8 @@ def family_map(data: pd.DataFrame, title: str = "P12: which MHSA heads carry whi
     figure = toy_shares(data[heads].to_numpy(), names, title)
     figure.update_xaxes(title="MHSA head")
     figure.update_yaxes(title="family")
-    figure.update_layout(title={"xref": "container", "x": 0.02})
+    figure.update_traces(showscale=False)
+    figure.update_layout(title={"xref": "container", "x": 0.02}, height=180 + 26 * len(names), margin={"t": 90})
     return figure
 
 
