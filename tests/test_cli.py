@@ -537,7 +537,7 @@ def test_reproduce_tells_every_status_and_fails_when_a_notebook_did(
     assert result["profile"] == "laptop"
     monkeypatch.setattr("lorsa_utils.reproduce.reproduce", lambda *args, **kwargs: statuses[:1])
     assert lorsa("reproduce", "--only", "01") == 0
-    assert "01_first  done  3.0" in capsys.readouterr().out
+    assert "01_first  done  3\n" in capsys.readouterr().out
 
 
 def test_what_commands_print_does_not_reach_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
