@@ -201,7 +201,7 @@ def unit_effects(
             for place, kept in enumerate(state["active"][:, :-1] & counted):
                 for side, values in zip(found, (losses, state["part"][:, :-1], torch.full_like(losses, first + place)), strict=True):
                     side.append(values[place][kept].cpu())
-        losses, parts, rows = (torch.cat(side) for side in found)
+        losses, parts, rows = (torch.cat([torch.zeros(0), *side]) for side in found)
         return losses, parts, rows
 
     untouched, _, rows = run(None, on=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,12 @@ def test_unit_effects(model: LanguageModel, lorsa: Lorsa) -> None:
     if len(never):
         with pytest.raises(UserError, match="not active"):
             correspondence.unit_effects(model, 1, lorsa, int(never[0]), [0], mean, SEQUENCES)
+
+
+def test_unit_effects_without_text(model: LanguageModel, lorsa: Lorsa) -> None:
+    nothing = dataclasses.replace(SEQUENCES, tokens=SEQUENCES.tokens[:0], mask=SEQUENCES.mask[:0])
+    with pytest.raises(UserError, match="not active in this text"):
+        correspondence.unit_effects(model, 1, lorsa, 0, [0], mean_of(model), nothing)
 
 
 def test_family_shares() -> None:
