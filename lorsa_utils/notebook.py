@@ -364,13 +364,19 @@ def compare_tokens(profile: Profile) -> int:
     return max(20_000, profile.train_tokens * 2 // 5) if profile.is_scaled_down else profile.train_tokens
 
 
-def main_lorsa(run: Context, model: LanguageModel, source: ActivationCache) -> Path:
-    """Run folder of the Lorsa of notebook 02: the profile's layer, trained longest. Trained now when it is missing."""
+def _lorsa_shape(run: Context, model: LanguageModel, layer: int) -> LorsaConfig:
+    """The profile's Lorsa for a layer."""
     from lorsa_utils.lorsa import Lorsa
 
-    p = run.profile
-    shape = Lorsa.config_for_site(model.site(p.layer), p.n_heads, p.n_qk, p.k)
-    return trained(run, model, source, {"lorsa": (p.layer, shape)}, train_config(run, p.train_tokens))["lorsa"]
+    return Lorsa.config_for_site(model.site(layer), run.profile.n_heads, run.profile.n_qk, run.profile.k)
+
+
+def main_lorsa(run: Context, model: LanguageModel, source: ActivationCache) -> Path:
+    """Run folder of the Lorsa of notebook 02: the profile's layer, trained longest. Trained now when it is missing."""
+    layer = run.profile.layer
+    return trained(run, model, source, {"lorsa": (layer, _lorsa_shape(run, model, layer))}, train_config(run, run.profile.train_tokens))[
+        "lorsa"
+    ]
 
 
 def short_config(run: Context) -> TrainConfig:
@@ -381,14 +387,12 @@ def short_config(run: Context) -> TrainConfig:
 
 def short_starts(run: Context, model: LanguageModel, source: ActivationCache) -> dict[str, Path]:
     """Run folders of the short runs of notebook 02 from both starts, `mhsa` and `random`. Trained now when they are missing."""
-    from lorsa_utils.lorsa import Lorsa
-
-    p = run.profile
-    shape = Lorsa.config_for_site(model.site(p.layer), p.n_heads, p.n_qk, p.k)
+    layer = run.profile.layer
     folders: dict[str, Path] = {}
     for init in ("mhsa", "random"):
         name = f"start_{init}"
-        folders |= {init: trained(run, model, source, {name: (p.layer, shape)}, short_config(run).replace(init=init))[name]}
+        module = {name: (layer, _lorsa_shape(run, model, layer))}
+        folders |= {init: trained(run, model, source, module, short_config(run).replace(init=init))[name]}
     return folders
 
 
@@ -409,14 +413,12 @@ def layer_modules(
     Returns:
         layer to kind to run folder.
     """
-    from lorsa_utils.lorsa import Lorsa
-
     p = run.profile
     features = {"sae_equal_features": p.sae_features, "sae_equal_parameters": p.sae_features_equal_parameters}
 
     def shape(layer: int, kind: str) -> LorsaConfig | SAEConfig:
         if kind == "lorsa":
-            return Lorsa.config_for_site(model.site(layer), p.n_heads, p.n_qk, p.k)
+            return _lorsa_shape(run, model, layer)
         return SAEConfig(model.d_model, features[kind], p.k)
 
     wanted = {f"layer{layer:02d}_{kind}": (layer, shape(layer, kind)) for layer in p.layers for kind in kinds}
