@@ -105,7 +105,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
 
 
 def read_tensors(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file; tensors that `compact` made small come back as float32.
 
     Raises:
         UserError: the file is missing, cut short or not safetensors.
@@ -113,9 +113,31 @@ def read_tensors(path: str | os.PathLike[str], device: str | torch.device = "cpu
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; check the path or make it again.")
     try:
-        return load_file(path, device=str(device))
+        return _expand(load_file(path, device=str(device)), path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and make it again.") from error
+
+
+SCALE = ".scale"
+"""Ending of the name under which the scales of a tensor of small integers are stored."""
+
+
+def compact(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A tensor [..., n] as int8 with one float32 scale a row [...]: the largest value of a row becomes 127, half a step is lost."""
+    scale = tensor.detach().float().abs().amax(dim=-1).div(127).clamp_min(torch.finfo(torch.float32).tiny)
+    steps = (tensor.detach().float() / scale[..., None]).round()
+    return {name: steps.to(torch.int8), name + SCALE: scale}
+
+
+def _expand(tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The inverse of `compact` for every tensor that has scales beside it."""
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors}
+    for name, scale in scales.items():
+        small = name.removesuffix(SCALE)
+        if tensors[small].dtype != torch.int8 or tensors[small].shape[:-1] != scale.shape:
+            raise UserError(f"{path}: {name} does not belong to {small}; restore a copy of the file.")
+        tensors[small] = tensors[small].float() * scale[..., None]
+    return tensors
 
 
 def read_tensor_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
