@@ -28,7 +28,7 @@ FLOORS = (
     *("initialize", "metrics", "train", "bench", "checkpoints"),
     *("units", "heads", "survey", "correspondence", "arithmetic", "topics"),
     *("examples", "rules", "judges", "autointerp"),
-    *("tasks", "circuits", "graph", "faithfulness"),
+    *("tasks", "circuits", "graph", "faithfulness", "errors"),
     *("toy", "sparse_toy"),
     *("evidence", "pages", "dashboard", "figures"),
     *("notebook", "gallery", "reproduce", "cli", "__main__"),
