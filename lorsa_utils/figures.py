@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +261,6 @@ def save_figure(figure: go.Figure, name: str, folder: str | Path, data: pd.DataF
 def _add_caption(figure: go.Figure, caption: str) -> None:
     """Put a wrapped caption below the axes."""
     import html
-    import textwrap
 
     wrapped = textwrap.wrap(caption, 90)
     figure.add_annotation(
@@ -942,3 +942,39 @@ def head_list(data: pd.DataFrame, title: str = "P5: heads of the layer", n: int 
     columns |= {name: (100 * rows[key]).map("{:.1f}".format) for name, key in percents.items()}
     columns["tokens back"] = rows["distance"].map("{:.0f}".format)
     return toy_table(pd.DataFrame(columns), title, [1, 2, 1, 1, 1, 1, 1])
+
+
+# ------------------------------------------------------------------------------------------------------------ error analysis
+
+
+def intervals(
+    data: pd.DataFrame, x: str, by: str, *, title: str, x_title: str, y_title: str, value: str = "value", line: float | None = 0.0
+) -> go.Figure:
+    """Values with intervals over categories; colour and symbol tell the values of column `by` apart.
+
+    Args:
+        data: one row a point, with columns `low` and `high` beside `value`.
+        x: column of the categories.
+        by: column that separates the points of one category.
+        title: of the figure.
+        x_title: of the categories.
+        y_title: with its unit.
+        value: column of the values.
+        line: where a dashed line is drawn, if anywhere.
+    """
+    figure = new_figure(title, x_title, y_title)
+    names, groups = list(dict.fromkeys(data[x].astype(str))), list(data.groupby(by, sort=False))
+    step = min(0.16, 0.7 / len(groups))
+    for number, (name, part) in enumerate(groups):
+        # Points of one category stand side by side, so that intervals do not hide each other.
+        places = [names.index(str(category)) + step * (number - (len(groups) - 1) / 2) for category in part[x]]
+        error = {"array": part["high"] - part[value], "arrayminus": part[value] - part["low"], "symmetric": False}
+        figure.add_scatter(x=places, y=part[value], error_y=error, name=str(name), mode="markers", marker=_style(number)["marker"])
+    if line is not None:
+        figure.add_hline(y=line, line={"dash": "dash", "color": "#888888", "width": 1})
+    shown = ["<br>".join(textwrap.wrap(name, max(6, 70 // len(names)))) for name in names]
+    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=shown, range=[-0.5, len(names) - 0.5])
+    rows = (len(groups) + 1) // 2
+    figure.update_layout(height=HEIGHT + 20 * rows, margin={"t": 80 + 20 * rows}, title={"y": 0.96, "yanchor": "top"})
+    figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "entrywidth": 240})
+    return figure

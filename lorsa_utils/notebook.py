@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((4, 57), (6,))}
 """Package to the first version that is tested and the first that is not."""
 
+VERSIONS = ("kit", "python", "torch", "transformers", "device")
+"""What of `provenance` a figure's record holds beside the commit."""
+
 
 # ------------------------------------------------------------------------------------------------------------- provenance
 
@@ -213,8 +216,8 @@ class Context:
             label: file name, starting with the paper item, as `P4_layer_fvu`.
             caption: what one sees, in a sentence or two.
             data: the numbers for the CSV; taken from the figure when not given.
-            **facts: what the figure's record says besides label, caption, notebook, profile, seed and commit; `model`, `layer` and
-                `tokens` are those of the profile unless given here (None where they do not apply; without a model nothing is scaled down).
+            **facts: what the figure's record says besides label, caption, notebook, profile, seed, commit and versions; `model`, `layer`
+                and `tokens` are the profile's unless given here (None where they do not apply; without a model nothing is scaled down).
         """
         figure = go.Figure(figure)
         text = figure.layout.title.text or label
@@ -223,8 +226,9 @@ class Context:
         said = "scaled down" in text or about["model"] is None
         figure.update_layout(title_text=_wrap(text if said else self.title(text)))
         saved = figures.save_figure(figure, label, self.folder / "figures", data, caption)
+        facts_of = provenance()
         record = {"label": label, "caption": caption, "notebook": self.name, "profile": self.profile.name, **about}
-        record |= {"seed": self.seed, "commit": git_commit()}
+        record |= {"seed": self.seed, "commit": git_commit(), "versions": {key: facts_of[key] for key in VERSIONS}}
         store.write_json(saved.html.with_suffix(".json"), {key: _plain(value, key) for key, value in record.items()})
         _display(figure, saved, f"{label}. {caption}")
         return saved
@@ -413,17 +417,28 @@ def layer_modules(
     Returns:
         layer to kind to run folder.
     """
+    layers = run.profile.layers
+    wanted = {f"layer{layer:02d}_{kind}": (layer, _layer_shape(run, model, layer, kind)) for layer in layers for kind in kinds}
+    folders = trained(run, model, source, wanted, train_config(run, compare_tokens(run.profile), 25))
+    return {layer: {kind: folders[f"layer{layer:02d}_{kind}"] for kind in kinds} for layer in layers}
+
+
+def second_seed(
+    run: Context, model: LanguageModel, source: ActivationCache, layer: int, kinds: Sequence[str] = ("lorsa",)
+) -> dict[str, Path]:
+    """Run folders of a layer's modules as in `layer_modules`, from the next seed's start on the same tokens; kind to folder."""
+    names = {kind: f"layer{layer:02d}_{kind}_second" for kind in kinds}
+    wanted = {name: (layer, _layer_shape(run, model, layer, kind)) for kind, name in names.items()}
+    folders = trained(run, model, source, wanted, train_config(run, compare_tokens(run.profile), 25).replace(seed=run.seed + 1))
+    return {kind: folders[name] for kind, name in names.items()}
+
+
+def _layer_shape(run: Context, model: LanguageModel, layer: int, kind: str) -> LorsaConfig | SAEConfig:
     p = run.profile
+    if kind == "lorsa":
+        return _lorsa_shape(run, model, layer)
     features = {"sae_equal_features": p.sae_features, "sae_equal_parameters": p.sae_features_equal_parameters}
-
-    def shape(layer: int, kind: str) -> LorsaConfig | SAEConfig:
-        if kind == "lorsa":
-            return _lorsa_shape(run, model, layer)
-        return SAEConfig(model.d_model, features[kind], p.k)
-
-    wanted = {f"layer{layer:02d}_{kind}": (layer, shape(layer, kind)) for layer in p.layers for kind in kinds}
-    folders = trained(run, model, source, wanted, train_config(run, compare_tokens(p), 25))
-    return {layer: {kind: folders[f"layer{layer:02d}_{kind}"] for kind in kinds} for layer in p.layers}
+    return SAEConfig(model.d_model, features[kind], p.k)
 
 
 def _saved_position(folder: Path) -> str | None:

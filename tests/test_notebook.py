@@ -203,6 +203,8 @@ def test_shown_figures_say_that_they_are_scaled_down(tmp_path: Path) -> None:
         assert (record["notebook"], record["profile"], record["model"]) == ("02_test", profile, PROFILES[profile].model)
         assert (record["layer"], record["tokens"], record["seed"]) == (9, None, 0)
         assert "commit" in record
+        assert set(record["versions"]) == {"kit", "python", "torch", "transformers", "device"}
+        assert all(record["versions"].values())
 
 
 def test_display_offers_an_image_to_programs_without_plotly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
