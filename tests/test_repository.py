@@ -25,7 +25,7 @@ FLOORS = (
     "ops",
     *("fetch", "models", "prose", "corpus"),
     *("lorsa", "sae", "activations"),
-    *("initialize", "metrics", "train", "bench", "checkpoints"),
+    *("initialize", "metrics", "train", "bench", "sweeps", "scaling", "checkpoints", "published"),
     *("units", "heads", "survey", "correspondence", "arithmetic", "topics"),
     *("examples", "rules", "judges", "autointerp"),
     *("tasks", "circuits", "graph", "faithfulness", "errors"),
@@ -101,6 +101,8 @@ def unsafe_calls(tree: ast.AST) -> Iterator[str]:
             )
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
+            if called == "torch.load" and any(ast.unparse(word) == "weights_only=True" for word in node.keywords):
+                continue
             if called in {"torch.load", "eval", "exec", "pd.read_pickle", "pandas.read_pickle"} or called.endswith(".to_pickle"):
                 yield f"{called}("
             yield from (f"{word.arg}=" for word in node.keywords if word.arg in {"allow_pickle", "trust_remote_code"})
@@ -124,6 +126,7 @@ def test_no_data_is_ever_run_as_code(path: Path) -> None:
         "import pickle",
         "from pickle import load",
         "torch.load(p)",
+        "torch.load(p, weights_only=False)",
         "np.load(p, allow_pickle=True)",
         "eval('1')",
         "f(trust_remote_code=True)",
@@ -132,7 +135,7 @@ def test_no_data_is_ever_run_as_code(path: Path) -> None:
 )
 def test_unsafe_code_is_seen(source: str) -> None:
     assert list(unsafe_calls(ast.parse(source)))
-    assert not list(unsafe_calls(ast.parse("model.eval(); load_file(p); np.load(p)")))
+    assert not list(unsafe_calls(ast.parse("model.eval(); load_file(p); np.load(p); torch.load(p, weights_only=True)")))
 
 
 MACHINE_PATH = re.compile(r"(?<![\w.:/$}~-])/(?:home|Users|root|work|tmp|opt)/\w|[A-Z]:\\\\?Users\\")
