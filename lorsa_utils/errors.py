@@ -48,6 +48,8 @@ class LayerErrors:
     """What the layer reads, [n_tokens, d_model]."""
     deviations: Tensor
     """What it writes, less the mean over these tokens, [n_tokens, d_model]."""
+    mean: Tensor
+    """That mean, [d_model]."""
     errors: dict[str, Tensor]
     """Module to what it writes less what the module says, [n_tokens, d_model]."""
     tokens: Tensor
@@ -92,8 +94,10 @@ def collect(modules: Mapping[str, SparseModule], source: ActivationSource, layer
     if not found or whole["sequence"].unique().numel() < 2:
         raise UserError("Errors are compared over sequences, and this text has fewer than two; give a longer text.")
     errors = {name: whole[name] for name in modules}
-    deviations = whole["outputs"] - whole["outputs"].mean(dim=0)
-    return LayerErrors(layer, whole["inputs"], deviations, errors, whole["tokens"], whole["positions"], whole["sequence"])
+    mean = whole["outputs"].mean(dim=0)
+    return LayerErrors(
+        layer, whole["inputs"], whole["outputs"] - mean, mean, errors, whole["tokens"], whole["positions"], whole["sequence"]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- sums and intervals

@@ -33,7 +33,9 @@ def planted(shared: float, **more: Tensor) -> LayerErrors:
     sequence = torch.arange(N_SEQUENCES).repeat_interleave(LENGTH)
     positions = torch.arange(1, LENGTH + 1).repeat(N_SEQUENCES)
     deviations = size * torch.nn.functional.normalize(normal(n, D, seed=6))
-    return LayerErrors(3, normal(n, D, seed=5), deviations, {"a": a, "b": b} | more, torch.zeros(n).long(), positions, sequence)
+    return LayerErrors(
+        3, normal(n, D, seed=5), deviations, torch.zeros(D), {"a": a, "b": b} | more, torch.zeros(n).long(), positions, sequence
+    )
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.3, 0.8])
