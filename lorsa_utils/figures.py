@@ -978,3 +978,125 @@ def intervals(
     figure.update_layout(height=HEIGHT + 20 * rows, margin={"t": 80 + 20 * rows}, title={"y": 0.96, "yanchor": "top"})
     figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "entrywidth": 240})
     return figure
+
+
+# ------------------------------------------------------------------------------------------------- ablations and scaling laws
+
+
+def ablation_changes(data: pd.DataFrame, title: str = "P14: what each change does") -> go.Figure:
+    """Changes of FVU against the base in percent, with intervals, one row a level, levels of one factor under each other.
+
+    Args:
+        data: columns `factor`, `level`, and `change`, `low`, `high` in percent of the base's FVU.
+        title: of the figure.
+    """
+    figure = new_figure(title, "change of held-out FVU against the base (%)", "")
+    for number, (factor, part) in enumerate(data.groupby("factor", sort=False)):
+        error = {"array": part["high"] - part["change"], "arrayminus": part["change"] - part["low"], "symmetric": False, "thickness": 1.5}
+        rows = [[str(factor)] * len(part), part["level"].astype(str).tolist()]
+        figure.add_scatter(x=part["change"], y=rows, error_x=error, mode="markers", marker=_style(number)["marker"], showlegend=False)
+    figure.add_vline(x=0, line={"color": "#444444"})
+    figure.update_yaxes(autorange="reversed", type="multicategory", dividercolor="#BBBBBB", tickfont={"size": 12})
+    figure.update_layout(height=150 + 26 * len(data), title={"xref": "container", "x": 0.02})
+    return figure
+
+
+def interval_lines(data: pd.DataFrame, x: str, y: str, by: str, *, title: str, x_title: str, y_title: str, log: bool = False) -> go.Figure:
+    """Lines with intervals, one for each value of column `by`, over few values that stand at equal distances.
+
+    Args:
+        data: columns `x`, `y`, `by`, and the interval in `low` and `high`.
+        x: column of the horizontal axis.
+        y: column of the vertical axis.
+        by: column that separates the lines.
+        title: of the figure.
+        x_title: with its unit.
+        y_title: with its unit.
+        log: whether the vertical axis is logarithmic.
+    """
+    figure = new_figure(title, x_title, y_title)
+    places = list(dict.fromkeys(sorted(data[x])))
+    groups = list(data.groupby(by, sort=False))
+    for number, (name, part) in enumerate(groups):
+        error = {"array": part["high"] - part[y], "arrayminus": part[y] - part["low"], "symmetric": False}
+        # Lines are moved apart a little, so that intervals do not hide each other.
+        where = [places.index(value) + 0.05 * (number - (len(groups) - 1) / 2) for value in part[x]]
+        figure.add_scatter(x=where, y=part[y], error_y=error, name=str(name), mode="lines+markers", **_style(number))
+    figure.update_xaxes(
+        tickvals=list(range(len(places))), ticktext=[f"{place:,}" if isinstance(place, int) else str(place) for place in places]
+    )
+    figure.update_yaxes(type="log" if log else "linear")
+    figure.update_layout(height=HEIGHT + 40, margin={"t": 70}, legend={"orientation": "h", "y": -0.22, "x": 0})
+    return figure
+
+
+def qk_spectra(spectra: Mapping[str, Any], title: str = "P15: singular values of QK circuits") -> go.Figure:
+    """Singular values of QK circuits over their rank, each circuit scaled to its own largest: median, middle half and full range.
+
+    Args:
+        spectra: kind of circuit to singular values [n_circuits, d_qk], largest first.
+        title: of the figure.
+    """
+    names = list(spectra)
+    figure = make_subplots(cols=len(names), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=names)
+    for column, name in enumerate(names, 1):
+        values = np.asarray(spectra[name], dtype=float)
+        scaled = values / values[:, :1]
+        ranks, colour = np.arange(1, values.shape[1] + 1), PALETTE[(column - 1) % len(PALETTE)]
+        for low, high, opacity, label in ((0.0, 1.0, 0.18, "all circuits"), (0.25, 0.75, 0.4, "middle half")):
+            bounds = np.quantile(scaled, [low, high], axis=0)
+            band = {"fill": "toself", "line": {"width": 0}, "fillcolor": colour, "opacity": opacity, "hoverinfo": "skip"}
+            x, y = np.concatenate((ranks, ranks[::-1])), np.concatenate((bounds[1], bounds[0][::-1]))
+            figure.add_scatter(x=x, y=y, name=label, mode="lines", showlegend=False, **band, row=1, col=column)
+        median = np.quantile(scaled, 0.5, axis=0)
+        figure.add_scatter(
+            x=ranks, y=median, name=f"{name}, median", line={"color": colour, "width": 2}, showlegend=False, row=1, col=column
+        )
+    figure.update_yaxes(title="singular value / largest", type="log", tickvals=[1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001], col=1)
+    figure.update_yaxes(type="log")
+    figure.update_xaxes(title="number")
+    figure.update_layout(template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top"}, margin={"t": 110}, height=HEIGHT + 20)
+    return figure
+
+
+def scaling_laws(
+    points: pd.DataFrame, laws: Mapping[str, Any], *, title: str = "P3: FVU against parameters", x_title: str = "parameters"
+) -> go.Figure:
+    """Measured points, fitted laws with their bands, and held-out points beside what was predicted for them.
+
+    Args:
+        points: columns `x`, `fvu`, `line` (key of `laws`), `panel`, and `held_out`.
+        laws: line to `scaling.PowerLaw`.
+        title: of the figure.
+        x_title: with its unit.
+    """
+    panels = list(dict.fromkeys(points["panel"]))
+    figure = make_subplots(cols=len(panels), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[str(panel) for panel in panels])
+    names = list(dict.fromkeys(points["line"]))
+    for number, name in enumerate(names):
+        part = points[points["line"] == name]
+        column, style = panels.index(part["panel"].iloc[0]) + 1, _style(number)
+        place = {"row": 1, "col": column, "legendgroup": str(name)}
+        grid = np.geomspace(points["x"].min(), points["x"].max(), 40)
+        low, high = laws[name].band(grid)
+        x, y = np.concatenate((grid, grid[::-1])), np.concatenate((high, low[::-1]))
+        band = {"fill": "toself", "fillcolor": style["line"]["color"], "opacity": 0.2, "line": {"width": 0}, "hoverinfo": "skip"}
+        figure.add_scatter(x=x, y=y, mode="lines", showlegend=False, **band, **place)
+        figure.add_scatter(x=grid, y=laws[name](grid), mode="lines", line=style["line"], showlegend=False, **place)
+        for held_out, fill in ((False, style["line"]["color"]), (True, "white")):
+            some = part[part["held_out"] == held_out]
+            marker = style["marker"] | {"color": fill, "line": {"color": style["line"]["color"], "width": 2}}
+            figure.add_scatter(x=some["x"], y=some["fvu"], mode="markers", name=str(name), marker=marker, showlegend=not held_out, **place)
+    ticks = sorted(set(points["x"]))
+    shown = [tick for number, tick in enumerate(ticks) if number == len(ticks) - 1 or number % 2 == 0]
+    figure.update_xaxes(title=x_title, type="log", tickvals=shown, ticktext=[_short(tick) for tick in shown], tickangle=0)
+    figure.update_yaxes(type="log", tickvals=[0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
+    figure.update_yaxes(title="FVU (held-out text)", col=1)
+    figure.update_layout(template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top"}, height=HEIGHT + 80, margin={"t": 100})
+    figure.update_layout(legend={"orientation": "h", "y": -0.2, "x": 0})
+    return figure
+
+
+def _short(number: float) -> str:
+    """A large number in a few characters."""
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k" if number >= 1e3 else f"{number:g}"

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import threading
@@ -78,21 +77,18 @@ class HeldTokens:
         self.source, self.layer, self.n_tokens = source, layer, n_tokens
         self.layers: tuple[int, ...] = (layer,)
         self.context, self.n_sequences = source.context, source.n_sequences
-        self._batches: list[ActivationBatch] = []
-        first = next(iter(self._cut(source.batches(1, layers=(layer,)))))
-        per_sequence = 2 * first.inputs[layer].numel() * first.inputs[layer].element_size()
-        about = per_sequence * math.ceil(n_tokens / max(1, int(first.mask.sum())))
-        self.in_memory = about <= memory_share * psutil.virtual_memory().available
-        if self.in_memory:
-            self._batches = list(self._cut(source.batches(8, layers=(layer,))))
-            self.n_sequences = sum(len(batch.mask) for batch in self._batches)
+        self._held: ActivationBatch | None = None
+        first = next(iter(source.batches(1, layers=(layer,))))
+        about = first.inputs[layer].nbytes * 2 * math.ceil(n_tokens / max(1, int(first.mask.sum())))
+        # Reading takes the pieces and the whole for a moment.
+        if 2 * about <= memory_share * psutil.virtual_memory().available:
+            self._held = _together(list(self._cut(source.batches(8, layers=(layer,)))), layer)
+            self.n_sequences = len(self._held.mask)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of activations in memory; 0 when they are read from the source."""
-        return sum(
-            side.numel() * side.element_size() for batch in self._batches for side in (batch.inputs[self.layer], batch.outputs[self.layer])
-        )
+        return self._held.inputs[self.layer].nbytes * 2 if self._held else 0
 
     def first(self, n_tokens: int) -> HeldTokens:
         """The same activations up to fewer tokens; nothing is copied.
@@ -112,27 +108,18 @@ class HeldTokens:
         """See `ActivationSource.batches`; one process, from the first sequence."""
         if start or part != (0, 1) or tuple(layers or self.layers) != self.layers:
             raise UserError(f"Held activations are read from the start, by one process, for layer {self.layer} alone.")
-        yield from self._cut(self._joined(batch_size) if self.in_memory else self.source.batches(batch_size, layers=self.layers))
+        held = self._held
+        yield from self._cut(self._slices(held, batch_size) if held else self.source.batches(batch_size, layers=self.layers))
 
     def identity(self) -> dict[str, Any]:
         """See `ActivationSource.identity`."""
         return {**self.source.identity(), "layer": self.layer}
 
-    def _joined(self, batch_size: int) -> Iterator[ActivationBatch]:
-        """Batches of another size than those in memory."""
-        rows = ((batch, row) for batch in self._batches for row in range(len(batch.mask)))
-        while group := list(itertools.islice(rows, batch_size)):
-            tokens, mask, x, y = (
-                torch.stack(side)
-                for side in zip(
-                    *(
-                        (batch.tokens[row], batch.mask[row], batch.inputs[self.layer][row], batch.outputs[self.layer][row])
-                        for batch, row in group
-                    ),
-                    strict=True,
-                )
-            )
-            yield ActivationBatch(tokens, mask, {self.layer: x}, {self.layer: y}, mask)
+    def _slices(self, held: ActivationBatch, batch_size: int) -> Iterator[ActivationBatch]:
+        for first in range(0, self.n_sequences, batch_size):
+            rows = slice(first, first + batch_size)
+            inputs, outputs = ({self.layer: side[self.layer][rows]} for side in (held.inputs, held.outputs))
+            yield ActivationBatch(held.tokens[rows], held.mask[rows], inputs, outputs, held.mask[rows])
 
     def _cut(self, batches: Iterator[ActivationBatch]) -> Iterator[ActivationBatch]:
         """Batches until the tokens are used up; what is over in the last one is masked."""
@@ -143,6 +130,14 @@ class HeldTokens:
             mask = batch.mask & (batch.mask.flatten().cumsum(0) <= left).view_as(batch.mask)
             left -= int(mask.sum())
             yield batch._replace(mask=mask, whole_mask=mask)
+
+
+def _together(batches: Sequence[ActivationBatch], layer: int) -> ActivationBatch:
+    tokens, mask, x, y = (
+        torch.cat(side)
+        for side in zip(*((batch.tokens, batch.mask, batch.inputs[layer], batch.outputs[layer]) for batch in batches), strict=True)
+    )
+    return ActivationBatch(tokens, mask, {layer: x}, {layer: y}, mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- trials
