@@ -346,3 +346,30 @@ def pattern_table(overlaps: Tensor, baseline: Tensor, n_heads: int) -> pd.DataFr
             "baseline_mean": baseline.mean(dim=1).numpy(),
         }
     )
+
+
+@torch.no_grad()
+def qk_singular_values(part: Lorsa | AttentionSite) -> Tensor:
+    """Singular values of W_Q W_K^T of every QK circuit, largest first, [n_circuits, d_qk] (paper item P15).
+
+    The product is the bilinear form that scores a token against itself; between tokens at a distance RoPE turns one side of it, which
+    leaves the singular values of W_Q and of W_K as they are but not those of the product. Gains of a QK norm are multiplied in.
+    """
+    W_Q, W_K = part.W_Q, part.W_K
+    if isinstance(part, AttentionSite):
+        if part.q_norm_weight is not None and part.k_norm_weight is not None:
+            W_Q, W_K = W_Q * part.q_norm_weight, W_K * part.k_norm_weight
+        W_K = part.expand_kv(W_K)
+    elif part.config.qk_norm:
+        W_Q, W_K = W_Q * part.q_norm[:, None], W_K * part.k_norm[:, None]
+    # Two small triangles have the singular values of the [d_model, d_model] product.
+    triangles = [torch.linalg.qr(side.double(), mode="r").R for side in (W_Q, W_K)]
+    values: Tensor = torch.linalg.svdvals(triangles[0] @ triangles[1].transpose(1, 2))
+    return values
+
+
+def effective_rank(singular_values: Tensor) -> Tensor:
+    """exp(entropy) of the squared singular values' shares, over the last dimension: [..., n] to [...]; n when all are equal, 1 when one is all."""
+    shares = singular_values.double().square()
+    shares = shares / shares.sum(dim=-1, keepdim=True)
+    return torch.special.entr(shares).sum(dim=-1).exp()

@@ -206,3 +206,19 @@ def test_attention_on_sources(model: LanguageModel) -> None:
     assert torch.allclose(correspondence.attention_on_sources(model, 1, site, found), by_hand, atol=1e-6)
     of_copies = correspondence.attention_on_sources(model, 1, copied_groups(site), found)
     assert torch.allclose(of_copies, by_hand.repeat(2), atol=1e-5)
+
+
+def test_qk_singular_values_are_those_of_the_whole_product(model: LanguageModel, lorsa: Lorsa) -> None:
+    for part in (lorsa, model.site(1)):
+        W_K = part.W_K if isinstance(part, Lorsa) else part.expand_kv(part.W_K)
+        found = correspondence.qk_singular_values(part)
+        assert found.shape == part.W_Q.shape[::2]
+        for circuit, (w_q, w_k) in enumerate(zip(part.W_Q.double(), W_K.double(), strict=True)):
+            whole = torch.linalg.svdvals(w_q @ w_k.T)
+            torch.testing.assert_close(found[circuit], whole[: found.shape[1]])
+            assert (whole[found.shape[1] :] < 1e-9).all()
+
+
+def test_effective_rank_by_hand() -> None:
+    ranks = correspondence.effective_rank(torch.tensor([[3.0, 3.0, 3.0, 0.0], [5.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(ranks, torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64))
