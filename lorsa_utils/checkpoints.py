@@ -132,15 +132,15 @@ def find(
     found: list[tuple[int, Path]] = []
     for marker in sorted((Path(folder) if folder else store.data_dir() / "checkpoints").glob("*/checkpoint.json")):
         config = store.read_json(marker.parent / "config.json")
-        module, source = dict(config["module"]), config["source"]
-        same_model = source["model_sha256"] == model.fingerprint or (
-            source["model"] == model.name and source["tokenizer_sha256"] == model.tokenizer_fingerprint
+        module, source = dict(config["module"]), config.get("source", {})
+        same_model = source.get("model_sha256") == model.fingerprint or (
+            source.get("model") == model.name and source.get("tokenizer_sha256") == model.tokenizer_fingerprint
         )
         if not same_model or (config["layer"], module["kind"]) != (layer, kind):
             continue
         if shape is not None and {**json.loads(json.dumps(shape.to_dict())), "kind": kind} != module:
             continue
-        found.append((config["train"]["tokens"], marker.parent))
+        found.append((config.get("train", {}).get("tokens", 0), marker.parent))
     if not found:
         return None
     best = max(found)[1]
@@ -178,7 +178,9 @@ def _copy_results(source: Path, target: Path) -> None:
 
 def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config whose model and text files are named without the folders of the machine they were on."""
-    source = dict(config.get("source", {}))
+    if "source" not in config:
+        return dict(config)
+    source = dict(config["source"])
     for key in ("model", "text"):
         value = source.get(key)
         if isinstance(value, str) and Path(value).is_absolute():
@@ -193,6 +195,8 @@ def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def train_command(config: Mapping[str, Any]) -> str:
     """The `lorsa train` command that a run's config.json follows from; options with their defaults are left out."""
+    if "train" not in config:  # its weights came from elsewhere
+        return shlex.join(["lorsa", "import", config.get("imported", {}).get("from", "SRC"), "DIR"])
     module, train, source = config["module"], config["train"], config["source"]
     words = ["lorsa", "train", "--model", source["model"], "--layer", config["layer"], "--kind", module["kind"]]
     if module["kind"] == "lorsa":
@@ -213,13 +217,14 @@ def train_command(config: Mapping[str, Any]) -> str:
     return shlex.join([*map(str, words), "--out", "DIR"])
 
 
-def model_card(folder: str | Path, facts: Mapping[str, Any] | None = None, licence: str | None = None) -> str:
+def model_card(folder: str | Path, facts: Mapping[str, Any] | None = None, licence: str | None = None, loading: str | None = None) -> str:
     """Markdown that says what a run folder holds: model, layer, training, results, licence, how to load it.
 
     Args:
         folder: with `config.json` and, where they are, `metrics.jsonl` and `results*.json` (each becomes a row of the table).
         facts: of `checkpoint.json`.
         licence: of the weights, as the Hub spells it; by default that of the language model where it is known.
+        loading: how to load it, when not with this kit.
     """
     path = Path(folder)
     config = store.read_json(path / "config.json")
@@ -239,7 +244,7 @@ def model_card(folder: str | Path, facts: Mapping[str, Any] | None = None, licen
         _purpose(kind),
         _table(("setting", "value"), [row for row in rows if row[1] is not None]),
         _results(path),
-        _loading(facts),
+        loading or _loading(facts),
     ]
     return "\n".join(part for part in parts if part)
 

@@ -108,6 +108,24 @@ def build_parser() -> argparse.ArgumentParser:
 
     _autointerp_options(command("autointerp", autointerp, "Explain units of trained modules and score the explanations."))
 
+    sub = command("import", import_, "Make a run folder from published Lorsa weights (Language-Model-SAEs or OpenMOSS/Lorsa).")
+    sub.add_argument("source", metavar="SRC", help="folder, <repo>:<folder> on the Hugging Face Hub, or a small checkpoint of this kit")
+    sub.add_argument("folder", metavar="DIR", help="run folder to make")
+    sub.add_argument("--model", metavar="M", help="language model it is for: every reading of the weights is measured, the best taken")
+    sub.add_argument("--layer", type=int, metavar="L", help="attention layer; without, the one that the checkpoint names")
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders to measure on in place of the embedded text")
+    sub.add_argument("--dataset", metavar="HF_ID", help="Hugging Face dataset in place of the embedded text")
+    sub.add_argument("--tokens", type=_count, default=20_000, metavar="N", help="at most so many tokens of it")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+    sub = command("export", export, "Write a trained Lorsa for Language-Model-SAEs (Llamascopium), with a model card.")
+    sub.add_argument("folder", metavar="DIR", help="run folder of `lorsa train`")
+    sub.add_argument("target", metavar="DST", help="folder to make")
+    sub.add_argument("--format", choices=("llamascopium", "small"), default="llamascopium", help="small: a run folder of 40 %% the size")
+    sub.add_argument("--push", metavar="REPO_ID", help="upload DST to this repository on the Hugging Face Hub")
+    sub.add_argument("--path-in-repo", metavar="FOLDER", help="folder in that repository; without, its root")
+    sub.add_argument("--private", action="store_true", help="a new repository is visible to its owner only")
+
     sub = command("bench", bench, "Time training steps against the hardware's floor and plain PyTorch; append rows to a CSV.")
     sub.add_argument("--shape", type=_names, default=["A", "B"], metavar="S", help="A, B, pythia, pythia-1024, llama; several: A,B")
     sub.add_argument("--backend", type=_names, metavar="NAME", help="only these: torch, triton, plain, plain-compiled")
@@ -584,6 +602,17 @@ def _require_finished(folder: Path) -> None:
         raise store.UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
 
 
+def _run_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a finished run that says which model and layer it is for."""
+    from lorsa_utils import store
+
+    _require_finished(folder)
+    config: dict[str, Any] = store.read_json(folder / "config.json")
+    if "source" not in config or config.get("layer") is None:
+        raise store.UserError(f"{folder} does not say which model and layer it is for; import it again with --model and --layer.")
+    return config
+
+
 def _sequences_of_run(documents: list[Any], model: LanguageModel, source: Mapping[str, Any], n_tokens: int, seed: int) -> Sequences:
     """Text cut into sequences as the run's training text was."""
     from lorsa_utils.corpus import tokenize
@@ -598,17 +627,16 @@ def _sequences_of_run(documents: list[Any], model: LanguageModel, source: Mappin
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """`lorsa eval`: reconstruction and spliced loss on text of the caller's choice."""
-    from lorsa_utils import metrics, store
+    from lorsa_utils import metrics
     from lorsa_utils.sae import load_module
 
     folder = Path(arguments.folder)
-    _require_finished(folder)
-    config = store.read_json(folder / "config.json")
+    config = _run_config(folder)
     module = load_module(folder)
     source = config["source"]
     model = _model_of_run(folder, source, arguments.model, arguments.device)
     documents = _documents(arguments.text, source.get("text"), arguments.tokens)
-    sequences = _sequences_of_run(documents, model, source, arguments.tokens, config["train"]["seed"])
+    sequences = _sequences_of_run(documents, model, source, arguments.tokens, config.get("train", {}).get("seed", 0))
     _tell_eval_cost(model, sequences, arguments.batch_size)
     result = metrics.evaluate_spliced(model, config["layer"], module.to(model.device), sequences, arguments.batch_size, progress=True)
     if result["fvu"] > 1:
@@ -625,10 +653,10 @@ def heads(arguments: argparse.Namespace) -> dict[str, Any]:
     from lorsa_utils.lorsa import Lorsa
 
     folder, out = Path(arguments.folder), Path(arguments.out)
-    _require_finished(folder)
+    config = _run_config(folder)
     if out.suffix != ".parquet":
         raise store.UserError(f"The table is written as Parquet; give --out a name that ends in .parquet, not {out.name}.")
-    config, lorsa = store.read_json(folder / "config.json"), Lorsa.load(folder)
+    lorsa = Lorsa.load(folder)
     store.require_writable(out.parent)
     source = config["source"]
     model = _model_of_run(folder, source, arguments.model, arguments.device)
@@ -669,8 +697,7 @@ def show(arguments: argparse.Namespace) -> dict[str, Any]:
     from lorsa_utils.lorsa import Lorsa
 
     folder, out, chosen = Path(arguments.folder), Path(arguments.out), list(dict.fromkeys(arguments.head))
-    _require_finished(folder)
-    config, lorsa = store.read_json(folder / "config.json"), Lorsa.load(folder)
+    config, lorsa = _run_config(folder), Lorsa.load(folder)
     heads = units.LorsaHeads(lorsa)
     heads.check(chosen)
     is_page = out.suffix in (".html", ".htm")
@@ -837,8 +864,7 @@ def _dictionaries(folders: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
     found: list[Dictionary] = []
     configs: list[dict[str, Any]] = []
     for folder in map(Path, folders):
-        _require_finished(folder)
-        configs.append(store.read_json(folder / "config.json"))
+        configs.append(_run_config(folder))
         module = load_module(folder)
         if not isinstance(module, Lorsa) and module.config.kind != "sae":
             raise store.UserError(f"{folder} holds a transcoder, which has no source tokens; give Lorsa and SAE runs.")
@@ -977,9 +1003,7 @@ def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
             raise store.UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
         model = load_model(arguments.model or "smollm2", device=arguments.device)
         return circuits.take_apart(model, arguments.layers), Vocabulary(model.tokenizer, _bos_id(model.tokenizer, "auto"))
-    for folder in folders:
-        _require_finished(folder)
-    configs = [store.read_json(folder / "config.json") for folder in folders]
+    configs = [_run_config(folder) for folder in folders]
     if len({config["source"]["model_sha256"] for config in configs}) > 1:
         raise store.UserError("These runs were trained on different models; give runs of one model.")
     layers = [config["layer"] for config in configs]
@@ -1045,6 +1069,45 @@ def _graph(arguments: argparse.Namespace, sparse: SparseModel, task: Task, vocab
         chance = circuits.clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
     graph.write_graph(found, arguments.graph, probability=float(chance))
     return {"path": arguments.graph, "nodes": len(found.nodes), "links": len(found.links), **found.facts}
+
+
+def import_(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa import`: a run folder from published weights."""
+    from lorsa_utils import checkpoints, published
+    from lorsa_utils.corpus import tokenize
+    from lorsa_utils.models import load_model
+
+    if (Path(arguments.source) / "checkpoint.json").is_file():
+        return {"path": str(checkpoints.unpack(arguments.source, arguments.folder)), "format": "small", "warning": None}
+    if arguments.model is None:
+        answer = published.import_checkpoint(arguments.source, arguments.folder, layer=arguments.layer)
+    else:
+        model = load_model(arguments.model, device=arguments.device)
+        corpus, text = _corpus(arguments.text, arguments.dataset, 10 * arguments.tokens)
+        documents = [*corpus.train, *corpus.held_out] if arguments.text else corpus.held_out or corpus.train
+
+        def sequences(context: int) -> Sequences:
+            return tokenize(documents, model.tokenizer, context=min(context, model.context_length), n_tokens=arguments.tokens)
+
+        answer = published.import_checkpoint(arguments.source, arguments.folder, model, arguments.layer, sequences, text)
+    if answer["warning"]:
+        _note(answer["warning"])
+    return answer
+
+
+def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa export`: published formats, and the Hub."""
+    from lorsa_utils import checkpoints, published
+
+    _require_finished(Path(arguments.folder))
+    if arguments.format == "small":
+        path = checkpoints.pack(arguments.folder, arguments.target)
+        answer: dict[str, Any] = {"path": str(path), "format": "small", "bytes": sum(file.stat().st_size for file in path.iterdir())}
+    else:
+        answer = published.export_checkpoint(arguments.folder, arguments.target)
+    if arguments.push:
+        answer["url"] = published.push_to_hub(arguments.target, arguments.push, arguments.path_in_repo, arguments.private)
+    return answer
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
