@@ -369,7 +369,7 @@ def qk_singular_values(part: Lorsa | AttentionSite) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
-    """exp(entropy) of the squared singular values' shares, over the last dimension: [..., n] to [...]; n when all are equal, 1 when one is all."""
+    """exp(entropy) of the shares of the squared singular values, [..., n] to [...]: n when all are equal, 1 when there is only one."""
     shares = singular_values.double().square()
     shares = shares / shares.sum(dim=-1, keepdim=True)
     return torch.special.entr(shares).sum(dim=-1).exp()
