@@ -990,7 +990,7 @@ def ablation_changes(data: pd.DataFrame, title: str = "P14: what each change doe
         data: columns `factor`, `level`, and `change`, `low`, `high` in percent of the base's FVU.
         title: of the figure.
     """
-    figure = new_figure(title, "change of held-out FVU against the base (%)", "")
+    figure = new_figure(title, "change of held-out FVU against the base (%)", "what is changed")
     for number, (factor, part) in enumerate(data.groupby("factor", sort=False)):
         error = {"array": part["high"] - part["change"], "arrayminus": part["change"] - part["low"], "symmetric": False, "thickness": 1.5}
         rows = [[str(factor)] * len(part), part["level"].astype(str).tolist()]
@@ -998,6 +998,23 @@ def ablation_changes(data: pd.DataFrame, title: str = "P14: what each change doe
     figure.add_vline(x=0, line={"color": "#444444"})
     figure.update_yaxes(autorange="reversed", type="multicategory", dividercolor="#BBBBBB", tickfont={"size": 12})
     figure.update_layout(height=150 + 26 * len(data), title={"xref": "container", "x": 0.02})
+    return figure
+
+
+def start_fvu(data: pd.DataFrame, title: str = "P14: where training starts") -> go.Figure:
+    """Held-out FVU with intervals, one row a start.
+
+    Args:
+        data: columns `start`, `fvu`, `low`, `high`.
+        title: of the figure.
+    """
+    figure = new_figure(title, "FVU (held-out text)", "taken from the MHSA")
+    error = {"array": data["high"] - data["fvu"], "arrayminus": data["fvu"] - data["low"], "symmetric": False}
+    figure.add_scatter(x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**_style(0)["marker"], "size": 10})
+    figure.add_vline(x=1, line={"color": "#888888", "dash": "dash"})
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(range=[0, max(1.05, 1.05 * float(data["fvu"].max()))])
+    figure.update_layout(height=150 + 36 * len(data), title={"xref": "container", "x": 0.02})
     return figure
 
 
