@@ -180,13 +180,13 @@ class TrainConfig(Config):
     """Budget."""
     batch_size: int = 4
     """Sequences in one step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Adam's learning rate on the plateau."""
     qk_lr_factor: float = 0.2
     """Factor on it for W_Q, W_K and their biases: attention patterns want smaller steps than reads and writes."""
     warmup: float = 0.05
     """Share of the budget with a rising learning rate."""
-    decay: float = 0.2
+    decay: float = 0.8
     """Share of the budget, at the end, with a falling learning rate."""
     beta1: float = 0.9
     """Adam's decay of the gradient mean."""
@@ -232,7 +232,7 @@ class Profile(Config):
     """How large a run of the notebooks is."""
 
     name: str
-    """`smoke` (minutes, to see that everything runs), `laptop` (real numbers on two cores) or `paper` (the paper's shapes, GPUs)."""
+    """`smoke` (minutes, to see that everything runs), `laptop` (real numbers on two cores), `paper` (the paper's, GPUs) or a preset."""
     model: str
     """Language model, as `models.load_model` takes it."""
     layer: int
@@ -267,7 +267,140 @@ class Profile(Config):
     @property
     def is_scaled_down(self) -> bool:
         """Whether shapes and budgets are smaller than the paper's."""
-        return self.name != "paper"
+        return self.name in ("smoke", "laptop")
+
+
+@dataclass(frozen=True)
+class Preset(Config):
+    """One language model of the paper, or beside it, with the shape of its Lorsa layers and their training."""
+
+    name: str
+    """As in `lorsa train --preset`."""
+    model: str
+    """Hugging Face id."""
+    licence: str
+    """Of the model's weights, as the Hub spells it."""
+    source: str
+    """Where shape and budget are from."""
+    n_layers: int
+    """Layers of the model."""
+    d_model: int
+    """Width of its residual stream."""
+    d_head: int
+    """Width of its queries and keys, and of Lorsa's."""
+    parameters: float
+    """Its parameters, embeddings included."""
+    multiplied: float
+    """Those that a token's pass up to the last attention layer multiplies with: all but embedding and unembedding."""
+    n_heads: int
+    """Lorsa heads in a layer."""
+    n_qk: int
+    """QK groups in a layer."""
+    k: int
+    """Heads kept for each token."""
+    context: int
+    """Tokens in a sequence, BOS included."""
+    batch_size: int
+    """Sequences in one training step."""
+    layer: int
+    """Layer of the notebooks that look at one layer."""
+    layers: tuple[int, ...]
+    """Layers of the notebook that compares layers."""
+    tokens: int = 800_000_000
+    """Training tokens of a layer."""
+    dataset: str = "cerebras/SlimPajama-627B"
+    """Hugging Face dataset of the text."""
+
+    def profile(self) -> Profile:
+        """The notebooks in this size."""
+        return Profile(
+            name=self.name,
+            model=self.model,
+            layer=self.layer,
+            layers=self.layers,
+            n_heads=self.n_heads,
+            n_qk=self.n_qk,
+            k=self.k,
+            context=self.context,
+            cache_tokens=1_000_000,
+            train_tokens=self.tokens,
+            held_out_tokens=1_000_000,
+            compare_held_out_tokens=1_000_000,
+            sae_features=self.n_heads,
+            sae_features_equal_parameters=self.n_heads + self.n_qk * self.d_head,
+            seeds=5,
+            batch_size=self.batch_size,
+        )
+
+
+PRESETS: dict[str, Preset] = {
+    "pythia-160m": Preset(
+        name="pythia-160m",
+        model="EleutherAI/pythia-160m",
+        licence="apache-2.0",
+        source="the paper; the batch is that of the authors' script",
+        n_layers=12,
+        d_model=768,
+        d_head=64,
+        parameters=162e6,
+        multiplied=85e6,
+        n_heads=6144,
+        n_qk=96,
+        k=64,
+        context=256,
+        batch_size=32,
+        layer=3,
+        layers=tuple(range(12)),
+    ),
+    "llama-3.1-8b": Preset(
+        name="llama-3.1-8b",
+        model="meta-llama/Llama-3.1-8B",
+        licence="llama3.1",
+        source="the paper; the batch is ours",
+        n_layers=32,
+        d_model=4096,
+        d_head=128,
+        parameters=8.03e9,
+        multiplied=6.98e9,
+        n_heads=32768,
+        n_qk=256,
+        k=128,
+        context=1024,
+        batch_size=4,
+        layer=16,
+        layers=(16,),
+    ),
+    "qwen3-1.7b": Preset(
+        name="qwen3-1.7b",
+        model="Qwen/Qwen3-1.7B",
+        licence="apache-2.0",
+        source="ours, by the paper's ratios: 8 x d_model heads, a group for every d_head of them, K between its two models",
+        n_layers=28,
+        d_model=2048,
+        d_head=128,
+        parameters=1.72e9,
+        multiplied=1.41e9,
+        n_heads=16384,
+        n_qk=128,
+        k=96,
+        context=1024,
+        batch_size=8,
+        layer=14,
+        layers=(14,),
+    ),
+}
+"""The paper's two models, and one with a QK norm beside them."""
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in PRESETS:
+        raise UserError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
 
 
 PROFILES: dict[str, Profile] = {
@@ -305,26 +438,10 @@ PROFILES: dict[str, Profile] = {
         sae_features_equal_parameters=9216,
         seeds=5,
     ),
-    "paper": Profile(
-        name="paper",
-        model="EleutherAI/pythia-160m",
-        layer=3,
-        layers=tuple(range(12)),
-        n_heads=6144,
-        n_qk=96,
-        k=64,
-        context=256,
-        cache_tokens=1_000_000,
-        train_tokens=800_000_000,
-        held_out_tokens=1_000_000,
-        compare_held_out_tokens=1_000_000,
-        sae_features=6144,
-        sae_features_equal_parameters=12288,
-        seeds=5,
-        batch_size=32,
-    ),
+    "paper": PRESETS["pythia-160m"].profile().replace(name="paper"),
+    **{name: preset.profile() for name, preset in PRESETS.items()},
 }
-"""The sizes behind PROFILE=smoke, laptop and paper."""
+"""The sizes behind PROFILE=smoke, laptop and paper (which is pythia-160m), and those of the presets."""
 
 
 def get_profile(name: str) -> Profile:
