@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorsa_utils import __version__, store
-from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
+from lorsa_utils.config import PRESETS, LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.sae import SAE, load_module
 from lorsa_utils.train import read_log
@@ -33,7 +33,7 @@ LARGEST_ERROR = 0.02
 """Share of a weight's norm that packing may lose."""
 LOG_ROWS = 60
 EMBEDDED_TEXT = "embedded text of the kit (English Wikipedia, CC BY-SA, and documentation prose)"
-LICENCES = {"smollm2": "apache-2.0", "EleutherAI/pythia-160m": "apache-2.0", "Qwen/Qwen3-1.7B": "apache-2.0"}
+LICENCES = {"smollm2": "apache-2.0", **{preset.model: preset.licence for preset in PRESETS.values()}}
 """Licence of the language model that a module's weights derive from."""
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from lorsa_utils.tasks import Task
     from lorsa_utils.train import RunSpec, World
 
-PROFILE_NAMES = ("smoke", "laptop", "paper")
+PRESET_NAMES = ("pythia-160m", "llama-3.1-8b", "qwen3-1.7b")
+PROFILE_NAMES = ("smoke", "laptop", "paper", *PRESET_NAMES)
 KINDS = ("lorsa", "sae", "transcoder")
 FEW_NODES = 64  # so many nodes of a circuit are ranked by removing each, more by gradients
 # These fields of TrainConfig have options of their own.
@@ -43,8 +44,8 @@ OWN_OPTIONS = ("tokens", "seed", "freeze_qk", "init", "batch_size")
 # ------------------------------------------------------------------------------------------------------------------ parser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the `lorsa` command."""
+def build_parser(train_defaults: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
+    """The parser of the `lorsa` command, with other defaults for `lorsa train` where a preset brings them."""
     parser = argparse.ArgumentParser(
         prog="lorsa", description="Train and measure low-rank sparse attention (Lorsa) layers on a language model."
     )
@@ -59,12 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("doctor", doctor, "Tell versions, device and what is missing; estimate a profile.")
     sub.add_argument("--profile", choices=PROFILE_NAMES, help="estimate time, disk and memory of this profile")
+    sub.add_argument("--preset", choices=PRESET_NAMES, help="estimate hours, disk and memory of training all layers of this preset")
 
     sub = command("fetch", fetch, "Download and convert the embedded model (SmolLM2-135M-Instruct).")
     sub.add_argument("--force", action="store_true", help="make it again even if it is there")
 
     _cache_options(command("cache", cache, "Write an activation cache."))
-    _train_options(command("train", train, "Train one Lorsa, SAE or transcoder and measure it on held-out text."))
+    sub = command("train", train, "Train one Lorsa, SAE or transcoder and measure it on held-out text.")
+    _train_options(sub)
+    sub.set_defaults(**(train_defaults or {}))
 
     sub = command("eval", evaluate, "Measure a trained module: reconstruction, and the model's loss with it in the layer's place.")
     sub.add_argument("folder", metavar="DIR", help="run folder of `lorsa train`")
@@ -164,6 +168,7 @@ def _cache_options(sub: argparse.ArgumentParser) -> None:
 def _train_options(sub: argparse.ArgumentParser) -> None:
     _text_options(sub)
     sub.add_argument("--layer", type=_layers, required=True, metavar="L", help="layer; several (9,17) train together into OUT/layer_L")
+    sub.add_argument("--preset", choices=PRESET_NAMES, help="model, text, shape and budget of the paper's suites; other options win")
     sub.add_argument("--kind", choices=KINDS, default="lorsa", help="what to train")
     sub.add_argument("--n-heads", type=_count, metavar="H", help="Lorsa heads, or features of an SAE; without, 8 x d_model")
     sub.add_argument("--n-qk", type=_count, metavar="Q", help="QK groups; without, as many as n_heads / d_head")
@@ -279,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (bad input), 2 (bad usage), 130 (interrupted)."""
     try:
         arguments = build_parser().parse_args(argv)
+        if getattr(arguments, "preset", None) and arguments.command == "train":
+            arguments = build_parser(_preset_options(arguments)).parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong
         return stop.code if isinstance(stop.code, int) else 2
     try:
@@ -288,6 +295,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; say nothing at exit either
         return 1
+
+
+def _preset_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a preset fills in; its text only where no other is given."""
+    from lorsa_utils.config import get_preset
+    from lorsa_utils.presets import train_options
+
+    options = train_options(get_preset(arguments.preset))
+    return options | ({"dataset": None} if arguments.text or arguments.cache else {})
 
 
 INTERRUPTED = {
@@ -1168,6 +1184,8 @@ def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.profile:
         answer["estimate"] = _profile_estimate(arguments.profile)
+    if arguments.preset:
+        answer["preset"] = _preset_estimate(arguments.preset)
     return answer
 
 
@@ -1194,19 +1212,43 @@ def _missing(fetched: bool) -> list[str]:
     return missing
 
 
-# Parameters without the embedding, layers, d_model and width of a head of the models that profiles use.
-MODEL_SHAPES = {"smollm2": (106e6, 30, 576, 64), "EleutherAI/pythia-160m": (85e6, 12, 768, 64)}
+def _preset_estimate(name: str) -> dict[str, Any]:
+    """Hours, memory and disk of a preset, by arithmetic: at an H100's rate and at this machine's."""
+    import psutil
+    import torch
+
+    from lorsa_utils import presets
+    from lorsa_utils.config import get_preset
+
+    preset = get_preset(name)
+    here = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
+    about = {"name": name, "model": preset.model, "licence": preset.licence, "shape_from": preset.source, "layers": preset.n_layers}
+    about |= {"tokens": preset.tokens, "how": "by arithmetic, not measured; expect several times the hours"}
+    return about | {
+        f"at {presets.H100_RATE / 1e12:.0f} TFLOP/s and 80 GB (H100)": presets.estimate(preset),
+        "at this machine's rate and memory": presets.estimate(preset, _matmul_rate(), here),
+    }
+
+
+def _model_shape(name: str) -> tuple[float, int, int, int]:
+    """Parameters without the embedding, layers, d_model and width of a head of a model that profiles use."""
+    from lorsa_utils.config import PRESETS
+
+    shapes = {preset.model: (preset.multiplied, preset.n_layers, preset.d_model, preset.d_head) for preset in PRESETS.values()}
+    return shapes.get(name, (106e6, 30, 576, 64))  # smollm2
 
 
 def _profile_estimate(name: str) -> dict[str, Any]:
     """Minutes, disk and memory of a profile. Minutes are measured ones where there are any, else from this machine's matrix rate."""
     from lorsa_utils.activations import bytes_per_sequence
+    from lorsa_utils.bench import Shape
     from lorsa_utils.config import get_profile
+    from lorsa_utils.presets import step_flops
     from lorsa_utils.reproduce import expected_minutes
     from lorsa_utils.store import UserError
 
     profile = get_profile(name)
-    size, n_layers, d_model, d_head = MODEL_SHAPES[profile.model]
+    size, n_layers, d_model, d_head = _model_shape(profile.model)
     lorsa = 2 * d_model * (profile.n_qk * d_head + profile.n_heads)
     saes = 2 * d_model * (profile.sae_features + profile.sae_features_equal_parameters)
     try:
@@ -1215,9 +1257,10 @@ def _profile_estimate(name: str) -> dict[str, Any]:
         minutes = None
     measured = minutes is not None
     if minutes is None:
-        # Operations a token: the model's forward pass once, then a step costs about 5 for each weight of a Lorsa and 3 of an SAE.
+        # Operations a token: the model's forward pass once, a step of every Lorsa, and about 3 for each weight of an SAE.
         forward = 2 * size * (max(*profile.layers, profile.layer) + 1) / n_layers
-        steps = 5 * lorsa + len(profile.layers) * (5 * lorsa + 3 * saes)
+        layer = Shape(d_model, profile.n_qk, d_head, profile.n_heads, profile.k, profile.batch_size, profile.context)
+        steps = step_flops(layer) * (1 + len(profile.layers)) + 3 * len(profile.layers) * saes
         minutes = profile.train_tokens * (forward + steps) / _matmul_rate() / 60
     sequences = (profile.cache_tokens + profile.held_out_tokens) // (profile.context - 1) + 1
     disk = sequences * bytes_per_sequence(d_model, len({*profile.layers, profile.layer}), profile.context, "bfloat16")

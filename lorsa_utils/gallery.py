@@ -35,7 +35,7 @@ def write_index(folder: str | Path, profile: str) -> Path:
     path = Path(folder)
     results, records = notebook.read_results(path), figure_records(path)
     names = sorted({*results, *(record["notebook"] for record in records)})
-    parts = [_opening(profile), _contents(records), *_plates(path, records, results), _heads(path)]
+    parts = [_opening(path, profile), _contents(records), *_plates(path, records, results), _heads(path)]
     parts += [_notebook(path, name, results.get(name, {}), profile) for name in names]
     facts = " · ".join(f"{key} {value}" for key, value in notebook.provenance().items())
     main = f"<header><h1>Lorsa <small>results of the {text(profile)} profile</small></h1></header><main>{''.join(parts)}</main>"
@@ -79,10 +79,11 @@ def _order(item: str) -> int:
 # ------------------------------------------------------------------------------------------------------------------- parts
 
 
-def _opening(profile: str) -> str:
+def _opening(folder: Path, profile: str) -> str:
+    banners = "".join(f'<p class="banner" role="alert">{text(sentence)}</p>' for sentence in notebook.banners(folder))
     if not get_profile(profile).is_scaled_down:
-        return ""
-    return '<p class="lead">Models, data and budgets are scaled down; numbers are not those of the paper\'s setting.</p>'
+        return banners
+    return banners + '<p class="lead">Models, data and budgets are scaled down; numbers are not those of the paper\'s setting.</p>'
 
 
 def _contents(records: Sequence[Mapping[str, Any]]) -> str:

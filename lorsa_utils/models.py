@@ -594,6 +594,25 @@ def load_model(
     return LanguageModel(source.name, model.to(place), tokenizer, getattr(model.config, "_commit_hash", None) or revision)
 
 
+def require_available(name: str) -> None:
+    """Refuse a Hub id whose weights are gated, absent or out of reach, without loading any of them. Local models always pass.
+
+    Raises:
+        UserError: says what to do about it.
+    """
+    if name == EMBEDDED_NAME or _resolve(name, None).is_local:
+        return
+    from huggingface_hub import auth_check, try_to_load_from_cache
+
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in weights):
+        return
+    with _load_errors(name):
+        if _offline():
+            raise FileNotFoundError(name)
+        auth_check(name)
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """A torch device from its name; "auto" is CUDA when there is one, else the CPU.
 
@@ -703,7 +722,7 @@ def _load_errors(name: str) -> Iterator[None]:
 
 def _load_error(name: str, error: Exception) -> UserError:
     text = str(error) or type(error).__name__
-    if "gated repo" in text.lower() or "GatedRepoError" in type(error.__cause__ or error).__name__:
+    if "gated repo" in text.lower() or "GatedRepoError" in (type(error).__name__, type(error.__cause__).__name__):
         return _NotRead(f"{name} is gated: accept its licence on its Hugging Face page, run `hf auth login`, and try again.")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return UserError(f"{name} does not fit in memory; use a smaller model, another device or a smaller dtype.")

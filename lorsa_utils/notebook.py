@@ -271,7 +271,8 @@ def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> C
 
     Args:
         name: of the notebook, as `02_train_lorsa`.
-        profile: `smoke`, `laptop` or `paper`.
+        profile: `smoke`, `laptop`, `paper` or a preset. Where its model's weights are gated or out of reach, a banner says so and the
+            run goes on with the embedded model in the sizes of the laptop profile.
         run_dir: run folder; data/runs/<profile> when empty.
         seed: everything random in the notebook derives from it.
 
@@ -279,15 +280,54 @@ def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> C
         UserError: torch or transformers is outside the tested range, the profile does not exist or the folder cannot be written.
     """
     check_versions()
-    settings = get_profile(profile)
+    settings, banner = _within_reach(get_profile(profile))
     folder = store.require_writable(Path(run_dir) if run_dir else store.data_dir() / "runs" / profile)
     results = read_results(folder)
     results[name] = {}
     store.write_json(folder / "results.json", results)
+    _show_banner(folder, name, banner)
     facts = provenance()
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
-    print(f"notebook {name}  profile {profile}  seed {seed}")
+    print(f"notebook {name}  profile {settings.name}  seed {seed}")
     return Context(name, settings, folder, seed)
+
+
+def _within_reach(profile: Profile) -> tuple[Profile, str | None]:
+    """The profile, or that of a laptop with a sentence that says why, when the weights of its model are gated or out of reach."""
+    if profile.is_scaled_down:
+        return profile, None
+    from lorsa_utils.models import require_available
+
+    try:
+        require_available(profile.model)
+    except store.UserError as error:
+        instead = get_profile("laptop")
+        return instead, f"{error} This run goes on with {instead.model} in the sizes of the laptop profile."
+    return profile, None
+
+
+BANNERS_FILE = "banners.json"
+
+
+def banners(folder: str | Path) -> list[str]:
+    """What every page about a run has to say first: that it is not of the model that was asked for."""
+    file = Path(folder) / BANNERS_FILE
+    return sorted(set(store.read_json(file).values())) if file.is_file() else []
+
+
+def _show_banner(folder: Path, name: str, banner: str | None) -> None:
+    """Keep a notebook's banner for the run's page, or forget an earlier one, and show it."""
+    file = folder / BANNERS_FILE
+    kept = dict(store.read_json(file)) if file.is_file() else {}
+    if kept.pop(name, None) is not None or banner:
+        store.write_json(file, kept | ({name: banner} if banner else {}))
+    if not banner:
+        return
+    import html
+
+    style = "border: 2px solid #b45309; background: #fef3c7; color: #451a03; padding: 0.6em 1em; font-weight: bold"
+    if not _display_bundle({"text/plain": banner, "text/html": f'<div role="alert" style="{style}">{html.escape(banner)}</div>'}):
+        print(banner)
 
 
 # ----------------------------------------------------------------------------------------------- artefacts that notebooks share
@@ -479,16 +519,22 @@ def _wrap(title: str) -> str:
 
 def _display(figure: go.Figure, saved: figures.SavedFigure, text: str) -> None:
     """Show the figure where a notebook is running: interactive, static and as text, the reader's program takes what it can show."""
-    try:
-        from IPython.core.getipython import get_ipython
-        from IPython.display import display
-    except ImportError:
-        return
-    if get_ipython() is None:
-        return
     bundle: dict[str, Any] = {"text/plain": text, "application/vnd.plotly.v1+json": json.loads(figure.to_json())}
     if saved.png is not None:
         import base64
 
         bundle["image/png"] = base64.b64encode(saved.png.read_bytes()).decode()
-    display(bundle, raw=True)
+    _display_bundle(bundle)
+
+
+def _display_bundle(bundle: Mapping[str, Any]) -> bool:
+    """Show something in several forms; False where no notebook is running."""
+    try:
+        from IPython.core.getipython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        return False
+    if get_ipython() is None:
+        return False
+    display(dict(bundle), raw=True)
+    return True

@@ -232,7 +232,7 @@ def _execute(path: Path, output: Path, folder: Path, profile: Profile) -> None:
             parameters={"PROFILE": profile.name, "RUN_DIR": str(folder.absolute())},
             cwd=str(path.parent),
             progress_bar=sys.stderr.isatty(),
-            execution_timeout=CELL_TIMEOUT_SECONDS[profile.name],
+            execution_timeout=CELL_TIMEOUT_SECONDS.get(profile.name, CELL_TIMEOUT_SECONDS["paper"]),
             start_timeout=180,
         )
 

@@ -14,7 +14,7 @@ import pytest
 from tiny_models import save_tiny_model
 
 from lorsa_utils import cli, store
-from lorsa_utils.config import PROFILES, TrainConfig
+from lorsa_utils.config import PRESETS, PROFILES, TrainConfig
 from lorsa_utils.reproduce import NotebookStatus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +149,7 @@ def test_every_training_setting_is_an_option_with_its_default(capsys: pytest.Cap
 
 def test_profiles_are_those_of_the_config() -> None:
     assert set(cli.PROFILE_NAMES) == set(PROFILES)
+    assert set(cli.PRESET_NAMES) == set(PRESETS)
 
 
 @pytest.mark.parametrize(

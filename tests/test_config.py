@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorsa_utils import config
-from lorsa_utils.config import PROFILES, Config, LorsaConfig, Profile, RotaryConfig, SAEConfig, TrainConfig
+from lorsa_utils.config import PRESETS, PROFILES, Config, LorsaConfig, Preset, Profile, RotaryConfig, SAEConfig, TrainConfig
 from lorsa_utils.store import UserError
 
 positive = st.integers(1, 10**6)
@@ -78,6 +78,7 @@ STRATEGIES: dict[type[Config], st.SearchStrategy[Any]] = {
     SAEConfig: saes(),
     TrainConfig: train_configs(),
     Profile: profiles(),
+    Preset: st.sampled_from(list(PRESETS.values())),
 }
 KINDS = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Config) and kind is not Config]
 
@@ -179,12 +180,21 @@ def test_sizes_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
 def test_profiles_compare_like_with_like(profile: Profile) -> None:
-    """d_model and d_qk cancel or are those of the profile's model; 64 is the head width of SmolLM2-135M and of Pythia-160M."""
-    lorsa = LorsaConfig(d_model=64, n_ov_heads=profile.n_heads, n_qk_heads=profile.n_qk, d_qk=64, k=profile.k)
+    """d_model cancels; 64 is the head width of SmolLM2-135M and of Pythia-160M."""
+    d_qk = PRESETS[profile.name].d_head if profile.name in PRESETS else 64
+    lorsa = LorsaConfig(d_model=64, n_ov_heads=profile.n_heads, n_qk_heads=profile.n_qk, d_qk=d_qk, k=profile.k)
     assert SAEConfig(d_model=64, n_features=profile.sae_features_equal_parameters, k=profile.k).n_parameters == lorsa.n_parameters
     assert profile.sae_features == profile.n_heads
     assert profile.layer in profile.layers
     assert config.get_profile(profile.name) is profile
+    assert profile.is_scaled_down == (profile.name in ("smoke", "laptop"))
+
+
+def test_the_paper_profile_is_the_first_preset() -> None:
+    assert PROFILES["paper"] == PROFILES["pythia-160m"].replace(name="paper")
+    assert config.get_preset("qwen3-1.7b").n_heads == 8 * 2048
+    with pytest.raises(UserError, match="no preset 'gpt-5'; choose one of pythia-160m, llama-3.1-8b, qwen3-1.7b"):
+        config.get_preset("gpt-5")
 
 
 def test_unknown_profile_is_refused() -> None:

@@ -12,7 +12,7 @@ import torch
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
 from lorsa_utils import figures, notebook, store, train
-from lorsa_utils.config import PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
+from lorsa_utils.config import PRESETS, PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
 from lorsa_utils.store import UserError
 
 
@@ -20,6 +20,7 @@ from lorsa_utils.store import UserError
 def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(figures, "can_draw_png", lambda: False)
+    monkeypatch.setattr("lorsa_utils.models.require_available", lambda name: None)
 
 
 def begin(tmp_path: Path, profile: str = "smoke") -> notebook.Context:
@@ -32,7 +33,8 @@ def expect(tmp_path: Path, **rules: object) -> None:
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
 def test_profiles_are_possible_shapes(profile: Profile) -> None:
-    lorsa = LorsaConfig(d_model=576, n_ov_heads=profile.n_heads, n_qk_heads=profile.n_qk, d_qk=64, k=profile.k)
+    d_qk = PRESETS[profile.name].d_head if profile.name in PRESETS else 64
+    lorsa = LorsaConfig(d_model=576, n_ov_heads=profile.n_heads, n_qk_heads=profile.n_qk, d_qk=d_qk, k=profile.k)
     equal = SAEConfig(d_model=576, n_features=profile.sae_features_equal_parameters, k=profile.k)
     assert equal.n_parameters == lorsa.n_parameters
     assert profile.sae_features == profile.n_heads

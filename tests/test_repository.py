@@ -25,7 +25,7 @@ FLOORS = (
     "ops",
     *("fetch", "models", "prose", "corpus"),
     *("lorsa", "sae", "activations"),
-    *("initialize", "metrics", "train", "bench", "sweeps", "scaling", "checkpoints", "published"),
+    *("initialize", "metrics", "train", "bench", "sweeps", "scaling", "checkpoints", "published", "presets"),
     *("units", "heads", "survey", "correspondence", "arithmetic", "topics"),
     *("examples", "rules", "judges", "autointerp"),
     *("tasks", "circuits", "graph", "faithfulness", "errors"),
