@@ -142,6 +142,11 @@ def build_parser(train_defaults: Mapping[str, Any] | None = None) -> argparse.Ar
     sub.add_argument("--only", type=_names, metavar="02,04", help="numbers or names of notebooks")
     sub.add_argument("--force", action="store_true", help="run also what is up to date")
     sub.add_argument("--run-dir", metavar="DIR", help="where results go; without, data/runs/PROFILE")
+
+    sub = command("claims", claims, "Print the paper's claims beside a run's numbers and verdicts.")
+    sub.add_argument("--profile", choices=PROFILE_NAMES, default="laptop", help="size of the run")
+    sub.add_argument("--run-dir", metavar="DIR", help="where results are; without, data/runs/PROFILE")
+    sub.add_argument("--publish", action="store_true", help="keep the numbers in data/paper/results.csv and write README's table")
     return parser
 
 
@@ -1154,6 +1159,20 @@ def reproduce(arguments: argparse.Namespace) -> dict[str, Any]:
         "notebooks": [status.to_dict() for status in statuses],
         "exit_code": int(any(status.status == "failed" for status in statuses)),
     }
+
+
+def claims(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lorsa claims`: claims, numbers, verdicts."""
+    from lorsa_utils import claims as paper
+    from lorsa_utils import store
+
+    folder = Path(arguments.run_dir) if arguments.run_dir else store.data_dir() / "runs" / arguments.profile
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    rows = paper.publish(folder, arguments.profile, readme) if arguments.publish else paper.of_run(folder, arguments.profile)
+    if arguments.json:
+        return {"count": paper.count(rows), "claims": paper.as_json(rows)}
+    shown = paper.table(rows, arguments.profile).to_dict("records")
+    return {f"{row['id']} {row['claim']}": f"{row['verdict']} ({row['our number']})" for row in shown} | {"all": paper.count(rows)}
 
 
 # ------------------------------------------------------------------------------------------------------------------- doctor

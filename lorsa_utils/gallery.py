@@ -1,19 +1,19 @@
-"""`index.html` of a run folder: every figure beside the paper's claim and our number, pages of heads, every recorded value.
+"""`index.html` of a run folder: the paper's claims with our numbers and verdicts, every figure, pages of heads, every recorded value.
 
 It opens from the disk, offline: pictures and pages lie beside it, and it asks nobody for anything.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorsa_utils import notebook, store
+from lorsa_utils.claims import COLUMNS, FAILS, HOLDS, ITEMS, TRUST, Finding, count, of_run, table
 from lorsa_utils.config import get_profile
-from lorsa_utils.pages import PAGES_FILE, document, template, text
+from lorsa_utils.pages import PAGES_FILE, document, text
 
 OTHER = "more"
 """Where figures are shown whose label names no item of the paper."""
@@ -30,12 +30,12 @@ def write_index(folder: str | Path, profile: str) -> Path:
         the page.
 
     Raises:
-        UserError: a figure's record is damaged, or the folder cannot be written.
+        UserError: a figure's record or the claims are damaged, or the folder cannot be written.
     """
     path = Path(folder)
-    results, records = notebook.read_results(path), figure_records(path)
+    results, records, rows = notebook.read_results(path), figure_records(path), of_run(path, profile)
     names = sorted({*results, *(record["notebook"] for record in records)})
-    parts = [_opening(path, profile), _contents(records), *_plates(path, records, results), _heads(path)]
+    parts = [_opening(path, profile), _contents(records), _claims(rows, profile), *_plates(path, records, rows), _heads(path)]
     parts += [_notebook(path, name, results.get(name, {}), profile) for name in names]
     facts = " · ".join(f"{key} {value}" for key, value in notebook.provenance().items())
     main = f"<header><h1>Lorsa <small>results of the {text(profile)} profile</small></h1></header><main>{''.join(parts)}</main>"
@@ -63,17 +63,11 @@ def figure_records(folder: Path) -> list[dict[str, Any]]:
 def item_of(record: Mapping[str, Any]) -> str:
     """The paper item that a figure's label begins with."""
     found = re.match(r"([PT]\d+)(?![0-9])", record["label"])
-    return found[1] if found and found[1] in claims() else OTHER
-
-
-def claims() -> dict[str, dict[str, Any]]:
-    """Paper item to its title, the paper's claim and where our numbers are recorded (`notebook/key`)."""
-    return dict(json.loads(template("claims.json")))
+    return found[1] if found and found[1] in ITEMS else OTHER
 
 
 def _order(item: str) -> int:
-    items = [*claims(), OTHER]
-    return items.index(item)
+    return [*ITEMS, OTHER].index(item)
 
 
 # ------------------------------------------------------------------------------------------------------------------- parts
@@ -88,9 +82,9 @@ def _opening(folder: Path, profile: str) -> str:
 
 def _contents(records: Sequence[Mapping[str, Any]]) -> str:
     """All items of the paper, and how many figures each has here."""
-    counts = {item: sum(item_of(record) == item for record in records) for item in claims()}
-    made = [f'<a href="#{item}">{item} {text(claims()[item]["title"])}</a> ({n})' for item, n in counts.items() if n]
-    missing = [f"{item} {text(claims()[item]['title'])}" for item, n in counts.items() if not n]
+    counts = {item: sum(item_of(record) == item for record in records) for item in ITEMS}
+    made = [f'<a href="#{item}">{item} {text(ITEMS[item])}</a> ({n})' for item, n in counts.items() if n]
+    missing = [f"{item} {text(ITEMS[item])}" for item, n in counts.items() if not n]
     parts = [f"<p><b>Figures</b>: {' · '.join(made) or 'none yet'}</p>"]
     if missing:
         parts.append(
@@ -99,32 +93,44 @@ def _contents(records: Sequence[Mapping[str, Any]]) -> str:
     return "".join(parts)
 
 
-def _plates(folder: Path, records: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _claims(rows: Sequence[Finding], profile: str) -> str:
+    """The table of all claims; on a narrow screen each row becomes a card (templates/page.css)."""
+    words = {HOLDS: "PASS", FAILS: "FAIL"}
+    lines = []
+    for cells in table(rows, profile).to_dict("records"):
+        kinds = {"verdict": words.get(cells["verdict"], "soft"), "claim": "what"}
+        row = "".join(f'<td data-label="{column}" class="{kinds.get(column, "")}">{text(cells[column])}</td>' for column in COLUMNS)
+        lines.append(f"<tr>{row}</tr>")
+    head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
+    trust = "; ".join(f"{letter} {meaning}" for letter, meaning in TRUST.items())
+    about = f"Verdicts are computed from this run's numbers: they are about its model and budget, not the paper's. Trust: {trust}."
+    body = f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return f'<h2 id="claims">The paper\'s claims</h2><p>{text(count(rows))}</p><p class="soft">{text(about)}</p>{body}'
+
+
+def _plates(folder: Path, records: Sequence[Mapping[str, Any]], rows: Sequence[Finding]) -> list[str]:
     parts, before = [], None
     for record in records:
         item = item_of(record)
         if item != before:
-            parts.append(_item(item, results))
+            parts.append(_item(item, rows))
         parts.append(_plate(folder, record))
         before = item
     return parts
 
 
-def _item(item: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+def _item(item: str, rows: Sequence[Finding]) -> str:
     if item == OTHER:
         return f'<h2 id="{OTHER}">More figures</h2>'
-    about = claims()[item]
-    claim = f'<p class="claim"><b>The paper</b>: {text(about["claim"])}</p>' if about["claim"] else ""
-    return f'<h2 id="{item}">{item} {text(about["title"])}</h2>{claim}{_our_numbers(about.get("numbers", {}), results)}'
-
-
-def _our_numbers(wanted: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> str:
-    found = []
-    for name, place in wanted.items():
-        where, key = place.split("/", 1)
-        if (value := results.get(where, {}).get(key)) is not None:
-            found.append(f"{text(name)} <b>{text(_short(value))}</b>")
-    return f"<p><b>Here</b>: {'; '.join(found)}.</p>" if found else ""
+    own = table([row for row in rows if row.claim.id == item], "").to_dict("records")
+    lines = []
+    for cells in own:
+        interval = f" ({cells['interval']})" if " to " in cells["interval"] else ""
+        lines.append(
+            f"<li>{text(cells['claim'])} ({text(cells['source'])}, {cells['trust']}). "
+            f"<b>Here</b>: {text(cells['our number'])}{text(interval)}: <b>{text(cells['verdict'])}</b></li>"
+        )
+    return f'<h2 id="{item}">{item} {text(ITEMS[item])}</h2><ul class="claim">{"".join(lines)}</ul>'
 
 
 def _plate(folder: Path, record: Mapping[str, Any]) -> str:
@@ -138,7 +144,8 @@ def _plate(folder: Path, record: Mapping[str, Any]) -> str:
     wanted = [(files["html"], "interactive"), (files["csv"], "numbers (CSV)"), *_notebook_files(folder, record["notebook"])]
     links = " · ".join(_link(file, name) for file, name in wanted if (folder / file).is_file())
     about = ("profile", "model", "layer", "tokens", "seed", "commit")
-    facts = " · ".join(f"{key} {record[key]}" for key in about if record.get(key) is not None)
+    known = {key: record[key] for key in about if record.get(key) is not None} | dict(record.get("versions", {}))
+    facts = " · ".join(f"{key} {value}" for key, value in known.items())
     number = f"<p><b>Here</b>: {text(record['number'])}</p>" if record.get("number") is not None else ""
     caption = f'<p><b>{text(label)}</b>. {text(record["caption"])}</p>{number}<p>{links}</p><p class="soft">{text(facts)}</p>'
     return f'<figure class="plate">{picture}<figcaption>{caption}</figcaption></figure>'

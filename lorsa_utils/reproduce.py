@@ -1,7 +1,8 @@
 """Run all notebooks in order and write one page that shows what came out.
 
 1. Notebooks are taken in the order of their numbers; one is skipped while its source, the package, the profile and its expected
-   values are those of its last good run and its outputs are still there.
+   values are those of its last good run and its outputs are still there. One that shows what the others made (`reads_run` in its
+   metadata) is skipped only while that is the same too.
 2. papermill executes it with PROFILE and RUN_DIR set, into a temporary file that becomes `NN_name.ipynb` only when every cell
    passed. A failing one is kept as `NN_name.failed.ipynb`, and the run stops there: later notebooks read earlier artefacts.
 3. `index.html` lists figures and recorded values. It opens from the disk, offline.
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lorsa_utils import notebook, store
+from lorsa_utils.claims import paper_dir
 from lorsa_utils.config import Profile, get_profile
-from lorsa_utils.gallery import write_index
+from lorsa_utils.gallery import figure_records, write_index
 
 CELL_TIMEOUT_SECONDS = {"smoke": 900, "laptop": 3600, "paper": 14 * 24 * 3600}
 """A cell that runs longer is stopped, and its notebook fails."""
@@ -112,15 +114,19 @@ def reproduce(
     notebooks = find_notebooks(source, only)
     folder = store.require_writable(run_dir or store.data_dir() / "runs" / profile)
     log = _read_log(folder)
-    jobs = [(path, _hash(path, settings)) for path in notebooks]
-    todo = [path for path, digest in jobs if force or not _is_up_to_date(folder, path.stem, digest, log)]
-    _tell(_plan(todo, len(jobs), profile, log))
+    todo: list[Path] = []
+    for path in notebooks:
+        # What is about to run will change what a later notebook reads of this run.
+        if force or (todo and _reads_run(path)) or not _is_up_to_date(folder, path.stem, _hash(path, settings, folder), log):
+            todo.append(path)
+    _tell(_plan(todo, len(notebooks), profile, log))
     statuses = [NotebookStatus(path.stem) for path in notebooks]
-    for status, (path, digest) in zip(statuses, jobs, strict=True):
+    for status, path in zip(statuses, notebooks, strict=True):
         if path not in todo:
             status.status, status.seconds = "up to date", log[path.stem]["seconds"]
             continue
         _tell(f"[{todo.index(path) + 1}/{len(todo)}] {path.stem} ...")
+        digest = _hash(path, settings, folder)
         _run_one(path, folder, settings, status)
         if status.status == "failed":
             _tell(status.error or "")
@@ -177,14 +183,30 @@ def _read_log(folder: Path) -> dict[str, Any]:
     return dict(store.read_json(file)) if file.is_file() else {}
 
 
-def _hash(path: Path, profile: Profile) -> str:
+def _hash(path: Path, profile: Profile, folder: Path) -> str:
     """Hash of everything that decides a notebook's outputs: its cells, the package, the profile, the expected values, recorded tables."""
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in store.read_json(path)["cells"]]
     package = {file.name: store.sha256_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))}
     expected = notebook.expected_values(path.stem, profile.name)
     tables = {file.name: store.sha256_file(file) for file in sorted(store.data_dir().glob("*.csv"))}
     content = {"cells": cells, "package": package, "profile": profile.to_dict(), "expected": expected, "tables": tables}
-    return store.sha256_json(content)
+    return store.sha256_json(content | ({"run": _run_state(folder, path.stem)} if _reads_run(path) else {}))
+
+
+def _reads_run(path: Path) -> bool:
+    return bool(store.read_json(path).get("metadata", {}).get("lorsa", {}).get("reads_run"))
+
+
+def _run_state(folder: Path, name: str) -> dict[str, Any]:
+    """Everything that a notebook can show of the others: their values, their figures, the claims."""
+    results = {other: values for other, values in notebook.read_results(folder).items() if other != name}
+    figures = {}
+    for record in figure_records(folder):
+        if record["notebook"] != name:
+            files = (folder / "figures" / f"{record['label']}.{ending}" for ending in ("json", "csv"))
+            figures[record["label"]] = [store.sha256_file(file) for file in files if file.is_file()]
+    lists = (paper_dir() / "claims.csv", paper_dir() / "figures.csv")
+    return {"results": results, "figures": figures, "lists": [store.sha256_file(file) for file in lists if file.is_file()]}
 
 
 def _is_up_to_date(folder: Path, name: str, digest: str, log: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from lorsa_utils import figures, gallery, notebook, pages, reproduce, store
+from lorsa_utils import claims, figures, gallery, notebook, pages, store
 from lorsa_utils.store import UserError
 
 
@@ -40,8 +40,15 @@ def test_every_figure_is_shown_with_claim_and_number(run: notebook.Context) -> N
     assert page.count('href="03_reconstruction.ipynb"') == 6, "each figure links to its notebook, and the notebook's own section does"
     order = [page.index(f'id="{item}"') for item in ("P4", "P10", "T2", "more", "heads", "03_reconstruction")]
     assert order == sorted(order)
-    assert "somewhat above the SAE" in page
-    assert "mean over layers <b>0.25</b>" in page
+    assert "FVU, mean over layers: 0.25" in page
+    table = page[page.index('<table class="claims">') : page.index("</table>")]
+    assert table.count("<tr>") == len(claims.read_claims()) + 1
+    assert 'class="PASS">holds<' in table
+    assert "not run in this profile" in table
+    assert not re.search(r"<td[^>]*></td>", table), "no empty cell"
+    assert page.index('id="claims"') < page.index('id="P4"')
+    for part in ("torch", "transformers", "python", "device"):
+        assert re.search(rf"commit \S+.* · {part} \S+", page)
     assert "1.23 ± 0.04" in page
     assert "smoke" in page
     assert "scaled down" in page
@@ -75,10 +82,3 @@ def test_what_is_half_there_is_left_out_or_named(run: notebook.Context) -> None:
 )
 def test_items_of_labels(label: str, item: str) -> None:
     assert gallery.item_of({"label": label}) == item
-
-
-def test_claims_cover_every_item() -> None:
-    assert [*gallery.claims()] == [*(f"P{n}" for n in range(1, 19)), "T1", "T2", "T3"]
-    names = {path.stem for path in reproduce.notebooks_dir().glob("*.ipynb")}
-    places = [place for about in gallery.claims().values() for place in about.get("numbers", {}).values()]
-    assert {place.split("/")[0] for place in places} <= names, "numbers come from notebooks that are there"

@@ -31,7 +31,7 @@ FLOORS = (
     *("tasks", "circuits", "graph", "faithfulness", "errors"),
     *("toy", "sparse_toy"),
     *("evidence", "pages", "dashboard", "figures"),
-    *("notebook", "gallery", "reproduce", "cli", "__main__"),
+    *("notebook", "claims", "gallery", "book", "reproduce", "cli", "__main__"),
 )
 MODULES = sorted((ROOT / PACKAGE).glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -17,7 +17,7 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
 
-def write_notebook(tmp_path: Path, name: str, *cells: str, minutes: float | None = None) -> Path:
+def write_notebook(tmp_path: Path, name: str, *cells: str, minutes: float | None = None, reads_run: bool = False) -> Path:
     parameters = nbformat.v4.new_code_cell('PROFILE = "laptop"\nRUN_DIR = ""')
     parameters.metadata["tags"] = ["parameters"]
     begin = nbformat.v4.new_code_cell(f'from lorsa_utils import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)')
@@ -26,6 +26,8 @@ def write_notebook(tmp_path: Path, name: str, *cells: str, minutes: float | None
     book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
     if minutes is not None:
         book.metadata["lorsa"] = {"minutes": {"smoke": minutes}}
+    if reads_run:
+        book.metadata["lorsa"] = {"reads_run": True}
     path = tmp_path / "notebooks" / f"{name}.ipynb"
     path.parent.mkdir(exist_ok=True)
     nbformat.write(book, path)
@@ -141,21 +143,40 @@ def test_a_cell_that_hangs_or_a_kernel_that_dies_is_named(tmp_path: Path, monkey
 def test_changes_of_package_profile_or_expected_values_make_a_run_stale(tmp_path: Path) -> None:
     path = write_notebook(tmp_path, "01_first")
     smoke, laptop = reproduce.get_profile("smoke"), reproduce.get_profile("laptop")
-    before = reproduce._hash(path, smoke)
-    assert reproduce._hash(path, laptop) != before
-    assert reproduce._hash(path, smoke.replace(k=16)) != before
+    before = reproduce._hash(path, smoke, tmp_path)
+    assert reproduce._hash(path, laptop, tmp_path) != before
+    assert reproduce._hash(path, smoke.replace(k=16), tmp_path) != before
     store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"laptop": {"fvu": {"max": 1}}})
-    assert reproduce._hash(path, smoke) == before
+    assert reproduce._hash(path, smoke, tmp_path) == before
     store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"smoke": {"fvu": {"max": 1}}})
-    assert reproduce._hash(path, smoke) != before
-    before = reproduce._hash(path, smoke)
+    assert reproduce._hash(path, smoke, tmp_path) != before
+    before = reproduce._hash(path, smoke, tmp_path)
     store.write_text(store.data_dir() / "benchmarks.csv", "shape\nA\n")
-    assert reproduce._hash(path, smoke) != before
+    assert reproduce._hash(path, smoke, tmp_path) != before
     outputs = json.loads(path.read_text(encoding="utf-8"))
     outputs["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
-    after = reproduce._hash(path, smoke)
+    after = reproduce._hash(path, smoke, tmp_path)
     path.write_text(json.dumps(outputs), encoding="utf-8")
-    assert reproduce._hash(path, smoke) == after, "outputs saved in the source do not matter"
+    assert reproduce._hash(path, smoke, tmp_path) == after, "outputs saved in the source do not matter"
+
+
+@pytest.mark.slow
+def test_a_notebook_that_shows_the_run_follows_what_the_others_made(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.25)')
+    write_notebook(tmp_path, "02_book", reads_run=True)
+    assert run(tmp_path) == {"01_first": "done", "02_book": "done"}
+    assert run(tmp_path) == {"01_first": "up to date", "02_book": "up to date"}
+    assert run(tmp_path, only=["01"], force=True) == {"01_first": "done"}
+    assert run(tmp_path) == {"01_first": "up to date", "02_book": "up to date"}, "the same numbers came out"
+    write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.3)')
+    assert run(tmp_path, only=["01"]) == {"01_first": "done"}
+    assert run(tmp_path) == {"01_first": "up to date", "02_book": "done"}
+    write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.3)', "1")
+    assert run(tmp_path) == {"01_first": "done", "02_book": "done"}, "one run brings both up to date"
+    store.write_json(folder / "figures" / "P4_x.json", {"label": "P4_x", "notebook": "01_first", "caption": "", "profile": "smoke"})
+    (folder / "figures" / "P4_x.html").write_text("x")
+    assert run(tmp_path) == {"01_first": "up to date", "02_book": "done"}
 
 
 def test_empty_results_make_a_page_too(tmp_path: Path) -> None:
