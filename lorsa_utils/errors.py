@@ -401,20 +401,20 @@ def replaced_losses(
     for first in range(0, len(sequences.tokens), batch_size):
         tokens = sequences.tokens[first : first + batch_size].to(model.device, torch.long)
         mask = sequences.mask[first : first + batch_size].to(model.device)
-
-        def by(variant: str, mask: Tensor = mask) -> Callable[[Tensor, Tensor], Tensor]:
-            def replace(x: Tensor, y: Tensor) -> Tensor:
-                of_a, of_b = (y - module(module_input(module, x, y).to(module.b_O)).y.to(y) for module in (a, b))
-                return torch.where(mask[..., None], VARIANTS[variant](y, of_a, of_b, mean.to(y)), y)
-
-            return replace
-
+        # Nothing before the layer changes, so that one pass gives what all variants start from.
+        x, y = model.capture(tokens, [layer])[layer]
+        of_a, of_b = (y - module(module_input(module, x, y).to(module.b_O)).y.to(y) for module in (a, b))
         for variant in ("original", *VARIANTS):
-            with model.splice({} if variant == "original" else {layer: by(variant)}):
+            new = y if variant == "original" else VARIANTS[variant](y, of_a, of_b, mean.to(y))
+            with model.splice({layer: _constantly(torch.where(mask[..., None], new, y))}):
                 losses, counted = model.loss(tokens, mask)
             found.setdefault(variant, []).append((losses.double() * counted).sum(dim=1).cpu())
         found.setdefault("counted", []).append(counted.sum(dim=1).double().cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _constantly(value: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: value
 
 
 def loss_increases(losses: Mapping[str, Tensor], seed: int = 0) -> pd.DataFrame:
