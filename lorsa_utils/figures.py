@@ -864,7 +864,7 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
     ticks = {"tickvals": [i + 0.07 for i in range(len(layers))], "ticktext": [str(layer) for layer in layers]}
     figure.update_xaxes(title="layer", range=[-0.4, len(layers) - 0.4], **ticks)
     if alike:
-        figure.update_yaxes(range=[min(chance - 0.1, data["low"].min() - 0.02), max(chance + 0.1, data["high"].max() + 0.02)])
+        figure.update_yaxes(range=[min(chance - 0.1, data["low"].min() - 0.02), max(chance + 0.1, data["high"].max() + 0.04)])
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, margin={"t": 110})
     figure.update_layout(legend={"orientation": "h", "y": 1.22, "x": 1.0, "xanchor": "right"})
     return figure
@@ -972,11 +972,11 @@ def intervals(
         figure.add_scatter(x=places, y=part[value], error_y=error, name=str(name), mode="markers", marker=_style(number)["marker"])
     if line is not None:
         figure.add_hline(y=line, line={"dash": "dash", "color": "#888888", "width": 1})
-    shown = ["<br>".join(textwrap.wrap(name, max(6, 70 // len(names)))) for name in names]
-    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=shown, range=[-0.5, len(names) - 0.5])
+    shown = ["<br>".join(textwrap.wrap(name, 66 // len(names), break_long_words=False)) for name in names]
+    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=shown, range=[-0.5, len(names) - 0.5], title_standoff=12)
     rows = (len(groups) + 1) // 2
-    figure.update_layout(height=HEIGHT + 20 * rows, margin={"t": 80 + 20 * rows}, title={"y": 0.96, "yanchor": "top"})
-    figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "entrywidth": 240})
+    figure.update_layout(height=HEIGHT + 20 * rows, margin={"t": 70 + 20 * rows}, title={"y": 0.96, "yanchor": "top"})
+    figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "entrywidth": 190})
     return figure
 
 
