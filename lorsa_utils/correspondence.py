@@ -138,6 +138,16 @@ def needed_table(found: Mapping[str, Shares], thresholds: Sequence[float] = THRE
 # ------------------------------------------------------------------------------------------------- one unit, causally checked
 
 
+def on_labelled(made: PromptSet) -> Sequences:
+    """Prompts as token sequences in which the labelled positions count, and the token after each (whose loss they are judged by)."""
+    mask = torch.zeros(made.tokens.shape, dtype=torch.bool)
+    rows, positions = made.row[made.positive], made.position[made.positive]
+    mask[rows, positions] = True
+    mask[rows, (positions + 1).clamp_max(mask.shape[1] - 1)] = True
+    kept = mask.any(dim=1)
+    return Sequences(made.tokens[kept].int(), mask[kept], [made.family] * int(kept.sum()), "prompts", "")
+
+
 @torch.no_grad()
 def unit_effects(
     model: LanguageModel,

@@ -324,6 +324,11 @@ class Discovery:
         worth = rows["share"] * rows["size"]
         return [int(unit) for unit in worth.sort_values(ascending=False).index if unit in named]
 
+    def halves(self, family: str) -> dict[str, pd.DataFrame]:
+        """The scores of one family as `score_halves` gives them: half to a table indexed by unit."""
+        mine = self.scores[self.scores["family"] == family].drop(columns="family").set_index("unit")
+        return {half: mine[mine["half"] == half].drop(columns="half") for half in ("discovery", "confirmation")}
+
     def counts(self) -> dict[str, int]:
         """Named units of every family that was looked for."""
         return {family: len(self.units(family)) for family in FAMILIES if family in set(self.scores["family"])}

@@ -463,6 +463,25 @@ def layer_modules(
     return {layer: {kind: folders[f"layer{layer:02d}_{kind}"] for kind in kinds} for layer in layers}
 
 
+def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
+    """Run folders of the best Lorsa and SAE of the profile's layer, by `lorsa` and `sae`.
+
+    The checkpoints that travel with the kit (`data/checkpoints`) where there are both for this model and layer, so that a notebook
+    opens at once; otherwise the Lorsa of notebook 02 and the SAE of notebook 03, trained now when they are missing.
+    """
+    from lorsa_utils import checkpoints
+    from lorsa_utils.activations import ActivationCache
+
+    layer = run.profile.layer
+    shipped = {kind: checkpoints.find(model, layer, kind) for kind in ("lorsa", "sae")}
+    found = {kind: place for kind, place in shipped.items() if place is not None}
+    if len(found) == len(shipped):
+        return found
+    source = ActivationCache(activation_cache(run, model, sequences(run, model)), "train", model=model)
+    pair = layer_modules(run, model, source, ("sae_equal_features",))[layer]
+    return {"lorsa": main_lorsa(run, model, source), "sae": pair["sae_equal_features"]}
+
+
 def second_seed(
     run: Context, model: LanguageModel, source: ActivationCache, layer: int, kinds: Sequence[str] = ("lorsa",)
 ) -> dict[str, Path]:

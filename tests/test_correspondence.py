@@ -133,6 +133,16 @@ def test_unit_effects(model: LanguageModel, lorsa: Lorsa) -> None:
             correspondence.unit_effects(model, 1, lorsa, int(never[0]), [0], mean, SEQUENCES)
 
 
+def test_labelled_positions_count_and_the_token_after_each() -> None:
+    tokens = torch.arange(18).view(3, 6)
+    sources = torch.zeros(4, 6, dtype=torch.bool)
+    row, position, positive = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 5, 3, 1]), torch.tensor([True, True, False, True])
+    made = PromptSet("induction", tokens, row, position, positive, sources, torch.arange(4), ("a", "b", "c"))
+    labelled = correspondence.on_labelled(made)
+    assert torch.equal(labelled.tokens.long(), tokens[[0, 2]]), "a prompt without a labelled position has nothing to show"
+    assert labelled.mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
+
+
 def test_unit_effects_without_text(model: LanguageModel, lorsa: Lorsa) -> None:
     nothing = dataclasses.replace(SEQUENCES, tokens=SEQUENCES.tokens[:0], mask=SEQUENCES.mask[:0])
     with pytest.raises(UserError, match="not active in this text"):

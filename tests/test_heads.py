@@ -55,6 +55,13 @@ def found(model: Any, texts: list[prompts.Passage], made: Prompts) -> Discovery:
 # ----------------------------------------------------------------------------------------------------------------- planted
 
 
+def test_halves_of_a_discovery_are_those_of_score_halves(model: Any, made: Prompts, found: Discovery) -> None:
+    some = {"induction": made.sets["induction"]}
+    again = heads.score_halves(model, 0, {"Lorsa": units.LorsaHeads(known_lorsa(model))}, some, progress=False)
+    for half, table in found.halves("induction").items():
+        pd.testing.assert_frame_equal(table, again["induction"]["Lorsa"][half], check_names=False)
+
+
 def test_every_planted_head_is_named_and_none_invented(found: Discovery) -> None:
     named = {unit: found.families(unit) for unit in range(24) if found.families(unit)}
     assert {unit: families[0] for unit, families in named.items()} == {KNOWN.index(family): family for family in KNOWN}

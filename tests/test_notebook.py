@@ -3,7 +3,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,7 +11,7 @@ import pytest
 import torch
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
-from lorsa_utils import figures, notebook, store, train
+from lorsa_utils import activations, checkpoints, figures, notebook, store, train
 from lorsa_utils.config import PRESETS, PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
 from lorsa_utils.store import UserError
 
@@ -241,3 +241,18 @@ def test_trained_goes_on_with_runs_that_stopped_at_different_steps(tmp_path: Pat
         assert store.sha256_file(folder / "model.safetensors") == store.sha256_file(fresh[name] / "model.safetensors")
     monkeypatch.setattr(train, "train_runs", None)  # nothing is left to train
     assert notebook.trained(run, model, source, modules, settings) == folders
+
+
+def test_best_modules_are_the_shipped_ones_when_both_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped: dict[str, Path | None] = {"lorsa": tmp_path / "a", "sae": tmp_path / "b"}
+    monkeypatch.setattr(checkpoints, "find", lambda model, layer, kind: shipped[kind] if layer == get_profile("smoke").layer else None)
+    monkeypatch.setattr(notebook, "sequences", lambda run, model: {})
+    monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
+    monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
+    monkeypatch.setattr(notebook, "main_lorsa", lambda run, model, source: tmp_path / "of notebook 02")
+    own = {"sae_equal_features": tmp_path / "of notebook 03"}
+    monkeypatch.setattr(notebook, "layer_modules", lambda run, model, source, kinds: {run.profile.layer: own})
+    run, model = begin(tmp_path), cast(Any, None)
+    assert notebook.best_modules(run, model) == shipped
+    shipped["sae"] = None
+    assert notebook.best_modules(run, model) == {"lorsa": tmp_path / "of notebook 02", "sae": tmp_path / "of notebook 03"}
