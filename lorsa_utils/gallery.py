@@ -6,7 +6,7 @@ It opens from the disk, offline: pictures and pages lie beside it, and it asks n
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,13 @@ def write_index(folder: str | Path, profile: str) -> Path:
     path = Path(folder)
     results, records, rows = notebook.read_results(path), figure_records(path), of_run(path, profile)
     names = sorted({*results, *(record["notebook"] for record in records)})
-    parts = [_opening(path, profile), _contents(records), _claims(rows, profile), *_plates(path, records, rows), _heads(path)]
+    parts = [
+        _opening(path, profile),
+        _contents(records),
+        _claims(rows, profile, {item_of(record) for record in records}),
+        *_plates(path, records, rows),
+        _heads(path),
+    ]
     parts += [_notebook(path, name, results.get(name, {}), profile) for name in names]
     facts = " · ".join(f"{key} {value}" for key, value in notebook.provenance().items())
     main = f"<header><h1>Lorsa <small>results of the {text(profile)} profile</small></h1></header><main>{''.join(parts)}</main>"
@@ -93,13 +99,16 @@ def _contents(records: Sequence[Mapping[str, Any]]) -> str:
     return "".join(parts)
 
 
-def _claims(rows: Sequence[Finding], profile: str) -> str:
-    """The table of all claims; on a narrow screen each row becomes a card (templates/page.css)."""
+def _claims(rows: Sequence[Finding], profile: str, shown: Set[str]) -> str:
+    """The table of all claims, with links to the items that are shown; on a narrow screen each row becomes a card (templates/page.css)."""
     words = {HOLDS: "PASS", FAILS: "FAIL"}
     lines = []
     for cells in table(rows, profile).to_dict("records"):
         kinds = {"verdict": words.get(cells["verdict"], "soft"), "claim": "what"}
-        row = "".join(f'<td data-label="{column}" class="{kinds.get(column, "")}">{text(cells[column])}</td>' for column in COLUMNS)
+        inside = {column: text(cells[column]).replace("_", "_<wbr>") for column in COLUMNS}
+        if cells["id"] in shown:
+            inside["id"] = _link(f"#{cells['id']}", cells["id"])
+        row = "".join(f'<td data-label="{column}" class="{kinds.get(column, "")}">{inside[column]}</td>' for column in COLUMNS)
         lines.append(f"<tr>{row}</tr>")
     head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
     trust = "; ".join(f"{letter} {meaning}" for letter, meaning in TRUST.items())
