@@ -121,6 +121,7 @@ def test_the_package_is_a_command_too() -> None:
         ("eval", "(default: 100000)"),
         ("heads", "(default: 50000)"),
         ("reproduce", "(default: laptop)"),
+        ("claims", "(default: laptop)"),
     ],
 )
 def test_help_tells_defaults(command: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -539,6 +540,16 @@ def test_reproduce_tells_every_status_and_fails_when_a_notebook_did(
     monkeypatch.setattr("lorsa_utils.reproduce.reproduce", lambda *args, **kwargs: statuses[:1])
     assert lorsa("reproduce", "--only", "01") == 0
     assert "01_first  done  3\n" in capsys.readouterr().out
+
+
+def test_claims_are_told_with_numbers_and_verdicts(tmp_path: Path, answer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    store.write_json(tmp_path / "results.json", {"03_reconstruction": {"fvu_lorsa_mean": 0.25}})
+    result = answer("claims", "--profile", "smoke", "--run-dir", str(tmp_path))
+    (row,) = [row for row in result["claims"] if row["at"] == "03_reconstruction/fvu_lorsa_mean"]
+    assert (row["value"], row["low"], row["verdict"]) == (0.25, None, "holds")
+    assert "statements" in result["count"]
+    assert lorsa("claims", "--profile", "smoke", "--run-dir", str(tmp_path)) == 0
+    assert "holds (FVU, mean over layers: 0.25)" in capsys.readouterr().out
 
 
 def test_what_commands_print_does_not_reach_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
