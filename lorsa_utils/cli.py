@@ -1164,14 +1164,15 @@ def reproduce(arguments: argparse.Namespace) -> dict[str, Any]:
 def claims(arguments: argparse.Namespace) -> dict[str, Any]:
     """`lorsa claims`: claims, numbers, verdicts."""
     from lorsa_utils import claims as paper
-    from lorsa_utils import store
+    from lorsa_utils import notebook, store
 
     folder = Path(arguments.run_dir) if arguments.run_dir else store.data_dir() / "runs" / arguments.profile
+    profile = notebook.profile_of_run(folder, arguments.profile)
     readme = Path(__file__).resolve().parent.parent / "README.md"
-    rows = paper.publish(folder, arguments.profile, readme) if arguments.publish else paper.of_run(folder, arguments.profile)
+    rows = paper.publish(folder, profile, readme) if arguments.publish else paper.of_run(folder, profile)
     if arguments.json:
         return {"count": paper.count(rows), "claims": paper.as_json(rows)}
-    shown = paper.table(rows, arguments.profile).to_dict("records")
+    shown = paper.table(rows, profile).to_dict("records")
     return {f"{row['id']} {row['claim']}": f"{row['verdict']} ({row['our number']})" for row in shown} | {"all": paper.count(rows)}
 
 

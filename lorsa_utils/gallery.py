@@ -33,6 +33,7 @@ def write_index(folder: str | Path, profile: str) -> Path:
         UserError: a figure's record or the claims are damaged, or the folder cannot be written.
     """
     path = Path(folder)
+    profile = notebook.profile_of_run(path, profile)
     results, records, rows = notebook.read_results(path), figure_records(path), of_run(path, profile)
     names = sorted({*results, *(record["notebook"] for record in records)})
     parts = [

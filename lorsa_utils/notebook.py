@@ -315,6 +315,11 @@ def banners(folder: str | Path) -> list[str]:
     return sorted(set(store.read_json(file).values())) if file.is_file() else []
 
 
+def profile_of_run(folder: str | Path, profile: str) -> str:
+    """The profile that a run folder's numbers are really of: `laptop` where a banner says that its model was out of reach."""
+    return "laptop" if banners(folder) else profile
+
+
 def _show_banner(folder: Path, name: str, banner: str | None) -> None:
     """Keep a notebook's banner for the run's page, or forget an earlier one, and show it."""
     file = folder / BANNERS_FILE

@@ -185,6 +185,8 @@ def test_gated_weights_leave_a_banner_and_the_run_goes_on(
     assert "laptop profile, scaled down" in run.title("A figure")
     page = gallery.write_index(tmp_path / "run", "llama-3.1-8b").read_text(encoding="utf-8")
     assert '<p class="banner" role="alert">meta-llama/Llama-3.1-8B is gated' in page
+    assert "results of the laptop profile" in page
+    assert notebook.profile_of_run(tmp_path / "run", "llama-3.1-8b") == "laptop"
 
     monkeypatch.setattr("huggingface_hub.auth_check", lambda name: None)
     again = notebook.start("02_train_lorsa", "llama-3.1-8b", tmp_path / "run")
