@@ -19,6 +19,7 @@ under keys of its own, which those readers pass over.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,8 +39,8 @@ from lorsa_utils.units import final_norm
 
 MAX_LENGTH = 128
 MAX_NODES = 5_000
-_BYTES_AT_ONCE = 3 << 30
-"""What traced targets may take together; with a model, and the edges of `MAX_NODES` at `MAX_LENGTH`, that stays below 8 GiB."""
+RANKED_EVERY = 16
+"""Nodes traced before the order of the others is computed anew."""
 
 
 class _Paths(NamedTuple):
@@ -155,9 +156,9 @@ class Trace:
         if any(not isinstance(nodes, SparseNodes) for nodes in sparse.layers.values()):
             raise UserError("An MHSA head has no single activation that edges could lead to; trace Lorsa heads or SAE features.")
         if len(tokens) > MAX_LENGTH:
-            gigabytes = _bytes_of_a_row(sparse.model, len(tokens)) / 1e9
+            gigabytes = _bytes_of_the_pass(sparse.model, len(tokens)) / 1e9
             raise UserError(
-                f"The prompt has {len(tokens)} tokens, about {gigabytes:.1f} GB for each node that is traced at once; "
+                f"The prompt has {len(tokens)} tokens, about {gigabytes:.1f} GB for the pass that edges are read from; "
                 f"cut it to {MAX_LENGTH} tokens."
             )
         self.sparse, self.model, self.tokens = sparse, sparse.model, tokens.to(sparse.model.device)
@@ -170,6 +171,7 @@ class Trace:
         self.sources = self._list_sources()
         self.place = {(source.kind, source.layer, source.unit, source.position): number for number, source in enumerate(self.sources)}
         """(kind, layer, unit, position) -> number of the source."""
+        self._cut_model()
 
     def _list_sources(self) -> list[Source]:
         found = [Source("embedding", -1, -1, i, float(row.norm())) for i, row in enumerate(self.embedding)]
@@ -189,68 +191,62 @@ class Trace:
     def _module(self, layer: int) -> Any:
         return self.sparse.layers[layer].module  # type: ignore[attr-defined]
 
-    def edges(self, targets: Sequence[Target], batch_size: int = 16, progress: bool = False) -> tuple[Tensor, Tensor]:
+    def edges(self, targets: Sequence[Target], progress: bool = False) -> tuple[Tensor, Tensor]:
         """Edges from all sources to some targets.
 
         Args:
             targets: units at positions, or the logit difference.
-            batch_size: targets traced in one pass, fewer where they need too much memory.
             progress: show a bar.
 
         Returns:
             edges [n_targets, n_sources] and the targets' values [n_targets]. A row sums to its target's value less the model's other
             biases (none in a Llama, but for b_V times the pattern's mass: `constants` has that part of each target).
         """
-        batch_size = max(1, min(batch_size, _BYTES_AT_ONCE // _bytes_of_a_row(self.model, len(self.tokens))))
-        rows, values, self.constants = [], [], torch.zeros(len(targets))
-        for first in tqdm(range(0, len(targets), batch_size), desc="edges", disable=not progress):
-            some = targets[first : first + batch_size]
-            found, value, constant = self._some_edges(some)
-            rows.append(found)
-            values.append(value)
-            self.constants[first : first + len(some)] = constant
-        return torch.cat(rows), torch.cat(values)
+        rows, values, constants = [], [], []
+        for target in tqdm(targets, desc="edges", disable=not progress):
+            with torch.enable_grad():
+                value, constant = self._value(target)
+                gradients = torch.autograd.grad(value, self._cuts, allow_unused=True, retain_graph=True)
+            rows.append(
+                self._products([torch.zeros_like(cut) if part is None else part for cut, part in zip(self._cuts, gradients, strict=True)])
+            )
+            values.append(value.detach().cpu())
+            constants.append(constant.detach().cpu())
+        self.constants = torch.stack(constants)
+        return torch.stack(rows), torch.stack(values)
 
-    def _some_edges(self, targets: Sequence[Target]) -> tuple[Tensor, Tensor, Tensor]:
-        n = len(targets)
-        leaves: dict[int, Tensor] = {}
-        reads: dict[int, Tensor] = {}
-        start: dict[str, Tensor] = {}
+    def _cut_model(self) -> None:
+        """Run the frozen model once, cut where sources write; every target's gradient is then a walk back through that one pass."""
+        cuts: dict[int, Tensor] = {}
+        self._reads: dict[int, Tensor] = {}
 
         def cutter(layer: int) -> Any:
             def cut(x: Tensor, y: Tensor) -> Tensor:
-                reads[layer] = x
-                leaves[layer] = self.outputs[layer].expand(n, -1, -1).clone().requires_grad_()
-                return leaves[layer]
+                self._reads[layer] = x[0]
+                cuts[layer] = self.outputs[layer].clone().requires_grad_()
+                return cuts[layer]
 
             return cut
 
         def begin(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            start["x"] = self.embedding.expand(n, -1, -1).clone().requires_grad_()
-            return (start["x"], *arguments[1:])
+            cuts[-1] = self.embedding[None].clone().requires_grad_()
+            return (cuts[-1], *arguments[1:])
 
         block = self.model.model.get_submodule(_PATHS[self.model.config.model_type].block.format(0))
         hook = block.register_forward_pre_hook(begin)
         try:
             with torch.enable_grad(), frozen(self.model), self.model.splice({layer: cutter(layer) for layer in self.sparse.layers}):
-                hidden = self.model._hidden(self.tokens.expand(n, -1))[:, -1]
+                self._hidden = self.model._hidden(self.tokens[None])[0, -1]
         finally:
             hook.remove()
-        with torch.enable_grad():
-            pairs = [self._value(target, row, hidden, reads) for row, target in enumerate(targets)]
-            values, constants = (torch.stack(side) for side in zip(*pairs, strict=True))
-            wanted = [start["x"], *(leaves[layer] for layer in self.sparse.layers)]
-            gradients = torch.autograd.grad(values.sum(), wanted, allow_unused=True)
-        filled = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(wanted, gradients, strict=True)]
-        return self._products(filled), values.detach().cpu(), constants.detach().cpu()
+        self._cuts = [cuts[layer] for layer in (-1, *self.sparse.layers)]
 
-    def _value(self, target: Target, row: int, hidden: Tensor, reads: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    def _value(self, target: Target) -> tuple[Tensor, Tensor]:
         """A target's value, and the part of it that does not depend on any source."""
         if target.layer < 0:
-            direction = self._logit_direction()
-            return hidden[row] @ direction, torch.zeros((), device=hidden.device)
+            return self._hidden @ self._logit_direction(), self._hidden.new_zeros(())
         nodes = self.sparse.layers[target.layer]
-        x = reads[target.layer][row]
+        x = self._reads[target.layer]
         fixed = self.inputs[target.layer]
         module = self._module(target.layer)
         if isinstance(module, Lorsa):
@@ -272,14 +268,15 @@ class Trace:
         minus = weight[self.wrong].mean(dim=0) if self.wrong else weight.mean(dim=0)
         return weight[self.answers].mean(dim=0) - minus
 
-    def _products(self, gradients: list[Tensor]) -> Tensor:
-        parts = [torch.einsum("bld,ld->bl", gradients[0], self.embedding)]
-        for layer, gradient in zip(self.sparse.layers, gradients[1:], strict=True):
+    def _products(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Every source's vector times the gradient where it is written, [n_sources]."""
+        parts = [(gradients[0][0] * self.embedding).sum(dim=1)]
+        for layer, (gradient,) in zip(self.sparse.layers, gradients[1:], strict=True):
             position, vectors = self._units[layer]
-            parts.append(torch.stack([(row[position] * vectors).sum(dim=1) for row in gradient]))
-            parts.append(torch.einsum("bld,ld->bl", gradient, self.activity[layer].error[0]))
-            parts.append((gradient.sum(dim=1) @ self._module(layer).b_O)[:, None])
-        return torch.cat(parts, dim=1).cpu()
+            parts.append((gradient[position] * vectors).sum(dim=1))
+            parts.append((gradient * self.activity[layer].error[0]).sum(dim=1))
+            parts.append((gradient.sum(dim=0) @ self._module(layer).b_O)[None])
+        return torch.cat(parts).cpu()
 
 
 @torch.no_grad()
@@ -298,8 +295,8 @@ def _embedding(model: LanguageModel, tokens: Tensor) -> Tensor:
     return found["x"]
 
 
-def _bytes_of_a_row(model: LanguageModel, length: int) -> int:
-    """Memory that one traced target takes while gradients are computed: what every block keeps of its parts, in fp32."""
+def _bytes_of_the_pass(model: LanguageModel, length: int) -> int:
+    """Memory of the pass that is kept for gradients: what every block keeps of its parts, in fp32."""
     inner = getattr(model.config, "intermediate_size", None) or 4 * model.d_model
     return 4 * length * model.n_layers * (12 * model.d_model + 6 * int(inner))
 
@@ -498,9 +495,7 @@ def trace_graph(
     n_traced: int = 64,
     node_share: float = 0.8,
     edge_share: float = 0.98,
-    batch_size: int = 16,
     progress: bool = False,
-    max_seconds: float = 1800.0,
 ) -> Graph:
     """The graph of a prompt's logit difference.
 
@@ -515,9 +510,7 @@ def trace_graph(
         n_traced: units whose inputs are traced, at most `MAX_NODES`.
         node_share: of influence to keep.
         edge_share: of influence to keep.
-        batch_size: units traced in one pass.
-        progress: show a bar.
-        max_seconds: refuse what takes longer, by the time of the first pass.
+        progress: show a bar, and an estimate first where it takes more than a minute.
 
     Returns:
         the graph; its facts: `logit_difference`, `edge_sum` (all edges to the logit and the constants; equal to it), `active_nodes`,
@@ -525,7 +518,7 @@ def trace_graph(
         have), `embedding_share`, `untraced_share`, `bias_share`.
 
     Raises:
-        UserError: too many nodes or too much time, with an estimate.
+        UserError: too many nodes, with an estimate of their memory.
     """
     if n_traced > MAX_NODES:
         gigabytes = 4 * n_traced * len(trace.sources) / 1e9
@@ -542,15 +535,15 @@ def trace_graph(
         reach = _reach(trace, targets, rows)
         traced = {trace.place["unit", *target] for target in targets[1:]}
         open_units = sorted((number for number in units if number not in traced), key=lambda number: -float(reach[number]))
-        some = open_units[: min(batch_size, n_traced - done)]
+        some = open_units[: min(RANKED_EVERY, n_traced - done)]
         fresh = [Target(*trace.sources[number][1:4]) for number in some]
-        found, _ = trace.edges(fresh, batch_size)
+        found, _ = trace.edges(fresh)
         targets += fresh
         rows += list(found)
         done += len(some)
         bar.update(len(some))
-        if done == len(some) and (seconds := (time.perf_counter() - began) * n_traced / done) > max_seconds:
-            raise UserError(f"Tracing {n_traced:,} nodes of this prompt takes about {seconds / 60:.0f} minutes; ask for fewer.")
+        if progress and done == len(some) and (seconds := (time.perf_counter() - began) * n_traced / done) > 60:
+            tqdm.write(f"Tracing {n_traced:,} nodes of this prompt: about {seconds / 60:.0f} minutes.", file=sys.stderr)
     bar.close()
     facts = {
         "logit_difference": float(values[0]),
