@@ -392,12 +392,16 @@ class Sweep:
             batch = next(iter(self.data.batches(trial.train.batch_size)))
             run.scaling = Scaling(torch.zeros(trial.module.d_model, device=self.device), 1.0, 1.0)
             # Random weights will do: what a step costs does not depend on them.
-            for parameter in run.module.parameters():
-                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in run.module.parameters():
+                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
             run.train_step(batch)
+            run.require_finite()  # waits for a GPU
             began = time.perf_counter()
             for _ in range(2):
                 run.train_step(batch)
+            run.require_finite()
             return (time.perf_counter() - began) / 2
 
         with one_thread_each(self.workers, self.device), ThreadPoolExecutor(self.workers) as pool:
@@ -462,13 +466,16 @@ class Sweep:
         began = time.perf_counter()
         run = self._new_run(trial)
         start_run(run, trial, self.site, self._calibration)
-        for batch in self.data.first(trial.train.tokens).batches(trial.train.batch_size):
-            if stop.is_set():
-                raise KeyboardInterrupt
-            try:
+        try:
+            for batch in self.data.first(trial.train.tokens).batches(trial.train.batch_size):
+                if stop.is_set():
+                    raise KeyboardInterrupt
                 run.train_step(batch)
-            except UserError:  # its one reason is a loss that is not finite, and that is a result
-                return {"status": "diverged", "tokens": run.tokens_seen, "seconds": time.perf_counter() - began}
+            run.require_finite()
+        except UserError:
+            if not run.broken:
+                raise
+            return {"status": "diverged", "tokens": run.tokens_seen, "seconds": time.perf_counter() - began}
         module = run.finished_module()
         result = evaluate_activations({"module": (self.data.layer, module)}, self.held_out)["module"]
         result.pop("n_tokens")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
 from lorsa_utils import metrics, ops, store, sweeps
+from lorsa_utils.activations import ActivationBatch
 from lorsa_utils.config import LorsaConfig, RotaryConfig, SAEConfig, TrainConfig
 from lorsa_utils.initialize import CALIBRATION_SEQUENCES
 from lorsa_utils.lorsa import Lorsa
@@ -239,6 +241,23 @@ def test_a_diverged_run_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     changes = sweeps.effects(table, table[table["level"] == "1e-3"])
     assert changes["verdict"].tolist() == ["no difference shown", "diverged"]
     assert len(sweep(tmp_path / "r.parquet", wanted).pending()) == 0
+
+
+def test_damaged_data_is_no_divergence(tmp_path: Path) -> None:
+    class Damaged(ToySource):
+        asked = 0
+
+        def batches(self, *arguments: Any, **options: Any) -> Iterator[ActivationBatch]:
+            self.asked += 1
+            if self.asked > 2:  # the first batches were for the size and for the start
+                raise UserError("a shard is damaged")
+            return super().batches(*arguments, **options)
+
+    data = HeldTokens(Damaged(40, 12), 0, 150, memory_share=0.0)
+    one = Sweep([Trial("a", "b", SAE, TRAIN)], SITE, data, HeldTokens(ToySource(16, 12, seed=9), 0, 40), tmp_path / "r.parquet")
+    with pytest.raises(UserError, match="a shard is damaged"):
+        one.run(progress=False)
+    assert not (tmp_path / "r.parquet").exists()
 
 
 def test_plan_counts_and_estimates(tmp_path: Path) -> None:
