@@ -77,6 +77,12 @@ def show(folder: str | Path, item: str) -> None:
         display(Markdown(f"*This run has no figure of {item}.*"))
 
 
+def device(folder: str | Path, name: str) -> str:
+    """The device that a notebook's figures were made on; `unknown` when no record says so."""
+    found = [record["versions"]["device"] for record in figure_records(Path(folder)) if record["notebook"] == name and "versions" in record]
+    return str(found[0]) if found else "unknown"
+
+
 def costs(folder: str | Path) -> pd.DataFrame:
     """What training cost: one row a module trained to its end.
 

@@ -85,6 +85,11 @@ def test_figures_are_shown_with_the_run_that_made_them(run: notebook.Context, mo
     assert "no figure of P5" in shown[-1].data
 
 
+def test_device_is_that_of_the_run(run: notebook.Context) -> None:
+    assert book.device(run.folder, "03_reconstruction") == notebook.device_name()
+    assert book.device(run.folder, "02_train_lorsa") == "unknown"
+
+
 def test_costs_are_those_of_whole_trainings(run: notebook.Context) -> None:
     assert book.costs(run.folder).empty
     for name, kind, units in (
