@@ -1018,35 +1018,6 @@ def start_fvu(data: pd.DataFrame, title: str = "P14: where training starts") -> 
     return figure
 
 
-def interval_lines(data: pd.DataFrame, x: str, y: str, by: str, *, title: str, x_title: str, y_title: str, log: bool = False) -> go.Figure:
-    """Lines with intervals, one for each value of column `by`, over few values that stand at equal distances.
-
-    Args:
-        data: columns `x`, `y`, `by`, and the interval in `low` and `high`.
-        x: column of the horizontal axis.
-        y: column of the vertical axis.
-        by: column that separates the lines.
-        title: of the figure.
-        x_title: with its unit.
-        y_title: with its unit.
-        log: whether the vertical axis is logarithmic.
-    """
-    figure = new_figure(title, x_title, y_title)
-    places = list(dict.fromkeys(sorted(data[x])))
-    groups = list(data.groupby(by, sort=False))
-    for number, (name, part) in enumerate(groups):
-        error = {"array": part["high"] - part[y], "arrayminus": part[y] - part["low"], "symmetric": False}
-        # Lines are moved apart a little, so that intervals do not hide each other.
-        where = [places.index(value) + 0.05 * (number - (len(groups) - 1) / 2) for value in part[x]]
-        figure.add_scatter(x=where, y=part[y], error_y=error, name=str(name), mode="lines+markers", **_style(number))
-    figure.update_xaxes(
-        tickvals=list(range(len(places))), ticktext=[f"{place:,}" if isinstance(place, int) else str(place) for place in places]
-    )
-    figure.update_yaxes(type="log" if log else "linear")
-    figure.update_layout(height=HEIGHT + 40, margin={"t": 70}, legend={"orientation": "h", "y": -0.22, "x": 0})
-    return figure
-
-
 def qk_spectra(spectra: Mapping[str, Any], title: str = "P15: singular values of QK circuits") -> go.Figure:
     """Singular values of QK circuits over their rank, each circuit scaled to its own largest: median, middle half and full range.
 

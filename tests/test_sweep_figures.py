@@ -37,15 +37,6 @@ def test_starts_are_in_the_order_of_the_data_with_the_first_on_top() -> None:
     assert list(figure.data[0].error_x.array) == pytest.approx([0.1, 0.3])
 
 
-def test_interval_lines_keep_lines_apart_and_name_every_place() -> None:
-    data = pd.DataFrame({"k": [16, 32, 16, 32], "y": [1.0, 2.0, 3.0, 4.0], "of": ["a", "a", "b", "b"]}).assign(low=0.5, high=5.0)
-    figure = figures.interval_lines(data, "k", "y", "of", title="t", x_title="K", y_title="ratio")
-    assert list(figure.layout.xaxis.ticktext) == ["16", "32"]
-    first, second = (np.asarray(trace.x) for trace in figure.data)
-    assert (first < second).all()
-    assert (np.round(first) == [0, 1]).all()
-
-
 def test_spectra_start_at_one_and_have_a_panel_each() -> None:
     spectra = {"MHSA": [[4.0, 2.0, 1.0], [8.0, 8.0, 2.0]], "Lorsa": [[1.0, 0.1, 0.01]]}
     figure = figures.qk_spectra(spectra)
