@@ -5,9 +5,9 @@
     print(sweep.plan())                                         # how many runs, how long, from a timed trial of the first steps
     table = sweep.run()                                         # one row a trial; finished runs are never run again
 
-Several runs go on at once, each on one thread. A module of a thousand heads is too small to fill the cores of a machine by itself, and what
-a run computes does then not depend on how many cores there are. The Parquet file is written anew, whole or not at all, after every run:
-a killed sweep goes on with the runs that it lacks. A run is known by a hash of its settings, its text and the code that trains it.
+Several runs go on at once, each on one thread, so that what a run computes does not depend on how many cores there are. The Parquet
+file is written anew, whole or not at all, after every run: a killed sweep goes on with the runs that it lacks. A run is known by a hash
+of its settings, its text and the code that trains it.
 
 Modules are trained by the steps of `train.Run`, and thrown away once they are measured. Unlike `train.train_runs` nothing of a run is
 saved before its end, as it takes seconds.
