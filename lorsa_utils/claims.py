@@ -56,6 +56,7 @@ TRUST = {
     "C": "read off the authors' released code",
     "D": "derived by arithmetic",
     "U": "unverified",
+    "O": "our own question, not the paper's",
 }
 """How far the wording of a claim can be trusted: the paper's full text was not at hand."""
 
