@@ -1040,8 +1040,8 @@ def qk_spectra(spectra: Mapping[str, Any], title: str = "P15: singular values of
         figure.add_scatter(
             x=ranks, y=median, name=f"{name}, median", line={"color": colour, "width": 2}, showlegend=False, row=1, col=column
         )
-    figure.update_yaxes(title="singular value / largest", type="log", tickvals=[1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001], col=1)
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", tickvals=[1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001])
+    figure.update_yaxes(title="singular value / largest", col=1)
     figure.update_xaxes(title="number")
     figure.update_layout(template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top"}, margin={"t": 110}, height=HEIGHT + 20)
     return figure
@@ -1078,10 +1078,10 @@ def scaling_laws(
     ticks = sorted(set(points["x"]))
     shown = [tick for number, tick in enumerate(ticks) if number == len(ticks) - 1 or number % 2 == 0]
     figure.update_xaxes(title=x_title, type="log", tickvals=shown, ticktext=[_short(tick) for tick in shown], tickangle=0)
-    figure.update_yaxes(type="log", tickvals=[0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
+    figure.update_yaxes(type="log", tickvals=[*(value / 100 for value in range(10, 50, 5)), 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     figure.update_yaxes(title="FVU (held-out text)", col=1)
-    figure.update_layout(template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top"}, height=HEIGHT + 80, margin={"t": 100})
-    figure.update_layout(legend={"orientation": "h", "y": -0.2, "x": 0})
+    figure.update_layout(template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top", "xref": "container", "x": 0.02})
+    figure.update_layout(height=HEIGHT + 100, margin={"t": 90, "b": 130}, legend={"orientation": "h", "y": -0.24, "x": 0})
     return figure
 
 
