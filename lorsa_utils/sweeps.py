@@ -413,6 +413,8 @@ class Sweep:
         Returns:
             see `table`.
         """
+        for leftover in self.file.parent.glob(f".{self.file.name}.*.tmp"):  # of a sweep that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         todo, stop = self.pending(), threading.Event()
         scale = {key: self._operations(trial) / 1e9 for key, trial in todo.items()}
         bar = tqdm(total=sum(scale.values()), unit="GFLOP", unit_scale=True, desc="sweep", disable=not progress or not todo)
