@@ -180,16 +180,19 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import test_sweeps
+from lorsa_utils import sweeps
 from lorsa_utils.train import Run
 
-steps, whole = [], Run.train_step
-def counted(run, batch):
-    steps.append(1)
-    if len(steps) == int(sys.argv[2]):
+writes, write, step = [], sweeps.write_results, Run.train_step
+def counted(*arguments):
+    write(*arguments)
+    writes.append(1)
+def killed(run, batch):
+    if len(writes) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-    whole(run, batch)
-Run.train_step = counted
-test_sweeps.sweep(Path(sys.argv[1])).run(progress=False)
+    step(run, batch)
+sweeps.write_results, Run.train_step = counted, killed
+test_sweeps.sweep(Path(sys.argv[1]), workers=1).run(progress=False)
 """
 
 
@@ -197,10 +200,11 @@ test_sweeps.sweep(Path(sys.argv[1])).run(progress=False)
 def test_kill_9_and_go_on(tmp_path: Path, finished: pd.DataFrame) -> None:
     file, here = tmp_path / "results.parquet", Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    command = [sys.executable, "-c", KILLED, str(file), "25"]
+    command = [sys.executable, "-c", KILLED, str(file), "3"]
     assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
     saved = pd.read_parquet(file)
-    assert 1 <= len(saved) < len(trials())
+    assert 3 <= len(saved) < len(trials())
+    (tmp_path / ".results.parquet.0123abcd.tmp").touch()  # as a kill in the middle of writing leaves it
     stamp = saved.set_index("key")["seconds"]
     table = sweep(file).run(progress=False)
     pd.testing.assert_frame_equal(without_times(table), without_times(finished), check_exact=True)
