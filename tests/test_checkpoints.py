@@ -197,12 +197,12 @@ def test_find_takes_the_longest_trained_of_the_right_kind(tmp_path: Path) -> Non
 
 
 def test_the_command_makes_a_run_with_the_same_settings(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run", random_lorsa(k=5), layer=3, tokens=5000, lr=2e-3, freeze_qk=True, aux_k=0)
+    run = save_run(tmp_path / "run", random_lorsa(k=5), layer=3, tokens=5000, lr=5e-3, freeze_qk=True, aux_k=0)
     words = shlex.split(checkpoints.train_command(store.read_json(run / "config.json")))
     assert words[:2] == ["lorsa", "train"]
     arguments = cli.build_parser().parse_args(words[1:])
     assert (arguments.layer, arguments.k, arguments.tokens, arguments.context) == ([3], 5, 5000, 256)
-    assert (arguments.lr, arguments.freeze_qk, arguments.aux_k, arguments.model) == (2e-3, True, 0, "smollm2")
+    assert (arguments.lr, arguments.freeze_qk, arguments.aux_k, arguments.model) == (5e-3, True, 0, "smollm2")
     assert (arguments.n_heads, arguments.n_qk) == (random_lorsa().config.n_ov_heads, random_lorsa().config.n_qk_heads)
     assert not hasattr(arguments, "warmup"), "defaults are left out"
 

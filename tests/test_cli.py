@@ -383,7 +383,7 @@ BAD_TRAINING = {
     "text_missing": (["--text", "nowhere.txt"], "There is no file or folder nowhere.txt"),
     "text_and_dataset": (["--dataset", "x/y"], "either text files or a dataset"),
     "text_and_cache": (["--cache", "somewhere"], "either --cache or --text/--dataset"),
-    "bad_schedule": (["--warmup", "0.9"], "warmup (0.9) and decay (0.2) together exceed"),
+    "bad_schedule": (["--warmup", "0.9"], "warmup (0.9) and decay (0.8) together exceed"),
     "context_of_one": (["--context", "1"], "context must be at least 2"),
     "unknown_device": (["--device", "quantum"], "Device 'quantum' is not available"),
 }
@@ -461,7 +461,7 @@ def test_a_cache_folder_in_use_is_refused(cached: str, model: str, text: str, co
 def test_runs_are_not_overwritten_and_not_resumed_with_other_settings(trained: str, model: str, text: str, complaint: Any) -> None:
     again = ["train", "--model", model, "--text", text, "--layer", "1", "--out", trained, *SHAPE]
     assert "holds a run already; add --resume" in complaint(*again)
-    assert "was started with train.lr = 0.001, not 0.01" in complaint(*again, "--resume", "--lr", "0.01")
+    assert "was started with train.lr = 0.002, not 0.01" in complaint(*again, "--resume", "--lr", "0.01")
     assert "was started with module.k = 4, not 8" in complaint(*again, "--resume", "--k", "8")
     assert "was started with source.text_sha256" in complaint(*again, "--resume", "--tokens", "2000")
 
