@@ -199,6 +199,8 @@ class Context:
 
     def __init__(self, name: str, profile: Profile, folder: Path, seed: int) -> None:
         self.name, self.profile, self.folder, self.seed = name, profile, folder, seed
+        self.about: dict[str, Any] = {"model": profile.model, "layer": profile.layer, "tokens": profile.train_tokens}
+        """What figures say of their run unless told otherwise; a notebook that looks at another module changes it."""
 
     def stage(self, name: str, key: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
         """A costly step, done once per run folder and shared by all notebooks that name it with the same key; see `stage`."""
@@ -221,7 +223,7 @@ class Context:
         """
         figure = go.Figure(figure)
         text = figure.layout.title.text or label
-        about = {"model": self.profile.model, "layer": self.profile.layer, "tokens": self.profile.train_tokens} | facts
+        about = self.about | facts
         # A figure without a language model has the same size in every profile.
         said = "scaled down" in text or about["model"] is None
         figure.update_layout(title_text=_wrap(text if said else self.title(text)))
