@@ -157,7 +157,7 @@ def _compacted(module: Lorsa | SAE, source: Path) -> dict[str, Tensor]:
     small: dict[str, Tensor] = {}
     for name, weight in module.state_dict().items():
         parts = {name: weight.half()} if name in FLOAT16 else store.compact(name, weight) if name in INT8 else {name: weight}
-        back = parts[name].float() * (parts[name + store.SCALE][..., None] if name + store.SCALE in parts else 1)
+        back = store.expand(dict(parts), source)[name].float()
         lost = float((back - weight).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
         if not lost <= LARGEST_ERROR:
             raise store.UserError(f"{source}: {name} would lose {lost:.1%} of its norm in the small form; share the run folder as it is.")

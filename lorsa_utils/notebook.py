@@ -425,9 +425,8 @@ def _lorsa_shape(run: Context, model: LanguageModel, layer: int) -> LorsaConfig:
 def main_lorsa(run: Context, model: LanguageModel, source: ActivationCache) -> Path:
     """Run folder of the Lorsa of notebook 02: the profile's layer, trained longest. Trained now when it is missing."""
     layer = run.profile.layer
-    return trained(run, model, source, {"lorsa": (layer, _lorsa_shape(run, model, layer))}, train_config(run, run.profile.train_tokens))[
-        "lorsa"
-    ]
+    wanted = {"lorsa": (layer, _lorsa_shape(run, model, layer))}
+    return trained(run, model, source, wanted, train_config(run, run.profile.train_tokens))["lorsa"]
 
 
 def short_config(run: Context) -> TrainConfig:

@@ -113,7 +113,7 @@ def read_tensors(path: str | os.PathLike[str], device: str | torch.device = "cpu
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; check the path or make it again.")
     try:
-        return _expand(load_file(path, device=str(device)), path)
+        return expand(load_file(path, device=str(device)), path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and make it again.") from error
 
@@ -129,8 +129,8 @@ def compact(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: steps.to(torch.int8), name + SCALE: scale}
 
 
-def _expand(tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The inverse of `compact` for every tensor that has scales beside it."""
+def expand(tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The inverse of `compact` for every tensor that has scales beside it; `path` is named when they do not fit."""
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors}
     for name, scale in scales.items():
         small = name.removesuffix(SCALE)

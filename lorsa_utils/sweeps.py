@@ -41,7 +41,7 @@ from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.metrics import evaluate_activations
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.store import UserError
-from lorsa_utils.train import QK_PARAMETERS, Run, RunSpec
+from lorsa_utils.train import QK_PARAMETERS, Run, RunSpec, World, _cut_to_budget
 
 Start = Literal["both", "qk", "ov", "random"]
 STARTS: tuple[Start, ...] = ("both", "qk", "ov", "random")
@@ -127,9 +127,9 @@ class HeldTokens:
         for batch in batches:
             if left <= 0:
                 return
-            mask = batch.mask & (batch.mask.flatten().cumsum(0) <= left).view_as(batch.mask)
-            left -= int(mask.sum())
-            yield batch._replace(mask=mask, whole_mask=mask)
+            batch = _cut_to_budget(batch, left, World())
+            left -= int(batch.mask.sum())
+            yield batch
 
 
 def _together(batches: Sequence[ActivationBatch], layer: int) -> ActivationBatch:
