@@ -219,6 +219,8 @@ def _is_up_to_date(folder: Path, name: str, digest: str, log: dict[str, Any]) ->
 
 def _run_one(path: Path, folder: Path, profile: Profile, status: NotebookStatus) -> None:
     """Execute one notebook; its output takes its place only when all cells passed."""
+    for left in folder.glob(f".{path.stem}.*.tmp.ipynb"):  # of a run that was killed
+        left.unlink()
     partial = folder / f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp.ipynb"
     failed = folder / f"{path.stem}.failed.ipynb"
     began = time.perf_counter()
