@@ -134,7 +134,8 @@ def layer_fvu(data: pd.DataFrame, title: str = "P4: reconstruction of attention 
         title: of the figure.
     """
     figure = lines(data, "layer", "fvu", "module", title=title, x_title="layer", y_title="FVU (held-out)")
-    figure.update_xaxes(tickvals=sorted(set(data["layer"])))
+    # As names, not as numbers: the labels of neighbouring layers would cover each other.
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=sorted(set(data["layer"])))
     figure.update_yaxes(rangemode="tozero")
     return figure
 
