@@ -273,10 +273,9 @@ def _positional(
     return builder.build()
 
 
-def previous_token(vocabulary: Vocabulary, texts: Sequence[Passage], seed: int = 2) -> PromptSet:
-    """Real text; every query attends to the token before it."""
-    # A Lorsa head acts on about one token in a hundred: with few queries only the busiest heads, which are not the cleanest, are judged.
-    return _positional("previous_token", vocabulary, texts, seed, lambda i: range(i - 1, i), per_passage=48)
+def previous_token(vocabulary: Vocabulary, texts: Sequence[Passage], seed: int = 2, per_passage: int = 8) -> PromptSet:
+    """Real text; every query attends to the token before it; `per_passage` queries in each passage."""
+    return _positional("previous_token", vocabulary, texts, seed, lambda i: range(i - 1, i), per_passage)
 
 
 def attention_sink(vocabulary: Vocabulary, texts: Sequence[Passage], seed: int = 3) -> PromptSet:
