@@ -118,6 +118,7 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_notebook(tmp_path, "01_first", "x = 1")
     write_notebook(tmp_path, "02_second", "x = 1", 'raise ValueError("the head is dead\\nlong story")', "never = 1")
