@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -156,10 +157,10 @@ class Check:
         return {True: "PASS", False: "FAIL", None: "-"}[self.passed]
 
 
-def expected_values(name: str, profile: str) -> dict[str, dict[str, Any]]:
-    """The section of `data/expected/<name>.json` for a profile; empty when there is none."""
+def expected_values(name: str, section: str) -> dict[str, dict[str, Any]]:
+    """The section of `data/expected/<name>.json` for a profile, or for one that looks at the checkpoint alone; empty when there is none."""
     file = store.data_dir() / "expected" / f"{name}.json"
-    return dict(store.read_json(file).get(profile, {})) if file.is_file() else {}
+    return dict(store.read_json(file).get(section, {})) if file.is_file() else {}
 
 
 def check_values(values: Mapping[str, Any], expected: Mapping[str, Mapping[str, Any]]) -> list[Check]:
@@ -201,10 +202,18 @@ class Context:
         self.name, self.profile, self.folder, self.seed = name, profile, folder, seed
         self.about: dict[str, Any] = {"model": profile.model, "layer": profile.layer, "tokens": profile.train_tokens}
         """What figures say of their run unless told otherwise; a notebook that looks at another module changes it."""
+        self.layers = profile.layers
+        """Layers that are compared; `modules_at_hand` may find fewer than the profile names."""
+        self.checkpoint_alone = False
+        """Whether `modules_at_hand` found nothing but the checkpoint that travels with the kit; `finish` expects other values then."""
 
-    def stage(self, name: str, key: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
-        """A costly step, done once per run folder and shared by all notebooks that name it with the same key; see `stage`."""
-        return stage(self.folder / "stages", name, key, make)
+    def stage(self, name: str, key: Mapping[str, Any], make: Callable[[Path], object], code: Sequence[ModuleType] = ()) -> Path:
+        """A costly step, done once per run folder and shared by all notebooks that name it with the same key; see `stage`.
+
+        `code`: the modules that the result comes from. When their source changes, the step is done again.
+        """
+        sources = {"code": [store.sha256_file(str(module.__file__)) for module in code]} if code else {}
+        return stage(self.folder / "stages", name, {**key, **sources}, make)
 
     def title(self, text: str) -> str:
         """`text`, saying that the run is scaled down unless it is the paper's size."""
@@ -254,7 +263,8 @@ class Context:
         Raises:
             AssertionError: names every value that missed its expectation; the table is printed first.
         """
-        expected = expected_values(self.name, self.profile.name)
+        section = self.profile.name + ("_checkpoint" if self.checkpoint_alone else "")
+        expected = expected_values(self.name, section)
         checks = check_values(read_results(self.folder).get(self.name, {}), expected)
         table = pd.DataFrame(
             [{"key": check.key, "value": check.value, "expected": check.expected, "result": check.word} for check in checks],
@@ -264,7 +274,7 @@ class Context:
         if failed:
             print(table.to_string(index=False))
             missed = "; ".join(f"{check.key} is {check.value}, expected {check.expected}" for check in failed)
-            raise AssertionError(f"{self.name} ({self.profile.name}): {missed}")
+            raise AssertionError(f"{self.name} ({section}): {missed}")
         return table
 
 
@@ -353,10 +363,10 @@ def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
 
 
 def activation_cache(run: Context, model: LanguageModel, splits: Mapping[str, Sequences]) -> Path:
-    """The cache folder with inputs and outputs of the profile's layers; made by the first notebook that asks for it."""
+    """The cache folder with inputs and outputs of the run's layers; made by the first notebook that asks for it."""
     from lorsa_utils.activations import build_cache, source_identity
 
-    layers = sorted({run.profile.layer, *run.profile.layers})
+    layers = sorted({run.profile.layer, *run.layers})
     texts = {split: source_identity(model, part) for split, part in splits.items()}
     return run.stage("activations", {"layers": layers, **texts}, lambda folder: build_cache(model, splits, layers, folder, text="embedded"))
 
@@ -475,17 +485,59 @@ def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
     The checkpoints that travel with the kit (`data/checkpoints`) where there are both for this model and layer, so that a notebook
     opens at once; otherwise the Lorsa of notebook 02 and the SAE of notebook 03, trained now when they are missing.
     """
-    from lorsa_utils import checkpoints
     from lorsa_utils.activations import ActivationCache
 
-    layer = run.profile.layer
-    shipped = {kind: checkpoints.find(model, layer, kind) for kind in ("lorsa", "sae")}
-    found = {kind: place for kind, place in shipped.items() if place is not None}
-    if len(found) == len(shipped):
-        return found
+    if shipped := _shipped_pair(run, model):
+        return shipped
     source = ActivationCache(activation_cache(run, model, sequences(run, model)), "train", model=model)
-    pair = layer_modules(run, model, source, ("sae_equal_features",))[layer]
+    pair = layer_modules(run, model, source, ("sae_equal_features",))[run.profile.layer]
     return {"lorsa": main_lorsa(run, model, source), "sae": pair["sae_equal_features"]}
+
+
+def _shipped_pair(run: Context, model: LanguageModel) -> dict[str, Path] | None:
+    """The checkpoints of the profile's layer that travel with the kit, by `lorsa` and `sae`; None unless both are there."""
+    from lorsa_utils import checkpoints
+
+    shipped = {kind: checkpoints.find(model, run.profile.layer, kind) for kind in ("lorsa", "sae")}
+    found = {kind: place for kind, place in shipped.items() if place is not None}
+    return found if len(found) == len(shipped) else None
+
+
+def modules_at_hand(run: Context, model: LanguageModel, splits: Mapping[str, Sequences], train: bool) -> dict[int, dict[str, Path]]:
+    """Lorsa and SAE, of equally many units, of the layers that notebooks compare, for one that has to open at once.
+
+    Those of notebook 03 where it has run in this folder. Where it has not, the checkpoints that travel with the kit stand in: one layer
+    alone, which is said, and which `run.layers`, the figures' facts and the expected values (section `<profile>_checkpoint`) then follow.
+
+    Args:
+        run: the notebook's context.
+        model: the language model.
+        splits: of `sequences`.
+        train: train what is missing instead. What is missing is trained, too, where no checkpoint fits.
+
+    Returns:
+        layer to run folder by `lorsa` and `sae`.
+    """
+    from lorsa_utils.activations import ActivationCache
+
+    kinds, layers = {"lorsa": "lorsa", "sae": "sae_equal_features"}, run.profile.layers
+    finished = (f"layer{layer:02d}_{kind}-*/model.safetensors" for layer in layers for kind in kinds.values())
+    wait = train or all(any((run.folder / "runs").glob(pattern)) for pattern in finished)
+    shipped = None if wait else _shipped_pair(run, model)
+    if shipped:
+        run.layers, run.checkpoint_alone = (run.profile.layer,), True
+        print(
+            f"Notebook 03 has not run in {run.folder.name}, so this run looks at layer {run.profile.layer} alone, at the checkpoint that "
+            "travels with the kit. For all layers run notebook 03 first, or set TRAIN = True."
+        )
+        folders = {run.profile.layer: shipped}
+    else:
+        source = ActivationCache(activation_cache(run, model, splits), "train", model=model)
+        trained_now = layer_modules(run, model, source, tuple(kinds.values()))
+        folders = {layer: {name: places[kind] for name, kind in kinds.items()} for layer, places in trained_now.items()}
+    tokens = store.read_json(next(iter(folders.values()))["lorsa"] / "config.json")["train"]["tokens"]
+    run.about |= {"layer": list(run.layers), "tokens": tokens}
+    return folders
 
 
 def second_seed(

@@ -3,8 +3,9 @@
 1. Notebooks are taken in the order of their numbers; one is skipped while its source, the package, the profile and its expected
    values are those of its last good run and its outputs are still there. One that shows what the others made (`reads_run` in its
    metadata) is skipped only while that is the same too.
-2. papermill executes it with PROFILE and RUN_DIR set, into a temporary file that becomes `NN_name.ipynb` only when every cell
-   passed. A failing one is kept as `NN_name.failed.ipynb`, and the run stops there: later notebooks read earlier artefacts.
+2. papermill executes it with PROFILE and RUN_DIR set (and TRAIN where it has that), into a temporary file that becomes
+   `NN_name.ipynb` only when every cell passed. A failing one is kept as `NN_name.failed.ipynb`, and the run stops there: later
+   notebooks read earlier artefacts.
 3. `index.html` lists figures and recorded values. It opens from the disk, offline.
 """
 
@@ -249,11 +250,13 @@ def _execute(path: Path, output: Path, folder: Path, profile: Profile) -> None:
         import papermill
     except ImportError as error:
         raise store.UserError('papermill is not installed; run: pip install "lorsa-utils[notebooks]"') from error
+    # A reader may look at the checkpoint alone; a reproduction trains what is missing.
+    trained = {"TRAIN": True} if "TRAIN" in papermill.inspect_notebook(str(path)) else {}
     with _importable():
         papermill.execute_notebook(
             str(path),
             str(output),
-            parameters={"PROFILE": profile.name, "RUN_DIR": str(folder.absolute())},
+            parameters={"PROFILE": profile.name, "RUN_DIR": str(folder.absolute())} | trained,
             cwd=str(path.parent),
             progress_bar=sys.stderr.isatty(),
             execution_timeout=CELL_TIMEOUT_SECONDS.get(profile.name, CELL_TIMEOUT_SECONDS["paper"]),

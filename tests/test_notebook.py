@@ -59,6 +59,57 @@ def test_run_folder_is_data_runs_profile_unless_given(tmp_path: Path) -> None:
     assert notebook.start("02_test", "smoke").folder == tmp_path / "data" / "runs" / "smoke"
 
 
+def test_modules_at_hand_are_the_checkpoint_alone_until_notebook_03_has_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped: dict[str, Path | None] = {"lorsa": tmp_path / "shipped lorsa", "sae": tmp_path / "shipped sae"}
+    own = {"lorsa": tmp_path / "own lorsa", "sae_equal_features": tmp_path / "own sae"}
+    for folder, tokens in ((shipped["lorsa"], 2000), (own["lorsa"], 100)):
+        store.write_json(cast(Path, folder) / "config.json", {"train": {"tokens": tokens}})
+    monkeypatch.setattr(checkpoints, "find", lambda model, layer, kind: shipped[kind])
+    monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
+    monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
+    monkeypatch.setattr(notebook, "layer_modules", lambda run, model, source, kinds: dict.fromkeys(run.profile.layers, own))
+    store.write_json(
+        tmp_path / "data" / "expected" / "02_test.json", {"smoke": {"fvu": {"min": 0.5}}, "smoke_checkpoint": {"fvu": {"max": 0.5}}}
+    )
+    layers, model = PROFILES["smoke"].layers, cast(Any, None)
+    all_of_them = {layer: {"lorsa": own["lorsa"], "sae": own["sae_equal_features"]} for layer in layers}
+
+    def opened(train: bool, fvu: float) -> dict[int, dict[str, Path]]:
+        run = begin(tmp_path)
+        folders = notebook.modules_at_hand(run, model, {}, train)
+        run.record("fvu", fvu)
+        run.finish()  # each way has expected values of its own
+        assert (run.layers, run.about["layer"]) == (tuple(folders), list(folders))
+        assert run.about["tokens"] == (2000 if run.checkpoint_alone else 100)
+        return folders
+
+    assert opened(False, 0.1) == {PROFILES["smoke"].layer: shipped}
+    assert "looks at layer 1 alone" in capsys.readouterr().out
+    assert opened(True, 0.9) == all_of_them
+    for layer in layers:
+        for kind in own:
+            store.write_text(tmp_path / "run" / "runs" / f"layer{layer:02d}_{kind}-0abc" / "model.safetensors", "")
+    assert opened(False, 0.9) == all_of_them
+    (tmp_path / "run" / "runs" / "layer02_lorsa-0abc" / "model.safetensors").unlink()
+    assert opened(False, 0.1) == {PROFILES["smoke"].layer: shipped}
+    shipped["sae"] = None
+    assert opened(False, 0.9) == all_of_them
+
+
+def test_a_stage_is_done_again_when_its_code_changes(tmp_path: Path) -> None:
+    run, module = begin(tmp_path), tmp_path / "counting.py"
+    made: list[Path] = []
+    code = [cast(Any, SimpleNamespace(__file__=str(module)))]
+    for source in ("n = 1", "n = 1", "n = 2"):
+        module.write_text(source)
+        run.stage("count", {"layer": 1}, made.append, code)
+    assert len(made) == len(set(made)) == 2
+    run.stage("count", {"layer": 1}, made.append)
+    assert len(made) == 3
+
+
 @pytest.mark.parametrize(
     ("package", "version"), [("torch", "2.7.1"), ("torch", "3.0"), ("transformers", "4.55.0"), ("transformers", "6.1")]
 )

@@ -67,6 +67,16 @@ def test_plan_adds_up_what_is_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_reproduction_trains_what_a_reader_need_not(tmp_path: Path) -> None:
+    path = write_notebook(tmp_path, "01_first", "assert TRAIN", "run.record('train', TRAIN)")
+    write_notebook(tmp_path, "02_second", "assert 'TRAIN' not in globals()")
+    book = nbformat.read(path, as_version=4)
+    book.cells[1].source += "\nTRAIN = False"
+    nbformat.write(book, path)
+    assert run(tmp_path) == {"01_first": "done", "02_second": "done"}
+
+
+@pytest.mark.slow
 def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure = 'import plotly.graph_objects as go\nrun.show(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), "P4_test", "Is <b> & bold?")'
     write_notebook(tmp_path, "01_first", figure, 'run.record("fvu", 0.25)\nrun.record("<script>", 1)', "run.finish()")
