@@ -183,21 +183,19 @@ def _draw(rng: np.random.Generator, pool: Sequence[int], n: int) -> list[int]:
 # -------------------------------------------------------------------------------------------------------- random tokens
 
 
-def _random_pool(vocabulary: Vocabulary, needed: int, family: str, tokens: Sequence[int] | None = None) -> list[int]:
-    pool = list(vocabulary.texts) if tokens is None else sorted(set(tokens))
+def _random_pool(vocabulary: Vocabulary, needed: int, family: str) -> list[int]:
+    pool = list(vocabulary.texts)
     if len(pool) < needed:
-        owner = "this tokenizer has" if tokens is None else "the list of tokens has"
-        raise UserError(f"Family {family} needs {needed} different tokens, {owner} {len(pool)}; the family is skipped.")
+        raise UserError(f"Family {family} needs {needed} different tokens, this tokenizer has {len(pool)}; the family is skipped.")
     return pool
 
 
-def induction(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 0, length: int = 16, tokens: Sequence[int] | None = None) -> PromptSet:
+def induction(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 0, length: int = 16) -> PromptSet:
     """Repeated random tokens `r1 .. rn r1 .. rn`; in the second half the query r_k attends to the first r_(k+1) and predicts it.
 
-    Controls are the first half, and the same tokens at the same places after another first half `s1 .. sn`. The tokens are drawn from
-    `tokens`, for instance those that some head acts on, or from the whole vocabulary.
+    Controls are the first half, and the same tokens at the same places after another first half `s1 .. sn`.
     """
-    return _repeated(vocabulary, "induction", 1, n_pairs, seed, length, tokens)
+    return _repeated(vocabulary, "induction", 1, n_pairs, seed, length)
 
 
 def duplicate_token(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 1, length: int = 16) -> PromptSet:
@@ -205,11 +203,9 @@ def duplicate_token(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 1, le
     return _repeated(vocabulary, "duplicate_token", 0, n_pairs, seed, length)
 
 
-def _repeated(
-    vocabulary: Vocabulary, family: str, offset: int, n_pairs: int, seed: int, length: int, tokens: Sequence[int] | None = None
-) -> PromptSet:
+def _repeated(vocabulary: Vocabulary, family: str, offset: int, n_pairs: int, seed: int, length: int) -> PromptSet:
     rng = np.random.default_rng(seed)
-    pool = _random_pool(vocabulary, 2 * length, family, tokens)
+    pool = _random_pool(vocabulary, 2 * length, family)
     first = len(vocabulary.start)
     builder = _Builder(family, predicts=offset == 1)
     for pair in range(n_pairs):

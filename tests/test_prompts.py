@@ -107,15 +107,6 @@ def test_induction(bytes_only: Vocabulary, n_pairs: int, length: int, seed: int)
         assert found.tokens[found.row[query]][position] not in found.tokens[found.row[query]][:position], "nothing is repeated at a control"
 
 
-def test_induction_can_draw_from_a_list_of_tokens(bytes_only: Vocabulary) -> None:
-    chosen = range(65, 91)
-    found = prompts.induction(bytes_only, 3, 0, 8, tokens=[*chosen, 65])
-    check(found)
-    assert set(found.tokens[:, 1:].flatten().tolist()) <= set(chosen)
-    with pytest.raises(UserError, match="needs 32 different tokens, the list of tokens has 26"):
-        prompts.induction(bytes_only, 3, tokens=chosen)
-
-
 def test_controls_stand_on_the_same_tokens(bytes_only: Vocabulary) -> None:
     found = prompts.induction(bytes_only, 1, 0, 8)
     at = {name: [] for name in ("labelled", "first half", "other")}  # type: ignore[var-annotated]
