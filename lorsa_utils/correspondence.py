@@ -200,17 +200,23 @@ def unit_effects(
         state["part"] = part * state["on"]
         return y - (state["part"][..., None] * direction).to(y.dtype)
 
+    # Blocks before the layer do the same in every pass, so they run once.
+    batches = [
+        (sequences.tokens[i : i + batch_size].to(model.device, torch.long), sequences.mask[i : i + batch_size].to(model.device))
+        for i in range(0, len(sequences.tokens), batch_size)
+    ]
+    residuals = [model.residual(tokens, layer) for tokens, _ in batches]
+
     def run(chosen: list[int] | None, on: bool) -> tuple[Tensor, Tensor, Tensor]:
         found: list[list[Tensor]] = [[], [], []]
         state["chosen"], state["on"] = torch.tensor(chosen or [], dtype=torch.long), torch.tensor(float(on))
-        for first in range(0, len(sequences.tokens), batch_size):
-            tokens = sequences.tokens[first : first + batch_size].to(model.device, torch.long)
-            state["mask"] = sequences.mask[first : first + batch_size].to(model.device)
-            with model.splice({layer: remove}):
+        for number, (tokens, state["mask"]) in enumerate(batches):
+            with model.splice({layer: remove}), model.resume(layer, residuals[number]):
                 losses, counted = model.loss(tokens, state["mask"])
-            for place, kept in enumerate(state["active"][:, :-1] & counted):
-                for side, values in zip(found, (losses, state["part"][:, :-1], torch.full_like(losses, first + place)), strict=True):
-                    side.append(values[place][kept].cpu())
+            sequence = number * batch_size + torch.arange(len(tokens)).to(losses)[:, None].expand_as(losses)
+            kept = state["active"][:, :-1] & counted
+            for side, values in zip(found, (losses, state["part"][:, :-1], sequence), strict=True):
+                side.append(values[kept].cpu())
         losses, parts, rows = (torch.cat([torch.zeros(0), *side]) for side in found)
         return losses, parts, rows
 

@@ -5,7 +5,7 @@ three panels share the chosen layer, head, sentence and token. Steering changes 
 
     y' = y + (scale - 1) * what the head writes
 
-so that scale 0 removes the head, as in `units.losses`, and scale 1 leaves the model's own logits, bit for bit.
+so that scale 0 removes the head, as in `units.Removals`, and scale 1 leaves the model's own logits, bit for bit.
 """
 
 from __future__ import annotations

@@ -402,11 +402,13 @@ def replaced_losses(
         tokens = sequences.tokens[first : first + batch_size].to(model.device, torch.long)
         mask = sequences.mask[first : first + batch_size].to(model.device)
         # Nothing before the layer changes, so that one pass gives what all variants start from.
-        x, y = model.capture(tokens, [layer])[layer]
+        residual = model.residual(tokens, layer)
+        with model.resume(layer, residual):
+            x, y = model.capture(tokens, [layer])[layer]
         of_a, of_b = (y - module(module_input(module, x, y).to(module.b_O)).y.to(y) for module in (a, b))
         for variant in ("original", *VARIANTS):
             new = y if variant == "original" else VARIANTS[variant](y, of_a, of_b, mean.to(y))
-            with model.splice({layer: _constantly(torch.where(mask[..., None], new, y))}):
+            with model.resume(layer, residual), model.splice({layer: _constantly(torch.where(mask[..., None], new, y))}):
                 losses, counted = model.loss(tokens, mask)
             found.setdefault(variant, []).append((losses.double() * counted).sum(dim=1).cpu())
         found.setdefault("counted", []).append(counted.sum(dim=1).double().cpu())

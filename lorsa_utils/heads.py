@@ -38,7 +38,7 @@ from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.prompts import PromptSet
 from lorsa_utils.store import UserError
-from lorsa_utils.units import N_FLIPS, Unembedding, Units, by_pair, final_norm, removal_effects, sign_flip_p
+from lorsa_utils.units import N_FLIPS, Removals, Unembedding, Units, by_pair, final_norm, sign_flip_p
 
 NULL_RATE = 0.001
 """Share of random-init heads that may clear all bars of a family."""
@@ -533,11 +533,11 @@ def carried(
         columns `kind`, `top`, the fields of `units.Effect`, and `share`: `labelled` over that of removing the whole layer (the row
         `whole layer`). Shares may exceed 1: other units of the layer may work against the first ones.
     """
-    parts = []
+    removals, parts = Removals(model, layer, prompts, batch_size), []
     for name, (units, ranking) in kinds.items():
         sets = {str(top): list(ranking[:top]) for top in tops if top <= len(ranking)}
-        parts.append(removal_effects(model, layer, units, sets, prompts, batch_size).assign(kind=name))
-    everything = removal_effects(model, layer, whole, {"all": range(whole.n)}, prompts, batch_size).assign(kind="whole layer")
+        parts.append(removals.effects(units, sets).assign(kind=name))
+    everything = removals.effects(whole, {"all": range(whole.n)}).assign(kind="whole layer")
     table = pd.concat([*parts, everything], ignore_index=True).rename(columns={"removed": "top"}).drop(columns="n")
     table["share"] = table["labelled"] / float(everything["labelled"].iloc[0])
     return table[["kind", "top", *(name for name in table.columns if name not in ("kind", "top"))]]

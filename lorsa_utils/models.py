@@ -313,6 +313,7 @@ class LanguageModel:
         self._tokenizer = tokenizer
         self._architecture = _architecture(self.config.model_type)
         self.rotary = rotary_from_config(self.config)
+        self._resumed: tuple[int, Tensor] | None = None
         _check_rotary(model, self.rotary)
 
     @property
@@ -435,6 +436,8 @@ class LanguageModel:
         deepest = max(layers, default=-1)
         if deepest < 0:
             raise UserError("No layer was named; give at least one.")
+        if self._resumed is not None and min(layers) < self._resumed[0]:
+            raise UserError(f"The forward pass resumes at layer {self._resumed[0]}; capture layer {min(layers)} outside of `resume`.")
 
         def reader(layer: int) -> Callable[..., None]:
             def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -473,7 +476,7 @@ class LanguageModel:
             mask: [batch, length] bool, False for tokens that do not count as targets (BOS, padding); all count without it.
 
         Returns:
-            losses [batch, length - 1] in nats, fp32: entry t is the loss of predicting token t + 1;
+            losses [batch, length - 1] in nats, fp32: entry t is the loss of predicting token t + 1, 0 where that does not count;
             counted [batch, length - 1] bool: whether that token counts.
 
         Raises:
@@ -484,13 +487,52 @@ class LanguageModel:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         if mask.shape != tokens.shape:
             raise UserError(f"The mask has shape {list(mask.shape)}, the tokens {list(tokens.shape)}; give one entry per token.")
-        hidden = self._hidden(tokens)[:, :-1].flatten(0, 1)
-        targets = tokens[:, 1:].flatten()
+        counted = mask[:, 1:].to(self.device).bool()
+        hidden = self._hidden(tokens)[:, :-1][counted]
         head = self.model.get_output_embeddings()
         rows = max(1, _LOGIT_VALUES_AT_ONCE // head.weight.shape[0])
-        pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
-        losses = [F.cross_entropy(head(some).float(), wanted, reduction="none") for some, wanted in pieces]
-        return torch.cat(losses).view(tokens.shape[0], -1), mask[:, 1:].to(self.device).bool()
+        pieces = zip(hidden.split(rows), tokens[:, 1:][counted].split(rows), strict=True)
+        losses = torch.zeros(counted.shape, device=self.device)
+        losses[counted] = torch.cat([F.cross_entropy(head(some).float(), wanted, reduction="none") for some, wanted in pieces])
+        return losses, counted
+
+    @torch.no_grad()
+    def residual(self, tokens: Tensor, layer: int) -> Tensor:
+        """What a block reads, [batch, length, d_model]: the residual stream before a layer, from a forward pass that ends there.
+
+        Raises:
+            UserError: the layer does not exist, or the tokens are not valid.
+        """
+        found: list[Tensor] = []
+
+        def read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(_attention_input(args, kwargs))
+            raise _DeepestLayerReached
+
+        hook = self._blocks(layer)[layer].register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            with contextlib.suppress(_DeepestLayerReached):
+                self._hidden(self._checked(tokens))
+        finally:
+            hook.remove()
+        return found[0]
+
+    @contextlib.contextmanager
+    def resume(self, layer: int, residual: Tensor) -> Iterator[None]:
+        """Inside the context every forward pass starts at a block, which reads `residual`; the blocks before it do not run.
+
+        With the `residual` of the same batch of tokens, logits and losses are those of a whole pass, bit for bit: whoever changes one
+        layer again and again pays for the layers after it only. A `splice` of an earlier layer does nothing here.
+
+        Raises:
+            UserError: the layer does not exist, or (in `capture`) lies before the first block.
+        """
+        self._blocks(layer)
+        before, self._resumed = self._resumed, (layer, residual)
+        try:
+            yield
+        finally:
+            self._resumed = before
 
     @contextlib.contextmanager
     def splice(self, replacements: Mapping[int, Replacement]) -> Iterator[None]:
@@ -519,7 +561,37 @@ class LanguageModel:
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """What the unembedding reads, [batch, length, d_model]."""
-        return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        with contextlib.nullcontext() if self._resumed is None else self._shortened(*self._resumed):
+            return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def _blocks(self, layer: int) -> nn.ModuleList:
+        """All blocks, the given layer among them (see `module_path`)."""
+        path, _, _ = self.module_path(layer).rpartition(f".{layer}.")
+        return self.model.get_submodule(path)
+
+    @contextlib.contextmanager
+    def _shortened(self, layer: int, residual: Tensor) -> Iterator[None]:
+        """The model without the blocks before a layer, whose block reads `residual`."""
+        blocks = self._blocks(layer)
+        path, _, name = self.module_path(layer).rpartition(f".{layer}.")[0].rpartition(".")
+        parent = self.model.get_submodule(path)
+
+        def give(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            given = residual.to(self.device, self.dtype)
+            return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
+
+        hook = blocks[layer].register_forward_pre_hook(give, with_kwargs=True)
+        # transformers looks up a layer's type of attention by its place in the list, so with several types no block is left out.
+        one_type = len(set(getattr(self.config, "layer_types", None) or [""])) == 1
+        kept = nn.ModuleList()
+        for number in range(layer if one_type else 0, len(blocks)):
+            kept.add_module(str(number), blocks[number])  # under its own number, so that every layer's path stays what it was
+        setattr(parent, name, kept)
+        try:
+            yield
+        finally:
+            setattr(parent, name, blocks)
+            hook.remove()
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device; an impossible id would otherwise end the process on a GPU."""

@@ -18,7 +18,7 @@ from lorsa_utils.heads import FAMILIES, SCORES, Discovery
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.store import UserError
-from lorsa_utils.units import LorsaHeads, Rows, Unembedding, Units, removal_effects
+from lorsa_utils.units import LorsaHeads, Removals, Rows, Unembedding, Units
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def describe(
         mine = [head for head in discovery.units(family) if rows.loc[head, "family"] == family][:removed]
         if each.predicts and mine:
             second = _thinned(heads.halves(each)[1], REMOVAL_PAIRS)
-            effects = removal_effects(model, layer, units, {str(head): [head] for head in mine}, second, 2 * batch_size)
+            effects = Removals(model, layer, second, 2 * batch_size).effects(units, {str(head): [head] for head in mine})
             rows.loc[mine, "effect"], rows.loc[mine, "effect_error"] = effects["labelled"].to_numpy(), effects["labelled_error"].to_numpy()
     return Layer(rows, discovery, found, made)
 

@@ -3,7 +3,7 @@
 A topic word of a passage is a plain word (a space and at least four letters) that occurs in it at least `LEAST` times but in at
 most a `RARE` share of all documents. The prompts made here label the tokens before which a topic word is about to come back, and name
 as sources the far earlier occurrences of all topic words of the passage; controls stand before other words. `heads.read`,
-`heads.score` and `units.removal_effects` work on them as on any family, so that
+`heads.score` and `units.Removals` work on them as on any family, so that
 
 - topic consistency is the share of a head's z pattern on far topic words, beside the same for as many random earlier positions;
 - the effect of removing heads is the change of the loss on topic words, beside that on other words.
@@ -22,7 +22,7 @@ from lorsa_utils import heads
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.prompts import FAR, Passage, PromptSet, Vocabulary
 from lorsa_utils.store import UserError
-from lorsa_utils.units import Units, removal_effects
+from lorsa_utils.units import Removals, Units
 
 LEAST = 2
 RARE = 0.2
@@ -145,11 +145,11 @@ def anchor_effects(
         seed: of the draws.
 
     Returns:
-        the table of `units.removal_effects`.
+        the table of `units.Removals.effects`.
     """
     rng = np.random.default_rng(seed)
     pool = [unit for unit in among if unit not in set(chosen)]
     sets = {"anchors": list(chosen)}
     for draw in range(n_draws):
         sets[f"random {draw + 1}"] = [int(unit) for unit in rng.choice(pool, min(len(chosen), len(pool)), replace=False)]
-    return removal_effects(model, layer, units, sets, found)
+    return Removals(model, layer, found).effects(units, sets)

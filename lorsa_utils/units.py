@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from lorsa_utils import ops
 from lorsa_utils.lorsa import Lorsa, SparseModule
-from lorsa_utils.models import AttentionSite, LanguageModel
+from lorsa_utils.models import AttentionSite, LanguageModel, Replacement
 from lorsa_utils.prompts import PromptSet
 from lorsa_utils.sae import SAE
 from lorsa_utils.store import UserError
@@ -326,38 +327,6 @@ class Unembedding:
 # ------------------------------------------------------------------------------------------------------------ causal effect
 
 
-@torch.no_grad()
-def losses(
-    model: LanguageModel,
-    layer: int,
-    units: Units,
-    chosen: Sequence[int],
-    prompts: PromptSet,
-    batch_size: int = 16,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Loss of the token after every query, in nats, with some units removed (see `units`): [n_queries].
-
-    With nothing chosen these are the untouched model's, bit for bit. One pass of the whole model over the prompts each time:
-    choose units by score first. `rows` are the prompts to run, all without it; queries of others get NaN.
-    """
-    indices = units.check(chosen)
-
-    def remove(attn_input: Tensor, attn_output: Tensor) -> Tensor:
-        return attn_output - units.written(attn_input.float(), attn_output.float(), indices).to(attn_output.dtype)
-
-    found = torch.full((len(prompts.row),), torch.nan)
-    with model.splice({layer: remove}):
-        rows = torch.arange(len(prompts.tokens)) if rows is None else rows
-        for first in range(0, len(rows), batch_size):
-            some = rows[first : first + batch_size]
-            values, _ = model.loss(prompts.tokens[some])
-            mine = torch.isin(prompts.row, some)
-            place = torch.searchsorted(some, prompts.row[mine])
-            found[mine] = values.cpu()[place, prompts.position[mine].clamp(max=values.shape[1] - 1)]
-    return found
-
-
 class Effect(NamedTuple):
     """What removing some units does to the loss, in nats; positive when it grows."""
 
@@ -376,7 +345,7 @@ class Effect(NamedTuple):
 
 
 def effect(changed: Tensor, untouched: Tensor, prompts: PromptSet, active: Tensor, seed: int = 0) -> Effect:
-    """The effect from two results of `losses`, and where any of the units is active [n_queries]."""
+    """The effect from two results of `Removals.losses`, and where any of the units is active [n_queries]."""
     difference = (changed - untouched)[:, None]
     means = by_pair(difference[prompts.positive], prompts.pair[prompts.positive])
     error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
@@ -386,43 +355,90 @@ def effect(changed: Tensor, untouched: Tensor, prompts: PromptSet, active: Tenso
     return Effect(float(means.mean()), error, float(sign_flip_p(means, seed)[0]), where, float(there.double().mean()), controls)
 
 
-@torch.no_grad()
-def removal_effects(
-    model: LanguageModel,
-    layer: int,
-    units: Units,
-    sets_of_units: Mapping[str, Sequence[int]],
-    prompts: PromptSet,
-    batch_size: int = 16,
-    progress: bool = False,
-) -> pd.DataFrame:
-    """Effects of removing several sets of units, one row a set: `removed` (its name), `n`, and the fields of `Effect`.
+class Removals:
+    """Losses on some prompts while units of one layer are removed (see the module's docstring), for units of any kind.
 
-    Each set costs one pass of the model over the prompts in which one of its units is active; in all others nothing changes.
+    Blocks before the layer do not notice a removal, so they run once, here; each removal costs the blocks from the layer on, over the
+    prompts that matter. Choose units by score first all the same.
     """
-    untouched = losses(model, layer, units, [], prompts, batch_size)
-    where = _where_active(model, layer, units, {name: units.check(chosen) for name, chosen in sets_of_units.items()}, prompts, batch_size)
-    rows = []
-    for name, chosen in tqdm(sets_of_units.items(), desc="removals", disable=not progress):
-        touched = where[name].any(dim=1).nonzero()[:, 0]
-        changed = losses(model, layer, units, chosen, prompts, batch_size, touched)
-        active = where[name][prompts.row, prompts.position]
-        rows.append(
-            {"removed": name, "n": len(chosen), **effect(changed.where(~changed.isnan(), untouched), untouched, prompts, active)._asdict()}
-        )
-    return pd.DataFrame(rows, columns=["removed", "n", *Effect._fields])
 
+    def __init__(self, model: LanguageModel, layer: int, prompts: PromptSet, batch_size: int = 16) -> None:
+        """Run the blocks before the layer over all prompts, `batch_size` at a time."""
+        self.model, self.layer, self.prompts, self.batch_size = model, layer, prompts, batch_size
+        self._residual = torch.cat([model.residual(tokens, layer).cpu() for tokens in prompts.tokens.split(batch_size)])
 
-def _where_active(
-    model: LanguageModel, layer: int, units: Units, sets_of_units: Mapping[str, Tensor], prompts: PromptSet, batch_size: int
-) -> dict[str, Tensor]:
-    """For each set the places where one of its units is active, [n_prompts, length] bool."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in sets_of_units}
-    for tokens in prompts.tokens.split(batch_size):
-        active = units.active(*(side.float() for side in model.capture(tokens, [layer])[layer]))
-        for name, chosen in sets_of_units.items():
-            parts[name].append(active[..., chosen.to(active.device)].any(dim=-1).cpu())
-    return {name: torch.cat(some) for name, some in parts.items()}
+    @cached_property
+    def untouched(self) -> Tensor:
+        """Loss of the token after every query with nothing removed, in nats: [n_queries]."""
+        return self._losses({}, torch.ones(len(self.prompts.row), dtype=torch.bool))
+
+    def losses(self, units: Units, chosen: Sequence[int], queries: Tensor | None = None) -> Tensor:
+        """Loss of the token after every query with some units removed, in nats: [n_queries].
+
+        With nothing chosen these are the `untouched` ones, bit for bit.
+
+        Args:
+            units: of the layer.
+            chosen: which of them to remove together.
+            queries: those that matter, [n_queries] bool; only their prompts run, and the others get NaN. All without it.
+
+        Raises:
+            UserError: there is no such unit.
+        """
+        indices = units.check(chosen)
+
+        def remove(attn_input: Tensor, attn_output: Tensor) -> Tensor:
+            return attn_output - units.written(attn_input.float(), attn_output.float(), indices).to(attn_output.dtype)
+
+        return self._losses({self.layer: remove}, torch.ones(len(self.prompts.row), dtype=torch.bool) if queries is None else queries)
+
+    @torch.no_grad()
+    def _losses(self, replacements: Mapping[int, Replacement], queries: Tensor) -> Tensor:
+        tokens, row = self.prompts.tokens, self.prompts.row
+        target = self.prompts.position.clamp(max=tokens.shape[1] - 2) + 1  # a query at the end has no next token
+        counted = torch.zeros(tokens.shape, dtype=torch.bool)
+        counted[row[queries], target[queries]] = True
+        losses = torch.full(tokens.shape, torch.nan)
+        touched = counted.any(dim=1).nonzero()[:, 0]
+        with self.model.splice(replacements):
+            for first in range(0, len(touched), self.batch_size):
+                some = touched[first : first + self.batch_size]
+                with self.model.resume(self.layer, self._residual[some]):
+                    losses[some, 1:] = self.model.loss(tokens[some], counted[some])[0].cpu()
+        return losses[row, target].masked_fill(~queries, torch.nan)
+
+    @torch.no_grad()
+    def active(self, units: Units, sets_of_units: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """For each set the places where one of its units is active, [n_prompts, length] bool.
+
+        Raises:
+            UserError: there is no such unit.
+        """
+        indices = {name: units.check(chosen).to(self.model.device) for name, chosen in sets_of_units.items()}
+        parts: dict[str, list[Tensor]] = {name: [] for name in indices}
+        for some in torch.arange(len(self.prompts.tokens)).split(self.batch_size):
+            with self.model.resume(self.layer, self._residual[some]):
+                sides = self.model.capture(self.prompts.tokens[some], [self.layer])[self.layer]
+            active = units.active(*(side.float() for side in sides))
+            for name, chosen in indices.items():
+                parts[name].append(active[..., chosen].any(dim=-1).cpu())
+        return {name: torch.cat(some) for name, some in parts.items()}
+
+    def effects(self, units: Units, sets_of_units: Mapping[str, Sequence[int]], progress: bool = False) -> pd.DataFrame:
+        """Effects of removing several sets of units, one row a set: `removed` (its name), `n`, and the fields of `Effect`.
+
+        Each set runs over the prompts in which one of its units is active; in all others nothing changes.
+
+        Raises:
+            UserError: there is no such unit.
+        """
+        rows, where = [], self.active(units, sets_of_units)
+        for name, chosen in tqdm(sets_of_units.items(), desc="removals", disable=not progress):
+            changed = self.losses(units, chosen, where[name].any(dim=1)[self.prompts.row])
+            active = where[name][self.prompts.row, self.prompts.position]
+            result = effect(changed.where(~changed.isnan(), self.untouched), self.untouched, self.prompts, active)
+            rows.append({"removed": name, "n": len(chosen), **result._asdict()})
+        return pd.DataFrame(rows, columns=["removed", "n", *Effect._fields])
 
 
 N_FLIPS = 20_000

@@ -72,6 +72,7 @@ class HandModel:
         self.model = _Inside(unembedding).requires_grad_(False)
         self.config = SimpleNamespace(model_type="llama")
         self._replacements: Mapping[int, Callable[[Tensor, Tensor], Tensor]] = {}
+        self._resumed: Tensor | None = None
         self._site = self._by_hand()
 
     def site(self, layer: int) -> AttentionSite:
@@ -98,7 +99,7 @@ class HandModel:
         return x
 
     def _layer(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.stream(tokens)
+        x = self.stream(tokens) if self._resumed is None else self._resumed
         y = self._site.head_outputs(x).sum(dim=2)
         return x, self._replacements[0](x, y) if 0 in self._replacements else y
 
@@ -110,6 +111,15 @@ class HandModel:
         self._replacements = replacements
         yield
         self._replacements = {}
+
+    def residual(self, tokens: Tensor, layer: int) -> Tensor:
+        return self.stream(tokens)
+
+    @contextlib.contextmanager
+    def resume(self, layer: int, residual: Tensor) -> Iterator[None]:
+        self._resumed = residual
+        yield
+        self._resumed = None
 
     def logits(self, tokens: Tensor, positions: Any = None) -> Tensor:
         x, y = self._layer(tokens)

@@ -106,7 +106,7 @@ def test_a_random_lorsa_scores_as_chance_does(model: Any, texts: list[prompts.Pa
 def test_removing_a_head_takes_its_effect_away(model: Any, made: Prompts) -> None:
     lorsa = known_lorsa(model)
     sets = made.sets["successor"]
-    table = units.removal_effects(model, 0, units.LorsaHeads(lorsa), {"successor": [3], "random": [10]}, sets).set_index("removed")
+    table = units.Removals(model, 0, sets).effects(units.LorsaHeads(lorsa), {"successor": [3], "random": [10]}).set_index("removed")
     assert table.loc["successor", "labelled"] > 10 * abs(table.loc["random", "labelled"])
     assert abs(table.loc["successor", "controls"]) < 1e-3
 

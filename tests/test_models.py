@@ -226,6 +226,67 @@ def test_capture_stops_after_the_deepest_layer(lm: LanguageModel) -> None:
 # ------------------------------------------------------------------------------------------------------------- loss and tokens
 
 
+def test_a_pass_resumed_at_a_layer_is_the_whole_pass(lm: LanguageModel) -> None:
+    tokens = random_tokens(2, 24)
+    ran: list[int] = []
+    hooks = [lm.attention_module(layer).register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer in range(lm.n_layers)]
+    plain, losses, sides = lm.logits(tokens), lm.loss(tokens)[0], lm.capture(tokens, [1, 2])
+    for layer in range(lm.n_layers):
+        ran.clear()
+        residual = lm.residual(tokens, layer)
+        assert ran == list(range(layer)), "the pass ends at the block"
+        assert residual.shape == (2, 24, lm.d_model)
+        ran.clear()
+        with lm.resume(layer, residual):
+            assert torch.equal(lm.logits(tokens), plain)
+            assert ran == list(range(layer, lm.n_layers))
+            assert torch.equal(lm.loss(tokens)[0], losses)
+            if layer <= 1:
+                again = lm.capture(tokens, [1, 2])
+                assert all(torch.equal(again[number][side], sides[number][side]) for number in (1, 2) for side in (0, 1))
+            else:
+                with pytest.raises(UserError, match="outside of `resume`"):
+                    lm.capture(tokens, [1])
+        assert torch.equal(lm.logits(tokens), plain), "afterwards the whole model runs"
+    for hook in hooks:
+        hook.remove()
+
+
+def test_resume_reads_what_it_is_given_and_meets_splices(lm: LanguageModel) -> None:
+    tokens = random_tokens(2, 24)
+    residual = lm.residual(tokens, 1)
+    with lm.splice({2: lambda x, y: torch.zeros_like(y)}):
+        expected = lm.logits(tokens)
+        with lm.resume(1, residual):
+            assert torch.equal(lm.logits(tokens), expected)
+    with lm.resume(1, residual), lm.splice({2: lambda x, y: torch.zeros_like(y)}):
+        assert torch.equal(lm.logits(tokens), expected)
+    sites = []
+    with lm.resume(1, residual), lm.splice({2: lambda x, y: (sites.append(lm.site(2)), y)[1]}):
+        lm.logits(tokens)
+    assert torch.equal(sites[0].W_Q, lm.site(2).W_Q), "layers keep their numbers"
+    with lm.resume(1, torch.zeros_like(residual)):
+        assert torch.equal(lm.capture(tokens, [1])[1][0][0], lm.capture(tokens.flip(1), [1])[1][0][0]), "tokens are not read any more"
+
+
+def test_a_pass_resumed_among_layers_of_several_types_is_the_whole_pass(tmp_path: Path) -> None:
+    types = ["sliding_attention", "full_attention", *["sliding_attention"] * (N_LAYERS - 2)]
+    changes = {"use_sliding_window": True, "sliding_window": 8, "layer_types": types}
+    lm = load_model(save_tiny_model(tmp_path / "mixed", "qwen3", **changes), device="cpu")
+    tokens = random_tokens(2, 24)
+    plain = lm.logits(tokens)
+    with lm.resume(1, lm.residual(tokens, 1)):
+        assert torch.equal(lm.logits(tokens), plain)
+
+
+def test_an_error_inside_resume_leaves_the_whole_model(lm: LanguageModel) -> None:
+    tokens = random_tokens(2, 24)
+    plain, residual = lm.logits(tokens), lm.residual(tokens, 2)
+    with pytest.raises(ZeroDivisionError), lm.resume(2, residual), lm.splice({2: lambda x, y: 1 / 0}):  # type: ignore[dict-item]
+        lm.logits(tokens)
+    assert torch.equal(lm.logits(tokens), plain)
+
+
 @pytest.mark.parametrize("values_at_once", [1, 1000, 1 << 26])
 def test_loss_is_the_cross_entropy_of_the_next_token(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, values_at_once: int) -> None:
     monkeypatch.setattr("lorsa_utils.models._LOGIT_VALUES_AT_ONCE", values_at_once)
@@ -234,7 +295,8 @@ def test_loss_is_the_cross_entropy_of_the_next_token(lm: LanguageModel, monkeypa
     mask[:, 0] = mask[1, 6:] = False
     losses, counted = lm.loss(tokens, mask)
     expected = lm.model(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    assert torch.allclose(losses, -expected, atol=1e-4)
+    assert torch.allclose(losses[counted], -expected[counted], atol=1e-4)
+    assert not losses[~counted].any()
     assert torch.equal(counted, mask[:, 1:])
     assert lm.loss(tokens)[1].all()
 

@@ -184,8 +184,9 @@ def test_removing_nothing_changes_nothing(model: LanguageModel) -> None:
     with model.splice({1: lambda x, y: y - each.written(x, y, each.check([]))}):
         assert torch.equal(model.logits(tokens), logits)
     untouched, _ = model.loss(found.tokens)
-    again = units.losses(model, 1, each, [], found, batch_size=len(found.tokens))
-    assert torch.equal(again, untouched[found.row, found.position])
+    removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
+    assert torch.equal(removals.untouched, untouched[found.row, found.position])
+    assert torch.equal(removals.losses(each, []), removals.untouched)
 
 
 def test_removal_is_the_splice_without_those_heads(model: LanguageModel) -> None:
@@ -202,12 +203,13 @@ def test_removal_is_the_splice_without_those_heads(model: LanguageModel) -> None
 
     with model.splice({1: by_hand}):
         expected, _ = model.loss(found.tokens)
-    values = units.losses(model, 1, each, chosen, found, batch_size=3)
+    removals = units.Removals(model, 1, found, batch_size=3)
+    values = removals.losses(each, chosen)
     assert torch.allclose(values, expected[found.row, found.position], atol=1e-4)
-    table = units.removal_effects(model, 1, each, {"none": [], "some": chosen}, found)
+    table = removals.effects(each, {"none": [], "some": chosen})
     assert table["n"].tolist() == [0, len(chosen)]
     assert table.loc[0, ["labelled", "controls"]].tolist() == [0.0, 0.0]
-    difference = (values - units.losses(model, 1, each, [], found))[found.positive]
+    difference = (values - removals.untouched)[found.positive]
     assert table.loc[1, "labelled"] == pytest.approx(float(difference.mean()), abs=1e-4)
 
 
@@ -230,15 +232,59 @@ def test_effect_error_is_over_pairs() -> None:
 def test_prompts_where_no_removed_unit_is_active_are_not_run(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     each = units.LorsaHeads(lorsa_for(model))
     found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
-    whole = {unit: units.losses(model, 1, each, [unit], found) for unit in range(each.n)}
+    removals = units.Removals(model, 1, found)
+    whole = {unit: removals.losses(each, [unit]) for unit in range(each.n)}
     active = each.active(*model.capture(found.tokens, [1])[1]).any(dim=1)
     some = [unit for unit in range(each.n) if 0 < int(active[:, unit].sum()) < len(found.tokens)]
     ran: list[int] = []
-    untouched = units.losses(model, 1, each, [], found)
+    untouched = removals.untouched
     real = model.loss
     monkeypatch.setattr(model, "loss", lambda tokens, *rest: (ran.append(len(tokens)), real(tokens, *rest))[1])
-    table = units.removal_effects(model, 1, each, {str(unit): [unit] for unit in some}, found)
+    table = removals.effects(each, {str(unit): [unit] for unit in some})
     assert some
-    assert sum(ran) == len(found.tokens) + int(active[:, some].sum())
+    assert sum(ran) == int(active[:, some].sum())
     for unit, measured in zip(some, table["labelled"], strict=True):
         assert measured == pytest.approx(float((whole[unit] - untouched)[found.positive].mean()), abs=1e-6)
+
+
+def test_losses_at_some_queries_run_their_prompts_only(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = units.LorsaHeads(lorsa_for(model))
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
+    removals = units.Removals(model, 1, found, batch_size=2)
+    everywhere = removals.losses(each, [0, 1, 2])
+    few = (found.row % 3 == 1) & (torch.arange(len(found.row)) % 2 == 0)
+    ran: list[torch.Tensor] = []
+    real = model.loss
+    monkeypatch.setattr(model, "loss", lambda tokens, *rest: (ran.append(tokens), real(tokens, *rest))[1])
+    at_few = removals.losses(each, [0, 1, 2], few)
+    assert torch.equal(torch.cat(ran), found.tokens[1::3])
+    assert torch.allclose(at_few[few], everywhere[few], atol=1e-5)
+    assert at_few[~few].isnan().all()
+
+
+def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(model: LanguageModel) -> None:
+    site = model.site(1)
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
+    kinds = {"lorsa": units.LorsaHeads(lorsa_for(model)), "mhsa": units.MHSAHeads(site)}
+    passes: list[int] = []
+    hook = model.attention_module(0).register_forward_hook(lambda module, args, output: passes.append(1))
+    removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
+    tables = {name: removals.effects(each, {"first": [0], "all": range(each.n)}) for name, each in kinds.items()}
+    hook.remove()
+    assert len(passes) == 1
+    with model.splice({1: lambda x, y: y - kinds["mhsa"].written(x, y, torch.arange(site.n_heads))}):
+        changed, _ = model.loss(found.tokens)
+    difference = changed - model.loss(found.tokens)[0]
+    expected = difference[found.row, found.position][found.positive]
+    assert tables["mhsa"].loc[1, "labelled"] == pytest.approx(float(expected.mean()), abs=1e-5)
+    assert (tables["lorsa"]["labelled"] != tables["mhsa"]["labelled"]).all()
+
+
+def test_removing_a_unit_that_does_not_exist_is_refused(model: LanguageModel) -> None:
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
+    removals = units.Removals(model, 1, found)
+    each = units.LorsaHeads(lorsa_for(model))
+    with pytest.raises(UserError, match="There is no unit"):
+        removals.losses(each, [each.n])
+    with pytest.raises(UserError, match="There is no unit"):
+        removals.effects(each, {"wrong": [-1]})
