@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -309,13 +310,19 @@ class Discovery:
     (cleared them again) and `named` (also significant by Holm's method)."""
     null: pd.DataFrame
     """As `scores`, for the random-init Lorsa; empty without one."""
+    others: dict[str, pd.DataFrame]
+    """As `scores`, for each other kind of units that read the same prompts."""
     skipped: dict[str, str]
     """Families without prompts, and why."""
 
     def families(self, unit: int) -> list[str]:
         """Every family of a unit, the most specific first."""
-        mine = set(self.names.query("unit == @unit and named")["family"])
-        return [family for family in FAMILIES if family in mine]
+        return [family for family in FAMILIES if family in self._named.get(unit, ())]
+
+    @cached_property
+    def _named(self) -> dict[int, set[str]]:
+        """Families of each unit that has a name."""
+        return self.names[self.names["named"].astype(bool)].groupby("unit")["family"].agg(set).to_dict()
 
     def units(self, family: str) -> list[int]:
         """Named units of a family, by what they write from the predicted sources (share times size, confirmation half), most first."""
@@ -324,9 +331,10 @@ class Discovery:
         worth = rows["share"] * rows["size"]
         return [int(unit) for unit in worth.sort_values(ascending=False).index if unit in named]
 
-    def halves(self, family: str) -> dict[str, pd.DataFrame]:
-        """The scores of one family as `score_halves` gives them: half to a table indexed by unit."""
-        mine = self.scores[self.scores["family"] == family].drop(columns="family").set_index("unit")
+    def halves(self, family: str, kind: str | None = None) -> dict[str, pd.DataFrame]:
+        """The scores of one family, of the units or of another `kind`: half to a table indexed by unit."""
+        scores = self.scores if kind is None else self.others[kind]
+        mine = scores[scores["family"] == family].drop(columns="family").set_index("unit")
         return {half: mine[mine["half"] == half].drop(columns="half") for half in ("discovery", "confirmation")}
 
     def counts(self) -> dict[str, int]:
@@ -358,6 +366,7 @@ def discover(
     sets: Mapping[str, PromptSet],
     null: Units | None = None,
     *,
+    others: Mapping[str, Units] | None = None,
     skipped: Mapping[str, str] | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -371,6 +380,7 @@ def discover(
         units: Lorsa heads, SAE features or MHSA heads.
         sets: prompts of each family (`prompts.standard`).
         null: a random-init Lorsa's heads; without it bars are the floors of `FAMILIES` alone.
+        others: name (not `units` or `null`) to other kinds of units, scored on the same prompts in the same pass, but not named.
         skipped: families without prompts, passed on to the result.
         batch_size: prompts in one model pass.
         seed: of everything that is shuffled.
@@ -381,25 +391,26 @@ def discover(
     """
     if unknown := set(sets) - set(FAMILIES):
         raise UserError(f"Family {sorted(unknown)[0]!r} is unknown; known are {', '.join(FAMILIES)}.")
-    tables: dict[str, list[pd.DataFrame]] = {"units": [], "null": []}
+    kinds = {"units": units, **(others or {})}
+    tables: dict[str, list[pd.DataFrame]] = {kind: [] for kind in (*kinds, "null")}
     bars: list[dict[str, Any]] = []
     found: list[pd.DataFrame] = []
     for family, prompts in tqdm(sets.items(), desc="families", disable=not progress):
         first, second = halves(prompts)
-        kinds = {"units": units} | ({} if null is None else {"null": null})
-        readings = read(model, layer, kinds, first, batch_size, seed)
-        held_back = read(model, layer, {"units": units}, second, batch_size, seed + 1)["units"]
-        scored = {kind: score(reading) for kind, reading in readings.items()}
-        confirmed = score(held_back)
-        for kind, half, values in (*((kind, "discovery", one) for kind, one in scored.items()), ("units", "confirmation", confirmed)):
-            tables[kind].append(values.rename_axis("unit").reset_index().assign(family=family, half=half))
+        readings = read(model, layer, kinds | ({} if null is None else {"null": null}), first, batch_size, seed)
+        held_back = read(model, layer, kinds, second, batch_size, seed + 1)
+        scored, confirmed = ({kind: score(one) for kind, one in half.items()} for half in (readings, held_back))
+        for half, each in (("discovery", scored), ("confirmation", confirmed)):
+            for kind, values in each.items():
+                tables[kind].append(values.rename_axis("unit").reset_index().assign(family=family, half=half))
         own = _bars(family, scored.get("null"))
         bars.append({"family": family, **own})
-        found.append(_candidates((readings["units"], scored["units"]), (held_back, confirmed), own, seed))
+        found.append(_candidates((readings["units"], scored["units"]), (held_back["units"], confirmed["units"]), own, seed))
     candidates = pd.concat(found, ignore_index=True)
     candidates["named"] = candidates["confirmed"] & holm(candidates["p"].to_numpy())
-    null_table = pd.concat(tables["null"], ignore_index=True) if null is not None else pd.DataFrame()
-    return Discovery(pd.concat(tables["units"], ignore_index=True), pd.DataFrame(bars), candidates, null_table, dict(skipped or {}))
+    scores = {kind: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for kind, parts in tables.items()}
+    mine, chance = scores.pop("units"), scores.pop("null")
+    return Discovery(mine, pd.DataFrame(bars), candidates, chance, scores, dict(skipped or {}))
 
 
 def _bars(family: str, null: pd.DataFrame | None) -> dict[str, float]:
@@ -458,29 +469,6 @@ def _series(prompts: PromptSet) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------- cleaner than MHSA?
-
-
-def score_halves(
-    model: LanguageModel,
-    layer: int,
-    kinds: Mapping[str, Units],
-    sets: Mapping[str, PromptSet],
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, dict[str, dict[str, pd.DataFrame]]]:
-    """Scores of several kinds of units on both halves of all families, with one pass of the model for all kinds.
-
-    Returns:
-        family to kind to half (`discovery`, `confirmation`) to the table of `score`.
-    """
-    found: dict[str, dict[str, dict[str, pd.DataFrame]]] = {}
-    for family, prompts in tqdm(sets.items(), desc="families", disable=not progress):
-        found[family] = {kind: {} for kind in kinds}
-        for number, (half, part) in enumerate(zip(("discovery", "confirmation"), halves(prompts), strict=True)):
-            for kind, reading in read(model, layer, kinds, part, batch_size, seed + number).items():
-                found[family][kind][half] = score(reading)
-    return found
 
 
 def compare(scores: Mapping[str, Mapping[str, pd.DataFrame]], n: int = 1) -> pd.DataFrame:

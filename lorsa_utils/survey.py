@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -223,6 +223,7 @@ def describe(
     documents: Sequence[tuple[str, str]],
     *,
     removed: int = 3,
+    others: Mapping[str, Units] | None = None,
     scale: float = 1.0,
     seed: int = 0,
     batch_size: int = 8,
@@ -238,6 +239,7 @@ def describe(
         documents: (id, text), for the families that need passages of real text.
         removed: heads of each family whose removal is measured, in the order of `Discovery.units`; each costs one pass of the model
             over `REMOVAL_PAIRS` pairs of prompts. Families that predict no token are left out.
+        others: other kinds of units of the layer, to be scored on the same prompts, see `heads.discover`.
         scale: factor on the number of prompts, see `prompts.standard`.
         seed: of prompts, nulls and shuffles.
         batch_size: sequences at a time.
@@ -259,8 +261,8 @@ def describe(
     made = prompts.standard(vocabulary, texts, seed, scale)
     few = slice(0, 16)
     null = heads.random_lorsa(lorsa, model, layer, sequences.tokens[few].long(), sequences.mask[few], seed)
-    options = {"batch_size": 2 * batch_size, "seed": seed, "progress": progress}
-    discovery = heads.discover(model, layer, units, made.sets, LorsaHeads(null), skipped=made.skipped, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"others": others, "batch_size": 2 * batch_size, "seed": seed, "progress": progress}
+    discovery = heads.discover(model, layer, units, made.sets, LorsaHeads(null), skipped=made.skipped, **options)
     rows = table(discovery, found, units, model, sequences)
     rows["effect"] = rows["effect_error"] = np.nan
     for family, each in tqdm(made.sets.items(), desc="removals", disable=not progress):

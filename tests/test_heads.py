@@ -55,13 +55,6 @@ def found(model: Any, texts: list[prompts.Passage], made: Prompts) -> Discovery:
 # ----------------------------------------------------------------------------------------------------------------- planted
 
 
-def test_halves_of_a_discovery_are_those_of_score_halves(model: Any, made: Prompts, found: Discovery) -> None:
-    some = {"induction": made.sets["induction"]}
-    again = heads.score_halves(model, 0, {"Lorsa": units.LorsaHeads(known_lorsa(model))}, some, progress=False)
-    for half, table in found.halves("induction").items():
-        pd.testing.assert_frame_equal(table, again["induction"]["Lorsa"][half], check_names=False)
-
-
 def test_every_planted_head_is_named_and_none_invented(found: Discovery) -> None:
     named = {unit: found.families(unit) for unit in range(24) if found.families(unit)}
     assert {unit: families[0] for unit, families in named.items()} == {KNOWN.index(family): family for family in KNOWN}
@@ -210,11 +203,18 @@ def test_how_much_the_first_heads_carry(model: Any, made: Prompts) -> None:
 
 
 def test_kinds_are_scored_together_as_they_are_alone(model: Any, made: Prompts) -> None:
-    kinds = {"Lorsa": units.LorsaHeads(known_lorsa(model)), "MHSA": units.MHSAHeads(model.site(0))}
+    lorsa = units.LorsaHeads(known_lorsa(model))
+    kinds: dict[str | None, Any] = {None: lorsa, "MHSA": units.MHSAHeads(model.site(0)), "again": lorsa}
     sets = {name: made.sets[name] for name in ("induction", "previous_token")}
-    together = heads.score_halves(model, 0, kinds, sets, progress=False)
+    others = {name: each for name, each in kinds.items() if name}
+    together = heads.discover(model, 0, lorsa, sets, others=others, progress=False)
+    assert list(together.others) == ["MHSA", "again"]
     for name, some in sets.items():
         for number, (half, part) in enumerate(zip(("discovery", "confirmation"), heads.halves(some), strict=True)):
             for kind, each in kinds.items():
-                alone = heads.score(heads.read(model, 0, {kind: each}, part, seed=number)[kind])
-                pd.testing.assert_frame_equal(together[name][kind][half], alone)
+                alone = heads.score(heads.read(model, 0, {"units": each}, part, seed=number)["units"])
+                pd.testing.assert_frame_equal(together.halves(name, kind)[half], alone, check_names=False)
+    apart = heads.discover(model, 0, lorsa, sets, progress=False)
+    pd.testing.assert_frame_equal(apart.names, together.names)
+    assert apart.others == {}
+    assert apart.null.empty
