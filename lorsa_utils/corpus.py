@@ -124,6 +124,12 @@ class Sequences:
             return None
         return f"The text holds {self.n_tokens:,} tokens, fewer than the {self.asked:,} asked for; all of it is used once, nothing twice."
 
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens (int64) and mask of `batch_size` sequences at a time (the last may be fewer), each [batch, context], on a device."""
+        for first in range(0, len(self.tokens), batch_size):
+            some = slice(first, first + batch_size)
+            yield self.tokens[some].to(device, torch.long), self.mask[some].to(device)
+
 
 # --- splitting, de-duplicating, describing ---------------------------------------------------------------------------
 

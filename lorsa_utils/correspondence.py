@@ -201,17 +201,13 @@ def unit_effects(
         return y - (state["part"][..., None] * direction).to(y.dtype)
 
     # Blocks before the layer do the same in every pass, so they run once.
-    batches = [
-        (sequences.tokens[i : i + batch_size].to(model.device, torch.long), sequences.mask[i : i + batch_size].to(model.device))
-        for i in range(0, len(sequences.tokens), batch_size)
-    ]
-    residuals = [model.residual(tokens, layer) for tokens, _ in batches]
+    batches = [(tokens, mask, model.residual(tokens, layer)) for tokens, mask in sequences.batches(batch_size, model.device)]
 
     def run(chosen: list[int] | None, on: bool) -> tuple[Tensor, Tensor, Tensor]:
         found: list[list[Tensor]] = [[], [], []]
         state["chosen"], state["on"] = torch.tensor(chosen or [], dtype=torch.long), torch.tensor(float(on))
-        for number, (tokens, state["mask"]) in enumerate(batches):
-            with model.splice({layer: remove}), model.resume(layer, residuals[number]):
+        for number, (tokens, state["mask"], residual) in enumerate(batches):
+            with model.splice({layer: remove}), model.resume(layer, residual):
                 losses, counted = model.loss(tokens, state["mask"])
             sequence = number * batch_size + torch.arange(len(tokens)).to(losses)[:, None].expand_as(losses)
             kept = state["active"][:, :-1] & counted

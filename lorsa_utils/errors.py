@@ -398,9 +398,7 @@ def replaced_losses(
         variant to summed loss of each sequence in nats, [n_sequences], float64; and `counted`, the number of counted targets.
     """
     found: dict[str, list[Tensor]] = {}
-    for first in range(0, len(sequences.tokens), batch_size):
-        tokens = sequences.tokens[first : first + batch_size].to(model.device, torch.long)
-        mask = sequences.mask[first : first + batch_size].to(model.device)
+    for tokens, mask in sequences.batches(batch_size, model.device):
         # Nothing before the layer changes, so that one pass gives what all variants start from.
         residual = model.residual(tokens, layer)
         with model.resume(layer, residual):

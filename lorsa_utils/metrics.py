@@ -153,10 +153,7 @@ def evaluate_spliced(
     Returns:
         the keys of `Reconstruction.result` and `ce`, `ce_spliced`, `ce_mean_ablated` (nats per token), `ce_recovered`.
     """
-    batches = [
-        (sequences.tokens[i : i + batch_size].to(model.device, torch.long), sequences.mask[i : i + batch_size].to(model.device))
-        for i in range(0, len(sequences.tokens), batch_size)
-    ]
+    batches = list(sequences.batches(batch_size, model.device))
     bar = tqdm(total=3 * len(batches), unit="batch", desc="eval", disable=not progress)
     original, spliced, ablated = _LossSum(), _LossSum(), _LossSum()
     target = MeanTarget()

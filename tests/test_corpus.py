@@ -449,3 +449,14 @@ def test_text_other_than_the_pinned_one_warns_and_works(small_parts: Path) -> No
     with pytest.warns(UserWarning, match="embedded text is not the pinned one .*numpy") as caught:
         assert corpus.embedded_corpus().train
     assert [str(warning.message).split()[1] for warning in caught] == ["wikipedia", "documentation"]
+
+
+@given(n=st.integers(0, 9), batch_size=st.integers(1, 5))
+def test_batches_are_all_sequences_in_order(n: int, batch_size: int) -> None:
+    tokens = torch.arange(n * 4, dtype=torch.int32).view(n, 4)
+    sequences = Sequences(tokens, tokens % 3 > 0, ["some"] * n, "none", "")
+    batches = list(sequences.batches(batch_size, torch.device("cpu")))
+    assert [len(some) for some, _ in batches] == [min(batch_size, n - first) for first in range(0, n, batch_size)]
+    for number, side in enumerate((sequences.tokens.long(), sequences.mask)):
+        assert torch.equal(torch.cat([side[:0], *(batch[number] for batch in batches)]), side)
+    assert all(some.dtype == torch.long for some, _ in batches)

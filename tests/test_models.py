@@ -223,9 +223,6 @@ def test_capture_stops_after_the_deepest_layer(lm: LanguageModel) -> None:
     assert max(visited) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------- loss and tokens
-
-
 def test_a_pass_resumed_at_a_layer_is_the_whole_pass(lm: LanguageModel) -> None:
     tokens = random_tokens(2, 24)
     ran: list[int] = []
@@ -285,6 +282,9 @@ def test_an_error_inside_resume_leaves_the_whole_model(lm: LanguageModel) -> Non
     with pytest.raises(ZeroDivisionError), lm.resume(2, residual), lm.splice({2: lambda x, y: 1 / 0}):  # type: ignore[dict-item]
         lm.logits(tokens)
     assert torch.equal(lm.logits(tokens), plain)
+
+
+# ------------------------------------------------------------------------------------------------------------- loss and tokens
 
 
 @pytest.mark.parametrize("values_at_once", [1, 1000, 1 << 26])
