@@ -46,7 +46,8 @@ TEMPLATE = go.layout.Template(
         legend={"bgcolor": "rgba(255,255,255,0.7)"},
         colorscale={"sequential": "Viridis", "diverging": "RdBu"},
         xaxis=_AXIS,
-        yaxis=_AXIS,
+        # With a standoff the margin grows with the tick labels; without one long labels run into the title.
+        yaxis=_AXIS | {"title": {"standoff": 8}},
     )
 )
 

@@ -1,0 +1,35 @@
+"""Figures as a browser lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from browsing import Watched, open_browser
+
+from lorsa_utils import figures
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as running:
+        yield running
+
+
+@pytest.mark.parametrize("middle", ["local", "subtoken_induction"])
+def test_long_names_do_not_run_into_the_axis_title(middle: str, browser: Any, tmp_path: Path) -> None:
+    names = ["a", "attention_sink", "induction", middle, "previous_token", "b"]
+    data = pd.DataFrame({"family": names, 0: 0.9, 1: 0.1, "lorsa_heads": 166, "mhsa_heads": 1.0})
+    saved = figures.save_figure(figures.family_map(data), "P12_family_map", tmp_path)
+    page = Watched(browser).open(saved.html)
+    page.locator(".ytitle").wait_for(timeout=30_000)
+    right_of_title = page.locator(".ytitle").evaluate("node => node.getBoundingClientRect().right")
+    left_of_names = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('.ytick text')].map(node => node.getBoundingClientRect().left))"
+    )
+    assert 0 < right_of_title < left_of_names
