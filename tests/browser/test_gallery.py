@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import pytest
-from browsing import Watched, keep_screenshot, open_browser
+from browsing import Watched, keep_screenshot
 from tiny_heads import LAYER, tiny_heads
 
 from lorsa_utils import evidence, figures, gallery, notebook, pages
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with open_browser() as running:
-        yield running
 
 
 @pytest.mark.parametrize("images", [True, False])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import Watched, keep_screenshot, open_browser
+from browsing import Watched, keep_screenshot
 from tiny_heads import DEAD, LAYER, Tiny, tiny_heads
 
 from lorsa_utils import evidence, pages
@@ -16,12 +15,6 @@ from lorsa_utils.evidence import Head
 
 pytestmark = pytest.mark.browser
 NASTY = "<script>alert(1)</script>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with open_browser() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from browsing import Watched, keep_screenshot, open_browser
+from browsing import Watched, keep_screenshot
 
 from lorsa_utils import reproduce, store
 
@@ -30,10 +30,9 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(browser: Any) -> Any:
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed; pip install 'lorsa-utils[notebooks]'")
-    with open_browser() as running:
-        yield running
+    return browser
 
 
 @contextmanager
