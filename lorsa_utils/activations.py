@@ -1,8 +1,9 @@
 """What an attention layer reads and writes, from memory (stream) or from disk (cache), behind one iterator interface.
 
-Cache folder: `manifest.json` plus shards `<split>-00000.safetensors` with `tokens`, `mask` and, per layer, `<layer>.input` and
-`<layer>.output`. A shard is renamed into place first and listed in the manifest after, with its size and sha256, so a killed
-run goes on from the last listed shard, and a cut, flipped or foreign shard is named and refused.
+Cache folder: `manifest.json` plus shards `<split>-00000.safetensors` with `tokens`, `mask` and, per layer,
+`<layer>.input` and `<layer>.output`. A shard is renamed into place first and listed in the manifest after, with its
+size and sha256, so a killed run goes on from the last listed shard, and a cut, flipped or foreign shard is named and
+refused.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ SHARD_BYTES = 64 << 20
 SPLITS = ("train", "held_out")
 
 TextName = str | Sequence[str]
-"""Where text came from: `embedded`, a dataset's id, or a list of absolute paths. Told to people, never compared: hashes are."""
+"""Where text came from: `embedded`, a dataset's id, or a list of absolute paths.
+
+Told to people, never compared: hashes are.
+"""
 
 
 Part = tuple[int, int]
@@ -70,8 +74,8 @@ class ActivationSource(Protocol):
     ) -> Iterator[ActivationBatch]:
         """Batches in stored order from sequence `start` to the end (one epoch); the last one may be smaller.
 
-        With `part` (rank, world) each batch comes with its sequences rank, rank + world, ... alone. Where there are none, the first
-        one comes with a mask of False, so that every rank makes every step.
+        With `part` (rank, world) each batch comes with its sequences rank, rank + world, ... alone. Where there are
+        none, the first one comes with a mask of False, so that every rank makes every step.
         """
 
     def identity(self) -> dict[str, Any]:
@@ -81,7 +85,9 @@ class ActivationSource(Protocol):
 class ActivationStream:
     """Activations computed on the way: one model pass serves all layers and stops after the deepest."""
 
-    def __init__(self, model: LanguageModel, sequences: Sequences, layers: Sequence[int], text: TextName | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, sequences: Sequences, layers: Sequence[int], text: TextName | None = None
+    ) -> None:
         """Check the layers; nothing is computed yet. `text` says in `identity` where the sequences came from.
 
         Raises:
@@ -109,7 +115,10 @@ class ActivationStream:
 
     def identity(self) -> dict[str, Any]:
         """See `ActivationSource.identity`."""
-        return {**source_identity(self.model, self.sequences, self.text), "dtype": str(self.model.dtype).removeprefix("torch.")}
+        return {
+            **source_identity(self.model, self.sequences, self.text),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
 
 
 def prepared_ahead(batches: Iterator[ActivationBatch], device: torch.device) -> Iterator[ActivationBatch]:
@@ -160,7 +169,9 @@ def _move(batch: ActivationBatch, device: torch.device) -> ActivationBatch:
         from_memory = device.type == "cuda" and tensor.device.type == "cpu"
         return (tensor.pin_memory() if from_memory else tensor).to(device, non_blocking=True)
 
-    inputs, outputs = ({layer: move(tensor) for layer, tensor in side.items()} for side in (batch.inputs, batch.outputs))
+    inputs, outputs = (
+        {layer: move(tensor) for layer, tensor in side.items()} for side in (batch.inputs, batch.outputs)
+    )
     return ActivationBatch(move(batch.tokens), move(batch.mask), inputs, outputs, batch.whole_mask)
 
 
@@ -196,7 +207,9 @@ class CacheEstimate:
 
     def sentence(self) -> str:
         """The estimate for a person."""
-        minutes = f"about {self.seconds / 60:.1f} minutes" if self.seconds >= 60 else f"about {self.seconds:.0f} seconds"
+        minutes = (
+            f"about {self.seconds / 60:.1f} minutes" if self.seconds >= 60 else f"about {self.seconds:.0f} seconds"
+        )
         return f"{self.bytes_on_disk / 1e9:.2f} GB on disk, {self.bytes_in_memory / 1e9:.2f} GB of memory, {minutes}"
 
 
@@ -205,7 +218,9 @@ def bytes_per_sequence(d_model: int, n_layers: int, context: int, dtype: str) ->
     return context * (n_layers * 2 * d_model * DTYPES[dtype].itemsize + 5)
 
 
-def estimate_cache(model: LanguageModel, sequences: Sequences, layers: Sequence[int], dtype: str, batch_size: int = 8) -> CacheEstimate:
+def estimate_cache(
+    model: LanguageModel, sequences: Sequences, layers: Sequence[int], dtype: str, batch_size: int = 8
+) -> CacheEstimate:
     """Disk and memory by arithmetic, time by running one batch."""
     probe = sequences.tokens[:batch_size].to(model.device, torch.long)
     began = time.perf_counter()
@@ -289,7 +304,9 @@ def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The manifest to continue, or the new one; refuses a folder that holds something else."""
     if not (path / "manifest.json").is_file():
         if strangers := sorted(path.glob("*.safetensors")):
-            raise store.UserError(f"{path} holds {strangers[0].name} but no manifest.json; choose an empty folder for the cache.")
+            raise store.UserError(
+                f"{path} holds {strangers[0].name} but no manifest.json; choose an empty folder for the cache."
+            )
         store.write_json(path / "manifest.json", wanted)
         return wanted
     found = store.read_json(path / "manifest.json")
@@ -328,7 +345,9 @@ def _estimate_or_refuse(
 ) -> None:
     total = CacheEstimate(0, 0, 0.0)
     for split, sequences in splits.items():
-        done = sum(shard["n_sequences"] for shard in manifest["splits"][split]["shards"]) / max(1, len(sequences.tokens))
+        done = sum(shard["n_sequences"] for shard in manifest["splits"][split]["shards"]) / max(
+            1, len(sequences.tokens)
+        )
         if done == 1:
             continue
         part = estimate_cache(model, sequences, layers, dtype, batch_size)
@@ -343,7 +362,13 @@ def _estimate_or_refuse(
 
 
 def _write_split(
-    path: Path, manifest: dict[str, Any], split: str, model: LanguageModel, sequences: Sequences, batch_size: int, progress: bool
+    path: Path,
+    manifest: dict[str, Any],
+    split: str,
+    model: LanguageModel,
+    sequences: Sequences,
+    batch_size: int,
+    progress: bool,
 ) -> None:
     """Append the missing shards of one split."""
     entry = manifest["splits"][split]
@@ -391,7 +416,12 @@ class ActivationCache:
     """A finished cache folder, one split of it. Every shard is checked before its first use."""
 
     def __init__(
-        self, folder: str | Path, split: str = "train", *, model: LanguageModel | None = None, bos_policy: str | None = None
+        self,
+        folder: str | Path,
+        split: str = "train",
+        *,
+        model: LanguageModel | None = None,
+        bos_policy: str | None = None,
     ) -> None:
         """Open a split and check that it belongs to `model` and `bos_policy`, when given.
 
@@ -409,9 +439,13 @@ class ActivationCache:
                 f"{folder} has schema version {manifest.get('schema_version')}, this version reads {SCHEMA_VERSION}; cache again."
             )
         if split not in manifest["splits"]:
-            raise store.UserError(f"{folder} has no split {split!r}, it has {', '.join(manifest['splits'])}; cache again with it.")
+            raise store.UserError(
+                f"{folder} has no split {split!r}, it has {', '.join(manifest['splits'])}; cache again with it."
+            )
         if not manifest["complete"]:
-            raise store.UserError(f"{folder} is unfinished; run the same `lorsa cache` command again, it goes on where it stopped.")
+            raise store.UserError(
+                f"{folder} is unfinished; run the same `lorsa cache` command again, it goes on where it stopped."
+            )
         entry = manifest["splits"][split]
         self.dtype = str(manifest["dtype"])
         self.source: dict[str, Any] = entry["source"]
@@ -443,7 +477,9 @@ class ActivationCache:
                         f"{self.folder} was made with another {what} ({self.source['model']}) than {model.name}; cache again with it."
                     )
         if bos_policy is not None and self.source["bos_policy"] != bos_policy:
-            raise store.UserError(f"{self.folder} has BOS policy {self.source['bos_policy']!r}, asked is {bos_policy!r}; cache again.")
+            raise store.UserError(
+                f"{self.folder} has BOS policy {self.source['bos_policy']!r}, asked is {bos_policy!r}; cache again."
+            )
 
     def _open_shard(self, shard: Mapping[str, Any]) -> Path:
         file = self.folder / shard["file"]
@@ -464,7 +500,9 @@ class ActivationCache:
         """See `ActivationSource.batches`. Activations come back in float32, on the CPU."""
         chosen = self.layers if layers is None else tuple(layers)
         if missing := sorted(set(chosen) - set(self.layers)):
-            raise store.UserError(f"{self.folder} holds layers {list(self.layers)}, not {missing[0]}; cache that layer.")
+            raise store.UserError(
+                f"{self.folder} holds layers {list(self.layers)}, not {missing[0]}; cache that layer."
+            )
         held: list[dict[str, Tensor]] = []
         n_held = 0
         for piece in self._pieces(chosen, start, batch_size):

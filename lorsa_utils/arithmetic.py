@@ -1,13 +1,14 @@
 """What units say about operands: activations at `=` over the operand grid, read as simple rules (paper item P9).
 
-A rule is a set of values of one variable, on which a unit is active: op1 or op2 or the result in a range, one of them modulo m in a set of
-residues (m = 10 is the last digit), or whether the addition of last digits carries. A rule predicts two levels,
+A rule is a set of values of one variable, on which a unit is active: op1 or op2 or the result in a range, one of them
+modulo m in a set of residues (m = 10 is the last digit), or whether the addition of last digits carries. A rule
+predicts two levels,
 
     z(op1, op2) = base + height * [variable in values]
 
-The best range and the best set of residues are found exactly (all intervals; all cuts of the residues in order of their mean), on a random
-half of the grid's cells. What counts is the explained variance on the other half, beside that of a smooth null: a cubic
-polynomial in op1 and op2, which any gradual dependence on size would fit as well.
+The best range and the best set of residues are found exactly (all intervals; all cuts of the residues in order of their
+mean), on a random half of the grid's cells. What counts is the explained variance on the other half, beside that of a
+smooth null: a cubic polynomial in op1 and op2, which any gradual dependence on size would fit as well.
 """
 
 from __future__ import annotations
@@ -74,7 +75,11 @@ def grid_activations(
         x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
         indices, values = module.encode(module_input(module, x, y))
         place = torch.arange(len(rows), device=x.device)
-        z[rows] = torch.zeros(len(rows), module.n_units, device=x.device).scatter_(1, indices[place, ends], values[place, ends]).cpu()
+        z[rows] = (
+            torch.zeros(len(rows), module.n_units, device=x.device)
+            .scatter_(1, indices[place, ends], values[place, ends])
+            .cpu()
+        )
         if answers:
             length = int(ends.max()) + 1
             said = model.logits(tokens[:, :length])[place, ends].argmax(dim=1).cpu()
@@ -83,7 +88,7 @@ def grid_activations(
     return Activations(z.T.reshape(-1, n, n), right, grid.operator, int(grid.a.min()))
 
 
-# --------------------------------------------------------------------------------------------------------------------- rules
+# ---- rules
 
 
 @dataclass(frozen=True)
@@ -190,14 +195,18 @@ class _Cells:
         z = self.z[~self.fitted]
         return float(1 - np.square(z - predicted[~self.fitted]).sum() / np.square(z - z.mean()).sum())
 
-    def fit(self, name: str, modulus: int, value: np.ndarray, best: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Fit:
+    def fit(
+        self, name: str, modulus: int, value: np.ndarray, best: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> Fit:
         """The best rule on one variable: `best` maps counts and sums per value to the chosen values, [n_values] bool."""
         labels, place = np.unique(value, return_inverse=True)
         counts = np.bincount(place[self.fitted], minlength=len(labels)).astype(float)
         sums = np.bincount(place[self.fitted], self.z[self.fitted], minlength=len(labels))
         chosen = best(counts, sums)
         holds = chosen[place]
-        base, top = (float(self.z[self.fitted & side].mean()) if (self.fitted & side).any() else 0.0 for side in (~holds, holds))
+        base, top = (
+            float(self.z[self.fitted & side].mean()) if (self.fitted & side).any() else 0.0 for side in (~holds, holds)
+        )
         rule = Rule(name, modulus, tuple(int(label) for label in labels[chosen]))
         return Fit(rule, self.explained(np.where(holds, top, base)), base, top - base)
 
@@ -229,10 +238,12 @@ def _best_residues(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
     return chosen
 
 
-# ------------------------------------------------------------------------------------------------------------- many units
+# ---- many units
 
 
-def rule_table(found: Activations, units: Sequence[int] | None = None, least_active: float = 0.02, seed: int = 0) -> pd.DataFrame:
+def rule_table(
+    found: Activations, units: Sequence[int] | None = None, least_active: float = 0.02, seed: int = 0
+) -> pd.DataFrame:
     """The best rule of every unit.
 
     Args:
@@ -242,8 +253,9 @@ def rule_table(found: Activations, units: Sequence[int] | None = None, least_act
         seed: of the held-out cells.
 
     Returns:
-        columns `unit`, `rule` (text), `variable`, `modulus`, `values`, `explained`, `smooth` (explained by the smooth null), `base`,
-        `height`, `active` (share of cells) and `named` (see `LEAST_EXPLAINED`), the best explained first.
+        columns `unit`, `rule` (text), `variable`, `modulus`, `values`, `explained`, `smooth` (explained by the smooth
+        null), `base`, `height`, `active` (share of cells) and `named` (see `LEAST_EXPLAINED`), the best explained
+        first.
     """
     active = (found.z > 0).float().mean(dim=(1, 2))
     chosen = (active >= least_active).nonzero()[:, 0].tolist() if units is None else list(units)
@@ -268,7 +280,19 @@ def rule_table(found: Activations, units: Sequence[int] | None = None, least_act
                     "named": best.explained > max(LEAST_EXPLAINED, smooth),
                 }
             )
-    columns = ["unit", "rule", "variable", "modulus", "values", "explained", "smooth", "base", "height", "active", "named"]
+    columns = [
+        "unit",
+        "rule",
+        "variable",
+        "modulus",
+        "values",
+        "explained",
+        "smooth",
+        "base",
+        "height",
+        "active",
+        "named",
+    ]
     return pd.DataFrame(rows, columns=columns).sort_values("explained", ascending=False, ignore_index=True)
 
 
@@ -283,25 +307,37 @@ def joint_picture(found: Activations, rules: pd.DataFrame, op1: int, op2: int, v
         variable: `op1`, `op2` or `result`.
 
     Returns:
-        one row for each named unit that is above the middle of its two levels there, the largest first: `unit`, `rule`, `activation`,
-        `left` (values of the variable that this rule and those in the rows above allow) and `n_left`.
+        one row for each named unit that is above the middle of its two levels there, the largest first: `unit`, `rule`,
+        `activation`, `left` (values of the variable that this rule and those in the rows above allow) and `n_left`.
 
     Raises:
         UserError: the operands lie outside the grid.
     """
     n = found.z.shape[1]
     if not all(found.low <= operand < found.low + n for operand in (op1, op2)):
-        raise UserError(f"The grid has operands from {found.low} to {found.low + n - 1}; choose {op1} and {op2} among them.")
+        raise UserError(
+            f"The grid has operands from {found.low} to {found.low + n - 1}; choose {op1} and {op2} among them."
+        )
     first, second = (side.ravel() + found.low for side in np.indices((n, n)))
     values = variables(first, second, found.operator)[variable]
     left = set(values.tolist())
     mine = rules[rules["named"] & (rules["variable"] == variable)]
-    activation = found.z[torch.tensor(mine["unit"].to_list(), dtype=torch.long), op1 - found.low, op2 - found.low].numpy()
+    activation = found.z[
+        torch.tensor(mine["unit"].to_list(), dtype=torch.long), op1 - found.low, op2 - found.low
+    ].numpy()
     mine = mine.assign(activation=activation)
     mine = mine[mine["activation"] > mine["base"] + mine["height"] / 2].sort_values("activation", ascending=False)
     rows = []
     for row in mine.itertuples():
         rule = Rule(variable, int(row.modulus), tuple(row.values))
         left &= set(values[rule.holds(first, second, found.operator)].tolist())
-        rows.append({"unit": row.unit, "rule": row.rule, "activation": row.activation, "left": sorted(left), "n_left": len(left)})
+        rows.append(
+            {
+                "unit": row.unit,
+                "rule": row.rule,
+                "activation": row.activation,
+                "left": sorted(left),
+                "n_left": len(left),
+            }
+        )
     return pd.DataFrame(rows, columns=["unit", "rule", "activation", "left", "n_left"])

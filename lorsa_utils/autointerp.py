@@ -2,19 +2,22 @@
 
 Scorers, as in the field's recipe:
 
-- detection: is the unit active anywhere in this text? (active windows of every quantile against silent ones, three quarters of them hard)
+- detection: is the unit active anywhere in this text? (active windows of every quantile against silent ones, three
+  quarters of them hard)
 - fuzzing: are the marked tokens those where it is active? (each active window once, rightly or wrongly marked)
-- simulation: how active is it at each token? (correlation of predicted and true activations over all tokens; Bills et al. 2023)
+- simulation: how active is it at each token? (correlation of predicted and true activations over all tokens; Bills et
+  al. 2023)
 
-Detection and fuzzing are balanced accuracies: the mean of the shares of right answers among positives and among negatives, so that a
-constant answer gets 0.5 whatever the mixture. Unreadable answers are left out and counted.
+Detection and fuzzing are balanced accuracies: the mean of the shares of right answers among positives and among
+negatives, so that a constant answer gets 0.5 whatever the mixture. Unreadable answers are left out and counted.
 
-Baselines on the detection task: the explanation of a random other unit (`shuffled`), that of a unit of the same QK group or with the
-most similar write direction (`relative`), and a constant answer.
+Baselines on the detection task: the explanation of a random other unit (`shuffled`), that of a unit of the same QK
+group or with the most similar write direction (`relative`), and a constant answer.
 
-Two dictionaries of one layer have different units, so their scores are compared without pairing: two-sided permutation test of
-the difference of means. Beside it stand the same scores paired by rank of activation frequency (sign-flip test), since what is rarer
-may be easier; and p values corrected by Holm's method over all layers and scorers of the table.
+Two dictionaries of one layer have different units, so their scores are compared without pairing: two-sided permutation
+test of the difference of means. Beside it stand the same scores paired by rank of activation frequency (sign-flip
+test), since what is rarer may be easier; and p values corrected by Holm's method over all layers and scorers of the
+table.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ MARK_SHARE = 0.7
 N_DRAWS = 2000
 
 
-# ------------------------------------------------------------------------------------------------------------------- scoring
+# ---- scoring
 
 
 class Accuracy(NamedTuple):
@@ -112,13 +115,20 @@ def fuzzing_marks(windows: Windows, rng: np.random.Generator) -> tuple[np.ndarra
 
 def _simulated(windows: Windows, rng: np.random.Generator) -> Windows:
     active = np.flatnonzero(windows.active)
-    spread = active[np.argsort(windows.quantile[active], kind="stable")][np.linspace(0, len(active) - 1, N_SIMULATED // 2).astype(int)]
+    spread = active[np.argsort(windows.quantile[active], kind="stable")][
+        np.linspace(0, len(active) - 1, N_SIMULATED // 2).astype(int)
+    ]
     silent = np.flatnonzero(windows.kind == "random")
     return windows[np.concatenate([spread, rng.permutation(silent)[: N_SIMULATED // 2]])]
 
 
 def score_unit(
-    judge: Judge, explanation: Explanation, unit: UnitExamples, strings: Mapping[int, str], scorers: Sequence[str], seed: int
+    judge: Judge,
+    explanation: Explanation,
+    unit: UnitExamples,
+    strings: Mapping[int, str],
+    scorers: Sequence[str],
+    seed: int,
 ) -> dict[str, Any]:
     """All scores of one explanation of one unit, with what they are made of."""
     rng = np.random.default_rng([seed, unit.unit])
@@ -128,9 +138,14 @@ def score_unit(
         verdicts = judge.detect(explanation, windows, strings)
         row |= _named("detection", balanced_accuracy(windows.active, verdicts, seed))
         strong = windows.quantile >= 0.8 * (windows.quantile.max() + 1)
-        row["detection_strong"] = balanced_accuracy(windows.active, np.where(windows.active & ~strong, math.nan, verdicts)).score
+        row["detection_strong"] = balanced_accuracy(
+            windows.active, np.where(windows.active & ~strong, math.nan, verdicts)
+        ).score
         row["detection_auc"] = auc(windows.active, verdicts)
-        row |= {f"right_{kind}": _share((verdicts > 0.5) == windows.active, (windows.kind == kind) & ~np.isnan(verdicts)) for kind in KINDS}
+        row |= {
+            f"right_{kind}": _share((verdicts > 0.5) == windows.active, (windows.kind == kind) & ~np.isnan(verdicts))
+            for kind in KINDS
+        }
         row["n_windows"] = len(windows)
     if "fuzzing" in scorers:
         active = windows[windows.active]
@@ -154,7 +169,7 @@ def _share(right: np.ndarray, among: np.ndarray) -> float:
     return float(right[among].mean()) if among.any() else math.nan
 
 
-# -------------------------------------------------------------------------------------------------------------------- a study
+# ---- a study
 
 
 def study(
@@ -178,10 +193,10 @@ def study(
         progress: show bars.
 
     Returns:
-        one row a unit: `dictionary`, `layer`, `unit`, `group`, `frequency`, `maximum`, `explanation` (None when it could not be read; then
-        there are no scores), `detection` and `fuzzing` (each with `_low`, `_high`, `_auc`), `simulation`, `detection_strong` (active
-        windows of the upper fifth alone), `right_<kind>` (share of right verdicts on each kind of window), `shuffled` and `relative`
-        (detection), `relative_unit`, `n_windows`.
+        one row a unit: `dictionary`, `layer`, `unit`, `group`, `frequency`, `maximum`, `explanation` (None when it
+        could not be read; then there are no scores), `detection` and `fuzzing` (each with `_low`, `_high`, `_auc`),
+        `simulation`, `detection_strong` (active windows of the upper fifth alone), `right_<kind>` (share of right
+        verdicts on each kind of window), `shuffled` and `relative` (detection), `relative_unit`, `n_windows`.
 
     Raises:
         UserError: more than `judges.MAX_FAILED` of the answers cannot be read, or a scorer is unknown.
@@ -190,7 +205,9 @@ def study(
     rows: list[dict[str, Any]] = []
     for one in sets:
         name = f"{one.dictionary.name} {one.dictionary.layer}"
-        explanations = _spread(judge, [_explaining(judge, unit, text.strings) for unit in one.units], f"{name} explain", progress)
+        explanations = _spread(
+            judge, [_explaining(judge, unit, text.strings) for unit in one.units], f"{name} explain", progress
+        )
         shuffled = _shuffle([index for index, explanation in enumerate(explanations) if explanation is not None], seed)
         tasks = [
             _scoring(judge, one, index, explanations, shuffled.get(index), text.strings, scorers, baselines, seed)
@@ -212,7 +229,10 @@ def check_scorers(scorers: Sequence[str]) -> None:
 
 
 def _spread(judge: Judge, tasks: Sequence[Callable[[], Any]], title: str, progress: bool) -> list[Any]:
-    """Run tasks, as many at a time as the judge likes. When one fails, those that run may finish, the rest are not begun."""
+    """Run tasks, as many at a time as the judge likes.
+
+    When one fails, those that run may finish, the rest are not begun.
+    """
     if judge.concurrency == 1:
         return [task() for task in tqdm(tasks, desc=title, disable=not progress)]
     with ThreadPoolExecutor(judge.concurrency) as pool:
@@ -254,7 +274,10 @@ def _scoring(
         unit, explanation, relative = one.units[index], explanations[index], one.relatives[index]
         row = {"dictionary": one.dictionary.name, "layer": one.dictionary.layer}
         row |= {"unit": unit.unit, "group": unit.group, "frequency": unit.frequency, "maximum": unit.maximum}
-        row |= {"explanation": None if explanation is None else explanation.text, "relative_unit": one.units[relative].unit}
+        row |= {
+            "explanation": None if explanation is None else explanation.text,
+            "relative_unit": one.units[relative].unit,
+        }
         if explanation is None:
             return row
         row |= score_unit(judge, explanation, unit, strings, scorers, seed)
@@ -275,7 +298,7 @@ def constant_answer(one: Examples) -> float:
     return float(np.mean(scores))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- cost
+# ---- cost
 
 
 class Estimate(NamedTuple):
@@ -319,10 +342,15 @@ def estimate(
             for kind, some in kinds.items():
                 repeats = (3 if baselines and kind == "detection" else 1) * (kind in scorers)
                 starts = range(0, len(some), judges.PER_CALL)
-                asked += repeats * [judges.verdict_request(kind, words, some[first : first + judges.PER_CALL]) for first in starts]
+                asked += repeats * [
+                    judges.verdict_request(kind, words, some[first : first + judges.PER_CALL]) for first in starts
+                ]
             if "simulation" in scorers:
                 n = N_SIMULATED // 2 + min(N_SIMULATED // 2, int((unit.second.kind == "random").sum()))
-                asked += [judges.simulation_request(words, unit.second.pieces(row, text.strings)) for row in range(min(n, len(texts)))]
+                asked += [
+                    judges.simulation_request(words, unit.second.pieces(row, text.strings))
+                    for row in range(min(n, len(texts)))
+                ]
             calls += len(asked)
             read += sum(len(part) for request in asked for _, part in request.messages) // 4 + 8 * len(asked)
             written += sum(request.max_tokens for request in asked)
@@ -340,7 +368,7 @@ def confirmed(judge: Judge, expected: Estimate, confirm: Callable[[str], bool]) 
         raise UserError("Nothing was asked; confirm the estimate, or ask for fewer units.")
 
 
-# ------------------------------------------------------------------------------------------------------------------ statistics
+# ---- statistics
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> Accuracy:
@@ -364,7 +392,17 @@ def summary(
                 values = part[column].to_numpy(dtype=float)
                 mean, low, high = mean_interval(values, seed)
                 count = int((~np.isnan(values)).sum())
-                rows.append({"dictionary": name, "layer": layer, "score": column, "n": count, "mean": mean, "low": low, "high": high})
+                rows.append(
+                    {
+                        "dictionary": name,
+                        "layer": layer,
+                        "score": column,
+                        "n": count,
+                        "mean": mean,
+                        "low": low,
+                        "high": high,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -399,10 +437,11 @@ def compare(
         seed: of permutations and bootstrap.
 
     Returns:
-        one row a layer and scorer: `layer`, `scorer`, `n_first`, `n_second`, `mean_first`, `mean_second`; `difference` with `low` and
-        `high` (95 % bootstrap over units); `effect` (Cohen's d) with `effect_low` and `effect_high`; `p` (permutation, unpaired);
-        `outcome` (`win`, `loss` or `tie` of `first` at `ALPHA`, uncorrected) and `outcome_holm` (corrected over the whole table);
-        `matched_difference` and `matched_p` (paired by rank of frequency); `spread` (pooled standard deviation over units).
+        one row a layer and scorer: `layer`, `scorer`, `n_first`, `n_second`, `mean_first`, `mean_second`; `difference`
+        with `low` and `high` (95 % bootstrap over units); `effect` (Cohen's d) with `effect_low` and `effect_high`; `p`
+        (permutation, unpaired); `outcome` (`win`, `loss` or `tie` of `first` at `ALPHA`, uncorrected) and
+        `outcome_holm` (corrected over the whole table); `matched_difference` and `matched_p` (paired by rank of
+        frequency); `spread` (pooled standard deviation over units).
 
     Raises:
         UserError: no layer has both dictionaries with two scored units or more.
@@ -410,14 +449,20 @@ def compare(
     rows = []
     for layer, part in scores.groupby("layer"):
         for scorer in scorers:
-            sides = [part[(part["dictionary"] == name) & part[scorer].notna()] for name in (first, second)] if scorer in part else []
+            sides = (
+                [part[(part["dictionary"] == name) & part[scorer].notna()] for name in (first, second)]
+                if scorer in part
+                else []
+            )
             if len(sides) == 2 and min(map(len, sides)) >= 2:
                 rows.append({"layer": int(layer), "scorer": scorer} | _compared(sides[0], sides[1], scorer, seed))
     if not rows:
         raise UserError(f"No layer has scores of both {first} and {second}; study both at the same layer.")
     table = pd.DataFrame(rows)
     corrected = holm(table["p"].to_numpy(), ALPHA)
-    table["outcome_holm"] = np.where(corrected, np.sign(table["difference"]).map({1.0: "win", -1.0: "loss", 0.0: "tie"}), "tie")
+    table["outcome_holm"] = np.where(
+        corrected, np.sign(table["difference"]).map({1.0: "win", -1.0: "loss", 0.0: "tie"}), "tie"
+    )
     return table
 
 
@@ -439,7 +484,11 @@ def _compared(one: pd.DataFrame, other: pd.DataFrame, scorer: str, seed: int) ->
     return {
         **{"n_first": len(a), "n_second": len(b), "mean_first": float(a.mean()), "mean_second": float(b.mean())},
         **{"difference": difference, "low": float(low), "high": float(high)},
-        **{"effect": difference / spread if spread > 0 else 0.0, "effect_low": float(effect_low), "effect_high": float(effect_high)},
+        **{
+            "effect": difference / spread if spread > 0 else 0.0,
+            "effect_low": float(effect_low),
+            "effect_high": float(effect_high),
+        },
         **{"p": p, "outcome": "tie" if p >= ALPHA or difference == 0 else "win" if difference > 0 else "loss"},
         **{"matched_difference": float(matched.mean()), "matched_p": sign_flip_p(matched, seed)},
         "spread": spread,
@@ -451,7 +500,8 @@ def overall(
 ) -> pd.DataFrame:
     """Difference of `first` and `second`, averaged over the layers that have both: `scorer`, `layers`, `difference`, `low`, `high`.
 
-    The interval is a 95 % bootstrap over units within layers: it holds for these layers, not for layers that were not looked at.
+    The interval is a 95 % bootstrap over units within layers: it holds for these layers, not for layers that were not
+    looked at.
     """
     rng = np.random.default_rng(seed)
     rows = []
@@ -466,7 +516,13 @@ def overall(
         if means:
             low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
             rows.append(
-                {"scorer": scorer, "layers": len(means), "difference": float(np.mean(means)), "low": float(low), "high": float(high)}
+                {
+                    "scorer": scorer,
+                    "layers": len(means),
+                    "difference": float(np.mean(means)),
+                    "low": float(low),
+                    "high": float(high),
+                }
             )
     return pd.DataFrame(rows, columns=["scorer", "layers", "difference", "low", "high"])
 
@@ -476,7 +532,9 @@ def outcomes(comparison: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, column in (("here", "outcome"), ("here, corrected", "outcome_holm")):
         counts = comparison[column].value_counts()
-        rows.append({"where": name, **{key: int(counts.get(key, 0)) for key in PAPER_OUTCOMES}, "comparisons": len(comparison)})
+        rows.append(
+            {"where": name, **{key: int(counts.get(key, 0)) for key in PAPER_OUTCOMES}, "comparisons": len(comparison)}
+        )
     rows.append({"where": "paper", **PAPER_OUTCOMES, "comparisons": sum(PAPER_OUTCOMES.values())})
     return pd.DataFrame(rows)
 
@@ -485,13 +543,18 @@ def trend(scores: pd.DataFrame, against: str, scorers: Sequence[str] = SCORERS, 
     """Spearman's correlation of each score with `against` (`layer` for depth, `frequency`), with 95 % bootstrap intervals over units.
 
     Returns:
-        columns `dictionary`, `scorer`, `n`, `rho`, `low`, `high`. Against `frequency`, scores are first taken minus their layer's mean.
+        columns `dictionary`, `scorer`, `n`, `rho`, `low`, `high`. Against `frequency`, scores are first taken minus
+        their layer's mean.
     """
     rows = []
     for name, part in scores.groupby("dictionary", sort=False):
         for scorer in (column for column in scorers if column in part):
             known = part[part[scorer].notna()]
-            y = known[scorer] if against == "layer" else known[scorer] - known.groupby("layer")[scorer].transform("mean")
+            y = (
+                known[scorer]
+                if against == "layer"
+                else known[scorer] - known.groupby("layer")[scorer].transform("mean")
+            )
             ranks = [np.asarray(side.rank(), dtype=float) for side in (known[against], y)]
             if len(known) < 3 or min(side.std() for side in ranks) == 0:
                 continue
@@ -499,7 +562,16 @@ def trend(scores: pd.DataFrame, against: str, scorers: Sequence[str] = SCORERS, 
             draws = _rows_correlation(ranks[0][picks], ranks[1][picks])
             low, high = np.nanquantile(draws, [0.025, 0.975])
             rho = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-            rows.append({"dictionary": name, "scorer": scorer, "n": len(known), "rho": rho, "low": float(low), "high": float(high)})
+            rows.append(
+                {
+                    "dictionary": name,
+                    "scorer": scorer,
+                    "n": len(known),
+                    "rho": rho,
+                    "low": float(low),
+                    "high": float(high),
+                }
+            )
     return pd.DataFrame(rows, columns=["dictionary", "scorer", "n", "rho", "low", "high"])
 
 

@@ -4,10 +4,11 @@ A step is forward, mean squared error, backward and Adam on a Lorsa of random we
 
     max(floating-point operations / matmul rate, bytes / copy bandwidth)
 
-with rate and bandwidth measured between the steps of the same run, so that a slow or busy machine lowers both sides. Counted
-operations are those that no correct step can avoid: the projections and the gradients of their weights (none to the frozen
-input), causal attention, in the backward pass for the queries in which a head of the group was kept (counted in this run), and
-K rows a token in the decode and its two gradients. Counted bytes: weights are read, gradients written, Adam reads and writes.
+with rate and bandwidth measured between the steps of the same run, so that a slow or busy machine lowers both sides.
+Counted operations are those that no correct step can avoid: the projections and the gradients of their weights (none to
+the frozen input), causal attention, in the backward pass for the queries in which a head of the group was kept (counted
+in this run), and K rows a token in the decode and its two gradients. Counted bytes: weights are read, gradients
+written, Adam reads and writes.
 
 The baselines are plain PyTorch: SDPA and a dense decode, eager and compiled. No backend is timed before its output and
 gradients agreed with a float64 computation.
@@ -80,12 +81,17 @@ SHAPES = {
     "pythia-1024": Shape(768, 96, 64, 6144, 64, 8, 1024),
     "llama": Shape(4096, 256, 128, 32768, 128, 4, 1024),
 }
-"""A: a small layer of the width of SmolLM2. B: the layer that the paper trains for Pythia-160M, in a small batch; pythia and
-pythia-1024: in large ones. llama: the one for Llama-3.1-8B."""
+"""A: a small layer of the width of SmolLM2.
+
+B: the layer that the paper trains for Pythia-160M, in a small batch; pythia and pythia-1024: in large ones. llama: the
+one for Llama-3.1-8B."""
 
 
 class PlainLorsa(Lorsa):
-    """The baseline: what one writes first in PyTorch. SDPA, activations of all heads in one dense tensor, dense decode."""
+    """The baseline: what one writes first in PyTorch.
+
+    SDPA, activations of all heads in one dense tensor, dense decode.
+    """
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Output [batch, length, d_model] for x [batch, length, d_model]."""
@@ -176,10 +182,18 @@ def check(name: str, shape: Shape, device: torch.device) -> None:
         with _autocast(device):
             loss = (made.run(x.to(device)).float() - y.to(device)).square().mean()
         loss.backward()
-        found = {key: parameter.grad.double().cpu() for key, parameter in made.module.named_parameters() if parameter.grad is not None}
-        errors[candidate] = max(float((found[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted if key in found)
+        found = {
+            key: parameter.grad.double().cpu()
+            for key, parameter in made.module.named_parameters()
+            if parameter.grad is not None
+        }
+        errors[candidate] = max(
+            float((found[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted if key in found
+        )
         if found.keys() != wanted.keys():
-            raise store.UserError(f"The backend {candidate} gives no gradient for {sorted(wanted.keys() - found.keys())}; it is not timed.")
+            raise store.UserError(
+                f"The backend {candidate} gives no gradient for {sorted(wanted.keys() - found.keys())}; it is not timed."
+            )
     # One kept head more or less, where bf16 rounding decides a near tie, moves single rows: hence a factor.
     if not errors[name] <= 2 * errors["plain"] + 1e-5:
         raise store.UserError(
@@ -217,7 +231,13 @@ def _step(candidate: Candidate, x: Tensor, y: Tensor, clock: Clock) -> dict[str,
     candidate.optimizer.step()
     candidate.optimizer.zero_grad(set_to_none=True)
     marks.append(clock.now())
-    parts = dict(zip(("forward_ms", "backward_ms", "adam_ms"), (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+    parts = dict(
+        zip(
+            ("forward_ms", "backward_ms", "adam_ms"),
+            (b - a for a, b in zip(marks, marks[1:], strict=False)),
+            strict=True,
+        )
+    )
     return {**parts, "step_ms": marks[-1] - marks[0]}
 
 
@@ -261,7 +281,9 @@ def visited_pairs(indices: Tensor, shape: Shape) -> tuple[float, int]:
         indices: kept heads, [batch, length, k].
     """
     group = indices // (shape.n_heads // shape.n_qk)
-    visited = torch.zeros(shape.batch, shape.length, shape.n_qk, dtype=torch.bool, device=indices.device).scatter_(2, group, True)
+    visited = torch.zeros(shape.batch, shape.length, shape.n_qk, dtype=torch.bool, device=indices.device).scatter_(
+        2, group, True
+    )
     seen = torch.arange(1, shape.length + 1, device=indices.device)[None, :, None]
     return float(visited.double().mean()), int((visited * seen).sum())
 
@@ -295,7 +317,9 @@ def peak_mb(name: str, shape_name: str, device: torch.device) -> float:
     script = f"import torch; from lorsa_utils import bench; print(bench._peak_here({name!r}, {shape_name!r}, torch.device('cpu')))"
     search_path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": search_path}
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    answer = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
+    )
     return float(answer.stdout.split()[-1]) if answer.returncode == 0 else float("nan")
 
 
@@ -319,7 +343,9 @@ def _peak_here(name: str, shape_name: str, device: torch.device) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6 - before
 
 
-def measure(shape_name: str, device: str | torch.device = "cpu", names: Sequence[str] | None = None, rounds: int = 15) -> pd.DataFrame:
+def measure(
+    shape_name: str, device: str | torch.device = "cpu", names: Sequence[str] | None = None, rounds: int = 15
+) -> pd.DataFrame:
     """Time every backend on a shape, in alternating order.
 
     Args:

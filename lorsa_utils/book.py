@@ -79,7 +79,11 @@ def show(folder: str | Path, item: str) -> None:
 
 def device(folder: str | Path, name: str) -> str:
     """The device that a notebook's figures were made on; `unknown` when no record says so."""
-    found = [record["versions"]["device"] for record in figure_records(Path(folder)) if record["notebook"] == name and "versions" in record]
+    found = [
+        record["versions"]["device"]
+        for record in figure_records(Path(folder))
+        if record["notebook"] == name and "versions" in record
+    ]
     return str(found[0]) if found else "unknown"
 
 
@@ -90,8 +94,9 @@ def costs(folder: str | Path) -> pd.DataFrame:
         folder: run folder.
 
     Returns:
-        columns `module` (its folder's name without the hash), `kind`, `layer`, `units`, `tokens`, `minutes` (steps alone: no pass of the
-        model, no reading of the cache), `tokens_per_s`; sorted by name. Empty when nothing was trained.
+        columns `module` (its folder's name without the hash), `kind`, `layer`, `units`, `tokens`, `minutes` (steps
+        alone: no pass of the model, no reading of the cache), `tokens_per_s`; sorted by name. Empty when nothing was
+        trained.
     """
     rows = []
     for log in sorted(Path(folder).glob("runs/*/metrics.jsonl")):

@@ -1,9 +1,9 @@
 """Small checkpoints: trained modules that travel with the repository, a quarter of their size, and say where they come from.
 
-`data/checkpoints/<name>/` is a run folder like any other (`config.json`, `model.safetensors`, `metrics.jsonl`, `results.json`), so
-everything that takes one takes it. Read and write directions are stored as int8 with one scale a row, queries and keys as
-float16 (small errors there move whole patterns), biases as float32. `checkpoint.json` holds the hashes and the command,
-`README.md` the model card.
+`data/checkpoints/<name>/` is a run folder like any other (`config.json`, `model.safetensors`, `metrics.jsonl`,
+`results.json`), so everything that takes one takes it. Read and write directions are stored as int8 with one scale a
+row, queries and keys as float16 (small errors there move whole patterns), biases as float32. `checkpoint.json` holds
+the hashes and the command, `README.md` the model card.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LICENCES = {"smollm2": "apache-2.0", **{preset.model: preset.licence for preset 
 """Licence of the language model that a module's weights derive from."""
 
 
-# ------------------------------------------------------------------------------------------------------------ pack and unpack
+# ---- pack and unpack
 
 
 def pack(run_folder: str | Path, target: str | Path, *, command: str | None = None) -> Path:
@@ -52,7 +52,8 @@ def pack(run_folder: str | Path, target: str | Path, *, command: str | None = No
         `target`.
 
     Raises:
-        UserError: the run is not finished, its weights lose more than `LARGEST_ERROR`, or `target` holds something else.
+        UserError: the run is not finished, its weights lose more than `LARGEST_ERROR`, or `target` holds something
+            else.
     """
     source, folder = Path(run_folder), Path(target)
     module = load_module(source)
@@ -103,21 +104,30 @@ def check(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder)
     if not (path / "checkpoint.json").is_file():
-        raise store.UserError(f"{path} holds no checkpoint (checkpoint.json is missing); give a folder below data/checkpoints.")
+        raise store.UserError(
+            f"{path} holds no checkpoint (checkpoint.json is missing); give a folder below data/checkpoints."
+        )
     facts: dict[str, Any] = store.read_json(path / "checkpoint.json")
     weights = path / "model.safetensors"
     if not weights.is_file() or store.sha256_file(weights) != facts.get("sha256"):
-        raise store.UserError(f"{weights} is not the file that was packed (another SHA-256); restore it, with git for instance.")
+        raise store.UserError(
+            f"{weights} is not the file that was packed (another SHA-256); restore it, with git for instance."
+        )
     return facts
 
 
 def find(
-    model: LanguageModel, layer: int, kind: str, shape: LorsaConfig | SAEConfig | None = None, folder: str | Path | None = None
+    model: LanguageModel,
+    layer: int,
+    kind: str,
+    shape: LorsaConfig | SAEConfig | None = None,
+    folder: str | Path | None = None,
 ) -> Path | None:
     """The shipped checkpoint of a layer of a language model, None when there is none.
 
     Args:
-        model: it was trained on; the same weights, or the same name and tokenizer where they were loaded in another dtype.
+        model: it was trained on; the same weights, or the same name and tokenizer where they were loaded in another
+            dtype.
         layer: attention layer.
         kind: `lorsa`, `sae` or `transcoder`.
         shape: when given, only a module of this very shape will do.
@@ -156,11 +166,19 @@ def _compacted(module: Lorsa | SAE, source: Path) -> dict[str, Tensor]:
     """
     small: dict[str, Tensor] = {}
     for name, weight in module.state_dict().items():
-        parts = {name: weight.half()} if name in FLOAT16 else store.compact(name, weight) if name in INT8 else {name: weight}
+        parts = (
+            {name: weight.half()}
+            if name in FLOAT16
+            else store.compact(name, weight)
+            if name in INT8
+            else {name: weight}
+        )
         back = store.expand(dict(parts), source)[name].float()
         lost = float((back - weight).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
         if not lost <= LARGEST_ERROR:
-            raise store.UserError(f"{source}: {name} would lose {lost:.1%} of its norm in the small form; share the run folder as it is.")
+            raise store.UserError(
+                f"{source}: {name} would lose {lost:.1%} of its norm in the small form; share the run folder as it is."
+            )
         small |= parts
     return small
 
@@ -190,7 +208,7 @@ def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "source": source}
 
 
-# ----------------------------------------------------------------------------------------------------------------- model card
+# ---- model card
 
 
 def train_command(config: Mapping[str, Any]) -> str:
@@ -217,11 +235,14 @@ def train_command(config: Mapping[str, Any]) -> str:
     return shlex.join([*map(str, words), "--out", "DIR"])
 
 
-def model_card(folder: str | Path, facts: Mapping[str, Any] | None = None, licence: str | None = None, loading: str | None = None) -> str:
+def model_card(
+    folder: str | Path, facts: Mapping[str, Any] | None = None, licence: str | None = None, loading: str | None = None
+) -> str:
     """Markdown that says what a run folder holds: model, layer, training, results, licence, how to load it.
 
     Args:
-        folder: with `config.json` and, where they are, `metrics.jsonl` and `results*.json` (each becomes a row of the table).
+        folder: with `config.json` and, where they are, `metrics.jsonl` and `results*.json` (each becomes a row of the
+            table).
         facts: of `checkpoint.json`.
         licence: of the weights, as the Hub spells it; by default that of the language model where it is known.
         loading: how to load it, when not with this kit.
@@ -235,9 +256,15 @@ def model_card(folder: str | Path, facts: Mapping[str, Any] | None = None, licen
     weights = source.get("model_sha256") or "not recorded"
     rows = [("language model", f"{model} (SHA-256 of weights {weights[:12]})"), ("layer", config.get("layer"))]
     rows += [(key, value) for key, value in module.items() if not isinstance(value, dict)]
-    rows += [("training tokens", f"{train['tokens']:,}"), ("seed", train["seed"]), ("context", source.get("context"))] if train else []
+    rows += (
+        [("training tokens", f"{train['tokens']:,}"), ("seed", train["seed"]), ("context", source.get("context"))]
+        if train
+        else []
+    )
     text = source.get("text")
-    rows += [("training text", ", ".join(text) if isinstance(text, list) else EMBEDDED_TEXT if text == "embedded" else text)]
+    rows += [
+        ("training text", ", ".join(text) if isinstance(text, list) else EMBEDDED_TEXT if text == "embedded" else text)
+    ]
     parts = [
         f"---\nlicense: {licence}\ntags: [lorsa, sparse-attention, interpretability]\n---\n",
         f"# {title} for layer {config.get('layer')} of {model}\n",

@@ -5,18 +5,20 @@ At each chosen layer the attention output is an exact sum of nodes:
     output = bias + sum of what its units write + error          (Lorsa heads, SAE features)
     output = bias + sum of what its MHSA heads write             (MHSA heads; the error is 0)
 
-The error node is whatever the units leave over. It is a node like the others, is removed or kept by choice, and is counted in every table.
-All other layers and the MLPs stay as they are. Nodes are numbered in one row: the units of the first layer, its error, the units of the
-second layer, its error, and so on.
+The error node is whatever the units leave over. It is a node like the others, is removed or kept by choice, and is
+counted in every table. All other layers and the MLPs stay as they are. Nodes are numbered in one row: the units of the
+first layer, its error, the units of the second layer, its error, and so on.
 
-Removing a set of nodes means that what they write is replaced by what they write elsewhere: nothing (`zero`), their mean over text
-(`mean`), or what they write at the same position of a paired corrupted prompt (`resample`). Everything is computed live, in this order:
-output - written by the removed nodes + written by them elsewhere. So removing nothing gives the model's own logits bit for bit, and
-removing all nodes of a layer by resampling gives that layer's output on the corrupted prompt, whatever the kind of units.
+Removing a set of nodes means that what they write is replaced by what they write elsewhere: nothing (`zero`), their
+mean over text (`mean`), or what they write at the same position of a paired corrupted prompt (`resample`). Everything
+is computed live, in this order: output - written by the removed nodes + written by them elsewhere. So removing nothing
+gives the model's own logits bit for bit, and removing all nodes of a layer by resampling gives that layer's output on
+the corrupted prompt, whatever the kind of units.
 
-The effect of a node is the fall of the metric when that node alone is removed. `attribute` estimates all effects at once by gradients
-(attribution patching, Nanda 2023; integrated gradients, Sundararajan et al. 2017), `effects` measures them, `path_effect` measures what
-one set of nodes does through another alone (path patching, Goldowsky-Dill et al. 2023).
+The effect of a node is the fall of the metric when that node alone is removed. `attribute` estimates all effects at
+once by gradients (attribution patching, Nanda 2023; integrated gradients, Sundararajan et al. 2017), `effects` measures
+them, `path_effect` measures what one set of nodes does through another alone (path patching, Goldowsky-Dill et al.
+2023).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from lorsa_utils.tasks import Task, metric
 KINDS = ("lorsa", "sae", "mhsa")
 
 
-# ------------------------------------------------------------------------------------------------------------------ activity
+# ---- activity
 
 
 class Activity(abc.ABC):
@@ -124,7 +126,7 @@ class ConstantActivity(Activity):
         return self
 
 
-# --------------------------------------------------------------------------------------------------------------- one layer
+# ---- one layer
 
 
 class LayerNodes(abc.ABC):
@@ -166,7 +168,9 @@ class SparseNodes(LayerNodes):
         if self.kind not in KINDS:
             raise UserError("A transcoder does not rebuild the attention output; give a Lorsa or an SAE.")
         if module.W_O.shape[1] != site.d_model:
-            raise UserError(f"The module has width {module.W_O.shape[1]}, the model {site.d_model}; give one trained on this model.")
+            raise UserError(
+                f"The module has width {module.W_O.shape[1]}, the model {site.d_model}; give one trained on this model."
+            )
 
     def read(self, x: Tensor, y: Tensor) -> SparseActivity:
         """See `LayerNodes.read`."""
@@ -178,12 +182,19 @@ class SparseNodes(LayerNodes):
     def mean(self, x: Tensor, y: Tensor, mask: Tensor) -> ConstantActivity:
         """See `LayerNodes.mean`."""
         activity = self.read(x, y)
-        totals = activity.values.new_zeros(self.n).index_add_(0, activity.indices[mask].flatten(), activity.values[mask].flatten())
+        totals = activity.values.new_zeros(self.n).index_add_(
+            0, activity.indices[mask].flatten(), activity.values[mask].flatten()
+        )
         n = mask.sum().clamp_min(1)
-        return ConstantActivity(torch.cat([totals[:, None] / n * activity.W_O, activity.error[mask].sum(dim=0, keepdim=True) / n]))
+        return ConstantActivity(
+            torch.cat([totals[:, None] / n * activity.W_O, activity.error[mask].sum(dim=0, keepdim=True) / n])
+        )
 
     def parameters(self, units: Sequence[int]) -> int:
-        """See `LayerNodes.parameters`. SAE features read the layer's output, so the layer's own weights count as well."""
+        """See `LayerNodes.parameters`.
+
+        SAE features read the layer's output, so the layer's own weights count as well.
+        """
         own = 2 * self.module.W_O.shape[1] * len(units)
         if not units:
             return 0
@@ -217,7 +228,7 @@ class MHSANodes(LayerNodes):
         return size * (2 * len(units) + 2 * len({unit // shared for unit in units}))
 
 
-# ------------------------------------------------------------------------------------------------------------- whole model
+# ---- whole model
 
 
 class Node(NamedTuple):
@@ -275,7 +286,9 @@ class SparseModel:
         """
         if node.layer not in self.columns:
             known = ", ".join(str(layer) for layer in self.layers)
-            raise UserError(f"Layer {node.layer} has no {self.kind} here (layers {known} have); train one with `lorsa train --layer`.")
+            raise UserError(
+                f"Layer {node.layer} has no {self.kind} here (layers {known} have); train one with `lorsa train --layer`."
+            )
         columns, n = self.columns[node.layer], self.layers[node.layer].n
         if node.unit is not None and not 0 <= node.unit < n:
             raise UserError(f"Layer {node.layer} has no unit {node.unit}; choose one from 0 to {n - 1}.")
@@ -300,7 +313,10 @@ class SparseModel:
     def read(self, tokens: Tensor) -> dict[int, Activity]:
         """What all nodes write on some tokens [batch, length], in one pass."""
         captured = self.model.capture(tokens, list(self.layers))
-        return {layer: nodes.read(captured[layer][0].float(), captured[layer][1].float()) for layer, nodes in self.layers.items()}
+        return {
+            layer: nodes.read(captured[layer][0].float(), captured[layer][1].float())
+            for layer, nodes in self.layers.items()
+        }
 
     @torch.no_grad()
     def means(self, tokens: Tensor, mask: Tensor) -> dict[int, Activity]:
@@ -351,7 +367,7 @@ def take_apart(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequen
     return SparseModel(model, {layer: MHSANodes(model.site(layer)) for layer in modules})
 
 
-# ------------------------------------------------------------------------------------------------------------- effects
+# ---- effects
 
 
 class Baseline(NamedTuple):
@@ -372,8 +388,8 @@ def baseline(sparse: SparseModel, task: Task, kind: str = "resample") -> Baselin
     Args:
         sparse: the model.
         task: its prompts.
-        kind: `zero`; `mean` over all tokens of the task's clean and corrupted prompts; `resample`: at the same position of the paired
-            corrupted prompt.
+        kind: `zero`; `mean` over all tokens of the task's clean and corrupted prompts; `resample`: at the same position
+            of the paired corrupted prompt.
 
     Raises:
         UserError: unknown kind.
@@ -432,12 +448,19 @@ def measure(
             mine = nodes[None] if nodes.dim() == 1 else nodes[rows]
             with sparse.removed(mine.to(sparse.model.device), instead.rows(rows)):
                 logits = last_logits(sparse.model, task.clean[rows], task.position[rows])
-            found[number, rows] = metric(name, logits, task.rows(rows), None if reference is None else reference[rows]).cpu()
+            found[number, rows] = metric(
+                name, logits, task.rows(rows), None if reference is None else reference[rows]
+            ).cpu()
     return found
 
 
 def effects(
-    sparse: SparseModel, task: Task, nodes: Sequence[int], instead: Baseline, name: str = "logit_difference", batch_size: int = 32
+    sparse: SparseModel,
+    task: Task,
+    nodes: Sequence[int],
+    instead: Baseline,
+    name: str = "logit_difference",
+    batch_size: int = 32,
 ) -> Tensor:
     """Exact effect of each node on each prompt: the metric's fall when it alone is removed, [n_chosen, n_prompts].
 
@@ -460,9 +483,10 @@ def attribute(
 ) -> Tensor:
     """Estimated effect of every node on each prompt, all at once: [n_prompts, n_nodes].
 
-    With one step: gradient of the metric with respect to what a layer writes, at the clean prompt, times what the node writes minus what
-    it writes elsewhere, summed over positions. With more steps the gradient is averaged along the straight line between the
-    layer's output elsewhere and on the clean prompt (integrated gradients, midpoint rule, one layer at a time).
+    With one step: gradient of the metric with respect to what a layer writes, at the clean prompt, times what the node
+    writes minus what it writes elsewhere, summed over positions. With more steps the gradient is averaged along the
+    straight line between the layer's output elsewhere and on the clean prompt (integrated gradients, midpoint rule, one
+    layer at a time).
 
     Cost: one forward and backward pass for each batch, with more steps one for each layer and step.
     """
@@ -475,7 +499,10 @@ def attribute(
         if steps == 1:
             slopes = gradients(sparse, part, name, {}, list(sparse.layers), ref)
         else:
-            slopes = {layer: _mean_gradient(sparse, part, name, layer, clean[layer], other[layer], steps, ref) for layer in sparse.layers}
+            slopes = {
+                layer: _mean_gradient(sparse, part, name, layer, clean[layer], other[layer], steps, ref)
+                for layer in sparse.layers
+            }
         for layer, columns in sparse.columns.items():
             change = clean[layer].along(slopes[layer]) - other[layer].along(slopes[layer])
             found[rows, columns] = change.sum(dim=1).cpu()
@@ -483,7 +510,12 @@ def attribute(
 
 
 def gradients(
-    sparse: SparseModel, task: Task, name: str, shifts: Mapping[int, Tensor], layers: Sequence[int], reference: Tensor | None
+    sparse: SparseModel,
+    task: Task,
+    name: str,
+    shifts: Mapping[int, Tensor],
+    layers: Sequence[int],
+    reference: Tensor | None,
 ) -> dict[int, Tensor]:
     """Gradient of the summed metric with respect to what layers write, where some outputs are shifted: [batch, length, d_model] each."""
     leaves: dict[int, Tensor] = {}
@@ -503,7 +535,14 @@ def gradients(
 
 
 def _mean_gradient(
-    sparse: SparseModel, task: Task, name: str, layer: int, clean: Activity, other: Activity, steps: int, reference: Tensor | None
+    sparse: SparseModel,
+    task: Task,
+    name: str,
+    layer: int,
+    clean: Activity,
+    other: Activity,
+    steps: int,
+    reference: Tensor | None,
 ) -> Tensor:
     every = torch.ones(1, 1, sparse.layers[layer].n + 1, dtype=torch.bool, device=sparse.model.device)
     change = other.written(every) - clean.written(every)
@@ -514,14 +553,19 @@ def _mean_gradient(
 
 @torch.no_grad()
 def path_effect(
-    sparse: SparseModel, task: Task, senders: Sequence[int], receivers: Sequence[int], instead: Baseline, name: str = "logit_difference"
+    sparse: SparseModel,
+    task: Task,
+    senders: Sequence[int],
+    receivers: Sequence[int],
+    instead: Baseline,
+    name: str = "logit_difference",
 ) -> Tensor:
     """The metric's fall when the change of the senders reaches the receivers alone, [n_prompts].
 
-    Two passes. In the first the senders are removed while all other nodes write what they wrote on the clean prompt, so that the change
-    travels through the residual stream, the MLPs and the layers that are not taken apart; what the receivers would write is
-    recorded. In the second only the receivers write that. Without receivers the result is the first pass's: the effect on the logits that
-    passes through no other node.
+    Two passes. In the first the senders are removed while all other nodes write what they wrote on the clean prompt, so
+    that the change travels through the residual stream, the MLPs and the layers that are not taken apart; what the
+    receivers would write is recorded. In the second only the receivers write that. Without receivers the result is the
+    first pass's: the effect on the logits that passes through no other node.
     """
     clean, other = sparse.read(task.clean), instead.activity
     outputs = {layer: y for layer, (_, y) in sparse.model.capture(task.clean, list(sparse.layers)).items()}

@@ -2,10 +2,10 @@
 
 1. A row names the claim, its source, how far our wording of it can be trusted (`TRUST`), where our number is recorded
    (`notebook/key` of results.json) and the bound that the number must meet if the claim is true of our runs.
-2. Its interval is the recorded one; without one, the number alone. If all of the interval meets the bound the claim *holds*, if none
-   of it does the claim *does not hold*.
-3. Otherwise it is *not tested*, and the row says why: no such number can be had here, its notebook was not run in this profile, or the
-   interval reaches across the bound.
+2. Its interval is the recorded one; without one, the number alone. If all of the interval meets the bound the claim
+   *holds*, if none of it does the claim *does not hold*.
+3. Otherwise it is *not tested*, and the row says why: no such number can be had here, its notebook was not run in this
+   profile, or the interval reaches across the bound.
 
 data/paper/results.csv keeps the numbers of one run, from which README's table is rendered (`lorsa claims --publish`).
 """
@@ -114,7 +114,7 @@ class Finding:
         return ", ".join(dict.fromkeys(place.split("/")[0] for place in _places(self.claim.at)))
 
 
-# ------------------------------------------------------------------------------------------------------------------- reading
+# ---- reading
 
 
 def paper_dir() -> Path:
@@ -127,7 +127,8 @@ def read_claims(file: str | Path | None = None) -> list[Claim]:
     """All rows of claims.csv in the order of `ITEMS`.
 
     Raises:
-        UserError: a row has no id, claim or source, an unknown id or trust, a bound that cannot be read, or neither a number nor a reason.
+        UserError: a row has no id, claim or source, an unknown id or trust, a bound that cannot be read, or neither a
+            number nor a reason.
     """
     path = paper_dir() / "claims.csv" if file is None else Path(file)
     claims = [Claim(**row) for row in _read_csv(path, tuple(Claim.__dataclass_fields__))]
@@ -175,7 +176,7 @@ def _places(at: str) -> list[str]:
     return re.split(r" [-+/] ", at) if at else []
 
 
-# ------------------------------------------------------------------------------------------------------------------- numbers
+# ---- numbers
 
 
 def numbers(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]], profile: Profile) -> dict[str, Number]:
@@ -198,7 +199,10 @@ def numbers(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]], p
 
 
 def _recorded(place: str, results: Mapping[str, Mapping[str, Any]], profile: Profile) -> Number | None:
-    """A recorded number. Its interval is recorded with it as {value, low, high}, or beside it as key_low and key_high."""
+    """A recorded number.
+
+    Its interval is recorded with it as {value, low, high}, or beside it as key_low and key_high.
+    """
     layers = {"layer": f"{profile.layer:02d}", "first": f"{profile.layers[0]:02d}", "last": f"{profile.layers[-1]:02d}"}
     name, pattern = place.split("/", 1)
     key, values = pattern.format(k=profile.k, **layers), results.get(name, {})
@@ -206,7 +210,11 @@ def _recorded(place: str, results: Mapping[str, Mapping[str, Any]], profile: Pro
     if isinstance(value, Mapping):
         main = [item for part, item in value.items() if part not in ("low", "high") and isinstance(item, int | float)]
         return Number(float(main[0]), value.get("low"), value.get("high")) if main else None
-    return Number(float(value), values.get(f"{key}_low"), values.get(f"{key}_high")) if isinstance(value, int | float) else None
+    return (
+        Number(float(value), values.get(f"{key}_low"), values.get(f"{key}_high"))
+        if isinstance(value, int | float)
+        else None
+    )
 
 
 def _combine(parts: Sequence[Number], signs: Sequence[str]) -> Number:
@@ -214,7 +222,15 @@ def _combine(parts: Sequence[Number], signs: Sequence[str]) -> Number:
         return parts[0]
     total = parts[0].value
     for sign, part in zip(signs, parts[1:], strict=True):
-        total = total - part.value if sign == "-" else total + part.value if sign == "+" else total / part.value if part.value else math.nan
+        total = (
+            total - part.value
+            if sign == "-"
+            else total + part.value
+            if sign == "+"
+            else total / part.value
+            if part.value
+            else math.nan
+        )
     return Number(total)
 
 
@@ -253,7 +269,7 @@ def findings(claims: Sequence[Claim], found: Mapping[str, Number]) -> list[Findi
     return rows
 
 
-# -------------------------------------------------------------------------------------------------------------------- tables
+# ---- tables
 
 
 def table(rows: Sequence[Finding], profile: str) -> pd.DataFrame:
@@ -262,10 +278,18 @@ def table(rows: Sequence[Finding], profile: str) -> pd.DataFrame:
     for row in rows:
         claim, number = row.claim, row.number
         ours = f"{claim.measure}: {short(number.value)}" if number else "none"
-        interval = "none" if number is None else "one value" if number.low is None else f"{short(number.low)} to {short(number.high)}"
+        interval = (
+            "none"
+            if number is None
+            else "one value"
+            if number.low is None
+            else f"{short(number.low)} to {short(number.high)}"
+        )
         place = row.notebook.replace(", ", ",\n") or "none"
         about = (claim.id, claim.claim, claim.source, claim.trust)
-        lines.append((*about, ours, interval, profile if number else "none", place, row.verdict, row.why or "no remark"))
+        lines.append(
+            (*about, ours, interval, profile if number else "none", place, row.verdict, row.why or "no remark")
+        )
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
@@ -279,7 +303,11 @@ def short(value: float | None) -> str:
 def count(rows: Sequence[Finding]) -> str:
     """How many claims hold, do not hold and were not tested, in a sentence."""
     verdicts = [row.verdict for row in rows]
-    return f"{len(rows)} statements: " + ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in (HOLDS, FAILS, UNTESTED)) + "."
+    return (
+        f"{len(rows)} statements: "
+        + ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in (HOLDS, FAILS, UNTESTED))
+        + "."
+    )
 
 
 def of_run(folder: str | Path, profile: str) -> list[Finding]:
@@ -288,7 +316,7 @@ def of_run(folder: str | Path, profile: str) -> list[Finding]:
     return findings(claims, numbers(claims, notebook.read_results(folder), get_profile(profile)))
 
 
-# ----------------------------------------------------------------------------------------------------------------- publishing
+# ---- publishing
 
 _PUBLISHED = ("at", "value", "low", "high", "profile", "commit")
 
@@ -311,7 +339,9 @@ def publish(folder: str | Path, profile: str, readme: str | Path) -> list[Findin
     place = Path(readme)
     text = place.read_text(encoding="utf-8") if place.is_file() else ""
     if _BEGIN not in text or _END not in text:
-        raise store.UserError(f"{place} has no place for the table; put the lines {_BEGIN!r} and {_END!r} where it shall stand.")
+        raise store.UserError(
+            f"{place} has no place for the table; put the lines {_BEGIN!r} and {_END!r} where it shall stand."
+        )
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_PUBLISHED)
@@ -335,9 +365,14 @@ def published() -> tuple[list[Finding], str]:
     file = paper_dir() / "results.csv"
     lines = _read_csv(file, _PUBLISHED)
     try:
-        found = {line["at"]: Number(*(float(line[key]) if line[key] else None for key in ("value", "low", "high"))) for line in lines}  # type: ignore[arg-type]
+        found = {
+            line["at"]: Number(*(float(line[key]) if line[key] else None for key in ("value", "low", "high")))
+            for line in lines
+        }  # type: ignore[arg-type]
     except ValueError as error:
-        raise store.UserError(f"{file} holds something that is no number ({error}); run `lorsa claims --publish`.") from error
+        raise store.UserError(
+            f"{file} holds something that is no number ({error}); run `lorsa claims --publish`."
+        ) from error
     return findings(read_claims(), found), ", ".join(sorted({line["profile"] for line in lines})) or "none"
 
 
@@ -351,7 +386,9 @@ def published_table() -> str:
     shown["verdict"] = "**" + shown["verdict"] + "**"
     columns = ["id", "claim", "source", "our number", "notebook", "verdict", "why"]
     lines = [columns, ["---"] * len(columns), *shown[columns].to_numpy().tolist()]
-    cells = ("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    cells = (
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
     return f"{count(rows)} Numbers are those of the {profile} profile.\n\n" + "\n".join(cells)
 
 
@@ -359,6 +396,11 @@ def as_json(rows: Sequence[Finding]) -> list[dict[str, Any]]:
     """The findings as JSON values."""
     keys = ("value", "low", "high")
     return [
-        {**asdict(row.claim), **dict(zip(keys, row.number or (None,) * 3, strict=True)), "verdict": row.verdict, "why": row.why}
+        {
+            **asdict(row.claim),
+            **dict(zip(keys, row.number or (None,) * 3, strict=True)),
+            "verdict": row.verdict,
+            "why": row.why,
+        }
         for row in rows
     ]

@@ -1,7 +1,7 @@
 """The `lorsa` command: the stages of the notebooks, one by one.
 
-Every subcommand is a function from parsed arguments to a dict. With `--json` that dict is the one thing on stdout; progress and
-warnings go to stderr. Bad input ends in one sentence on stderr and exit code 1, bad usage in exit code 2.
+Every subcommand is a function from parsed arguments to a dict. With `--json` that dict is the one thing on stdout;
+progress and warnings go to stderr. Bad input ends in one sentence on stderr and exit code 1, bad usage in exit code 2.
 
 torch and all that needs it are imported inside the functions, so that `lorsa --help` answers at once.
 """
@@ -41,7 +41,7 @@ IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that torchrun 
 OWN_OPTIONS = ("tokens", "seed", "freeze_qk", "init", "batch_size")
 
 
-# ------------------------------------------------------------------------------------------------------------------ parser
+# ---- parser
 
 
 def build_parser(train_defaults: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
@@ -53,14 +53,20 @@ def build_parser(train_defaults: Mapping[str, Any] | None = None) -> argparse.Ar
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--json", action="store_true", help="print one JSON object on stdout, everything else on stderr")
+        sub = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout, everything else on stderr"
+        )
         sub.set_defaults(run=run)
         return sub
 
     sub = command("doctor", doctor, "Tell versions, device and what is missing; estimate a profile.")
     sub.add_argument("--profile", choices=PROFILE_NAMES, help="estimate time, disk and memory of this profile")
-    sub.add_argument("--preset", choices=PRESET_NAMES, help="estimate hours, disk and memory of training all layers of this preset")
+    sub.add_argument(
+        "--preset", choices=PRESET_NAMES, help="estimate hours, disk and memory of training all layers of this preset"
+    )
 
     sub = command("fetch", fetch, "Download and convert the embedded model (SmolLM2-135M-Instruct).")
     sub.add_argument("--force", action="store_true", help="make it again even if it is there")
@@ -70,9 +76,16 @@ def build_parser(train_defaults: Mapping[str, Any] | None = None) -> argparse.Ar
     _train_options(sub)
     sub.set_defaults(**(train_defaults or {}))
 
-    sub = command("eval", evaluate, "Measure a trained module: reconstruction, and the model's loss with it in the layer's place.")
+    sub = command(
+        "eval", evaluate, "Measure a trained module: reconstruction, and the model's loss with it in the layer's place."
+    )
     sub.add_argument("folder", metavar="DIR", help="run folder of `lorsa train`")
-    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders; without, the held-out part of the run's own text")
+    sub.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="text files or folders; without, the held-out part of the run's own text",
+    )
     sub.add_argument("--tokens", type=_count, default=100_000, metavar="N", help="at most so many tokens")
     sub.add_argument("--model", metavar="M", help="where the run's model is now, when it moved")
     sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
@@ -81,43 +94,93 @@ def build_parser(train_defaults: Mapping[str, Any] | None = None) -> argparse.Ar
     sub = command("heads", heads, "Find out what the heads of a trained Lorsa do; one row a head, as Parquet.")
     sub.add_argument("folder", metavar="DIR", help="run folder of `lorsa train`")
     sub.add_argument("--out", required=True, metavar="TABLE.parquet", help="the table")
-    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders; without, the held-out part of the run's own text")
+    sub.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="text files or folders; without, the held-out part of the run's own text",
+    )
     sub.add_argument("--tokens", type=_count, default=50_000, metavar="N", help="at most so many tokens of text")
-    sub.add_argument("--removed", type=int, default=3, metavar="N", help="heads of each family whose removal from the model is measured")
+    sub.add_argument(
+        "--removed",
+        type=int,
+        default=3,
+        metavar="N",
+        help="heads of each family whose removal from the model is measured",
+    )
     sub.add_argument("--seed", type=int, default=0, help="of prompts, nulls and shuffles")
     sub.add_argument("--model", metavar="M", help="where the run's model is now, when it moved")
     sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
-    sub = command("show", show, "Write a page for one head, or for several in one pass over the text; it opens from the disk, offline.")
+    sub = command(
+        "show",
+        show,
+        "Write a page for one head, or for several in one pass over the text; it opens from the disk, offline.",
+    )
     sub.add_argument("folder", metavar="DIR", help="run folder of `lorsa train`")
     sub.add_argument("--head", type=_numbers, required=True, metavar="I", help="which head; several: 12,1956")
     sub.add_argument("--out", required=True, metavar="F.html", help="the page; a folder for several heads")
     sub.add_argument(
-        "--table", metavar="TABLE.parquet", help="of `lorsa heads`, for names and scores; without, DIR/heads.parquet if it is there"
+        "--table",
+        metavar="TABLE.parquet",
+        help="of `lorsa heads`, for names and scores; without, DIR/heads.parquet if it is there",
     )
-    sub.add_argument("--explanations", metavar="SCORES.parquet", help="of `lorsa autointerp`, for explanations and their detection scores")
     sub.add_argument(
-        "--sae", metavar="DIR", help="run folder of an SAE of the same layer, for the features nearest to what the head writes"
+        "--explanations",
+        metavar="SCORES.parquet",
+        help="of `lorsa autointerp`, for explanations and their detection scores",
     )
-    sub.add_argument("--transcoder", metavar="DIR", help="run folder of a transcoder of the same layer, for those nearest to what it reads")
-    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders; without, the held-out part of the run's own text")
+    sub.add_argument(
+        "--sae",
+        metavar="DIR",
+        help="run folder of an SAE of the same layer, for the features nearest to what the head writes",
+    )
+    sub.add_argument(
+        "--transcoder",
+        metavar="DIR",
+        help="run folder of a transcoder of the same layer, for those nearest to what it reads",
+    )
+    sub.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="text files or folders; without, the held-out part of the run's own text",
+    )
     sub.add_argument("--tokens", type=_count, default=20_000, metavar="N", help="at most so many tokens of text")
     sub.add_argument("--seed", type=int, default=0, help="of the order of the text and of random contexts")
     sub.add_argument("--model", metavar="M", help="where the run's model is now, when it moved")
     sub.add_argument("--batch-size", type=_count, default=8, help="sequences in one model pass")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
-    _circuit_options(command("circuit", circuit, "Find the nodes that a behaviour needs, and measure how much of it they carry."))
+    _circuit_options(
+        command("circuit", circuit, "Find the nodes that a behaviour needs, and measure how much of it they carry.")
+    )
 
-    _autointerp_options(command("autointerp", autointerp, "Explain units of trained modules and score the explanations."))
+    _autointerp_options(
+        command("autointerp", autointerp, "Explain units of trained modules and score the explanations.")
+    )
 
-    sub = command("import", import_, "Make a run folder from published Lorsa weights (Language-Model-SAEs or OpenMOSS/Lorsa).")
-    sub.add_argument("source", metavar="SRC", help="folder, <repo>:<folder> on the Hugging Face Hub, or a small checkpoint of this kit")
+    sub = command(
+        "import", import_, "Make a run folder from published Lorsa weights (Language-Model-SAEs or OpenMOSS/Lorsa)."
+    )
+    sub.add_argument(
+        "source",
+        metavar="SRC",
+        help="folder, <repo>:<folder> on the Hugging Face Hub, or a small checkpoint of this kit",
+    )
     sub.add_argument("folder", metavar="DIR", help="run folder to make")
-    sub.add_argument("--model", metavar="M", help="language model it is for: every reading of the weights is measured, the best taken")
-    sub.add_argument("--layer", type=int, metavar="L", help="attention layer; without, the one that the checkpoint names")
-    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders to measure on in place of the embedded text")
+    sub.add_argument(
+        "--model",
+        metavar="M",
+        help="language model it is for: every reading of the weights is measured, the best taken",
+    )
+    sub.add_argument(
+        "--layer", type=int, metavar="L", help="attention layer; without, the one that the checkpoint names"
+    )
+    sub.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text files or folders to measure on in place of the embedded text"
+    )
     sub.add_argument("--dataset", metavar="HF_ID", help="Hugging Face dataset in place of the embedded text")
     sub.add_argument("--tokens", type=_count, default=20_000, metavar="N", help="at most so many tokens of it")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -125,13 +188,22 @@ def build_parser(train_defaults: Mapping[str, Any] | None = None) -> argparse.Ar
     sub = command("export", export, "Write a trained Lorsa for Language-Model-SAEs (Llamascopium), with a model card.")
     sub.add_argument("folder", metavar="DIR", help="run folder of `lorsa train`")
     sub.add_argument("target", metavar="DST", help="folder to make")
-    sub.add_argument("--format", choices=("llamascopium", "small"), default="llamascopium", help="small: a run folder of 40 %% the size")
+    sub.add_argument(
+        "--format",
+        choices=("llamascopium", "small"),
+        default="llamascopium",
+        help="small: a run folder of 40 %% the size",
+    )
     sub.add_argument("--push", metavar="REPO_ID", help="upload DST to this repository on the Hugging Face Hub")
     sub.add_argument("--path-in-repo", metavar="FOLDER", help="folder in that repository; without, its root")
     sub.add_argument("--private", action="store_true", help="a new repository is visible to its owner only")
 
-    sub = command("bench", bench, "Time training steps against the hardware's floor and plain PyTorch; append rows to a CSV.")
-    sub.add_argument("--shape", type=_names, default=["A", "B"], metavar="S", help="A, B, pythia, pythia-1024, llama; several: A,B")
+    sub = command(
+        "bench", bench, "Time training steps against the hardware's floor and plain PyTorch; append rows to a CSV."
+    )
+    sub.add_argument(
+        "--shape", type=_names, default=["A", "B"], metavar="S", help="A, B, pythia, pythia-1024, llama; several: A,B"
+    )
     sub.add_argument("--backend", type=_names, metavar="NAME", help="only these: torch, triton, plain, plain-compiled")
     sub.add_argument("--rounds", type=_count, default=15, metavar="N", help="timed steps of each backend")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -146,16 +218,22 @@ def build_parser(train_defaults: Mapping[str, Any] | None = None) -> argparse.Ar
     sub = command("claims", claims, "Print the paper's claims beside a run's numbers and verdicts.")
     sub.add_argument("--profile", choices=PROFILE_NAMES, default="laptop", help="size of the run")
     sub.add_argument("--run-dir", metavar="DIR", help="where results are; without, data/runs/PROFILE")
-    sub.add_argument("--publish", action="store_true", help="keep the numbers in data/paper/results.csv and write README's table")
+    sub.add_argument(
+        "--publish", action="store_true", help="keep the numbers in data/paper/results.csv and write README's table"
+    )
     return parser
 
 
 def _text_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--model", default="smollm2", metavar="M", help="smollm2 (embedded), a Hub id, a local folder or a .gguf file")
+    sub.add_argument(
+        "--model", default="smollm2", metavar="M", help="smollm2 (embedded), a Hub id, a local folder or a .gguf file"
+    )
     sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders in place of the embedded text")
     sub.add_argument("--dataset", metavar="HF_ID", help="Hugging Face dataset in place of the embedded text")
     sub.add_argument("--context", type=_count, default=256, metavar="N", help="tokens in a sequence, BOS included")
-    sub.add_argument("--bos", choices=("auto", "prepend", "none"), default="auto", help="BOS in front of every sequence")
+    sub.add_argument(
+        "--bos", choices=("auto", "prepend", "none"), default="auto", help="BOS in front of every sequence"
+    )
     sub.add_argument("--held-out-tokens", type=_count, default=100_000, metavar="N", help="tokens to measure on")
     sub.add_argument("--seed", type=int, default=0, help="order of the text, and start of the module")
     sub.add_argument("--batch-size", type=_count, default=4, help="sequences in one step")
@@ -167,68 +245,137 @@ def _cache_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--layers", type=_layers, required=True, metavar="9,17", help="layers to cache, in one pass")
     sub.add_argument("--tokens", type=_count, required=True, metavar="N", help="training tokens")
     sub.add_argument("--out", required=True, metavar="DIR", help="cache folder")
-    sub.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16", help="of the activations on disk")
+    sub.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16", help="of the activations on disk"
+    )
 
 
 def _train_options(sub: argparse.ArgumentParser) -> None:
     _text_options(sub)
-    sub.add_argument("--layer", type=_layers, required=True, metavar="L", help="layer; several (9,17) train together into OUT/layer_L")
-    sub.add_argument("--preset", choices=PRESET_NAMES, help="model, text, shape and budget of the paper's suites; other options win")
+    sub.add_argument(
+        "--layer",
+        type=_layers,
+        required=True,
+        metavar="L",
+        help="layer; several (9,17) train together into OUT/layer_L",
+    )
+    sub.add_argument(
+        "--preset", choices=PRESET_NAMES, help="model, text, shape and budget of the paper's suites; other options win"
+    )
     sub.add_argument("--kind", choices=KINDS, default="lorsa", help="what to train")
-    sub.add_argument("--n-heads", type=_count, metavar="H", help="Lorsa heads, or features of an SAE; without, 8 x d_model")
+    sub.add_argument(
+        "--n-heads", type=_count, metavar="H", help="Lorsa heads, or features of an SAE; without, 8 x d_model"
+    )
     sub.add_argument("--n-qk", type=_count, metavar="Q", help="QK groups; without, as many as n_heads / d_head")
     sub.add_argument("--k", type=_count, default=64, metavar="K", help="heads kept for each token")
-    sub.add_argument("--tokens", type=_count, default=250_000, metavar="N", help="training tokens; a shorter text is read again")
+    sub.add_argument(
+        "--tokens", type=_count, default=250_000, metavar="N", help="training tokens; a shorter text is read again"
+    )
     sub.add_argument("--out", required=True, metavar="DIR", help="run folder")
-    sub.add_argument("--cache", metavar="DIR", help="read this activation cache; without, activations are computed on the way")
+    sub.add_argument(
+        "--cache", metavar="DIR", help="read this activation cache; without, activations are computed on the way"
+    )
     sub.add_argument("--init", choices=("mhsa", "random"), default="mhsa", help="start of a Lorsa")
     sub.add_argument("--freeze-qk", action="store_true", help="leave queries and keys at the start")
     sub.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     sub.add_argument(
-        "--spread", choices=("tokens", "layers"), default="tokens", help="what the processes of torchrun share: each batch, or the layers"
+        "--spread",
+        choices=("tokens", "layers"),
+        default="tokens",
+        help="what the processes of torchrun share: each batch, or the layers",
     )
-    sub.add_argument("--logger", choices=("jsonl", "tensorboard", "wandb"), default="jsonl", help="log beside metrics.jsonl")
+    sub.add_argument(
+        "--logger", choices=("jsonl", "tensorboard", "wandb"), default="jsonl", help="log beside metrics.jsonl"
+    )
     for name, kind, default, text in _config_fields("TrainConfig"):
         if name not in OWN_OPTIONS:
             option = f"--{name.replace('_', '-')}"
             # Without the option the attribute stays away, so that TrainConfig alone knows its defaults.
-            sub.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="X", help=f"{text} (default: {default})")
+            sub.add_argument(
+                option, type=kind, default=argparse.SUPPRESS, metavar="X", help=f"{text} (default: {default})"
+            )
 
 
 def _circuit_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("folders", nargs="*", metavar="DIR", help="run folders of `lorsa train`, one for each layer")
-    sub.add_argument("--nodes", choices=("lorsa", "sae", "mhsa"), default="lorsa", help="what the layers are taken apart into")
-    sub.add_argument("--task", default="induction", metavar="T", help="induction, indirect_object, successor, greater_than, agreement, ...")
-    sub.add_argument("--prompts", metavar="FILE", help="own pairs in place of the task's: JSON lines with clean, corrupted, answer, wrong")
+    sub.add_argument(
+        "--nodes", choices=("lorsa", "sae", "mhsa"), default="lorsa", help="what the layers are taken apart into"
+    )
+    sub.add_argument(
+        "--task",
+        default="induction",
+        metavar="T",
+        help="induction, indirect_object, successor, greater_than, agreement, ...",
+    )
+    sub.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="own pairs in place of the task's: JSON lines with clean, corrupted, answer, wrong",
+    )
     sub.add_argument("--layers", type=_layers, metavar="9,17", help="layers of --nodes mhsa, when no DIR names them")
     sub.add_argument(
-        "--metric", choices=("logit_difference", "loss", "kl"), default="logit_difference", help="what the circuit must keep up"
+        "--metric",
+        choices=("logit_difference", "loss", "kl"),
+        default="logit_difference",
+        help="what the circuit must keep up",
     )
-    sub.add_argument("--ablation", choices=("resample", "mean", "zero"), default="resample", help="what removed nodes write instead")
-    sub.add_argument("--pairs", type=_count, default=32, metavar="N", help="pairs of prompts; half of them rank nodes, half measure")
-    sub.add_argument("--graph", metavar="OUT.json", help="trace the first prompt and write its graph for Neuronpedia's viewer")
-    sub.add_argument("--traced", type=_count, default=64, metavar="N", help="nodes of the graph whose inputs are traced")
+    sub.add_argument(
+        "--ablation", choices=("resample", "mean", "zero"), default="resample", help="what removed nodes write instead"
+    )
+    sub.add_argument(
+        "--pairs", type=_count, default=32, metavar="N", help="pairs of prompts; half of them rank nodes, half measure"
+    )
+    sub.add_argument(
+        "--graph", metavar="OUT.json", help="trace the first prompt and write its graph for Neuronpedia's viewer"
+    )
+    sub.add_argument(
+        "--traced", type=_count, default=64, metavar="N", help="nodes of the graph whose inputs are traced"
+    )
     sub.add_argument("--out", metavar="CURVES.csv", help="write the curves as a table as well")
     sub.add_argument("--seed", type=int, default=0, help="of prompts and random sets")
-    sub.add_argument("--model", metavar="M", help="where the runs' model is now, when it moved; the model itself, when no DIR is given")
+    sub.add_argument(
+        "--model",
+        metavar="M",
+        help="where the runs' model is now, when it moved; the model itself, when no DIR is given",
+    )
     sub.add_argument("--batch-size", type=_count, default=32, help="prompts in one model pass")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
 def _autointerp_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("folders", nargs="+", metavar="DIR", help="run folders of `lorsa train`; a Lorsa and an SAE of one layer are compared")
-    sub.add_argument("--backend", choices=("rules", "local", "openai", "replay"), default="rules", help="who explains and judges")
-    sub.add_argument("--out", required=True, metavar="DIR", help="scores, tests and answers; the same folder again goes on there")
+    sub.add_argument(
+        "folders",
+        nargs="+",
+        metavar="DIR",
+        help="run folders of `lorsa train`; a Lorsa and an SAE of one layer are compared",
+    )
+    sub.add_argument(
+        "--backend", choices=("rules", "local", "openai", "replay"), default="rules", help="who explains and judges"
+    )
+    sub.add_argument(
+        "--out", required=True, metavar="DIR", help="scores, tests and answers; the same folder again goes on there"
+    )
     sub.add_argument("--units", type=_count, default=100, metavar="N", help="units of each module, drawn at random")
     sub.add_argument(
-        "--judge-model", metavar="M", help="local: as --model (without, the run's own model); openai: the server's name for it"
+        "--judge-model",
+        metavar="M",
+        help="local: as --model (without, the run's own model); openai: the server's name for it",
     )
     sub.add_argument("--answers", metavar="FILE", help="replay: answers.jsonl of an earlier run")
-    sub.add_argument("--scorers", type=_names, default=["detection", "fuzzing", "simulation"], metavar="S", help="some of these")
+    sub.add_argument(
+        "--scorers", type=_names, default=["detection", "fuzzing", "simulation"], metavar="S", help="some of these"
+    )
     sub.add_argument("--yes", action="store_true", help="openai: do not ask before the first question")
-    sub.add_argument("--prices", type=_prices, metavar="IN,OUT", help="openai: prices of a million tokens to read and to write")
+    sub.add_argument(
+        "--prices", type=_prices, metavar="IN,OUT", help="openai: prices of a million tokens to read and to write"
+    )
     sub.add_argument("--concurrency", type=_count, default=4, metavar="N", help="openai: questions at a time")
-    sub.add_argument("--text", nargs="+", metavar="FILE", help="text files or folders; without, the held-out part of the runs' own text")
+    sub.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="text files or folders; without, the held-out part of the runs' own text",
+    )
     sub.add_argument("--tokens", type=_count, default=50_000, metavar="N", help="at most so many tokens of text")
     sub.add_argument("--seed", type=int, default=0, help="of all draws")
     sub.add_argument("--model", metavar="M", help="where the runs' model is now, when it moved")
@@ -282,7 +429,7 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-# -------------------------------------------------------------------------------------------------------------------- main
+# ---- main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -366,7 +513,11 @@ def _readable(answer: Mapping[str, Any], indent: str = "") -> str:
                 f"{indent}{key}",
                 *(
                     f"{indent}  "
-                    + "  ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in row.values() if item is not None)
+                    + "  ".join(
+                        f"{item:.4g}" if isinstance(item, float) else str(item)
+                        for item in row.values()
+                        if item is not None
+                    )
                     for row in value
                 ),
             ]
@@ -378,7 +529,7 @@ def _readable(answer: Mapping[str, Any], indent: str = "") -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------ text to tokens
+# ---- text to tokens
 
 
 def _corpus(text: Sequence[str] | None, dataset: str | None, n_tokens: int) -> tuple[Corpus, str | list[str]]:
@@ -397,15 +548,23 @@ def _splits(arguments: argparse.Namespace, model: LanguageModel) -> tuple[dict[s
 
     corpus, name = _corpus(arguments.text, arguments.dataset, arguments.tokens + arguments.held_out_tokens)
     splits = {}
-    for split, documents, n_tokens in (("train", corpus.train, arguments.tokens), ("held_out", corpus.held_out, arguments.held_out_tokens)):
+    for split, documents, n_tokens in (
+        ("train", corpus.train, arguments.tokens),
+        ("held_out", corpus.held_out, arguments.held_out_tokens),
+    ):
         if documents or split == "train":
             splits[split] = tokenize(
-                documents, model.tokenizer, context=arguments.context, n_tokens=n_tokens, bos_policy=arguments.bos, seed=arguments.seed
+                documents,
+                model.tokenizer,
+                context=arguments.context,
+                n_tokens=n_tokens,
+                bos_policy=arguments.bos,
+                seed=arguments.seed,
             )
     return splits, name
 
 
-# ------------------------------------------------------------------------------------------------------------------ commands
+# ---- commands
 
 
 def fetch(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -437,7 +596,9 @@ def cache(arguments: argparse.Namespace) -> dict[str, Any]:
         _note(sentence)
     before = _cached_tokens(out)
     began = time.perf_counter()
-    activations.build_cache(model, splits, arguments.layers, out, dtype=arguments.dtype, batch_size=arguments.batch_size, text=text)
+    activations.build_cache(
+        model, splits, arguments.layers, out, dtype=arguments.dtype, batch_size=arguments.batch_size, text=text
+    )
     seconds = time.perf_counter() - began
     manifest = store.read_json(out / "manifest.json")
     return {
@@ -475,7 +636,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             answers = _train_layers(arguments, world)
         else:
             if world.size > len(arguments.layer):
-                raise store.UserError(f"{world.size} processes cannot share {len(arguments.layer)} layers; start fewer.")
+                raise store.UserError(
+                    f"{world.size} processes cannot share {len(arguments.layer)} layers; start fewer."
+                )
             arguments.layer = arguments.layer[world.rank :: world.size]
             answers = world.gather(_train_layers(arguments, World()))
     if len(arguments.folders) == 1 and answers:
@@ -547,12 +710,16 @@ def _sources(arguments: argparse.Namespace, model: LanguageModel) -> tuple[Activ
         policy = None if arguments.bos == "auto" else arguments.bos
         sources["train"] = cached = ActivationCache(arguments.cache, "train", model=model, bos_policy=policy)
         if missing := sorted(set(arguments.layer) - set(cached.layers)):
-            raise store.UserError(f"{arguments.cache} holds layers {list(cached.layers)}, not {missing[0]}; cache that layer.")
+            raise store.UserError(
+                f"{arguments.cache} holds layers {list(cached.layers)}, not {missing[0]}; cache that layer."
+            )
         if "held_out" in store.read_json(Path(arguments.cache) / "manifest.json")["splits"]:
             sources["held_out"] = ActivationCache(arguments.cache, "held_out", model=model)
     else:
         splits, text = _splits(arguments, model)
-        sources = {split: ActivationStream(model, sequences, arguments.layer, text) for split, sequences in splits.items()}
+        sources = {
+            split: ActivationStream(model, sequences, arguments.layer, text) for split, sequences in splits.items()
+        }
     available = sources["train"].n_tokens
     if available < arguments.tokens:
         _note(f"The text holds {available:,} tokens, so it is read {arguments.tokens / available:.1f} times.")
@@ -570,7 +737,11 @@ def _tokens_seen(folder: Path) -> int:
 
 
 def _tell_cost(
-    specs: Sequence[RunSpec], source: ActivationSource, sites: Mapping[int, AttentionSite], model: LanguageModel, resume: bool
+    specs: Sequence[RunSpec],
+    source: ActivationSource,
+    sites: Mapping[int, AttentionSite],
+    model: LanguageModel,
+    resume: bool,
 ) -> None:
     """Refuse a disk that is too small; say what the run costs when it takes more than a minute."""
     from lorsa_utils import store
@@ -594,7 +765,10 @@ def _tell_cost(
 def _estimate_seconds(
     specs: Sequence[RunSpec], source: ActivationSource, sites: Mapping[int, AttentionSite], model: LanguageModel
 ) -> float:
-    """Time of the second of two batches (activations and a step of every module), times the number of steps. Nothing is kept."""
+    """Time of the second of two batches (activations and a step of every module), times the number of steps.
+
+    Nothing is kept.
+    """
     from lorsa_utils.train import Run
 
     train = specs[0].train
@@ -630,16 +804,25 @@ def _run_config(folder: Path) -> dict[str, Any]:
     _require_finished(folder)
     config: dict[str, Any] = store.read_json(folder / "config.json")
     if "source" not in config or config.get("layer") is None:
-        raise store.UserError(f"{folder} does not say which model and layer it is for; import it again with --model and --layer.")
+        raise store.UserError(
+            f"{folder} does not say which model and layer it is for; import it again with --model and --layer."
+        )
     return config
 
 
-def _sequences_of_run(documents: list[Any], model: LanguageModel, source: Mapping[str, Any], n_tokens: int, seed: int) -> Sequences:
+def _sequences_of_run(
+    documents: list[Any], model: LanguageModel, source: Mapping[str, Any], n_tokens: int, seed: int
+) -> Sequences:
     """Text cut into sequences as the run's training text was."""
     from lorsa_utils.corpus import tokenize
 
     sequences = tokenize(
-        documents, model.tokenizer, context=source["context"], n_tokens=n_tokens, bos_policy=source["bos_policy"], seed=seed
+        documents,
+        model.tokenizer,
+        context=source["context"],
+        n_tokens=n_tokens,
+        bos_policy=source["bos_policy"],
+        seed=seed,
     )
     if sequences.shortfall:
         _note(sequences.shortfall)
@@ -659,10 +842,25 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     documents = _documents(arguments.text, source.get("text"), arguments.tokens)
     sequences = _sequences_of_run(documents, model, source, arguments.tokens, config.get("train", {}).get("seed", 0))
     _tell_eval_cost(model, sequences, arguments.batch_size)
-    result = metrics.evaluate_spliced(model, config["layer"], module.to(model.device), sequences, arguments.batch_size, progress=True)
+    result = metrics.evaluate_spliced(
+        model, config["layer"], module.to(model.device), sequences, arguments.batch_size, progress=True
+    )
     if result["fvu"] > 1:
-        _note("Warning: FVU is above 1, worse than predicting the mean; this text or model is probably not what the module was made for.")
-    keys = ("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered", "l0", "dead_fraction", "n_tokens", "cosine")
+        _note(
+            "Warning: FVU is above 1, worse than predicting the mean; this text or model is probably not what the module was made for."
+        )
+    keys = (
+        "fvu",
+        "fvu_token_mean",
+        "ce",
+        "ce_spliced",
+        "ce_mean_ablated",
+        "ce_recovered",
+        "l0",
+        "dead_fraction",
+        "n_tokens",
+        "cosine",
+    )
     return {key: result[key] if math.isfinite(result[key]) else None for key in keys}
 
 
@@ -676,7 +874,9 @@ def heads(arguments: argparse.Namespace) -> dict[str, Any]:
     folder, out = Path(arguments.folder), Path(arguments.out)
     config = _run_config(folder)
     if out.suffix != ".parquet":
-        raise store.UserError(f"The table is written as Parquet; give --out a name that ends in .parquet, not {out.name}.")
+        raise store.UserError(
+            f"The table is written as Parquet; give --out a name that ends in .parquet, not {out.name}."
+        )
     lorsa = Lorsa.load(folder)
     store.require_writable(out.parent)
     source = config["source"]
@@ -740,7 +940,9 @@ def show(arguments: argparse.Namespace) -> dict[str, Any]:
         few = slice(0, min(32, len(sequences.tokens)))
         x = model.capture(sequences.tokens[few].long(), [layer])[layer][0].float()
         mean = units.mean_head_values(model.site(layer), x, sequences.mask[few].to(x.device))
-        shares = correspondence.mhsa_shares(model, layer, lorsa, mean, sequences, batch_size=arguments.batch_size).shares
+        shares = correspondence.mhsa_shares(
+            model, layer, lorsa, mean, sequences, batch_size=arguments.batch_size
+        ).shares
         options = {"table": table, "shares": shares, "sae": beside["sae"], "input_sae": beside["transcoder"]}
         options |= {"batch_size": arguments.batch_size, "seed": arguments.seed, "explanations": explanations}
         collected = evidence.collect(model, layer, lorsa, chosen, found, sequences, **options)
@@ -762,7 +964,9 @@ def _beside(folder: str | None, kind: str, config: Mapping[str, Any]) -> Any:
         return None
     module, layer = SAE.load(folder), store.read_json(Path(folder) / "config.json").get("layer")
     if module.config.kind != kind or layer != config["layer"]:
-        raise store.UserError(f"{folder} holds a {module.config.kind} of layer {layer}; give a {kind} of layer {config['layer']}.")
+        raise store.UserError(
+            f"{folder} holds a {module.config.kind} of layer {layer}; give a {kind} of layer {config['layer']}."
+        )
     return module.requires_grad_(False)
 
 
@@ -781,7 +985,9 @@ def _explanations(path: str | None, layer: int) -> dict[int, tuple[str | None, f
         rows = zip(mine["unit"].tolist(), mine["explanation"].tolist(), found, strict=True)
         return {int(unit): (str(text), None if math.isnan(score) else float(score)) for unit, text, score in rows}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a table of explanations; make it with `lorsa autointerp`.") from error
+        raise UserError(
+            f"{path} cannot be read as a table of explanations; make it with `lorsa autointerp`."
+        ) from error
 
 
 def _table_of_heads(path: str | Path, required: bool) -> Any:
@@ -837,7 +1043,9 @@ def autointerp(arguments: argparse.Namespace) -> dict[str, Any]:
         budget, sites = examples.Budget(units=arguments.units), {layer: model.site(layer) for layer in layers}
         _tell_eval_cost(model, sequences, arguments.batch_size, passes=1)
         stream = ActivationStream(model, sequences, layers)
-        text, firings = examples.collect(stream, moved, sites, model.tokenizer, budget, arguments.batch_size, arguments.seed)
+        text, firings = examples.collect(
+            stream, moved, sites, model.tokenizer, budget, arguments.batch_size, arguments.seed
+        )
         sets = [examples.examples(one, text, budget, arguments.seed) for one in firings]
         expected = study.estimate(sets, text, arguments.scorers, prices=arguments.prices)
         study.confirmed(judge, expected, lambda sentence: _agreed(sentence, arguments.yes))
@@ -872,7 +1080,10 @@ def autointerp(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _without_nan(table: Any) -> list[dict[str, Any]]:
     rows = table.to_dict("records")
-    return [{key: None if isinstance(value, float) and value != value else value for key, value in row.items()} for row in rows]
+    return [
+        {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
+        for row in rows
+    ]
 
 
 def _dictionaries(folders: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
@@ -895,7 +1106,9 @@ def _dictionaries(folders: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
         found.append(Dictionary(name, configs[-1]["layer"], module))
         for key in ("model_sha256", "context", "bos_policy"):
             if configs[-1]["source"][key] != configs[0]["source"][key]:
-                raise store.UserError(f"{folder} and {folders[0]} differ in {key.removesuffix('_sha256')}; give runs that share it.")
+                raise store.UserError(
+                    f"{folder} and {folders[0]} differ in {key.removesuffix('_sha256')}; give runs that share it."
+                )
     return found, configs[0]
 
 
@@ -940,14 +1153,20 @@ def _model_of_run(folder: Path, source: Mapping[str, Any], override: str | None,
     revision = None if override else source["revision"]
     on_gpu = resolve_device(device).type == "cuda"
     # The hash of the weights depends on their dtype, which follows the machine that trained: try this machine's first.
-    dtypes = [torch.bfloat16, torch.float32, torch.float16] if on_gpu else [torch.float32, torch.bfloat16, torch.float16]
+    dtypes = (
+        [torch.bfloat16, torch.float32, torch.float16] if on_gpu else [torch.float32, torch.bfloat16, torch.float16]
+    )
     for dtype in dtypes:
         model = load_model(name, revision=revision, device=device, dtype=dtype)
         if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
-            raise UserError(f"{name} has another tokenizer than the model that {folder} was trained on; give that model with --model.")
+            raise UserError(
+                f"{name} has another tokenizer than the model that {folder} was trained on; give that model with --model."
+            )
         if model.fingerprint == source["model_sha256"]:
             return model
-    raise UserError(f"{name} is not the model that {folder} was trained on ({source['model']}, other weights); give that one with --model.")
+    raise UserError(
+        f"{name} is not the model that {folder} was trained on ({source['model']}, other weights); give that one with --model."
+    )
 
 
 def _documents(text: Sequence[str] | None, trained_on: str | list[str] | None, n_tokens: int) -> list[Any]:
@@ -985,13 +1204,17 @@ def circuit(arguments: argparse.Namespace) -> dict[str, Any]:
     _tell_circuit_cost(sparse, task, faithfulness.usual_sizes(sparse.n_nodes), arguments.batch_size)
     kind = sparse.kind
     settings = (arguments.metric, arguments.ablation, arguments.seed)
-    curves = faithfulness.compare({kind: sparse}, task, *settings, exact_up_to=FEW_NODES, batch_size=arguments.batch_size)
+    curves = faithfulness.compare(
+        {kind: sparse}, task, *settings, exact_up_to=FEW_NODES, batch_size=arguments.batch_size
+    )
     table = faithfulness.curve_table(curves, arguments.seed)
     if arguments.out:
         store.write_text(arguments.out, table.to_csv(index=False))
     discovery, held_out = task.split()
     instead = circuits.baseline(sparse, held_out, arguments.ablation)
-    scores = faithfulness.rank_scores(sparse, discovery, arguments.metric, arguments.ablation, FEW_NODES, arguments.batch_size)
+    scores = faithfulness.rank_scores(
+        sparse, discovery, arguments.metric, arguments.ablation, FEW_NODES, arguments.batch_size
+    )
     order = faithfulness.ranking(scores, sparse.error_nodes)[:10]
     effects = circuits.effects(sparse, held_out, order, instead, arguments.metric, arguments.batch_size).mean(dim=1)
     errors = faithfulness.error_shares(sparse, held_out, instead, arguments.metric, arguments.batch_size).iloc[-1]
@@ -1003,8 +1226,13 @@ def circuit(arguments: argparse.Namespace) -> dict[str, Any]:
         "metric": float(curves[kind].all.mean()),
         "metric_without_the_layers": float(curves[kind].none.mean()),
         "error_share": float(errors["errors"]),
-        "circuit": [{"node": str(sparse.node(node)), "effect": float(effect)} for node, effect in zip(order, effects, strict=True)],
-        "curves": [{key: None if value != value else value for key, value in row.items()} for row in table.to_dict("records")],
+        "circuit": [
+            {"node": str(sparse.node(node)), "effect": float(effect)}
+            for node, effect in zip(order, effects, strict=True)
+        ],
+        "curves": [
+            {key: None if value != value else value for key, value in row.items()} for row in table.to_dict("records")
+        ],
         "graph": _graph(arguments, sparse, task, vocabulary) if arguments.graph else None,
         "seconds": time.perf_counter() - began,
     }
@@ -1021,9 +1249,13 @@ def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
     folders = [Path(folder) for folder in arguments.folders]
     if not folders:
         if arguments.nodes != "mhsa" or not arguments.layers:
-            raise store.UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
+            raise store.UserError(
+                "No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers."
+            )
         model = load_model(arguments.model or "smollm2", device=arguments.device)
-        return circuits.take_apart(model, arguments.layers), Vocabulary(model.tokenizer, _bos_id(model.tokenizer, "auto"))
+        return circuits.take_apart(model, arguments.layers), Vocabulary(
+            model.tokenizer, _bos_id(model.tokenizer, "auto")
+        )
     configs = [_run_config(folder) for folder in folders]
     if len({config["source"]["model_sha256"] for config in configs}) > 1:
         raise store.UserError("These runs were trained on different models; give runs of one model.")
@@ -1058,7 +1290,9 @@ def _task(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Task:
     except ValueError as error:
         raise store.UserError(f"{path} is not JSON lines ({error}); write one object a line.") from error
     if len(pairs) < 2 or not all(isinstance(pair, dict) for pair in pairs):
-        raise store.UserError(f"{path} needs at least two pairs, one JSON object a line: half of them rank nodes, half measure.")
+        raise store.UserError(
+            f"{path} needs at least two pairs, one JSON object a line: half of them rank nodes, half measure."
+        )
     return tasks.from_texts(vocabulary, path.stem, pairs)
 
 
@@ -1070,7 +1304,13 @@ def _tell_circuit_cost(sparse: SparseModel, task: Task, sizes: Sequence[int], ba
 
     part = task.rows(slice(0, batch_size))
     began = time.perf_counter()
-    circuits.measure(sparse, part, torch.ones(1, sparse.n_nodes, dtype=torch.bool), circuits.baseline(sparse, part), batch_size=batch_size)
+    circuits.measure(
+        sparse,
+        part,
+        torch.ones(1, sparse.n_nodes, dtype=torch.bool),
+        circuits.baseline(sparse, part),
+        batch_size=batch_size,
+    )
     seconds = (time.perf_counter() - began) / len(part) * len(task) / 2 * (3 * len(sizes) + 20)
     if seconds > 60:
         _note(f"About {3 * len(sizes) + 20} passes over {len(task) // 2} prompts: {seconds / 60:.0f} minutes.")
@@ -1108,9 +1348,13 @@ def import_(arguments: argparse.Namespace) -> dict[str, Any]:
         documents = [*corpus.train, *corpus.held_out] if arguments.text else corpus.held_out or corpus.train
 
         def sequences(context: int) -> Sequences:
-            return tokenize(documents, model.tokenizer, context=min(context, model.context_length), n_tokens=arguments.tokens)
+            return tokenize(
+                documents, model.tokenizer, context=min(context, model.context_length), n_tokens=arguments.tokens
+            )
 
-        answer = published.import_checkpoint(arguments.source, arguments.folder, model, arguments.layer, sequences, text)
+        answer = published.import_checkpoint(
+            arguments.source, arguments.folder, model, arguments.layer, sequences, text
+        )
     if answer["warning"]:
         _note(answer["warning"])
     return answer
@@ -1123,11 +1367,17 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     _require_finished(Path(arguments.folder))
     if arguments.format == "small":
         path = checkpoints.pack(arguments.folder, arguments.target)
-        answer: dict[str, Any] = {"path": str(path), "format": "small", "bytes": sum(file.stat().st_size for file in path.iterdir())}
+        answer: dict[str, Any] = {
+            "path": str(path),
+            "format": "small",
+            "bytes": sum(file.stat().st_size for file in path.iterdir()),
+        }
     else:
         answer = published.export_checkpoint(arguments.folder, arguments.target)
     if arguments.push:
-        answer["url"] = published.push_to_hub(arguments.target, arguments.push, arguments.path_in_repo, arguments.private)
+        answer["url"] = published.push_to_hub(
+            arguments.target, arguments.push, arguments.path_in_repo, arguments.private
+        )
     return answer
 
 
@@ -1142,7 +1392,10 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     for shape in arguments.shape:
         measured = bench.measure(shape, resolve_device(arguments.device), arguments.backend, arguments.rounds)
         bench.append_rows(measured, file)
-        rows += [{key: None if value != value else value for key, value in row.items()} for row in measured.to_dict("records")]
+        rows += [
+            {key: None if value != value else value for key, value in row.items()}
+            for row in measured.to_dict("records")
+        ]
     return {"file": str(file), "rows": rows}
 
 
@@ -1173,10 +1426,12 @@ def claims(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.json:
         return {"count": paper.count(rows), "claims": paper.as_json(rows)}
     shown = paper.table(rows, profile).to_dict("records")
-    return {f"{row['id']} {row['claim']}": f"{row['verdict']} ({row['our number']})" for row in shown} | {"all": paper.count(rows)}
+    return {f"{row['id']} {row['claim']}": f"{row['verdict']} ({row['our number']})" for row in shown} | {
+        "all": paper.count(rows)
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------------- doctor
+# ---- doctor
 
 
 def doctor(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -1242,7 +1497,13 @@ def _preset_estimate(name: str) -> dict[str, Any]:
 
     preset = get_preset(name)
     here = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
-    about = {"name": name, "model": preset.model, "licence": preset.licence, "shape_from": preset.source, "layers": preset.n_layers}
+    about = {
+        "name": name,
+        "model": preset.model,
+        "licence": preset.licence,
+        "shape_from": preset.source,
+        "layers": preset.n_layers,
+    }
     about |= {"tokens": preset.tokens, "how": "by arithmetic, not measured; expect several times the hours"}
     return about | {
         f"at {presets.H100_RATE / 1e12:.0f} TFLOP/s and 80 GB (H100)": presets.estimate(preset),
@@ -1254,12 +1515,17 @@ def _model_shape(name: str) -> tuple[float, int, int, int]:
     """Parameters without the embedding, layers, d_model and width of a head of a model that profiles use."""
     from lorsa_utils.config import PRESETS
 
-    shapes = {preset.model: (preset.multiplied, preset.n_layers, preset.d_model, preset.d_head) for preset in PRESETS.values()}
+    shapes = {
+        preset.model: (preset.multiplied, preset.n_layers, preset.d_model, preset.d_head) for preset in PRESETS.values()
+    }
     return shapes.get(name, (106e6, 30, 576, 64))  # smollm2
 
 
 def _profile_estimate(name: str) -> dict[str, Any]:
-    """Minutes, disk and memory of a profile. Minutes are measured ones where there are any, else from this machine's matrix rate."""
+    """Minutes, disk and memory of a profile.
+
+    Minutes are measured ones where there are any, else from this machine's matrix rate.
+    """
     from lorsa_utils.activations import bytes_per_sequence
     from lorsa_utils.bench import Shape
     from lorsa_utils.config import get_profile
@@ -1277,14 +1543,19 @@ def _profile_estimate(name: str) -> dict[str, Any]:
         minutes = None
     measured = minutes is not None
     if minutes is None:
-        # Operations a token: the model's forward pass once, a step of every Lorsa, and about 3 for each weight of an SAE.
+        # Operations a token: the model's forward pass once, a step of every Lorsa, and about 3 for each weight of an
+        # SAE.
         forward = 2 * size * (max(*profile.layers, profile.layer) + 1) / n_layers
         layer = Shape(d_model, profile.n_qk, d_head, profile.n_heads, profile.k, profile.batch_size, profile.context)
         steps = step_flops(layer) * (1 + len(profile.layers)) + 3 * len(profile.layers) * saes
         minutes = profile.train_tokens * (forward + steps) / _matmul_rate() / 60
     sequences = (profile.cache_tokens + profile.held_out_tokens) // (profile.context - 1) + 1
     disk = sequences * bytes_per_sequence(d_model, len({*profile.layers, profile.layer}), profile.context, "bfloat16")
-    memory = 4 * 1.5 * size + len(profile.layers) * 16 * (lorsa + saes) + 64 * profile.batch_size * profile.context * profile.n_heads
+    memory = (
+        4 * 1.5 * size
+        + len(profile.layers) * 16 * (lorsa + saes)
+        + 64 * profile.batch_size * profile.context * profile.n_heads
+    )
     return {
         "profile": name,
         "minutes": round(minutes, 1),

@@ -92,7 +92,10 @@ class RotaryConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.rope_type in ROPE_TYPES, f"Rope type {self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}.")
+        _check(
+            self.rope_type in ROPE_TYPES,
+            f"Rope type {self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}.",
+        )
         _check(self.rotary_dim % 2 == 0 and self.rotary_dim >= 0, f"rotary_dim must be even, not {self.rotary_dim}.")
         _check(self.rope_type == "none" or self.rotary_dim > 0, "rotary_dim must be positive when there is a rotation.")
 
@@ -133,7 +136,10 @@ class LorsaConfig(Config):
         _check(self.k <= self.n_ov_heads, f"k ({self.k}) must not exceed the number of heads ({self.n_ov_heads}).")
         _check(isinstance(self.rotary, RotaryConfig), f"rotary must be a RotaryConfig, not {self.rotary!r}.")
         _check(self.score in ("relu", "abs"), f"score must be 'relu' or 'abs', not {self.score!r}.")
-        _check(self.rotary.rotary_dim <= self.d_qk, f"rotary_dim ({self.rotary.rotary_dim}) must not exceed d_qk ({self.d_qk}).")
+        _check(
+            self.rotary.rotary_dim <= self.d_qk,
+            f"rotary_dim ({self.rotary.rotary_dim}) must not exceed d_qk ({self.d_qk}).",
+        )
 
     @property
     def group_size(self) -> int:
@@ -157,7 +163,10 @@ class SAEConfig(Config):
     k: int
     """Features kept for each token."""
     kind: Literal["sae", "transcoder"] = "sae"
-    """`sae`: reads the layer's output and rebuilds it. `transcoder`: reads the layer's input and predicts its output."""
+    """`sae`: reads the layer's output and rebuilds it.
+
+    `transcoder`: reads the layer's input and predicts its output.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,8 +231,14 @@ class TrainConfig(Config):
         for name in ("clip", "k_start", "aux_k", "aux_weight", "save_every_seconds"):
             _check(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
         for name in ("warmup", "decay", "k_warmup"):
-            _check(0 <= getattr(self, name) <= 1, f"{name} is a share of the budget, between 0 and 1, not {getattr(self, name)}.")
-        _check(self.warmup + self.decay <= 1, f"warmup ({self.warmup}) and decay ({self.decay}) together exceed the whole budget.")
+            _check(
+                0 <= getattr(self, name) <= 1,
+                f"{name} is a share of the budget, between 0 and 1, not {getattr(self, name)}.",
+            )
+        _check(
+            self.warmup + self.decay <= 1,
+            f"warmup ({self.warmup}) and decay ({self.decay}) together exceed the whole budget.",
+        )
         _check(self.init in ("mhsa", "random"), f"init must be 'mhsa' or 'random', not {self.init!r}.")
 
 

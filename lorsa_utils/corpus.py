@@ -1,8 +1,8 @@
 """Text to documents to token sequences.
 
-Text comes from the embedded corpus (an extract of the English Wikipedia and the docstrings of pinned packages), from local
-files, or from a Hugging Face dataset. It is split into train and held-out parts by whole documents, and cut into sequences that
-each come from one document.
+Text comes from the embedded corpus (an extract of the English Wikipedia and the docstrings of pinned packages), from
+local files, or from a Hugging Face dataset. It is split into train and held-out parts by whole documents, and cut into
+sequences that each come from one document.
 """
 
 from __future__ import annotations
@@ -30,24 +30,44 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from lorsa_utils.prose import module_prose, wiki_prose
-from lorsa_utils.store import UserError, data_dir, read_json, require_writable, sha256_file, sha256_json, write_json, write_text
+from lorsa_utils.store import (
+    UserError,
+    data_dir,
+    read_json,
+    require_writable,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CORPUS_VERSION = 3
 HELD_OUT_SHARE = 0.1
-SPLIT_RULE = "held out when the first 8 bytes of sha256('lorsa-split-0:' + document id), as a fraction of 2^64, are below 0.1"
+SPLIT_RULE = (
+    "held out when the first 8 bytes of sha256('lorsa-split-0:' + document id), as a fraction of 2^64, are below 0.1"
+)
 
 WIKIPEDIA_REQUIREMENT = "gensim==4.4.0"
 WIKIPEDIA_WHEEL_SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
 WIKIPEDIA_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 WIKIPEDIA_MEMBER_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 # The wheel is only a container of text here, so one platform's wheel is taken on every system.
-WIKIPEDIA_PIP_ARGS = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311")
+WIKIPEDIA_PIP_ARGS = (
+    "--platform",
+    "manylinux_2_28_x86_64",
+    "--python-version",
+    "3.11",
+    "--implementation",
+    "cp",
+    "--abi",
+    "cp311",
+)
 
-# What the kit's own dependencies bring, so that no optional package changes the text. Not plotly and transformers.models, which are
-# generated or repeat themselves.
+# What the kit's own dependencies bring, so that no optional package changes the text. Not plotly and
+# transformers.models, which are generated or repeat themselves.
 DOCUMENTATION_PACKAGES = (
     *("numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "mpmath"),
     *("huggingface_hub", "accelerate", "narwhals", "jinja2", "fsspec"),
@@ -102,7 +122,10 @@ class Sequences:
     tokens: torch.Tensor
     """Token ids, int32 [n, context]."""
     mask: torch.Tensor
-    """True where a token counts in the loss: real text; False on BOS, padding and other special tokens. Bool [n, context]."""
+    """True where a token counts in the loss: real text; False on BOS, padding and other special tokens.
+
+    Bool [n, context].
+    """
     source: list[str]
     """Source of every sequence."""
     bos_policy: str
@@ -163,8 +186,8 @@ def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list
 def drop_near_duplicates(documents: Sequence[Document], threshold: float = 0.7, shingle: int = 5) -> list[Document]:
     """Keep the first of documents whose sets of word shingles have an estimated Jaccard similarity of `threshold` or more.
 
-    MinHash with locality-sensitive hashing (Broder 1997; `datasketch`), 64 permutations from a fixed seed, so the result
-    depends on the texts and their order alone.
+    MinHash with locality-sensitive hashing (Broder 1997; `datasketch`), 64 permutations from a fixed seed, so the
+    result depends on the texts and their order alone.
     """
     from datasketch import MinHash, MinHashLSH
 
@@ -186,7 +209,9 @@ def drop_near_duplicates(documents: Sequence[Document], threshold: float = 0.7, 
 
 def documents_sha256(documents: Iterable[Document]) -> str:
     """Hash of ids and texts, whatever their order."""
-    return sha256_json(sorted([document.id, hashlib.sha256(document.text.encode()).hexdigest()] for document in documents))
+    return sha256_json(
+        sorted([document.id, hashlib.sha256(document.text.encode()).hexdigest()] for document in documents)
+    )
 
 
 def _describe(train: Sequence[Document], held_out: Sequence[Document], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +249,8 @@ def _corpus(documents: Sequence[Document], **extra: Any) -> Corpus:
     return Corpus(train, held_out, _describe(train, held_out, extra))
 
 
-# --- the embedded corpus -----------------------------------------------------------------------------------------------
+# --- the embedded corpus
+# -----------------------------------------------------------------------------------------------
 
 
 def wikipedia_documents(extract: str | Path) -> list[Document]:
@@ -255,8 +281,8 @@ def _pages(handle: Any) -> Iterator[tuple[str, str]]:
 def documentation_documents(packages: Sequence[str] = DOCUMENTATION_PACKAGES) -> tuple[list[Document], dict[str, str]]:
     """Prose of the docstrings of installed packages, one document a module, and the versions found.
 
-    Modules are parsed, never imported. A paragraph that was already seen in an earlier module is left out, because docstrings
-    repeat each other. Packages that are not installed are left out with a warning.
+    Modules are parsed, never imported. A paragraph that was already seen in an earlier module is left out, because
+    docstrings repeat each other. Packages that are not installed are left out with a warning.
     """
     documents: list[Document] = []
     versions: dict[str, str] = {}
@@ -278,8 +304,9 @@ def documentation_documents(packages: Sequence[str] = DOCUMENTATION_PACKAGES) ->
 def embedded_corpus() -> Corpus:
     """Wikipedia prose and documentation prose, human-written, the same on every machine with the same packages.
 
-    Built once (the Wikipedia extract is fetched by pip, 30 MB), then read from `data/cache/corpus/<key>/`. A warning is given
-    when a text differs from the one pinned in `data/corpus/manifest.json`, as happens with other versions of the packages.
+    Built once (the Wikipedia extract is fetched by pip, 30 MB), then read from `data/cache/corpus/<key>/`. A warning is
+    given when a text differs from the one pinned in `data/corpus/manifest.json`, as happens with other versions of the
+    packages.
 
     Raises:
         UserError: the extract cannot be fetched or its hash is wrong.
@@ -296,7 +323,9 @@ def embedded_corpus() -> Corpus:
         wikipedia = wikipedia_documents(_wikipedia_extract())  # first, because it may fail for want of a network
         documentation, found = documentation_documents()
         documents = drop_near_duplicates([*wikipedia, *documentation])
-        corpus = _corpus(documents, versions=found | {name: versions[name] for name in ("mwparserfromhell", "datasketch")})
+        corpus = _corpus(
+            documents, versions=found | {name: versions[name] for name in ("mwparserfromhell", "datasketch")}
+        )
         _warn_when_unpinned(corpus.manifest)
         _write_corpus(folder, corpus)
     return corpus
@@ -318,7 +347,12 @@ def _wikipedia_extract() -> Path:
     from lorsa_utils.fetch import fetch_wheel_member
 
     return fetch_wheel_member(
-        WIKIPEDIA_REQUIREMENT, WIKIPEDIA_WHEEL_SHA256, WIKIPEDIA_MEMBER, WIKIPEDIA_MEMBER_SHA256, destination, pip_args=WIKIPEDIA_PIP_ARGS
+        WIKIPEDIA_REQUIREMENT,
+        WIKIPEDIA_WHEEL_SHA256,
+        WIKIPEDIA_MEMBER,
+        WIKIPEDIA_MEMBER_SHA256,
+        destination,
+        pip_args=WIKIPEDIA_PIP_ARGS,
     )
 
 
@@ -333,7 +367,9 @@ def _warn_when_unpinned(manifest: Mapping[str, Any]) -> None:
     for source, description in manifest["sources"].items():
         pinned = expected.get("sources", {}).get(source)
         if pinned and pinned["sha256"] != description["sha256"]:
-            differing = [name for name, version in manifest["versions"].items() if expected["versions"].get(name) != version]
+            differing = [
+                name for name, version in manifest["versions"].items() if expected["versions"].get(name) != version
+            ]
             warnings.warn(
                 f"The {source} part of the embedded text is not the pinned one (versions that differ: {', '.join(differing) or 'none'}); "
                 "numbers will differ a little from the expected ones. Install with constraints.txt to get the pinned text.",
@@ -344,7 +380,10 @@ def _warn_when_unpinned(manifest: Mapping[str, Any]) -> None:
 def _write_corpus(folder: Path, corpus: Corpus) -> None:
     """Documents first, manifest last, so that a manifest means a whole corpus."""
     rows = [(document, "train") for document in corpus.train] + [(document, "held_out") for document in corpus.held_out]
-    lines = [json.dumps({"id": d.id, "source": d.source, "split": part, "text": d.text}, ensure_ascii=False) for d, part in rows]
+    lines = [
+        json.dumps({"id": d.id, "source": d.source, "split": part, "text": d.text}, ensure_ascii=False)
+        for d, part in rows
+    ]
     write_text(folder / "documents.jsonl", "\n".join(lines) + "\n")
     write_json(folder / "manifest.json", corpus.manifest)
 
@@ -355,8 +394,14 @@ def _read_corpus(folder: Path) -> Corpus | None:
         return None
     try:
         manifest = dict(read_json(folder / "manifest.json"))
-        rows = [json.loads(line) for line in (folder / "documents.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")]
-        parts = {part: [Document(r["id"], r["source"], r["text"]) for r in rows if r["split"] == part] for part in ("train", "held_out")}
+        rows = [
+            json.loads(line)
+            for line in (folder / "documents.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")
+        ]
+        parts = {
+            part: [Document(r["id"], r["source"], r["text"]) for r in rows if r["split"] == part]
+            for part in ("train", "held_out")
+        }
     except (UserError, ValueError, KeyError):
         return None
     corpus = Corpus(parts["train"], parts["held_out"], manifest)
@@ -418,7 +463,9 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}); check that it may be read.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 or name a text file.") from error
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 or name a text file."
+        ) from error
     if b"\0" in content:
         raise UserError(f"{path} is a binary file (it holds NUL bytes); name a text file.")
     if not text.strip():
@@ -435,9 +482,13 @@ def _jsonl_texts(path: Path) -> list[str]:
             row = json.loads(line)
             text = row["text"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'Line {number} of {path} is not a JSON object with a "text" field; write one such object a line.') from error
+            raise UserError(
+                f'Line {number} of {path} is not a JSON object with a "text" field; write one such object a line.'
+            ) from error
         if not isinstance(text, str):
-            raise UserError(f'The "text" field in line {number} of {path} is not a string; write one object with a text a line.')
+            raise UserError(
+                f'The "text" field in line {number} of {path} is not a string; write one object with a text a line.'
+            )
         if text.strip():
             texts.append(text)
     if not texts:
@@ -482,8 +533,9 @@ def hub_corpus(
 ) -> Corpus:
     """A corpus from a Hugging Face dataset, streamed, or from a local folder of .parquet or .jsonl files.
 
-    Rows are taken in order until `max_characters` (or 6 characters for each of `max_tokens`) are read. A failed read is tried again with
-    exponential waits and goes on at the row it had reached. Code that a dataset brings along is never run.
+    Rows are taken in order until `max_characters` (or 6 characters for each of `max_tokens`) are read. A failed read is
+    tried again with exponential waits and goes on at the row it had reached. Code that a dataset brings along is never
+    run.
 
     Raises:
         UserError: `datasets` is not installed, the dataset or field does not exist, or the network stays away.
@@ -495,7 +547,9 @@ def hub_corpus(
         for number, row in enumerate(resumable(_dataset_opener(dataset_id, revision, split, config), dataset_id)):
             text = row.get(text_field)
             if not isinstance(text, str):
-                raise UserError(f"Rows of {dataset_id} have no text in {text_field!r}; choose text_field among {', '.join(map(str, row))}.")
+                raise UserError(
+                    f"Rows of {dataset_id} have no text in {text_field!r}; choose text_field among {', '.join(map(str, row))}."
+                )
             if text.strip():
                 documents.append(Document(f"dataset/{dataset_id}#{number}", "dataset", text))
                 characters += len(text)
@@ -508,12 +562,16 @@ def hub_corpus(
     return _corpus(drop_near_duplicates(documents), dataset=settings)
 
 
-def _dataset_opener(dataset_id: str, revision: str | None, split: str, config: str | None) -> Callable[[int], Iterator[Mapping[str, Any]]]:
+def _dataset_opener(
+    dataset_id: str, revision: str | None, split: str, config: str | None
+) -> Callable[[int], Iterator[Mapping[str, Any]]]:
     """A function that opens the dataset at a row."""
     try:
         import datasets
     except ImportError as error:
-        raise UserError("Hugging Face datasets need the package `datasets`; install it with `pip install datasets`.") from error
+        raise UserError(
+            "Hugging Face datasets need the package `datasets`; install it with `pip install datasets`."
+        ) from error
 
     def open_at(position: int) -> Iterator[Mapping[str, Any]]:
         folder = Path(dataset_id)
@@ -555,7 +613,9 @@ def resumable(
             failures += 1
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             if not _is_transient(error):
-                raise UserError(f"Cannot read {name} ({first_line}); check its name, split, config and revision.") from error
+                raise UserError(
+                    f"Cannot read {name} ({first_line}); check its name, split, config and revision."
+                ) from error
             if failures >= attempts:
                 raise UserError(
                     f"Reading {name} failed {attempts} times at row {position} ({first_line}); check the network and run again."
@@ -573,14 +633,22 @@ def _is_transient(error: BaseException) -> bool:
     """Whether a failure may go away: the network's errors, not those of a wrong name, missing rights or a broken file."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-    if refused or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or "Offline" in type(error).__name__:
+    if (
+        refused
+        or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+        or "Offline" in type(error).__name__
+    ):
         return False
     networks = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub")
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in networks
 
 
 def load_corpus(
-    text: Sequence[str | Path] | None = None, dataset: str | None = None, *, text_field: str = "text", max_tokens: int | None = None
+    text: Sequence[str | Path] | None = None,
+    dataset: str | None = None,
+    *,
+    text_field: str = "text",
+    max_tokens: int | None = None,
 ) -> Corpus:
     """The corpus that a command's flags ask for: local files, a Hugging Face dataset, or else the embedded one.
 
@@ -609,14 +677,17 @@ def tokenize(
 ) -> Sequences:
     """Cut documents into sequences of `context` tokens, shuffled, until `n_tokens` tokens that count are there.
 
-    A sequence comes from one document and is one of its consecutive pieces; a last piece of fewer than 32 tokens is left out, unless
-    the text gives nothing else. Pieces come in a seeded order, Wikipedia with `wikipedia_share` of the tokens until it is used up; none
-    comes twice. The first sequences are the same whatever the budget. Special tokens written out in the text are removed from it.
+    A sequence comes from one document and is one of its consecutive pieces; a last piece of fewer than 32 tokens is
+    left out, unless the text gives nothing else. Pieces come in a seeded order, Wikipedia with `wikipedia_share` of the
+    tokens until it is used up; none comes twice. The first sequences are the same whatever the budget. Special tokens
+    written out in the text are removed from it.
 
     Args:
         context: tokens a sequence, BOS included.
-        n_tokens: budget of tokens that count, met exactly by masking the end of the last sequence; None takes everything.
-        bos_policy: `prepend`, `none`, or `auto`: prepend when the tokenizer has a BOS token, else an EOS token used as one.
+        n_tokens: budget of tokens that count, met exactly by masking the end of the last sequence; None takes
+            everything.
+        bos_policy: `prepend`, `none`, or `auto`: prepend when the tokenizer has a BOS token, else an EOS token used as
+            one.
         seed: of the order.
         wikipedia_share: target share of Wikipedia among the tokens when there are other documents too.
 
@@ -668,11 +739,18 @@ def _take(pieces: Iterator[tuple[str, np.ndarray]], n_tokens: int | None) -> lis
 
 
 def _mix(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, width: int, minimum: int, seed: int, wikipedia_share: float
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    width: int,
+    minimum: int,
+    seed: int,
+    wikipedia_share: float,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Pieces of both groups in turn, so that at every point Wikipedia has its share, until one group is used up."""
     groups = [[d for d in documents if d.source == "wikipedia"], [d for d in documents if d.source != "wikipedia"]]
-    streams = [_pieces(group, tokenizer, width, minimum, np.random.default_rng([seed, i])) for i, group in enumerate(groups)]
+    streams = [
+        _pieces(group, tokenizer, width, minimum, np.random.default_rng([seed, i])) for i, group in enumerate(groups)
+    ]
     shares = (wikipedia_share, 1 - wikipedia_share)
     counts = [0, 0]
     open_groups = {0, 1}
@@ -688,9 +766,16 @@ def _mix(
 
 
 def _pieces(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, width: int, minimum: int, rng: np.random.Generator
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    width: int,
+    minimum: int,
+    rng: np.random.Generator,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Pieces of documents in a random order. Blocks of a million characters are tokenised and shuffled at a time, as they are asked for."""
+    """Pieces of documents in a random order.
+
+    Blocks of a million characters are tokenised and shuffled at a time, as they are asked for.
+    """
     order = [documents[i] for i in rng.permutation(len(documents))]
     specials = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), dtype=np.int64)
     block: list[Document] = []
@@ -698,7 +783,9 @@ def _pieces(
         block.append(document)
         if number + 1 < len(order) and sum(len(d.text) for d in block) < BLOCK_CHARACTERS:
             continue
-        encoded = tokenizer([d.text for d in block], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = tokenizer(
+            [d.text for d in block], add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
         pieces = []
         for member, ids in zip(block, encoded, strict=True):
             row = np.asarray(ids, dtype=np.int64)
@@ -726,5 +813,9 @@ def _assemble(
     for row, (_, ids) in enumerate(pieces):
         tokens[row, start : start + len(ids)] = ids
         mask[row, start : start + len(ids)] = True
-    digest = hashlib.sha256(f"{policy} {context}".encode() + tokens.astype("<i4").tobytes() + mask.tobytes()).hexdigest()
-    return Sequences(torch.from_numpy(tokens), torch.from_numpy(mask), [source for source, _ in pieces], policy, digest, asked)
+    digest = hashlib.sha256(
+        f"{policy} {context}".encode() + tokens.astype("<i4").tobytes() + mask.tobytes()
+    ).hexdigest()
+    return Sequences(
+        torch.from_numpy(tokens), torch.from_numpy(mask), [source for source, _ in pieces], policy, digest, asked
+    )

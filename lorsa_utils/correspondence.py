@@ -1,17 +1,18 @@
 """How Lorsa heads relate to the MHSA heads of the same layer (paper items P12 and P13).
 
-P12. At the tokens where a Lorsa head is active, how much of what it writes comes from each MHSA head? With write direction w_o (norm
-1), activation z_t and the output o_tm of MHSA head m minus its mean over text,
+P12. At the tokens where a Lorsa head is active, how much of what it writes comes from each MHSA head? With write
+direction w_o (norm 1), activation z_t and the output o_tm of MHSA head m minus its mean over text,
 
     c_m = sum_t z_t o_tm . w_o        share_m = max(c_m, 0) / sum_m' max(c_m', 0)
 
-Outputs are taken minus their means because Lorsa holds the layer's mean output in its bias. MHSA heads that write against the Lorsa head
-(c_m < 0) get the share 0; how large they are is told beside it, as `against` = sum of negative parts / sum of absolute parts. The
-number of MHSA heads that a Lorsa head needs for a share t is the smallest number whose largest shares sum to at least t.
+Outputs are taken minus their means because Lorsa holds the layer's mean output in its bias. MHSA heads that write
+against the Lorsa head (c_m < 0) get the share 0; how large they are is told beside it, as `against` = sum of negative
+parts / sum of absolute parts. The number of MHSA heads that a Lorsa head needs for a share t is the smallest number
+whose largest shares sum to at least t.
 
-P13. How alike are two attention patterns? overlap(A, B) = mean over queries of sum_j min(A_ij, B_ij): 1 for equal patterns, 0 for
-patterns that share no source. Most patterns rest on the first token, so the overlap is also given without it (the other columns
-renormalised). The baseline is the same number against MHSA heads of another layer.
+P13. How alike are two attention patterns? overlap(A, B) = mean over queries of sum_j min(A_ij, B_ij): 1 for equal
+patterns, 0 for patterns that share no source. Most patterns rest on the first token, so the overlap is also given
+without it (the other columns renormalised). The baseline is the same number against MHSA heads of another layer.
 """
 
 from __future__ import annotations
@@ -74,15 +75,17 @@ def mhsa_shares(
         lorsa: takes raw activations.
         mean_values: mean of every MHSA head's z (`units.mean_head_values`), [n_heads, d_head].
         sequences: text.
-        exchanged: a seed to deal the write directions out anew among the heads: the null, in which a direction has nothing to do with
-            the tokens it is looked at on.
+        exchanged: a seed to deal the write directions out anew among the heads: the null, in which a direction has
+            nothing to do with the tokens it is looked at on.
         batch_size: sequences at a time.
         progress: show a bar.
     """
     site = model.site(layer)
     directions = normalize(lorsa.W_O.detach(), dim=1)
     if exchanged is not None:
-        directions = directions[torch.randperm(len(directions), generator=torch.Generator().manual_seed(exchanged)).to(directions.device)]
+        directions = directions[
+            torch.randperm(len(directions), generator=torch.Generator().manual_seed(exchanged)).to(directions.device)
+        ]
     norms = lorsa.W_O.norm(dim=1)
     parts = torch.zeros(lorsa.n_units, site.n_heads, dtype=torch.float64)
     squares, active = torch.zeros(lorsa.n_units, dtype=torch.float64), torch.zeros(lorsa.n_units, dtype=torch.long)
@@ -111,7 +114,9 @@ def heads_needed(shares: Tensor, threshold: float) -> Tensor:
     return (reached < threshold - 1e-9).sum(dim=1).clamp_max(shares.shape[1] - 1) + 1
 
 
-def needed_table(found: Mapping[str, Shares], thresholds: Sequence[float] = THRESHOLDS, min_active: int = 10) -> pd.DataFrame:
+def needed_table(
+    found: Mapping[str, Shares], thresholds: Sequence[float] = THRESHOLDS, min_active: int = 10
+) -> pd.DataFrame:
     """How many MHSA heads Lorsa heads need, for several sets of shares (the real ones, the null) and thresholds.
 
     Args:
@@ -131,11 +136,13 @@ def needed_table(found: Mapping[str, Shares], thresholds: Sequence[float] = THRE
             needed = heads_needed(kept, threshold)
             counts = {"one": needed == 1, "two": needed == 2, "three or more": needed >= 3}
             row = {label: float(mask.double().mean()) for label, mask in counts.items()}
-            rows.append({"shares": name, "threshold": threshold, **row, "mean": float(needed.double().mean()), "n": len(kept)})
+            rows.append(
+                {"shares": name, "threshold": threshold, **row, "mean": float(needed.double().mean()), "n": len(kept)}
+            )
     return pd.DataFrame(rows)
 
 
-# ------------------------------------------------------------------------------------------------- one unit, causally checked
+# ---- one unit, causally checked
 
 
 def on_labelled(made: PromptSet) -> Sequences:
@@ -161,7 +168,8 @@ def unit_effects(
 ) -> pd.DataFrame:
     """Is a Lorsa head what some MHSA heads compute together? Remove their parts along its w_o where it is active, and watch the loss.
 
-    Removed are, in turn: each MHSA head's part alone, the parts of all `mhsa_heads`, of all MHSA heads of the layer, and the Lorsa head.
+    Removed are, in turn: each MHSA head's part alone, the parts of all `mhsa_heads`, of all MHSA heads of the layer,
+    and the Lorsa head.
 
     Args:
         model: the language model.
@@ -174,8 +182,9 @@ def unit_effects(
         batch_size: sequences at a time.
 
     Returns:
-        columns `removed`, `written` (mean size of what was removed along w_o, over active tokens), `effect` (mean change of the next
-        token's loss there, in nats), `error` (its standard error over sequences) and `n` (active tokens).
+        columns `removed`, `written` (mean size of what was removed along w_o, over active tokens), `effect` (mean
+        change of the next token's loss there, in nats), `error` (its standard error over sequences) and `n` (active
+        tokens).
 
     Raises:
         UserError: the head is not active in this text.
@@ -195,13 +204,17 @@ def unit_effects(
         if len(chosen) == 0:
             part = z
         else:
-            outputs = torch.einsum("blhe,hed->blhd", site.head_values(x.float()) - mean_values.to(x.device, torch.float32), site.W_O)
+            outputs = torch.einsum(
+                "blhe,hed->blhd", site.head_values(x.float()) - mean_values.to(x.device, torch.float32), site.W_O
+            )
             part = (outputs[:, :, chosen].sum(dim=2) @ direction) * state["active"]
         state["part"] = part * state["on"]
         return y - (state["part"][..., None] * direction).to(y.dtype)
 
     # Blocks before the layer do the same in every pass, so they run once.
-    batches = [(tokens, mask, model.residual(tokens, layer)) for tokens, mask in sequences.batches(batch_size, model.device)]
+    batches = [
+        (tokens, mask, model.residual(tokens, layer)) for tokens, mask in sequences.batches(batch_size, model.device)
+    ]
 
     def run(chosen: list[int] | None, on: bool) -> tuple[Tensor, Tensor, Tensor]:
         found: list[list[Tensor]] = [[], [], []]
@@ -224,13 +237,23 @@ def unit_effects(
         losses, parts, _ = run(chosen, on=True)
         change = (losses - untouched).double()
         _, place = torch.unique(rows, return_inverse=True)
-        by_sequence = torch.zeros(int(place.max()) + 1, dtype=torch.float64).index_add_(0, place, change) / torch.bincount(place)
+        by_sequence = torch.zeros(int(place.max()) + 1, dtype=torch.float64).index_add_(
+            0, place, change
+        ) / torch.bincount(place)
         error = float(by_sequence.std() / len(by_sequence) ** 0.5) if len(by_sequence) > 1 else float("nan")
-        table.append({"removed": name, "written": float(parts.mean()), "effect": float(change.mean()), "error": error, "n": len(change)})
+        table.append(
+            {
+                "removed": name,
+                "written": float(parts.mean()),
+                "effect": float(change.mean()),
+                "error": error,
+                "n": len(change),
+            }
+        )
     return pd.DataFrame(table)
 
 
-# ------------------------------------------------------------------------------------------------------------ superposition
+# ---- superposition
 
 
 def family_shares(families: Sequence[str], shares: Tensor) -> pd.DataFrame:
@@ -241,8 +264,8 @@ def family_shares(families: Sequence[str], shares: Tensor) -> pd.DataFrame:
         shares: of `mhsa_shares`, [n_lorsa_heads, n_mhsa_heads].
 
     Returns:
-        one row a family: a column for each MHSA head (its number), `lorsa_heads` (how many), and `mhsa_heads`, the effective number of
-        MHSA heads that the family is spread over (1 / sum of squared mean shares).
+        one row a family: a column for each MHSA head (its number), `lorsa_heads` (how many), and `mhsa_heads`, the
+        effective number of MHSA heads that the family is spread over (1 / sum of squared mean shares).
     """
     data = pd.DataFrame(shares.numpy()).assign(family=list(families))
     named = data[(data["family"] != "") & ~data[0].isna()]
@@ -268,7 +291,7 @@ def families_of_mhsa_heads(table: pd.DataFrame, least: float = 0.2) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-# ------------------------------------------------------------------------------------------------------------------ patterns
+# ---- patterns
 
 
 def overlap(one: Tensor, other: Tensor, counted: Tensor, without_first: bool = False) -> Tensor:
@@ -285,13 +308,20 @@ def overlap(one: Tensor, other: Tensor, counted: Tensor, without_first: bool = F
     """
     one, other = one[:, counted], other[:, counted]
     if without_first:
-        one, other = (side[:, :, 1:] / side[:, :, 1:].sum(dim=2, keepdim=True).clamp_min(1e-12) for side in (one, other))
+        one, other = (
+            side[:, :, 1:] / side[:, :, 1:].sum(dim=2, keepdim=True).clamp_min(1e-12) for side in (one, other)
+        )
     return torch.stack([torch.minimum(one, pattern).sum(dim=2).mean(dim=1) for pattern in other], dim=1)
 
 
 @torch.no_grad()
 def pattern_overlaps(
-    model: LanguageModel, layer: int, patterns_of: Lorsa | AttentionSite, against: int, sequences: Sequences, without_first: bool = False
+    model: LanguageModel,
+    layer: int,
+    patterns_of: Lorsa | AttentionSite,
+    against: int,
+    sequences: Sequences,
+    without_first: bool = False,
 ) -> Tensor:
     """Mean overlap of each QK group (or MHSA head) at `layer` with each MHSA head of layer `against`, [n, n_heads].
 
@@ -317,14 +347,18 @@ def _patterns(patterns_of: Lorsa | AttentionSite, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_on_sources(model: LanguageModel, layer: int, patterns_of: Lorsa | AttentionSite, prompts: PromptSet) -> Tensor:
+def attention_on_sources(
+    model: LanguageModel, layer: int, patterns_of: Lorsa | AttentionSite, prompts: PromptSet
+) -> Tensor:
     """Attention of each QK group (or MHSA head) to the predicted sources, mean over labelled positions, [n]."""
     found = []
     for number, tokens in enumerate(prompts.tokens):
         mine = prompts.positive & (prompts.row == number)
         if bool(mine.any()):
             pattern = _patterns(patterns_of, model.capture(tokens[None].to(model.device), [layer])[layer][0].float())
-            on_sources = (pattern[:, prompts.position[mine].to(pattern.device)] * prompts.sources[mine].to(pattern)).sum(dim=2)
+            on_sources = (
+                pattern[:, prompts.position[mine].to(pattern.device)] * prompts.sources[mine].to(pattern)
+            ).sum(dim=2)
             found.append(on_sources.T.cpu())
     return torch.cat(found).mean(dim=0)
 
@@ -338,8 +372,8 @@ def pattern_table(overlaps: Tensor, baseline: Tensor, n_heads: int) -> pd.DataFr
         n_heads: MHSA heads, to name the head that a copied start began from (group mod n_heads).
 
     Returns:
-        one row a group: `group`, `best` (most similar MHSA head), `overlap` (with it), `others` (mean overlap with the rest), `start`,
-        `start_overlap`, `baseline` (best overlap with a head of the other layer) and `baseline_mean`.
+        one row a group: `group`, `best` (most similar MHSA head), `overlap` (with it), `others` (mean overlap with the
+        rest), `start`, `start_overlap`, `baseline` (best overlap with a head of the other layer) and `baseline_mean`.
     """
     groups = np.arange(len(overlaps))
     best = overlaps.argmax(dim=1)
@@ -364,8 +398,9 @@ def pattern_table(overlaps: Tensor, baseline: Tensor, n_heads: int) -> pd.DataFr
 def qk_singular_values(part: Lorsa | AttentionSite) -> Tensor:
     """Singular values of W_Q W_K^T of every QK circuit, largest first, [n_circuits, d_qk] (paper item P15).
 
-    The product is the bilinear form that scores a token against itself; between tokens at a distance RoPE turns one side of it, which
-    leaves the singular values of W_Q and of W_K as they are but not those of the product. Gains of a QK norm are multiplied in.
+    The product is the bilinear form that scores a token against itself; between tokens at a distance RoPE turns one
+    side of it, which leaves the singular values of W_Q and of W_K as they are but not those of the product. Gains of a
+    QK norm are multiplied in.
     """
     W_Q, W_K = part.W_Q, part.W_K
     if isinstance(part, AttentionSite):

@@ -1,7 +1,8 @@
 """The explorer in a notebook: a table of heads to sort and filter, any sentence read live, and steering (paper item P5).
 
-What is computed stands in functions that need no widget: `choose_heads`, `Reader`, `steer`. `Explorer` puts ipywidgets around them; its
-three panels share the chosen layer, head, sentence and token. Steering changes the layer's output and nothing else:
+What is computed stands in functions that need no widget: `choose_heads`, `Reader`, `steer`. `Explorer` puts ipywidgets
+around them; its three panels share the chosen layer, head, sentence and token. Steering changes the layer's output and
+nothing else:
 
     y' = y + (scale - 1) * what the head writes
 
@@ -38,10 +39,12 @@ N_LISTED = 200
 """Rows of the table that are listed at once."""
 
 
-# ------------------------------------------------------------------------------------------------------------------- table
+# ---- table
 
 
-def choose_heads(table: pd.DataFrame, family: str = "", search: str = "", order: str = "frequency", dead: bool = False) -> pd.DataFrame:
+def choose_heads(
+    table: pd.DataFrame, family: str = "", search: str = "", order: str = "frequency", dead: bool = False
+) -> pd.DataFrame:
     """Rows of a table of heads.
 
     Args:
@@ -66,7 +69,7 @@ def choose_heads(table: pd.DataFrame, family: str = "", search: str = "", order:
     return table[chosen].sort_values([order, "head"], ascending=[ORDERS[order], True], kind="stable")
 
 
-# ---------------------------------------------------------------------------------------------------------------- sentence
+# ---- sentence
 
 
 class View(NamedTuple):
@@ -122,7 +125,9 @@ class Reader:
         if len(ids) == len(start):
             raise UserError("There is nothing to read yet; type a sentence.")
         kept = ids[: self.context]
-        x = self.model.capture(torch.tensor([kept], device=self.model.device), [self.view.layer])[self.view.layer][0][0].float()
+        x = self.model.capture(torch.tensor([kept], device=self.model.device), [self.view.layer])[self.view.layer][0][
+            0
+        ].float()
         indices, values = (side[0] for side in self.view.lorsa.encode(x[None]))
         values = values * self.norms[indices]
         return Sentence(kept, token_texts(self.model.tokenizer, kept), len(ids) - len(kept), x, indices, values)
@@ -137,7 +142,9 @@ class Reader:
         kept = (sentence.indices, sentence.values / self.norms[sentence.indices])
         place = Place("sentence", 0.0, 0, position)
         wide = len(sentence.ids)
-        return read_context(self.view.lorsa, head, sentence.x, kept, sentence.ids, place, self.model.tokenizer, before=wide, after=wide)
+        return read_context(
+            self.view.lorsa, head, sentence.x, kept, sentence.ids, place, self.model.tokenizer, before=wide, after=wide
+        )
 
     @torch.no_grad()
     def firing(self, sentence: Sentence, position: int, n: int = 12) -> pd.DataFrame:
@@ -151,7 +158,9 @@ class Reader:
             sources = [sentence.tokens[source] for source in main_sources(z)[:2]]
             family = str(self.view.table["family"].iloc[head])
             raises = token_texts_of(self.model.tokenizer, tokens)
-            rows.append({"head": head, "family": family, "activation": activation, "looks_at": sources, "raises": raises})
+            rows.append(
+                {"head": head, "family": family, "activation": activation, "looks_at": sources, "raises": raises}
+            )
         return pd.DataFrame(rows, columns=["head", "family", "activation", "looks_at", "raises"])
 
 
@@ -160,7 +169,7 @@ def token_texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return [token_texts(tokenizer, [index])[0] for index in ids]
 
 
-# ---------------------------------------------------------------------------------------------------------------- steering
+# ---- steering
 
 
 @contextlib.contextmanager
@@ -185,7 +194,13 @@ def scaled(model: LanguageModel, layer: int, lorsa: Lorsa, scales: Mapping[int, 
 
 @torch.no_grad()
 def steer(
-    model: LanguageModel, layer: int, lorsa: Lorsa, ids: Sequence[int], scales: Mapping[int, float], position: int = -1, n: int = 8
+    model: LanguageModel,
+    layer: int,
+    lorsa: Lorsa,
+    ids: Sequence[int],
+    scales: Mapping[int, float],
+    position: int = -1,
+    n: int = 8,
 ) -> pd.DataFrame:
     """Next-token probabilities before and after some heads are scaled at all tokens.
 
@@ -207,29 +222,31 @@ def steer(
     with scaled(model, layer, lorsa, scales):
         after = model.logits(tokens, [place])[0, 0].float().softmax(dim=0)
     either = torch.maximum(before, after)
-    chosen = sorted({*before.topk(n).indices.tolist(), *after.topk(n).indices.tolist()}, key=lambda index: -float(either[index]))
+    chosen = sorted(
+        {*before.topk(n).indices.tolist(), *after.topk(n).indices.tolist()}, key=lambda index: -float(either[index])
+    )
     texts = token_texts_of(model.tokenizer, chosen)
     return pd.DataFrame({"token": texts, "before": before[chosen].tolist(), "after": after[chosen].tolist()})
 
 
-# ------------------------------------------------------------------------------------------------------------------ as HTML
+# ---- as HTML
 
 _STYLE = """<style>
-.lorsa { font: 14px/1.5 system-ui, "DejaVu Sans", sans-serif; color: var(--jp-ui-font-color1, #1d1d1f); max-width: 60rem; }
-.lorsa .line { line-height: 2.4; margin: .3rem 0; overflow-wrap: anywhere; }
-.lorsa .t { position: relative; white-space: pre-wrap; unicode-bidi: isolate; border-bottom: 4px solid transparent; border-radius: 2px; }
-.lorsa .t.on { color: #1d1d1f; } .lorsa .t.here { outline: 2px solid currentColor; font-weight: 700; }
-.lorsa .t.plus { border-bottom: 4px solid #0072b2; } .lorsa .t.minus { border-bottom: 4px dashed #9c2f7c; }
+.lorsa { font: 14px/1.5 system-ui, "DejaVu Sans", sans-serif; color: var(--jp-ui-font-color1, #1d1d1f); max-width:
+60rem; } .lorsa .line { line-height: 2.4; margin: .3rem 0; overflow-wrap: anywhere; }
+.lorsa .t { position: relative; white-space: pre-wrap; unicode-bidi: isolate; border-bottom: 4px solid transparent;
+border-radius: 2px; } .lorsa .t.on { color: #1d1d1f; } .lorsa .t.here { outline: 2px solid currentColor; font-weight:
+700; } .lorsa .t.plus { border-bottom: 4px solid #0072b2; } .lorsa .t.minus { border-bottom: 4px dashed #9c2f7c; }
 .lorsa sup { font-size: .65em; font-weight: 600; }
 .lorsa table { border-collapse: collapse; }
 .lorsa th, .lorsa td { text-align: left; padding: .1rem .8rem .1rem 0; border: 0; background: none; }
 .lorsa td.n, .lorsa th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.lorsa .word { font-family: ui-monospace, "DejaVu Sans Mono", monospace; border: 1px solid #999; border-radius: 3px; padding: 0 .25em; }
-.lorsa .word { white-space: pre; unicode-bidi: isolate; }
+.lorsa .word { font-family: ui-monospace, "DejaVu Sans Mono", monospace; border: 1px solid #999; border-radius: 3px;
+padding: 0 .25em; } .lorsa .word { white-space: pre; unicode-bidi: isolate; }
 .lorsa .bar { display: inline-block; height: .75em; background: #767676; } .lorsa .bar.after { background: #0072b2; }
 .lorsa .soft { opacity: .75; }
-.lorsa-mono select, .lorsa-mono pre { font-family: ui-monospace, "DejaVu Sans Mono", monospace !important; font-size: 13px; }
-</style>"""
+.lorsa-mono select, .lorsa-mono pre { font-family: ui-monospace, "DejaVu Sans Mono", monospace !important; font-size:
+13px; } </style>"""
 
 
 def sentence_html(context: Context, position: int) -> str:
@@ -255,7 +272,9 @@ def _rows_html(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: S
 
     def line(cells: Sequence[str], tag: str) -> str:
         kinds = [' class="n"' if place in numeric else "" for place in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(cells, kinds, strict=True)) + "</tr>"
+        return (
+            "<tr>" + "".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(cells, kinds, strict=True)) + "</tr>"
+        )
 
     return f"<table>{line(columns, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
@@ -271,7 +290,11 @@ def _firing_html(firing: pd.DataFrame) -> str:
         )
         for row in firing.itertuples()
     ]
-    return _rows_html(("head", "family", "activation", "looks at", "raises"), rows, (0, 2)) if rows else "<p>No head fires here.</p>"
+    return (
+        _rows_html(("head", "family", "activation", "looks at", "raises"), rows, (0, 2))
+        if rows
+        else "<p>No head fires here.</p>"
+    )
 
 
 def _steering_html(changes: pd.DataFrame) -> str:
@@ -283,7 +306,13 @@ def _steering_html(changes: pd.DataFrame) -> str:
             for kind, value in (("", row.before), ("after", row.after))
         )
         rows.append(
-            (pages.word(row.token), f"{row.before:.2%}", f"{row.after:.2%}", f"{row.after - row.before:+.2%}".replace("-", "−"), bars)
+            (
+                pages.word(row.token),
+                f"{row.before:.2%}",
+                f"{row.after:.2%}",
+                f"{row.after - row.before:+.2%}".replace("-", "−"),
+                bars,
+            )
         )
     return _rows_html(("next token", "before", "after", "change", "before (grey), after (blue)"), rows, (1, 2, 3))
 
@@ -292,16 +321,19 @@ def _label(family: str) -> str:
     return FAMILIES[family].label if family in FAMILIES else family
 
 
-# ---------------------------------------------------------------------------------------------------------------- explorer
+# ---- explorer
 
 
 class Explorer:
     """Three panels that share layer, head, sentence and token: `table`, `live` and `steering` are widgets to display.
 
-    Every panel has a static twin (`listed`, `context`, `changes`) with the numbers of what it shows now, for a figure beside it.
+    Every panel has a static twin (`listed`, `context`, `changes`) with the numbers of what it shows now, for a figure
+    beside it.
     """
 
-    def __init__(self, model: LanguageModel, views: Sequence[View], sentence: str, bos_id: int | None, context: int = 256) -> None:
+    def __init__(
+        self, model: LanguageModel, views: Sequence[View], sentence: str, bos_id: int | None, context: int = 256
+    ) -> None:
         """Build the widgets and show the first state.
 
         Args:
@@ -334,21 +366,35 @@ class Explorer:
         self.layer = w.Dropdown(options=list(self.views), description="layer", style=style)
         self.family = w.Dropdown(options=families, description="family", style=style)
         self.search = w.Text(
-            description="head or token", placeholder="1956, or a piece of a token it raises", continuous_update=True, style=style
+            description="head or token",
+            placeholder="1956, or a piece of a token it raises",
+            continuous_update=True,
+            style=style,
         )
         self.order = w.Dropdown(options=list(ORDERS), description="sort by", style=style)
         self.dead = w.Checkbox(description="dead heads too", indent=False)
         self.count, self.heads = w.HTML(), w.Select(options=[], rows=12, layout=wide, tooltip="heads")
         self.head = w.BoundedIntText(value=0, min=0, max=self.view.lorsa.n_units - 1, description="head", style=style)
-        self.sentence = w.Textarea(value=sentence, description="sentence", continuous_update=True, layout=wide, style=style)
+        self.sentence = w.Textarea(
+            value=sentence, description="sentence", continuous_update=True, layout=wide, style=style
+        )
         self.token = w.IntSlider(value=0, min=0, max=0, description="token", layout=wide, style=style)
         self.scale = w.FloatSlider(
-            value=0.0, min=-4.0, max=8.0, step=0.5, description="scale", layout=wide, style=style, continuous_update=False
+            value=0.0,
+            min=-4.0,
+            max=8.0,
+            step=0.5,
+            description="scale",
+            layout=wide,
+            style=style,
+            continuous_update=False,
         )
         self.about, self.shown, self.effect = w.HTML(), w.HTML(), w.HTML()
         self.heads.add_class("lorsa-mono")
         self.count.add_class("lorsa-mono")
-        self.table = w.VBox([w.HBox([self.layer, self.family, self.order]), w.HBox([self.search, self.dead]), self.count, self.heads])
+        self.table = w.VBox(
+            [w.HBox([self.layer, self.family, self.order]), w.HBox([self.search, self.dead]), self.count, self.heads]
+        )
         self.live: ipywidgets.Widget = w.VBox([self.sentence, self.token, self.head, self.shown])
         self.steering: ipywidgets.Widget = w.VBox([self.head, self.scale, self.effect])
         for widget in (self.family, self.search, self.order, self.dead):
@@ -380,7 +426,14 @@ class Explorer:
     @property
     def changes(self) -> pd.DataFrame:
         """Next-token probabilities before and after, see `steer`."""
-        return steer(self.model, self.view.layer, self.view.lorsa, self.read.ids, {self.head.value: self.scale.value}, self.token.value)
+        return steer(
+            self.model,
+            self.view.layer,
+            self.view.lorsa,
+            self.read.ids,
+            {self.head.value: self.scale.value},
+            self.token.value,
+        )
 
     # Reactions.
 
@@ -389,16 +442,22 @@ class Explorer:
         line = "{:>6}  {:<18} {:>8} {:>8} {:>8} {:>7} {:>7} {:>7}  {}"
         columns = ("head", "family", "active %", "largest", "distance", "first %", "prev %", "self %", "raises")
         note = "" if len(rows) <= N_LISTED else f", the first {N_LISTED} are listed"
-        self.count.value = _STYLE + f"<pre>{len(rows):,} of {len(self.view.table):,} heads{note}\n{pages.text(line.format(*columns))}</pre>"
+        self.count.value = (
+            _STYLE
+            + f"<pre>{len(rows):,} of {len(self.view.table):,} heads{note}\n{pages.text(line.format(*columns))}</pre>"
+        )
         options = []
         for row in rows.head(N_LISTED).to_dict("records"):
             shares = [
-                f"{100 * row[name]:.0f}" if row[name] == row[name] else "" for name in ("first_share", "previous_share", "self_share")
+                f"{100 * row[name]:.0f}" if row[name] == row[name] else ""
+                for name in ("first_share", "previous_share", "self_share")
             ]
             distance = f"{row['distance']:.0f}" if row["distance"] == row["distance"] else ""
             raises = " ".join(pages.visible(token).strip() for token in row.get("top_logits", [])[:4])
             numbers = (f"{100 * row['frequency']:.2f}", f"{row['max_activation']:.2f}", distance, *shares)
-            options.append((line.format(row["head"], _label(row["family"]), *numbers, raises).replace(" ", "\u00a0"), row["head"]))
+            options.append(
+                (line.format(row["head"], _label(row["family"]), *numbers, raises).replace(" ", "\u00a0"), row["head"])
+            )
         chosen = self.head.value
         self._quiet = True
         self.heads.options = options
@@ -437,7 +496,9 @@ class Explorer:
         context = self.context
         parts = [sentence_html(context, position)]
         if self.read.n_cut:
-            parts.append(f"<p>Only the first {len(self.read.ids)} tokens are read; {self.read.n_cut} more do not fit in the context.</p>")
+            parts.append(
+                f"<p>Only the first {len(self.read.ids)} tokens are read; {self.read.n_cut} more do not fit in the context.</p>"
+            )
         activation = float(context.activation[position])
         token = pages.word(self.read.tokens[position])
         state = f"activation {activation:.2f}" if activation else "not active"

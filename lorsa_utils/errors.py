@@ -2,15 +2,16 @@
 
     error                      e = y - yhat, of a module at a token
     cosine                     mean over tokens of e_a . e_b / (|e_a| |e_b|)
-    shared energy              sum e_a . e_b / sum |e_a|^2: the share of a's error that b has too, if what they do not share is unrelated
+    shared energy              sum e_a . e_b / sum |e_a|^2: the share of a's error that b has too, if what they do not
+                               share is unrelated
     norm correlation           Pearson's r of |e_a| and |e_b| over tokens
-    correlation at equal size  partial correlation of log |e_a| and log |e_b| given log |y - mean(y)|: large outputs make large errors,
-                               whatever the module
-    linear predictability      R^2 = 1 - sum |e - ehat|^2 / sum |e - mean(e)|^2, ehat a ridge regression on the layer's input, on sequences
-                               that it was not fitted on
+    correlation at equal size  partial correlation of log |e_a| and log |e_b| given log |y - mean(y)|: large outputs
+                               make large errors, whatever the module
+    linear predictability      R^2 = 1 - sum |e - ehat|^2 / sum |e - mean(e)|^2, ehat a ridge regression on the layer's
+                               input, on sequences that it was not fitted on
 
-Everything but R^2's fit is a function of sums over tokens. They are kept by sequence, and intervals (95 %) come from drawing sequences
-with replacement: tokens of one sequence are not independent.
+Everything but R^2's fit is a function of sums over tokens. They are kept by sequence, and intervals (95 %) come from
+drawing sequences with replacement: tokens of one sequence are not independent.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class LayerErrors:
 
 
 @torch.no_grad()
-def collect(modules: Mapping[str, SparseModule], source: ActivationSource, layer: int, n_tokens: int, batch_size: int = 8) -> LayerErrors:
+def collect(
+    modules: Mapping[str, SparseModule], source: ActivationSource, layer: int, n_tokens: int, batch_size: int = 8
+) -> LayerErrors:
     """Run modules over the first `n_tokens` counted tokens of a source; whole batches, so it can be a few more.
 
     Args:
@@ -96,14 +99,23 @@ def collect(modules: Mapping[str, SparseModule], source: ActivationSource, layer
     errors = {name: whole[name] for name in modules}
     mean = whole["outputs"].mean(dim=0)
     return LayerErrors(
-        layer, whole["inputs"], whole["outputs"] - mean, mean, errors, whole["tokens"], whole["positions"], whole["sequence"]
+        layer,
+        whole["inputs"],
+        whole["outputs"] - mean,
+        mean,
+        errors,
+        whole["tokens"],
+        whole["positions"],
+        whole["sequence"],
     )
 
 
-# -------------------------------------------------------------------------------------------------------- sums and intervals
+# ---- sums and intervals
 
 
-def resampled(columns: Mapping[str, Tensor], sequence: Tensor, seed: int = 0, n_draws: int = N_DRAWS) -> dict[str, Tensor]:
+def resampled(
+    columns: Mapping[str, Tensor], sequence: Tensor, seed: int = 0, n_draws: int = N_DRAWS
+) -> dict[str, Tensor]:
     """Sums over tokens of all columns, in the sample and in every bootstrap draw of sequences.
 
     Args:
@@ -120,7 +132,9 @@ def resampled(columns: Mapping[str, Tensor], sequence: Tensor, seed: int = 0, n_
     table = torch.stack([column.double() for column in columns.values()], dim=1)
     sums = torch.zeros(n, table.shape[1], dtype=torch.float64).index_add_(0, numbers, table)
     drawn = torch.randint(n, (n_draws, n), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(n_draws, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(n_draws, n, dtype=torch.float64))
+    counts = torch.zeros(n_draws, n, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(n_draws, n, dtype=torch.float64)
+    )
     totals = torch.cat([torch.ones(1, n, dtype=torch.float64), counts]) @ sums
     return dict(zip(columns, totals.T, strict=True))
 
@@ -198,7 +212,7 @@ def tokens_elsewhere(sequence: Tensor, seed: int = 0) -> Tensor:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- linear predictability
+# ---- linear predictability
 
 PENALTIES = tuple(10.0**power for power in range(-4, 4))
 """Ridge penalties that are tried, in units of the inputs' mean variance."""
@@ -226,9 +240,13 @@ def predictability(inputs: Tensor, targets: Tensor, sequence: Tensor, seed: int 
     """
     numbers = sequence.unique()
     if len(numbers) < 10:
-        raise UserError(f"A held-out fit wants at least 10 sequences, and there are {len(numbers)}; give a longer text.")
+        raise UserError(
+            f"A held-out fit wants at least 10 sequences, and there are {len(numbers)}; give a longer text."
+        )
     shuffled = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))]
-    fit, choose, test = (torch.isin(sequence, part) for part in shuffled.tensor_split([len(numbers) // 2, len(numbers) * 7 // 10]))
+    fit, choose, test = (
+        torch.isin(sequence, part) for part in shuffled.tensor_split([len(numbers) // 2, len(numbers) * 7 // 10])
+    )
     x, y = inputs.double(), targets.double().view(len(inputs), -1)
     x_mean, y_mean = x[fit].mean(dim=0), y[fit].mean(dim=0)
     x = x - x_mean
@@ -245,10 +263,12 @@ def predictability(inputs: Tensor, targets: Tensor, sequence: Tensor, seed: int 
     return Prediction(interval(1 - sums["residual"] / sums["deviation"]), best)
 
 
-# ------------------------------------------------------------------------------------------------------------ larger dictionary
+# ---- larger dictionary
 
 
-def recovered(data: LayerErrors, small: str, large: str, other: str, elsewhere: bool = False, seed: int = 0) -> dict[str, Interval]:
+def recovered(
+    data: LayerErrors, small: str, large: str, other: str, elsewhere: bool = False, seed: int = 0
+) -> dict[str, Interval]:
     """What a larger dictionary recovers of its smaller sister's error, and of another module's.
 
     The larger one adds r = e_small - e_large to the reconstruction.
@@ -262,26 +282,35 @@ def recovered(data: LayerErrors, small: str, large: str, other: str, elsewhere: 
         seed: of the control and of the bootstrap.
 
     Returns:
-        `own`: 1 - sum |e_large|^2 / sum |e_small|^2, negative when the larger one is worse (not affected by `elsewhere`);
-        `other`: the share of sum |e_other|^2 that adding r, times the one factor that suits best, takes away.
+        `own`: 1 - sum |e_large|^2 / sum |e_small|^2, negative when the larger one is worse (not affected by
+        `elsewhere`); `other`: the share of sum |e_other|^2 that adding r, times the one factor that suits best, takes
+        away.
     """
     error, added = data.errors[other], data.errors[small] - data.errors[large]
     if elsewhere:
         added = added[tokens_elsewhere(data.sequence, seed)]
     energy = {name: data.errors[name].square().sum(dim=1) for name in (small, large, other)}
     columns = {"small": energy[small], "large": energy[large], "error": energy[other]}
-    sums = resampled(columns | {"dot": (error * added).sum(dim=1), "added": added.square().sum(dim=1)}, data.sequence, seed)
-    own, shared = 1 - sums["large"] / sums["small"], sums["dot"] ** 2 / (sums["added"] * sums["error"]).clamp_min(1e-300)
+    sums = resampled(
+        columns | {"dot": (error * added).sum(dim=1), "added": added.square().sum(dim=1)}, data.sequence, seed
+    )
+    own, shared = (
+        1 - sums["large"] / sums["small"],
+        sums["dot"] ** 2 / (sums["added"] * sums["error"]).clamp_min(1e-300),
+    )
     return {"own": interval(own), "other": interval(shared)}
 
 
-# ------------------------------------------------------------------------------------------------------------------ by token
+# ---- by token
 
 
 def token_classes(tokens: Tensor, positions: Tensor, tokenizer: Any) -> list[str]:
     """Class of each token [n_tokens], the first that fits: `after BOS`, `digit`, `punctuation` (or space), `word start`, `word piece`."""
     kinds = {int(token): _kind(str(tokenizer.decode([int(token)]))) for token in tokens.unique()}
-    return ["after BOS" if position == 1 else kinds[token] for token, position in zip(tokens.tolist(), positions.tolist(), strict=True)]
+    return [
+        "after BOS" if position == 1 else kinds[token]
+        for token, position in zip(tokens.tolist(), positions.tolist(), strict=True)
+    ]
 
 
 def _kind(text: str) -> str:
@@ -326,9 +355,9 @@ def by_group(data: LayerErrors, groups: Sequence[str], a: str, b: str, seed: int
         seed: of the bootstrap.
 
     Returns:
-        one row a group with at least ten tokens in two sequences or more: `group`; `tokens`, its share of tokens; `fvu_a` and `fvu_b`,
-        each with `_low` and `_high`: sum |e|^2 / sum |y - mean(y)|^2 within the group; `error_a`, its share of a's squared error; each
-        of `PAIR_STATISTICS` with `_low` and `_high`.
+        one row a group with at least ten tokens in two sequences or more: `group`; `tokens`, its share of tokens;
+        `fvu_a` and `fvu_b`, each with `_low` and `_high`: sum |e|^2 / sum |y - mean(y)|^2 within the group; `error_a`,
+        its share of a's squared error; each of `PAIR_STATISTICS` with `_low` and `_high`.
     """
     names = pd.Series(list(groups))
     deviation, total = data.deviations.square().sum(dim=1), float(data.errors[a].square().sum())
@@ -349,12 +378,14 @@ def by_group(data: LayerErrors, groups: Sequence[str], a: str, b: str, seed: int
     return pd.DataFrame(rows)
 
 
-# ------------------------------------------------------------------------------------------------------- the model's loss
+# ---- the model's loss
 
 
 def shared_part(error: Tensor, other: Tensor) -> Tensor:
     """The part of each token's error [..., d_model] along the other module's error there; its energy is cosine^2 of the whole."""
-    scale = (error * other).sum(dim=-1, keepdim=True) / other.square().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(other.dtype).tiny)
+    scale = (error * other).sum(dim=-1, keepdim=True) / other.square().sum(dim=-1, keepdim=True).clamp_min(
+        torch.finfo(other.dtype).tiny
+    )
     return scale * other
 
 
@@ -370,18 +401,27 @@ VARIANTS: dict[str, Variant] = {
 }
 """Name to what takes the place of the layer's output y, from the errors a and b of two modules and the mean output.
 
-`a with the shared part` gives back what both miss; `a, shrunk as much` takes away as much squared error at every token without asking
-where it points, which is the control; in `a without the shared part only` nothing but what both miss is missing."""
+`a with the shared part` gives back what both miss; `a, shrunk as much` takes away as much squared error at every token
+without asking where it points, which is the control; in `a without the shared part only` nothing but what both miss is
+missing."""
 
 
 def _left(a: Tensor, b: Tensor) -> Tensor:
     """|a - shared part| / |a|."""
-    return (a - shared_part(a, b)).norm(dim=-1, keepdim=True) / a.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+    return (a - shared_part(a, b)).norm(dim=-1, keepdim=True) / a.norm(dim=-1, keepdim=True).clamp_min(
+        torch.finfo(a.dtype).tiny
+    )
 
 
 @torch.no_grad()
 def replaced_losses(
-    model: LanguageModel, layer: int, a: SparseModule, b: SparseModule, mean: Tensor, sequences: Sequences, batch_size: int = 8
+    model: LanguageModel,
+    layer: int,
+    a: SparseModule,
+    b: SparseModule,
+    mean: Tensor,
+    sequences: Sequences,
+    batch_size: int = 8,
 ) -> dict[str, Tensor]:
     """The model's loss with the layer's output replaced by each of `VARIANTS`, and `original`.
 
@@ -395,7 +435,8 @@ def replaced_losses(
         batch_size: sequences at a time.
 
     Returns:
-        variant to summed loss of each sequence in nats, [n_sequences], float64; and `counted`, the number of counted targets.
+        variant to summed loss of each sequence in nats, [n_sequences], float64; and `counted`, the number of counted
+        targets.
     """
     found: dict[str, list[Tensor]] = {}
     for tokens, mask in sequences.batches(batch_size, model.device):
@@ -406,7 +447,10 @@ def replaced_losses(
         of_a, of_b = (y - module(module_input(module, x, y).to(module.b_O)).y.to(y) for module in (a, b))
         for variant in ("original", *VARIANTS):
             new = y if variant == "original" else VARIANTS[variant](y, of_a, of_b, mean.to(y))
-            with model.resume(layer, residual), model.splice({layer: _constantly(torch.where(mask[..., None], new, y))}):
+            with (
+                model.resume(layer, residual),
+                model.splice({layer: _constantly(torch.where(mask[..., None], new, y))}),
+            ):
                 losses, counted = model.loss(tokens, mask)
             found.setdefault(variant, []).append((losses.double() * counted).sum(dim=1).cpu())
         found.setdefault("counted", []).append(counted.sum(dim=1).double().cpu())
@@ -425,11 +469,14 @@ def loss_increases(losses: Mapping[str, Tensor], seed: int = 0) -> pd.DataFrame:
         seed: of the bootstrap.
 
     Returns:
-        one row a variant: `variant`, `increase`, `low`, `high`, and `against_a` (with `_low`, `_high`), the variant less `a`.
+        one row a variant: `variant`, `increase`, `low`, `high`, and `against_a` (with `_low`, `_high`), the variant
+        less `a`.
     """
     sums = resampled(losses, torch.arange(len(losses["counted"])), seed)
     rows = []
     for name in VARIANTS:
         above, against = ((sums[name] - sums[base]) / sums["counted"] for base in ("original", "a"))
         rows.append((name, *interval(above), *interval(against)))
-    return pd.DataFrame(rows, columns=["variant", "increase", "low", "high", "against_a", "against_a_low", "against_a_high"])
+    return pd.DataFrame(
+        rows, columns=["variant", "increase", "low", "high", "against_a", "against_a_low", "against_a_high"]
+    )

@@ -3,13 +3,14 @@
 For a head h of QK group g, at a query i of one text (paper, Sec. 5):
 
     activation  z_i * ||w_o||, 0 where h is not among the K kept heads of the token
-    z pattern   z_ij = A_ij v_j * ||w_o||, an exact split over sources j: sum_j z_ij is the activation before the selection
+    z pattern   z_ij = A_ij v_j * ||w_o||, an exact split over sources j: sum_j z_ij is the activation before the
+                selection
     attention   A_ij, the pattern of the group, which all of its heads share
 
-A context is a window of a text around one token: `top` ones hold the largest activations, `sample` ones an active token drawn at random,
-one from each stretch of the ordered activations, `random` ones any token at all, so that silence shows too. Of the sources before the
-window only the first token, where attention likes to rest, and the surroundings of the main ones are kept apart; the others are added up
-in one column.
+A context is a window of a text around one token: `top` ones hold the largest activations, `sample` ones an active token
+drawn at random, one from each stretch of the ordered activations, `random` ones any token at all, so that silence shows
+too. Of the sources before the window only the first token, where attention likes to rest, and the surroundings of the
+main ones are kept apart; the others are added up in one column.
 """
 
 from __future__ import annotations
@@ -185,11 +186,14 @@ class ReadOnce(LanguageModel):
             self._spliced = False
 
 
-# ------------------------------------------------------------------------------------------------------------------ tokens
+# ---- tokens
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of each token. A character split over several tokens stands at the last of them; the others show their bytes in hexadecimal."""
+    """Text of each token.
+
+    A character split over several tokens stands at the last of them; the others show their bytes in hexadecimal.
+    """
     texts = [tokenizer.decode([index]) for index in ids]
     first = 0
     while first < len(texts):
@@ -229,13 +233,17 @@ def _byte_characters() -> dict[str, int]:
 _BYTE_OF = _byte_characters()
 
 
-# ------------------------------------------------------------------------------------------------------------------ places
+# ---- places
 
 
 def choose_places(found: Survey, head: int, sequences: Sequences, seed: int = 0) -> list[Place]:
     """Which tokens a head is shown at. Random ones are the same for all heads."""
     places = [Place("top", 0.0, row, position) for row, position in found.places[head, :N_TOP].tolist() if row >= 0]
-    drawn = [(value, place) for value, place in zip(found.samples[head].tolist(), found.sampled[head].tolist(), strict=True) if value > 0]
+    drawn = [
+        (value, place)
+        for value, place in zip(found.samples[head].tolist(), found.sampled[head].tolist(), strict=True)
+        if value > 0
+    ]
     drawn.sort(reverse=True)
     # The middle of each of as many equal stretches of the ordered draws.
     middles = sorted({int((number + 0.5) * len(drawn) / N_SAMPLES) for number in range(N_SAMPLES)}) if drawn else []
@@ -311,7 +319,7 @@ def _apart(z: Tensor, start: int) -> list[int]:
     return sorted({0, *(position for some in around for position in some if 0 <= position < start)}) if start else []
 
 
-# ------------------------------------------------------------------------------------------------------------------- heads
+# ---- heads
 
 
 @torch.no_grad()
@@ -360,7 +368,13 @@ def collect(
     units.check(chosen)
     _check(found, units, sequences, table, shares, sae, input_sae)
     contexts = _contexts(
-        model, layer, lorsa, {head: choose_places(found, head, sequences, seed) for head in chosen}, sequences, batch_size, progress
+        model,
+        layer,
+        lorsa,
+        {head: choose_places(found, head, sequences, seed) for head in chosen},
+        sequences,
+        batch_size,
+        progress,
     )
     words, groups = _Words(model), {}
     for head in chosen:
@@ -409,25 +423,38 @@ def _check(
     if len(found.facts) != units.n or int(found.places[..., 0].max()) >= len(sequences.tokens):
         raise UserError("This survey is of other heads or of another text; make it again with survey.survey.")
     if (table is not None and len(table) != units.n) or (shares is not None and len(shares) != units.n):
-        raise UserError(f"The table of heads belongs to another module than this one with {units.n} heads; make it with `lorsa heads`.")
+        raise UserError(
+            f"The table of heads belongs to another module than this one with {units.n} heads; make it with `lorsa heads`."
+        )
     d_model = units.lorsa.config.d_model
     for module, kind, what in (
         (sae, "sae", "an SAE of the layer's output"),
         (input_sae, "transcoder", "a transcoder on the layer's input"),
     ):
         if module is not None and (module.config.kind != kind or module.config.d_model != d_model):
-            raise UserError(f"This is a {module.config.kind} of width {module.config.d_model}; give {what}, of width {d_model}.")
+            raise UserError(
+                f"This is a {module.config.kind} of width {module.config.d_model}; give {what}, of width {d_model}."
+            )
 
 
 def _contexts(
-    model: LanguageModel, layer: int, lorsa: Lorsa, places: Mapping[int, list[Place]], sequences: Sequences, batch_size: int, progress: bool
+    model: LanguageModel,
+    layer: int,
+    lorsa: Lorsa,
+    places: Mapping[int, list[Place]],
+    sequences: Sequences,
+    batch_size: int,
+    progress: bool,
 ) -> dict[int, list[Context]]:
     """Contexts of some heads, in the order of their places; each sequence is read once."""
     wanted: dict[int, list[tuple[int, int, Place]]] = {}
     for head, some in places.items():
         for number, place in enumerate(some):
             wanted.setdefault(place.row, []).append((head, number, place))
-    ends = {row: min(max(place.position for *_, place in some) + AFTER + 1, sequences.tokens.shape[1]) for row, some in wanted.items()}
+    ends = {
+        row: min(max(place.position for *_, place in some) + AFTER + 1, sequences.tokens.shape[1])
+        for row, some in wanted.items()
+    }
     rows = sorted(wanted, key=lambda row: (ends[row], row))
     done: dict[tuple[int, int], Context] = {}
     bar = tqdm(total=len(rows), unit="seq", desc="contexts", disable=not progress)
@@ -505,6 +532,8 @@ def _siblings(lorsa: Lorsa, head: int, group: pd.DataFrame) -> pd.DataFrame:
 
 def _nearest(direction: Tensor, directions: Tensor, module: SparseModule, words: _Words) -> list[Feature]:
     """Features whose directions [n_features, d_model] have the largest cosine with `direction`."""
-    cosines, numbers = (normalize(directions, dim=1) @ normalize(direction, dim=0)).topk(min(N_FEATURES, len(directions)))
+    cosines, numbers = (normalize(directions, dim=1) @ normalize(direction, dim=0)).topk(
+        min(N_FEATURES, len(directions))
+    )
     tokens = words.raised(module.W_O[numbers])
     return [Feature(*row) for row in zip(numbers.tolist(), cosines.tolist(), tokens, strict=True)]

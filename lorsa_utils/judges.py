@@ -2,15 +2,17 @@
 
 Four backends behind one interface (`Judge`):
 
-- `RulesJudge` learns a rule (`rules`) and applies it. No language model: a proxy that knows forms and words, not meanings.
-- `LocalJudge` is any chat model through transformers. It writes explanations; verdicts are read from the logits of the allowed words.
-- `OpenAIJudge` is any server with OpenAI's chat endpoint. Address and key come from $OPENAI_BASE_URL and $OPENAI_API_KEY alone; neither
-  is stored, logged or shown.
+- `RulesJudge` learns a rule (`rules`) and applies it. No language model: a proxy that knows forms and words, not
+  meanings.
+- `LocalJudge` is any chat model through transformers. It writes explanations; verdicts are read from the logits of the
+  allowed words.
+- `OpenAIJudge` is any server with OpenAI's chat endpoint. Address and key come from $OPENAI_BASE_URL and
+  $OPENAI_API_KEY alone; neither is stored, logged or shown.
 - `ReplayJudge` repeats recorded answers.
 
-Every answer of a language model is kept in a file (`Answers`) under a hash of model, prompt and parameters, as soon as it is there:
-a second run asks nothing again, and a killed run goes on with the first question that was not answered. `ReplayJudge` reads the same
-file.
+Every answer of a language model is kept in a file (`Answers`) under a hash of model, prompt and parameters, as soon as
+it is there: a second run asks nothing again, and a killed run goes on with the first question that was not answered.
+`ReplayJudge` reads the same file.
 
 An answer that cannot be read is NaN, never a wrong answer. `Judge.tally` counts them.
 """
@@ -94,7 +96,10 @@ class Tally:
 
 
 class Judge(abc.ABC):
-    """Explains units, and applies explanations to windows. Verdicts are numbers from 0 to 1 (above one half means yes), NaN for none."""
+    """Explains units, and applies explanations to windows.
+
+    Verdicts are numbers from 0 to 1 (above one half means yes), NaN for none.
+    """
 
     name: str
     """For tables."""
@@ -115,7 +120,9 @@ class Judge(abc.ABC):
         """Whether the unit is active anywhere in each window, [n]."""
 
     @abc.abstractmethod
-    def fuzz(self, explanation: Explanation, windows: Windows, marks: np.ndarray, strings: Mapping[int, str]) -> np.ndarray:
+    def fuzz(
+        self, explanation: Explanation, windows: Windows, marks: np.ndarray, strings: Mapping[int, str]
+    ) -> np.ndarray:
         """Whether the marked tokens (bool [n, WIDTH]) are those where it is active, [n]."""
 
     @abc.abstractmethod
@@ -123,7 +130,7 @@ class Judge(abc.ABC):
         """Activation over the largest at each token, [n, WIDTH]; NaN in rows without a readable answer."""
 
 
-# --------------------------------------------------------------------------------------------------------------------- rules
+# ---- rules
 
 
 class RulesJudge(Judge):
@@ -150,7 +157,9 @@ class RulesJudge(Judge):
 
     def _predict(self, explanation: Explanation, windows: Windows, strings: Mapping[int, str]) -> np.ndarray:
         if explanation.rule is None:
-            raise UserError("The rules judge can only apply explanations that it made itself; judge texts with another backend.")
+            raise UserError(
+                "The rules judge can only apply explanations that it made itself; judge texts with another backend."
+            )
         self.tally.add(len(windows), 0)
         return rules.predict(explanation.rule, windows, self._lexicon(strings))
 
@@ -158,7 +167,9 @@ class RulesJudge(Judge):
         """See `Judge.detect`."""
         return (self._predict(explanation, windows, strings) > 0).any(axis=1).astype(float)
 
-    def fuzz(self, explanation: Explanation, windows: Windows, marks: np.ndarray, strings: Mapping[int, str]) -> np.ndarray:
+    def fuzz(
+        self, explanation: Explanation, windows: Windows, marks: np.ndarray, strings: Mapping[int, str]
+    ) -> np.ndarray:
         """See `Judge.fuzz`: the rule holds at most of the marks, or at half of them."""
         holds = self._predict(explanation, windows, strings) > 0
         return ((holds & marks).sum(axis=1) * 2 >= np.maximum(1, marks.sum(axis=1))).astype(float)
@@ -168,7 +179,7 @@ class RulesJudge(Judge):
         return self._predict(explanation, windows, strings)
 
 
-# ------------------------------------------------------------------------------------------------------- prompts and answers
+# ---- prompts and answers
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,9 @@ class Request:
 @functools.cache
 def _template(name: str) -> tuple[str, str]:
     """The two parts of a prompt file: system and user."""
-    system, user = resources.files("lorsa_utils").joinpath("templates", f"{name}.txt").read_text(encoding="utf-8").split("\n---\n")
+    system, user = (
+        resources.files("lorsa_utils").joinpath("templates", f"{name}.txt").read_text(encoding="utf-8").split("\n---\n")
+    )
     return system.strip(), user.strip()
 
 
@@ -215,13 +228,19 @@ def explain_request(unit: UnitExamples, strings: Mapping[int, str]) -> Request:
         peak = windows.values[row].max()
         known = zip(windows.sources[row], windows.shares[row], strict=True)
         sources = [
-            json.dumps(strings[int(token)], ensure_ascii=False) for token, share in known if int(token) in strings and share >= LEAST_SHARE
+            json.dumps(strings[int(token)], ensure_ascii=False)
+            for token, share in known
+            if int(token) in strings and share >= LEAST_SHARE
         ]
         of = f" (from {', '.join(sources)})" if sources else ""
         scale = round(10 * peak / unit.maximum)
-        active.append(f"[{scale}] {windows.marked(row, strings, windows.values[row] > 0.3 * peak)}{of}".replace("\n", "\\n"))
+        active.append(
+            f"[{scale}] {windows.marked(row, strings, windows.values[row] > 0.3 * peak)}{of}".replace("\n", "\\n")
+        )
     silent = [windows.marked(row, strings).replace("\n", "\\n") for row in np.flatnonzero(~windows.active).tolist()]
-    spread = [silent[index] for index in np.linspace(0, len(silent) - 1, min(SHOWN_SILENT, len(silent))).astype(int).tolist()]
+    spread = [
+        silent[index] for index in np.linspace(0, len(silent) - 1, min(SHOWN_SILENT, len(silent))).astype(int).tolist()
+    ]
     return render("explain", 50, active="\n".join(active), silent="\n".join(spread))
 
 
@@ -243,7 +262,11 @@ def parse_numbers(answer: str, n: int, highest: int) -> list[float] | None:
         values = json.loads(match[1]) if match else None
     except ValueError:
         return None
-    if values is None or len(values) != n or not all(isinstance(value, int | float) and 0 <= value <= highest for value in values):
+    if (
+        values is None
+        or len(values) != n
+        or not all(isinstance(value, int | float) and 0 <= value <= highest for value in values)
+    ):
         return None
     return [float(value) for value in values]
 
@@ -338,7 +361,9 @@ class TextJudge(Judge):
 
     def key(self, request: Request) -> str:
         """Hash of model, prompt and parameters."""
-        return store.sha256_json({"model": self.model, "messages": request.messages, "max_tokens": request.max_tokens, "temperature": 0})
+        return store.sha256_json(
+            {"model": self.model, "messages": request.messages, "max_tokens": request.max_tokens, "temperature": 0}
+        )
 
     @abc.abstractmethod
     def complete(self, request: Request) -> str:
@@ -380,7 +405,10 @@ class TextJudge(Judge):
         return np.array(verdicts)
 
     def _probabilities(self, kind: str, explanation: Explanation, texts: Sequence[str]) -> np.ndarray:
-        """Probabilities of yes, measured from the answer to a text without content (Zhao et al. 2021, "Calibrate before use")."""
+        """Probabilities of yes, measured from the answer to a text without content (Zhao et al.
+
+        2021, "Calibrate before use").
+        """
         asked = [render(f"{kind}_one", 1, explanation=explanation.text, text=text) for text in (*texts, "N/A")]
         values = [parse_numbers(f"[{answer}]", 1, 1) for answer in self.ask(asked)]
         self.tally.add(len(texts), sum(value is None for value in values[:-1]))
@@ -392,9 +420,13 @@ class TextJudge(Judge):
         """See `Judge.detect`."""
         return self._verdicts("detection", explanation, [windows.marked(row, strings) for row in range(len(windows))])
 
-    def fuzz(self, explanation: Explanation, windows: Windows, marks: np.ndarray, strings: Mapping[int, str]) -> np.ndarray:
+    def fuzz(
+        self, explanation: Explanation, windows: Windows, marks: np.ndarray, strings: Mapping[int, str]
+    ) -> np.ndarray:
         """See `Judge.fuzz`."""
-        return self._verdicts("fuzzing", explanation, [windows.marked(row, strings, marks[row]) for row in range(len(windows))])
+        return self._verdicts(
+            "fuzzing", explanation, [windows.marked(row, strings, marks[row]) for row in range(len(windows))]
+        )
 
     def simulate(self, explanation: Explanation, windows: Windows, strings: Mapping[int, str]) -> np.ndarray:
         """See `Judge.simulate`."""
@@ -438,10 +470,14 @@ class ReplayJudge(TextJudge):
         answers = Answers(recording, read_only=True)
         models = sorted({str(record["model"]) for record in answers._known.values()})
         if model is None and len(models) != 1:
-            raise UserError(f"{recording} holds answers of {len(models)} models ({', '.join(models)}); name one of them.")
+            raise UserError(
+                f"{recording} holds answers of {len(models)} models ({', '.join(models)}); name one of them."
+            )
         super().__init__(model or models[0], answers)
         self.name = f"{self.model} (replayed)"
-        self.one_by_one = any(str(record["kind"]).endswith("_one") for record in answers._known.values() if record["model"] == self.model)
+        self.one_by_one = any(
+            str(record["kind"]).endswith("_one") for record in answers._known.values() if record["model"] == self.model
+        )
 
     def complete(self, request: Request) -> str:
         """See `TextJudge.complete`.
@@ -449,16 +485,21 @@ class ReplayJudge(TextJudge):
         Raises:
             UserError: always; what is not recorded cannot be answered.
         """
-        raise UserError(f"The recording has no answer to a question of the {request.kind} stage; use the settings that it was made with.")
+        raise UserError(
+            f"The recording has no answer to a question of the {request.kind} stage; use the settings that it was made with."
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------- local
+# ---- local
 
 _YES, _NO = ("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no")
 
 
 class LocalJudge(TextJudge):
-    """A chat model on this machine. Explanations are generated greedily; verdicts and simulations are read from logits."""
+    """A chat model on this machine.
+
+    Explanations are generated greedily; verdicts and simulations are read from logits.
+    """
 
     one_by_one = True
 
@@ -482,7 +523,9 @@ class LocalJudge(TextJudge):
         encoded = [self.language_model.tokenizer.encode(word, add_special_tokens=False) for word in words]
         ids = sorted({ids[0] for ids in encoded if len(ids) == 1})
         if not ids:
-            raise UserError(f"{self.language_model.name} has no single token for {words[0]!r}; use another model as judge.")
+            raise UserError(
+                f"{self.language_model.name} has no single token for {words[0]!r}; use another model as judge."
+            )
         return ids
 
     def prompt(self, request: Request) -> str:
@@ -517,7 +560,11 @@ class LocalJudge(TextJudge):
         if ids.shape[1] + request.max_tokens > self.language_model.context_length:
             return ""
         made = self.language_model.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_tokens, do_sample=False, pad_token_id=0
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request.max_tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
         text = str(self.language_model.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
         return "EXPLANATION: " + (text.strip().splitlines() or [""])[0]
@@ -538,7 +585,9 @@ class LocalJudge(TextJudge):
                 prefix = torch.tensor([prompts[0][:shared]], device=device)
                 past = model.base_model(input_ids=prefix, use_cache=True).past_key_values
                 past.batch_repeat_interleave(len(tails))
-            hidden = model.base_model(input_ids=batch, past_key_values=past, use_cache=past is not None).last_hidden_state
+            hidden = model.base_model(
+                input_ids=batch, past_key_values=past, use_cache=past is not None
+            ).last_hidden_state
             last = hidden[torch.arange(len(tails)), [len(ids) - 1 for ids in tails]]
             logits = model.get_output_embeddings()(last).float()
         yes, no = (logits[:, ids].logsumexp(dim=1) for ids in (self._yes, self._no))
@@ -571,7 +620,7 @@ def _common(lists: Sequence[Sequence[int]]) -> int:
     return min(len(one) for one in lists)
 
 
-# -------------------------------------------------------------------------------------------------------------------- openai
+# ---- openai
 
 
 @dataclass(frozen=True)
@@ -620,11 +669,17 @@ class OpenAIJudge(TextJudge):
         self.concurrency, self.retries, self._sleep = concurrency, retries or Retries(), sleep
         key, base = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL", "").strip()
         if not key:
-            raise UserError("$OPENAI_API_KEY is not set; set it to the key of the endpoint (any text for a server without keys).")
+            raise UserError(
+                "$OPENAI_API_KEY is not set; set it to the key of the endpoint (any text for a server without keys)."
+            )
         if not base.startswith(("http://", "https://")):
-            raise UserError("$OPENAI_BASE_URL is not set to an http(s) address; set it to one that ends before /chat/completions.")
+            raise UserError(
+                "$OPENAI_BASE_URL is not set to an http(s) address; set it to one that ends before /chat/completions."
+            )
         if not all(32 < ord(character) < 127 for character in key + base):
-            raise UserError("$OPENAI_API_KEY or $OPENAI_BASE_URL contains a character that cannot be sent; copy them again.")
+            raise UserError(
+                "$OPENAI_API_KEY or $OPENAI_BASE_URL contains a character that cannot be sent; copy them again."
+            )
         self._endpoint, self._authorization = base.rstrip("/") + "/chat/completions", f"Bearer {key}"
         self._slots = threading.BoundedSemaphore(concurrency)
         self._resume_at = 0.0
@@ -717,7 +772,9 @@ def _refused(status: int) -> str:
         return f"The endpoint redirects (HTTP status {status}); set $OPENAI_BASE_URL to the address that it moved to."
     if status == 404:
         return "The endpoint does not know this address or model (HTTP status 404); check $OPENAI_BASE_URL and the model's name."
-    return f"The endpoint does not accept the request (HTTP status {status}); check the model's name and what it supports."
+    return (
+        f"The endpoint does not accept the request (HTTP status {status}); check the model's name and what it supports."
+    )
 
 
 def _content(body: bytes) -> str | None:

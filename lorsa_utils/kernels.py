@@ -12,10 +12,11 @@ outputs Z = A V, let dZ be the loss gradient by Z. Then, row by row of a query i
     dQ   = scale * dS K,   dK = scale * dS^T Q
 
 The loss sees Z through the K kept heads of each token alone, so dZ is zero elsewhere. Three things follow.
-1. A query in which no head of the group was kept has dZ_i = 0, hence delta_i = 0 and dS_i = 0: it adds nothing to dV, dK
-   and its dQ is zero. Each (sequence, group) packs the positions of its visited queries, ascending, and works on those.
-2. delta_i is the sum of dz z over the kept heads of the group, so neither Z nor a dense dZ is needed: a tile of dZ is put
-   together in registers from the sorted kept entries.
+1. A query in which no head of the group was kept has dZ_i = 0, hence delta_i = 0 and dS_i = 0: it adds nothing to dV,
+   dK and its dQ is zero. Each (sequence, group) packs the positions of its visited queries, ascending, and works on
+   those.
+2. delta_i is the sum of dz z over the kept heads of the group, so neither Z nor a dense dZ is needed: a tile of dZ is
+   put together in registers from the sorted kept entries.
 3. As the packed positions ascend, the first packed query that may see a block of keys is the number of visited queries
    before that block, so the causal skip is exact for dK and dV too.
 
@@ -48,10 +49,10 @@ _WIDEST = 256
 _MOST_UNITS = 65536
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _CHUNK = 512  # tokens that one program sums for a row of dW; hot heads have several chunks
-# Queries, keys, warps and stages by the bytes of the widest row, chosen from the compiler's report: at most 100 KB of shared
-# memory and next to no spilled registers. 64 rows (queries; keys in "keys") for each four warps reach Hopper's warpgroup
-# products; rows of 512 bytes and more leave no registers for that in the backward. Products in full float32 ("ieee") run
-# on the ordinary cores with operands in registers.
+# Queries, keys, warps and stages by the bytes of the widest row, chosen from the compiler's report: at most 100 KB of
+# shared memory and next to no spilled registers. 64 rows (queries; keys in "keys") for each four warps reach Hopper's
+# warpgroup products; rows of 512 bytes and more leave no registers for that in the backward. Products in full float32
+# ("ieee") run on the ordinary cores with operands in registers.
 _TILES = {
     "forward": {128: (128, 64, 4, 3), 256: (128, 64, 8, 2), 512: (64, 32, 4, 2), 1024: (32, 32, 8, 1)},
     "queries": {128: (64, 64, 4, 2), 256: (64, 32, 4, 2), 512: (32, 32, 8, 1), 1024: (16, 16, 4, 1)},
@@ -109,16 +110,23 @@ def _dot_precision(x: Tensor, precision: str) -> str:
 def tile_sizes(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """Tile sizes, warps and pipeline stages of an attention kernel; M counts queries and N keys."""
     if max(d, g) > _WIDEST:
-        raise UserError(f'The Triton attention takes queries and groups up to {_WIDEST} wide, not {max(d, g)}; use backend "torch".')
+        raise UserError(
+            f'The Triton attention takes queries and groups up to {_WIDEST} wide, not {max(d, g)}; use backend "torch".'
+        )
     row_bytes = max(_block(d), _block(g)) * dtype.itemsize
     table = _TILES["ieee" if dtype == torch.float32 and precision == "ieee" else kernel]
     m, n, warps, stages = table[max(128, row_bytes)]
-    options = {"BLOCK_M": min(m, _block(length)), "BLOCK_N": min(n, _block(length)), "num_warps": warps, "num_stages": stages}
+    options = {
+        "BLOCK_M": min(m, _block(length)),
+        "BLOCK_N": min(n, _block(length)),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
     # A third program fits into the registers of a multiprocessor, for two spills.
     return {**options, "maxnreg": 168} if kernel != "forward" and warps == 4 and row_bytes <= 128 else options
 
 
-# ------------------------------------------------------------------------------------------------------ attention, forward
+# ---- attention, forward
 
 
 @_jit
@@ -174,7 +182,9 @@ def _attention_forward(
         shrink = tl.exp2(highest - new_highest)
         total = total * shrink + tl.sum(pattern, 1)
         v_tile = _rounded(_load_rows(v, keys, v_strides[2], in_g, G, keys < length), PRECISION)
-        sums = tl.dot(_rounded(pattern.to(v_tile.dtype), PRECISION), v_tile, sums * shrink[:, None], input_precision=PRECISION)
+        sums = tl.dot(
+            _rounded(pattern.to(v_tile.dtype), PRECISION), v_tile, sums * shrink[:, None], input_precision=PRECISION
+        )
         highest = new_highest
     z += batch * length * n_groups * G + group * G
     _store_rows(z, queries, n_groups * G, in_g, G, queries < length, sums / total[:, None])
@@ -191,8 +201,9 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: 
         precision: of products of float32 inputs, "ieee" or "tf32"; other inputs do not heed it.
 
     Returns:
-        z [batch, length, n_groups * G], float32 whatever the inputs are: the selection compares these numbers, and rounding
-        them to bfloat16 would make ties of near misses. Base-2 log of the sum of exp(scores), [batch, n_groups, length], float32.
+        z [batch, length, n_groups * G], float32 whatever the inputs are: the selection compares these numbers, and
+        rounding them to bfloat16 would make ties of near misses. Base-2 log of the sum of exp(scores), [batch,
+        n_groups, length], float32.
     """
     (batch, n_groups, length, d), g = q.shape, v.shape[-1]
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -215,7 +226,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: 
     return z, lse
 
 
-# ----------------------------------------------------------------------------------------------------- attention, backward
+# ---- attention, backward
 
 
 @_jit
@@ -259,7 +270,8 @@ def _kept_gradient(
             here = start + i < count
             entry = entries + start + i
             head = tl.load(heads + entry, mask=here, other=-1)
-            # As the products below will see it: rows of dS then sum to zero, and a mean that all keys share stays out of dQ.
+            # As the products below will see it: rows of dS then sum to zero, and a mean that all keys share stays out
+            # of dQ.
             gradient = _rounded(tl.load(dz + entry, mask=here, other=0.0).to(DTYPE).to(tl.float32), PRECISION)
             delta += gradient * tl.load(z + entry, mask=here, other=0.0)
             tile += tl.where(head[None, :] == columns[:, None], gradient[None, :], 0.0)
@@ -289,7 +301,20 @@ def _attention_backward_q(
     log_sums = tl.load(lse + pair * length + queries, mask=visited, other=0.0)
     tokens = batch * length + queries
     dz_tile, delta = _kept_gradient(
-        heads, z, dz, edges, tokens, visited, group, n_groups, n_kept, G, BLOCK_M, BLOCK_G, q.dtype.element_ty, PRECISION
+        heads,
+        z,
+        dz,
+        edges,
+        tokens,
+        visited,
+        group,
+        n_groups,
+        n_kept,
+        G,
+        BLOCK_M,
+        BLOCK_G,
+        q.dtype.element_ty,
+        PRECISION,
     )
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # A block without visited queries has nothing to loop over and writes zeros.
@@ -322,8 +347,14 @@ def _attention_backward_kv(
     in_d = tl.arange(0, BLOCK_D)
     in_g = tl.arange(0, BLOCK_G)
     q += batch * q_strides[0] + group * q_strides[1]
-    k_tile = _rounded(_load_rows(k + batch * k_strides[0] + group * k_strides[1], keys, k_strides[2], in_d, D, keys < length), PRECISION)
-    v_tile = _rounded(_load_rows(v + batch * v_strides[0] + group * v_strides[1], keys, v_strides[2], in_g, G, keys < length), PRECISION)
+    k_tile = _rounded(
+        _load_rows(k + batch * k_strides[0] + group * k_strides[1], keys, k_strides[2], in_d, D, keys < length),
+        PRECISION,
+    )
+    v_tile = _rounded(
+        _load_rows(v + batch * v_strides[0] + group * v_strides[1], keys, v_strides[2], in_g, G, keys < length),
+        PRECISION,
+    )
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
     before += pair * (n_blocks + 1)
@@ -336,12 +367,27 @@ def _attention_backward_kv(
         log_sums = tl.load(lse + pair * length + queries, mask=visited, other=0.0)
         tokens = batch * length + queries
         dz_tile, delta = _kept_gradient(
-            heads, z, dz, edges, tokens, visited, group, n_groups, n_kept, G, BLOCK_M, BLOCK_G, q.dtype.element_ty, PRECISION
+            heads,
+            z,
+            dz,
+            edges,
+            tokens,
+            visited,
+            group,
+            n_groups,
+            n_kept,
+            G,
+            BLOCK_M,
+            BLOCK_G,
+            q.dtype.element_ty,
+            PRECISION,
         )
         # Transposed, keys by queries: the sums over queries need no transpose then.
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
         pattern = tl.where(queries[None, :] >= keys[:, None], tl.exp2(scores - log_sums[None, :]), 0.0)
-        dv_tile = tl.dot(_rounded(pattern.to(dz_tile.dtype), PRECISION), tl.trans(dz_tile), dv_tile, input_precision=PRECISION)
+        dv_tile = tl.dot(
+            _rounded(pattern.to(dz_tile.dtype), PRECISION), tl.trans(dz_tile), dv_tile, input_precision=PRECISION
+        )
         d_pattern = tl.dot(v_tile, dz_tile, input_precision=PRECISION)
         d_scores = pattern * (d_pattern - delta[None, :])
         dk_tile = tl.dot(_rounded(d_scores.to(q_tile.dtype), PRECISION), q_tile, dk_tile, input_precision=PRECISION)
@@ -352,7 +398,15 @@ def _attention_backward_kv(
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, indices: Tensor, z: Tensor, dz: Tensor, precision: str = "ieee"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    scale: float,
+    indices: Tensor,
+    z: Tensor,
+    dz: Tensor,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_forward` when the gradient by z is zero outside the kept heads of each token.
 
@@ -361,7 +415,8 @@ def attention_backward(
     Args:
         q, k, v, scale, precision: as in `attention_forward`.
         lse: its second result.
-        indices: kept heads, [batch * length, n_kept], int64, in any order; of a head that comes twice the gradients add.
+        indices: kept heads, [batch * length, n_kept], int64, in any order; of a head that comes twice the gradients
+            add.
         z: outputs at the kept heads (not rectified), [batch * length, n_kept].
         dz: gradient by them, of the same shape.
 
@@ -382,7 +437,9 @@ def attention_backward(
     n_chunks = -(-length // chunk)
     packed = torch.empty((batch * n_groups, length), dtype=torch.int32, device=q.device)
     before = torch.empty((batch * n_groups, n_chunks + 1), dtype=torch.int32, device=q.device)
-    _launch(_pack_queries, batch * n_groups, edges, packed, before, length, n_groups, n_chunks, CHUNK=chunk, num_warps=2)
+    _launch(
+        _pack_queries, batch * n_groups, edges, packed, before, length, n_groups, n_chunks, CHUNK=chunk, num_warps=2
+    )
     dq, dk = (
         torch.empty((batch, length, n_groups, d), dtype=q.dtype, device=q.device),
         torch.empty((batch, length, n_groups, d), dtype=k.dtype, device=q.device),
@@ -394,11 +451,13 @@ def attention_backward(
     sizes = (scale, scale * LOG2_E, length, n_groups, heads.shape[1])
     n_blocks = batch * n_groups * -(-length // tiles["BLOCK_M"])
     _launch(_attention_backward_q, n_blocks, *inputs, dq, *sizes, n_chunks, *strides, **options, **tiles)
-    _launch(_attention_backward_kv, batch * n_groups * n_chunks, *inputs, dk, dv, *sizes, *strides, **options, **key_tiles)
+    _launch(
+        _attention_backward_kv, batch * n_groups * n_chunks, *inputs, dk, dv, *sizes, *strides, **options, **key_tiles
+    )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------- top-K selection
+# ---- top-K selection
 
 
 @_jit
@@ -453,7 +512,9 @@ def _select_top_k(
         n_tied += last >> 16
 
 
-def select_top_k(z: Tensor, norms: Tensor, k: int, score: str = "relu", among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def select_top_k(
+    z: Tensor, norms: Tensor, k: int, score: str = "relu", among: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Exactly k units of each row with the largest score relu(z) * norm or |z| * norm; of equal scores the lower index wins.
 
     Args:
@@ -479,7 +540,16 @@ def select_top_k(z: Tensor, norms: Tensor, k: int, score: str = "relu", among: T
     _launch(
         _select_top_k,
         n_rows,
-        *(z, norms.float().contiguous(), norms if among is None else among.contiguous(), indices, values, n, k, z.stride(0)),
+        *(
+            z,
+            norms.float().contiguous(),
+            norms if among is None else among.contiguous(),
+            indices,
+            values,
+            n,
+            k,
+            z.stride(0),
+        ),
         ABS=score == "abs",
         MASKED=among is not None,
         SEGMENTS=1 << (k - 1).bit_length(),
@@ -490,12 +560,15 @@ def select_top_k(z: Tensor, norms: Tensor, k: int, score: str = "relu", among: T
     return indices, values
 
 
-# ------------------------------------------------------------------------------------------------------------- sparse decode
+# ---- sparse decode
 
 
 @_jit
 def _decode(indices, values, weight, y, d, n_kept, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """y of one token, one block of columns. All tokens of a block of columns come before the next block: W's slice stays in L2."""
+    """y of one token, one block of columns.
+
+    All tokens of a block of columns come before the next block: W's slice stays in L2.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -512,12 +585,26 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     (n_rows, k), d = indices.shape, weight.shape[1]
     y = torch.empty((n_rows, d), dtype=torch.float32, device=weight.device)
     grid = (n_rows, -(-d // 128))
-    _launch(_decode, grid, indices.contiguous(), values.contiguous(), weight.contiguous(), y, d, k, BLOCK_K=16, BLOCK_D=128, num_warps=4)
+    _launch(
+        _decode,
+        grid,
+        indices.contiguous(),
+        values.contiguous(),
+        weight.contiguous(),
+        y,
+        d,
+        k,
+        BLOCK_K=16,
+        BLOCK_D=128,
+        num_warps=4,
+    )
     return y
 
 
 @_jit
-def _decode_backward_values(indices, weight, dy, parts, n_rows, d, n_kept, span, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _decode_backward_values(
+    indices, weight, dy, parts, n_rows, d, n_kept, span, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Products of dy with the chosen rows over one span of columns; for the order of programs see `_decode`."""
     n_blocks = tl.cdiv(n_kept, BLOCK_K)
     token = (tl.program_id(0) // n_blocks).to(tl.int64)
@@ -604,13 +691,40 @@ def sparse_decode_backward(indices: Tensor, values: Tensor, weight: Tensor, dy: 
     if most_items:
         item_heads = torch.searchsorted(item_ends, torch.arange(most_items, device=device), right=True, out_int32=True)
         grid = (most_items, n_blocks)
-        _launch(_decode_backward_hot, grid, tokens, weights, dy, offsets, item_heads, item_ends, sums, n, d, CHUNK=_CHUNK, **blocks)
+        _launch(
+            _decode_backward_hot,
+            grid,
+            tokens,
+            weights,
+            dy,
+            offsets,
+            item_heads,
+            item_ends,
+            sums,
+            n,
+            d,
+            CHUNK=_CHUNK,
+            **blocks,
+        )
     d_weight = torch.empty((n, d), dtype=torch.float32, device=device)
-    _launch(_decode_backward_weight, (n, n_blocks), tokens, weights, dy, offsets, item_ends, sums, d_weight, d, CHUNK=_CHUNK, **blocks)
+    _launch(
+        _decode_backward_weight,
+        (n, n_blocks),
+        tokens,
+        weights,
+        dy,
+        offsets,
+        item_ends,
+        sums,
+        d_weight,
+        d,
+        CHUNK=_CHUNK,
+        **blocks,
+    )
     return d_values, d_weight
 
 
-# ------------------------------------------------------------------------------------------------------------------ rotation
+# ---- rotation
 
 
 @_jit

@@ -1,7 +1,7 @@
 """The Lorsa layer: thousands of sparse attention heads with rank-1 OV circuits in place of one attention layer.
 
-Identity worth knowing: this is ordinary attention with n_qk heads whose values have width G = n_ov / n_qk, followed by an
-elementwise top-K over all n_ov numbers and a linear decode. `reference.lorsa_forward` is the same layer in loops.
+Identity worth knowing: this is ordinary attention with n_qk heads whose values have width G = n_ov / n_qk, followed by
+an elementwise top-K over all n_ov numbers and a linear decode. `reference.lorsa_forward` is the same layer in loops.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Scaling(NamedTuple):
     """Between raw activations and the space that modules are trained in: there, inputs have mean 0, and inputs and targets size sqrt(d).
 
     Attention inputs have a large common mean (69 % of their energy at layer 17 of SmolLM2-135M). A step along it
-    moves a head's z at all tokens at once. Runs on centred inputs had far fewer dead heads; centring alone was not ablated.
+    moves a head's z at all tokens at once. Runs on centred inputs had far fewer dead heads; centring alone was not
+    ablated.
     """
 
     input_mean: Tensor
@@ -86,7 +87,9 @@ class SparseModule(nn.Module):
         """Activations of all units before the selection, [batch, length, d_model] to [batch, length, n]."""
         raise TypeError(f"{type(self).__name__} does not say how it computes its activations")
 
-    def select(self, pre: Tensor, k: int | None = None, among: Tensor | None = None, backend: str = "torch") -> tuple[Tensor, Tensor]:
+    def select(
+        self, pre: Tensor, k: int | None = None, among: Tensor | None = None, backend: str = "torch"
+    ) -> tuple[Tensor, Tensor]:
         """Top-K selection.
 
         Args:
@@ -145,7 +148,10 @@ class SparseModule(nn.Module):
 
     @torch.no_grad()
     def fold_norms(self) -> None:
-        """Give every w_o norm 1 and its unit the scale instead: w_v, b_V <- * ||w_o|| (paper, Sec. 5); outputs stay the same."""
+        """Give every w_o norm 1 and its unit the scale instead: w_v, b_V <- * ||w_o|| (paper, Sec.
+
+        5); outputs stay the same.
+        """
         norms = self.W_O.norm(dim=1).clamp_min(torch.finfo(self.W_O.dtype).tiny)
         self.W_O /= norms[:, None]
         for reader in self.readers():
@@ -199,15 +205,17 @@ class SparseModule(nn.Module):
                     f"{path}: {name} is {found}, not {list(value.shape)}; the file and config.json do not belong together."
                 )
             if not torch.isfinite(tensors[name]).all():
-                raise store.UserError(f"{path}: {name} holds values that are not finite; restore a copy or train again.")
+                raise store.UserError(
+                    f"{path}: {name} holds values that are not finite; restore a copy or train again."
+                )
         self.load_state_dict({name: tensors[name] for name in expected})
 
 
 class Lorsa(SparseModule):
     """Low-rank sparse attention (paper, Sec. 3).
 
-    Parameters: W_Q, W_K [n_qk, d_model, d_qk]; b_Q, b_K [n_qk, d_qk]; W_V, W_O [n_ov, d_model]; b_V [n_ov]; b_O [d_model];
-    with `qk_norm` also q_norm, k_norm [n_qk, d_qk]. The heads of one group are consecutive.
+    Parameters: W_Q, W_K [n_qk, d_model, d_qk]; b_Q, b_K [n_qk, d_qk]; W_V, W_O [n_ov, d_model]; b_V [n_ov]; b_O
+    [d_model]; with `qk_norm` also q_norm, k_norm [n_qk, d_qk]. The heads of one group are consecutive.
     """
 
     def __init__(self, config: LorsaConfig) -> None:
@@ -228,7 +236,9 @@ class Lorsa(SparseModule):
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def config_for_site(cls, site: AttentionSite, n_heads: int, n_qk: int, k: int, d_qk: int | None = None) -> LorsaConfig:
+    def config_for_site(
+        cls, site: AttentionSite, n_heads: int, n_qk: int, k: int, d_qk: int | None = None
+    ) -> LorsaConfig:
         """Config for one attention layer: widths, scale, rotation and QK norm are derived from the model."""
         return LorsaConfig(
             d_model=site.d_model,
@@ -249,7 +259,12 @@ class Lorsa(SparseModule):
 
     def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         tables = self._tables
-        if tables is None or tables[0].shape[0] < length or tables[0].device != like.device or tables[0].dtype != like.dtype:
+        if (
+            tables is None
+            or tables[0].shape[0] < length
+            or tables[0].device != like.device
+            or tables[0].dtype != like.dtype
+        ):
             tables = ops.rotary_tables(self.config.rotary, length, like.device, like.dtype)
             self._tables = tables
         return tables[0][:length], tables[1][:length]
@@ -279,7 +294,9 @@ class Lorsa(SparseModule):
     def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
         """See `SparseModule.keep`."""
         norms = self.W_O.detach().norm(dim=1)
-        return ops.sparse_attention(*self.attention_inputs(x), self.attn_scale, norms, k, self.score, dead, aux_k, self.backend)
+        return ops.sparse_attention(
+            *self.attention_inputs(x), self.attn_scale, norms, k, self.score, dead, aux_k, self.backend
+        )
 
     def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
         """z of every head before the selection, [batch, length, n_ov]."""
@@ -341,7 +358,9 @@ def read_module_settings(folder: str | Path) -> dict[str, object]:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise store.UserError(f"{folder} is not a run folder (config.json is missing); give the --out folder of `lorsa train`.")
+        raise store.UserError(
+            f"{folder} is not a run folder (config.json is missing); give the --out folder of `lorsa train`."
+        )
     config = store.read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("module"), dict) or "kind" not in config["module"]:
         raise store.UserError(f"{path} does not say what kind of module it describes; restore a copy or train again.")

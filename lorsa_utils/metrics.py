@@ -1,13 +1,15 @@
 """How well a module rebuilds an attention layer, defined once.
 
-    FVU            = sum_t ||y_t - yhat_t||^2 / sum_t ||y_t - mean(y)||^2          (ratio of sums; the paper's "normalised MSE" family)
+    FVU            = sum_t ||y_t - yhat_t||^2 / sum_t ||y_t - mean(y)||^2          (ratio of sums; the paper's
+                   "normalised MSE" family)
     FVU token mean = mean_t ( ||y_t - yhat_t||^2 / ||y_t - mean(y)||^2 )
     L0             = mean number of active heads per token
     dead fraction  = share of heads never active within the evaluated tokens (their number is always given beside it)
-    CE recovered   = (CE mean-ablated - CE with module) / (CE mean-ablated - CE original), cross-entropy in nats per token
+    CE recovered   = (CE mean-ablated - CE with module) / (CE mean-ablated - CE original), cross-entropy in nats per
+                   token
 
-Sums run over the tokens of the mask alone (no BOS, no padding) and are kept in float64, so results do not depend on the batch
-size or on padding. mean(y) is the mean over the same tokens.
+Sums run over the tokens of the mask alone (no BOS, no padding) and are kept in float64, so results do not depend on the
+batch size or on padding. mean(y) is the mean over the same tokens.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ class Reconstruction:
             UserError: no token was counted, or all targets are equal.
         """
         if self.n_tokens == 0 or self.deviation == 0:
-            raise UserError("FVU is undefined: the text has no two counted tokens with different targets; give a longer text.")
+            raise UserError(
+                "FVU is undefined: the text has no two counted tokens with different targets; give a longer text."
+            )
         return {
             "fvu": self.error / self.deviation,
             "fvu_token_mean": self.token_fvu / self.n_tokens,
@@ -143,12 +147,18 @@ class _LossSum:
 
 @torch.no_grad()
 def evaluate_spliced(
-    model: LanguageModel, layer: int, module: SparseModule, sequences: Sequences, batch_size: int = 8, progress: bool = False
+    model: LanguageModel,
+    layer: int,
+    module: SparseModule,
+    sequences: Sequences,
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Everything `lorsa eval` prints: reconstruction, and the model's loss with the layer's output replaced.
 
-    Three passes over the text: the untouched model (loss and mean target), the module spliced in (loss and reconstruction), the
-    mean target spliced in. Positions that are not counted (BOS, padding) keep their original output in both splices.
+    Three passes over the text: the untouched model (loss and mean target), the module spliced in (loss and
+    reconstruction), the mean target spliced in. Positions that are not counted (BOS, padding) keep their original
+    output in both splices.
 
     Returns:
         the keys of `Reconstruction.result` and `ce`, `ce_spliced`, `ce_mean_ablated` (nats per token), `ce_recovered`.
@@ -188,7 +198,9 @@ def evaluate_spliced(
     bar.close()
     gap = ablated.mean - original.mean
     if gap == 0:
-        raise UserError(f"Replacing layer {layer} by its mean does not change the loss on this text at all; give a longer text.")
+        raise UserError(
+            f"Replacing layer {layer} by its mean does not change the loss on this text at all; give a longer text."
+        )
     return {
         **sums.result(),
         "ce": original.mean,

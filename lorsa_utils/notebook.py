@@ -40,7 +40,7 @@ VERSIONS = ("kit", "python", "torch", "transformers", "device")
 """What of `provenance` a figure's record holds beside the commit."""
 
 
-# ------------------------------------------------------------------------------------------------------------- provenance
+# ---- provenance
 
 
 def check_versions(installed: Mapping[str, str] | None = None) -> None:
@@ -69,7 +69,9 @@ def git_commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False, timeout=20)
+            result = subprocess.run(
+                ["git", *arguments], cwd=root, capture_output=True, text=True, check=False, timeout=20
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return result.stdout.strip() if result.returncode == 0 else None
@@ -102,14 +104,14 @@ def provenance() -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- stages
+# ---- stages
 
 
 def stage(folder: str | Path, name: str, key: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
     """A costly step that is done once: the folder `<folder>/<name>-<hash of key>`, made when it is not whole.
 
-    stage.json, written last, marks a whole stage and lists its files; when one of them is missing the stage is made again. `make` is
-    handed the folder as it is, so that it can go on from what a killed run left there.
+    stage.json, written last, marks a whole stage and lists its files; when one of them is missing the stage is made
+    again. `make` is handed the folder as it is, so that it can go on from what a killed run left there.
 
     Args:
         folder: where stages live.
@@ -135,7 +137,7 @@ def stage(folder: str | Path, name: str, key: Mapping[str, Any], make: Callable[
     return target
 
 
-# -------------------------------------------------------------------------------------------------------- expected values
+# ---- expected values
 
 
 @dataclass(frozen=True)
@@ -176,10 +178,16 @@ def check_values(values: Mapping[str, Any], expected: Mapping[str, Mapping[str, 
 
 def _meets(value: Any, rule: Mapping[str, Any], key: str) -> bool:
     if not set(rule) & {"min", "max", "value"}:
-        raise store.UserError(f"The expected value of {key!r} has neither min, max nor value; repair it in data/expected.")
+        raise store.UserError(
+            f"The expected value of {key!r} has neither min, max nor value; repair it in data/expected."
+        )
     if not isinstance(value, int | float):
         return "value" in rule and value == rule["value"]
-    within = abs(value - rule["value"]) <= rule.get("tolerance", 0) if isinstance(rule.get("value"), int | float) else "value" not in rule
+    within = (
+        abs(value - rule["value"]) <= rule.get("tolerance", 0)
+        if isinstance(rule.get("value"), int | float)
+        else "value" not in rule
+    )
     return within and rule.get("min", -math.inf) <= value <= rule.get("max", math.inf)
 
 
@@ -192,7 +200,7 @@ def _describe(rule: Mapping[str, Any]) -> str:
     return ", ".join(parts) + (f" ({rule['note']})" if rule.get("note") else "")
 
 
-# --------------------------------------------------------------------------------------------------------------- context
+# ---- context
 
 
 class Context:
@@ -207,7 +215,9 @@ class Context:
         self.checkpoint_alone = False
         """Whether `modules_at_hand` found nothing but the checkpoint that travels with the kit; `finish` expects other values then."""
 
-    def stage(self, name: str, key: Mapping[str, Any], make: Callable[[Path], object], code: Sequence[ModuleType] = ()) -> Path:
+    def stage(
+        self, name: str, key: Mapping[str, Any], make: Callable[[Path], object], code: Sequence[ModuleType] = ()
+    ) -> Path:
         """A costly step, done once per run folder and shared by all notebooks that name it with the same key; see `stage`.
 
         `code`: the modules that the result comes from. When their source changes, the step is done again.
@@ -219,7 +229,9 @@ class Context:
         """`text`, saying that the run is scaled down unless it is the paper's size."""
         return f"{text} ({self.profile.name} profile, scaled down)" if self.profile.is_scaled_down else text
 
-    def show(self, figure: go.Figure, label: str, caption: str, data: pd.DataFrame | None = None, **facts: Any) -> figures.SavedFigure:
+    def show(
+        self, figure: go.Figure, label: str, caption: str, data: pd.DataFrame | None = None, **facts: Any
+    ) -> figures.SavedFigure:
         """Save a figure under `<folder>/figures/` and display it: interactive in Jupyter, as a static image elsewhere.
 
         Args:
@@ -227,8 +239,9 @@ class Context:
             label: file name, starting with the paper item, as `P4_layer_fvu`.
             caption: what one sees, in a sentence or two.
             data: the numbers for the CSV; taken from the figure when not given.
-            **facts: what the figure's record says besides label, caption, notebook, profile, seed, commit and versions; `model`, `layer`
-                and `tokens` are the profile's unless given here (None where they do not apply; without a model nothing is scaled down).
+            **facts: what the figure's record says besides label, caption, notebook, profile, seed, commit and versions;
+                `model`, `layer` and `tokens` are the profile's unless given here (None where they do not apply; without
+                a model nothing is scaled down).
         """
         figure = go.Figure(figure)
         text = figure.layout.title.text or label
@@ -267,7 +280,10 @@ class Context:
         expected = expected_values(self.name, section)
         checks = check_values(read_results(self.folder).get(self.name, {}), expected)
         table = pd.DataFrame(
-            [{"key": check.key, "value": check.value, "expected": check.expected, "result": check.word} for check in checks],
+            [
+                {"key": check.key, "value": check.value, "expected": check.expected, "result": check.word}
+                for check in checks
+            ],
             columns=["key", "value", "expected", "result"],
         )
         failed = [check for check in checks if check.passed is False]
@@ -283,13 +299,14 @@ def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> C
 
     Args:
         name: of the notebook, as `02_train_lorsa`.
-        profile: `smoke`, `laptop`, `paper` or a preset. Where its model's weights are gated or out of reach, a banner says so and the
-            run goes on with the embedded model in the sizes of the laptop profile.
+        profile: `smoke`, `laptop`, `paper` or a preset. Where its model's weights are gated or out of reach, a banner
+            says so and the run goes on with the embedded model in the sizes of the laptop profile.
         run_dir: run folder; data/runs/<profile> when empty.
         seed: everything random in the notebook derives from it.
 
     Raises:
-        UserError: torch or transformers is outside the tested range, the profile does not exist or the folder cannot be written.
+        UserError: torch or transformers is outside the tested range, the profile does not exist or the folder cannot be
+            written.
     """
     check_versions()
     settings, banner = _within_reach(get_profile(profile))
@@ -343,11 +360,13 @@ def _show_banner(folder: Path, name: str, banner: str | None) -> None:
     import html
 
     style = "border: 2px solid #b45309; background: #fef3c7; color: #451a03; padding: 0.6em 1em; font-weight: bold"
-    if not _display_bundle({"text/plain": banner, "text/html": f'<div role="alert" style="{style}">{html.escape(banner)}</div>'}):
+    if not _display_bundle(
+        {"text/plain": banner, "text/html": f'<div role="alert" style="{style}">{html.escape(banner)}</div>'}
+    ):
         print(banner)
 
 
-# ----------------------------------------------------------------------------------------------- artefacts that notebooks share
+# ---- artefacts that notebooks share
 
 
 def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
@@ -355,7 +374,10 @@ def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
     from lorsa_utils import corpus
 
     profile, text = run.profile, corpus.embedded_corpus()
-    budgets = {"train": (text.train, profile.cache_tokens), "held_out": (text.held_out, profile.compare_held_out_tokens)}
+    budgets = {
+        "train": (text.train, profile.cache_tokens),
+        "held_out": (text.held_out, profile.compare_held_out_tokens),
+    }
     return {
         split: corpus.tokenize(documents, model.tokenizer, context=profile.context, n_tokens=n_tokens, seed=run.seed)
         for split, (documents, n_tokens) in budgets.items()
@@ -368,7 +390,11 @@ def activation_cache(run: Context, model: LanguageModel, splits: Mapping[str, Se
 
     layers = sorted({run.profile.layer, *run.layers})
     texts = {split: source_identity(model, part) for split, part in splits.items()}
-    return run.stage("activations", {"layers": layers, **texts}, lambda folder: build_cache(model, splits, layers, folder, text="embedded"))
+    return run.stage(
+        "activations",
+        {"layers": layers, **texts},
+        lambda folder: build_cache(model, splits, layers, folder, text="embedded"),
+    )
 
 
 def trained(
@@ -390,7 +416,10 @@ def trained(
     from lorsa_utils.train import RunSpec, train_runs
 
     # Runs of an older version of this code must not pass for runs of this one.
-    code = [store.sha256_file(Path(__file__).with_name(f"{name}.py")) for name in ("ops", "lorsa", "sae", "initialize", "train")]
+    code = [
+        store.sha256_file(Path(__file__).with_name(f"{name}.py"))
+        for name in ("ops", "lorsa", "sae", "initialize", "train")
+    ]
     specs = {}
     for name, (layer, module) in modules.items():
         settings = {"layer": layer, "module": module.to_dict(), "train": train.to_dict(), "source": source.identity()}
@@ -446,7 +475,10 @@ def short_config(run: Context) -> TrainConfig:
 
 
 def short_starts(run: Context, model: LanguageModel, source: ActivationCache) -> dict[str, Path]:
-    """Run folders of the short runs of notebook 02 from both starts, `mhsa` and `random`. Trained now when they are missing."""
+    """Run folders of the short runs of notebook 02 from both starts, `mhsa` and `random`.
+
+    Trained now when they are missing.
+    """
     layer = run.profile.layer
     folders: dict[str, Path] = {}
     for init in ("mhsa", "random"):
@@ -462,7 +494,9 @@ LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
 def layer_modules(
     run: Context, model: LanguageModel, source: ActivationCache, kinds: Sequence[str] = LAYER_MODULES
 ) -> dict[int, dict[str, Path]]:
-    """Run folders of the modules of notebook 03, all trained on the same tokens. Those that are missing are trained now.
+    """Run folders of the modules of notebook 03, all trained on the same tokens.
+
+    Those that are missing are trained now.
 
     Args:
         run: the notebook's context.
@@ -474,7 +508,9 @@ def layer_modules(
         layer to kind to run folder.
     """
     layers = run.profile.layers
-    wanted = {f"layer{layer:02d}_{kind}": (layer, _layer_shape(run, model, layer, kind)) for layer in layers for kind in kinds}
+    wanted = {
+        f"layer{layer:02d}_{kind}": (layer, _layer_shape(run, model, layer, kind)) for layer in layers for kind in kinds
+    }
     folders = trained(run, model, source, wanted, train_config(run, compare_tokens(run.profile), 25))
     return {layer: {kind: folders[f"layer{layer:02d}_{kind}"] for kind in kinds} for layer in layers}
 
@@ -482,8 +518,9 @@ def layer_modules(
 def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
     """Run folders of the best Lorsa and SAE of the profile's layer, by `lorsa` and `sae`.
 
-    The checkpoints that travel with the kit (`data/checkpoints`) where there are both for this model and layer, so that a notebook
-    opens at once; otherwise the Lorsa of notebook 02 and the SAE of notebook 03, trained now when they are missing.
+    The checkpoints that travel with the kit (`data/checkpoints`) where there are both for this model and layer, so that
+    a notebook opens at once; otherwise the Lorsa of notebook 02 and the SAE of notebook 03, trained now when they are
+    missing.
     """
     from lorsa_utils.activations import ActivationCache
 
@@ -503,11 +540,14 @@ def _shipped_pair(run: Context, model: LanguageModel) -> dict[str, Path] | None:
     return found if len(found) == len(shipped) else None
 
 
-def modules_at_hand(run: Context, model: LanguageModel, splits: Mapping[str, Sequences], train: bool) -> dict[int, dict[str, Path]]:
+def modules_at_hand(
+    run: Context, model: LanguageModel, splits: Mapping[str, Sequences], train: bool
+) -> dict[int, dict[str, Path]]:
     """Lorsa and SAE, of equally many units, of the layers that notebooks compare, for one that has to open at once.
 
-    Those of notebook 03 where it has run in this folder. Where it has not, the checkpoints that travel with the kit stand in: one layer
-    alone, which is said, and which `run.layers`, the figures' facts and the expected values (section `<profile>_checkpoint`) then follow.
+    Those of notebook 03 where it has run in this folder. Where it has not, the checkpoints that travel with the kit
+    stand in: one layer alone, which is said, and which `run.layers`, the figures' facts and the expected values
+    (section `<profile>_checkpoint`) then follow.
 
     Args:
         run: the notebook's context.
@@ -546,7 +586,9 @@ def second_seed(
     """Run folders of a layer's modules as in `layer_modules`, from the next seed's start on the same tokens; kind to folder."""
     names = {kind: f"layer{layer:02d}_{kind}_second" for kind in kinds}
     wanted = {name: (layer, _layer_shape(run, model, layer, kind)) for kind, name in names.items()}
-    folders = trained(run, model, source, wanted, train_config(run, compare_tokens(run.profile), 25).replace(seed=run.seed + 1))
+    folders = trained(
+        run, model, source, wanted, train_config(run, compare_tokens(run.profile), 25).replace(seed=run.seed + 1)
+    )
     return {kind: folders[name] for kind, name in names.items()}
 
 

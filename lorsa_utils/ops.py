@@ -1,15 +1,17 @@
 """The few operations that everything is made of: rotary tables, ONE attention, ONE top-K selection, ONE sparse decode.
 
-Each takes `backend`: "torch" (vectorised, any device), "triton" (the kernels of `kernels`, NVIDIA GPUs), "reference" (the loops
-of `reference`, for checks) or "auto": triton where it runs, else torch.
+Each takes `backend`: "torch" (vectorised, any device), "triton" (the kernels of `kernels`, NVIDIA GPUs), "reference"
+(the loops of `reference`, for checks) or "auto": triton where it runs, else torch.
 
 `sparse_attention` is what training runs: attention and selection as one operation, whose backward pass knows that the
 gradient of z is zero outside the kept heads. With P the pattern of a QK group, dz the gradient of its kept heads and
 i a query in which at least one of its heads was kept (no other query is visited),
 
-    delta_i = sum_kept dz z,   dP = dz V^T,   dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dz
+    delta_i = sum_kept dz z,   dP = dz V^T,   dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T
+                               dz
 
-so that z itself need not be remembered: the kept values give delta, and the log-sum-exp of the forward pass gives P back.
+so that z itself need not be remembered: the kept values give delta, and the log-sum-exp of the forward pass gives P
+back.
 """
 
 from __future__ import annotations
@@ -123,7 +125,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
         [batch, n_heads, length, d_v].
     """
     if choose_backend(backend, q) == "reference":
-        flat = [reference.causal_attention(q[b, h], k[b, h], v[b, h], scale) for b in range(q.shape[0]) for h in range(q.shape[1])]
+        flat = [
+            reference.causal_attention(q[b, h], k[b, h], v[b, h], scale)
+            for b in range(q.shape[0])
+            for h in range(q.shape[1])
+        ]
         return torch.stack(flat).reshape(v.shape)
     d_v, d_qk = v.shape[-1], q.shape[-1]
     if v.device.type == "cpu" and d_v < d_qk:
@@ -167,8 +173,8 @@ def select_top_k(scores: Tensor, k: int, backend: str = "torch", floor: float | 
 def _largest(scores: Tensor, k: int, fold: int = 8) -> tuple[Tensor, Tensor]:
     """The k largest scores of each row and their indices, in no order.
 
-    On a CPU wide rows are folded first: the k largest lie in the k columns of the folded row with the largest maxima, so
-    that two short searches replace a long one.
+    On a CPU wide rows are folded first: the k largest lie in the k columns of the folded row with the largest maxima,
+    so that two short searches replace a long one.
     """
     n = scores.shape[-1]
     if scores.device.type != "cpu" or n % fold or n < 2 * fold * k:
@@ -180,7 +186,9 @@ def _largest(scores: Tensor, k: int, fold: int = 8) -> tuple[Tensor, Tensor]:
     return values, candidates.gather(1, places)
 
 
-def select_heads(z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | None = None, backend: str = "auto") -> Tensor:
+def select_heads(
+    z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Top-K selection of heads or features.
 
     Args:
@@ -305,7 +313,9 @@ def _select_kept(
         chosen.append(chosen[0][:, :0])
     elif z.device.type == "cpu":
         numbers = dead.nonzero()[:, 0]
-        chosen.append(numbers[select_heads(z[:, numbers], norms[numbers], min(aux_k, len(numbers)), score, backend=backend)])
+        chosen.append(
+            numbers[select_heads(z[:, numbers], norms[numbers], min(aux_k, len(numbers)), score, backend=backend)]
+        )
     else:  # the number of dead units is not asked for: that would wait for the GPU
         chosen.append(select_heads(z, norms, aux_k, score, among=dead, backend=backend))
     kept = z.gather(1, torch.cat(chosen, dim=1))
@@ -348,19 +358,24 @@ class _Visits(NamedTuple):
     """Gradient of the values of its QK group, [n_visits + 1, group size]; the last row is zero, for padding."""
 
 
-def _pack_visits(indices: Tensor, kept: Tensor, grad: Tensor, batch: int, length: int, groups: int, size: int) -> _Visits:
+def _pack_visits(
+    indices: Tensor, kept: Tensor, grad: Tensor, batch: int, length: int, groups: int, size: int
+) -> _Visits:
     group = indices // size
     touched = torch.zeros(batch * length, groups, dtype=torch.bool, device=indices.device)
     row = torch.arange(batch * length, device=indices.device)[:, None].expand_as(indices)
     touched[row[grad != 0], group[grad != 0]] = True
     pair, position = touched.view(batch, length, groups).transpose(1, 2).reshape(-1, length).nonzero(as_tuple=True)
     sequence, of_group = pair // groups, pair % groups
-    # Number of the visit of every (token, group); tokens without one point at the padding row and bring a zero gradient.
+    # Number of the visit of every (token, group); tokens without one point at the padding row and bring a zero
+    # gradient.
     visit = torch.full((batch * length, groups), len(pair), device=indices.device)
     visit[sequence * length + position, of_group] = torch.arange(len(pair), device=indices.device)
     places = visit.gather(1, group)
     delta = grad.new_zeros(len(pair) + 1).index_add_(0, places.flatten(), (grad * kept).flatten())
-    grads = grad.new_zeros((len(pair) + 1) * size).index_add_(0, (places * size + indices % size).flatten(), grad.flatten())
+    grads = grad.new_zeros((len(pair) + 1) * size).index_add_(
+        0, (places * size + indices % size).flatten(), grad.flatten()
+    )
     counts = torch.bincount(pair, minlength=batch * groups)
     starts = counts.cumsum(0) - counts
     sorted_counts, order = counts.sort(descending=True, stable=True)
@@ -380,12 +395,14 @@ def _attention_backward(
     Args:
         q, k, v: as in `sparse_attention`.
         lse: log-sum-exp of the scores, [batch, n_qk, length].
-        indices, kept, grad: heads, their z and the gradient of it, each [batch * length, n_kept]; a head may appear twice.
+        indices, kept, grad: heads, their z and the gradient of it, each [batch * length, n_kept]; a head may appear
+        twice.
     """
     batch, groups, length, _ = q.shape
     visits = _pack_visits(indices, kept, grad, batch, length, groups, v.shape[-1])
     tables = [_as_rows(side) for side in (q, k, v)]
-    # One row more than there are, for what padding brings. Pairs write all their keys and values, so only absent ones need zeros.
+    # One row more than there are, for what padding brings. Pairs write all their keys and values, so only absent ones
+    # need zeros.
     grads = [table.new_empty(len(table) + 1, table.shape[1]) for table in tables]
     grads[0].zero_()
     absent = torch.ones(batch, groups, dtype=torch.bool, device=q.device)
@@ -434,8 +451,12 @@ def _backward_of_pairs(
         reach = int(position.max()) + 1
         rows = origin + groups * position
         queries = tables[0].index_select(0, rows.flatten()).view(n, len(slot), -1)
-        upstream = visits.grads.index_select(0, torch.where(real, visit, len(visits.grads) - 1).flatten()).view(n, len(slot), -1)
-        p = torch.baddbmm(levels.gather(1, position)[..., None], queries, keys[:, :reach].transpose(1, 2), beta=-1, alpha=scale).exp_()
+        upstream = visits.grads.index_select(0, torch.where(real, visit, len(visits.grads) - 1).flatten()).view(
+            n, len(slot), -1
+        )
+        p = torch.baddbmm(
+            levels.gather(1, position)[..., None], queries, keys[:, :reach].transpose(1, 2), beta=-1, alpha=scale
+        ).exp_()
         p.masked_fill_(torch.arange(reach, device=pair.device) > position[..., None], 0.0)
         delta = torch.where(real, visits.delta[visit], 0.0)[..., None]
         ds = torch.baddbmm(delta, upstream, values[:, :reach].transpose(1, 2), beta=-scale, alpha=scale).mul_(p)
@@ -451,7 +472,9 @@ def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: i
     units, order = indices.flatten().sort(stable=True)
     offsets = torch.searchsorted(units, torch.arange(n_units, device=units.device))
     ordered = weights.flatten()[order].to(rows.dtype)
-    return F.embedding_bag(order // indices.shape[1], rows.contiguous(), offsets, per_sample_weights=ordered, mode="sum")
+    return F.embedding_bag(
+        order // indices.shape[1], rows.contiguous(), offsets, per_sample_weights=ordered, mode="sum"
+    )
 
 
 class _DecodeWeightGradient(torch.autograd.Function):
@@ -548,7 +571,11 @@ class _SparseEncoding(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, indices, kept = ctx.saved_tensors
         grad = _gradient_of_kept(grad_outputs, kept, ctx.relu).to(x.dtype)
-        grad_x = F.embedding_bag(indices, weight, per_sample_weights=grad.to(weight.dtype), mode="sum") if ctx.needs_input_grad[0] else None
+        grad_x = (
+            F.embedding_bag(indices, weight, per_sample_weights=grad.to(weight.dtype), mode="sum")
+            if ctx.needs_input_grad[0]
+            else None
+        )
         grad_weight = _sum_rows_by_unit(indices, grad, x, len(weight)).to(weight.dtype)
         grad_bias = weight.new_zeros(len(weight)).index_add_(0, indices.flatten(), grad.flatten().to(weight.dtype))
         return grad_x, grad_weight, grad_bias, *[None] * 6

@@ -1,8 +1,9 @@
 """Head pages: one self-contained HTML file for each head, without network or server (paper item P5).
 
-The text of every context is in the HTML itself; templates/page.js adds the z pattern of the token under the pointer or the focus:
-z_ij = A_ij v_j from the group's attention A, stored in steps of 1/65535, and v. All text from the model goes through `html.escape`
-on its way into the page, the embedded JSON holds numbers alone, and a content policy forbids every request.
+The text of every context is in the HTML itself; templates/page.js adds the z pattern of the token under the pointer or
+the focus: z_ij = A_ij v_j from the group's attention A, stored in steps of 1/65535, and v. All text from the model goes
+through `html.escape` on its way into the page, the embedded JSON holds numbers alone, and a content policy forbids
+every request.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ MEANINGS = {
 
 KINDS = {
     "top": ("Where it is most active", "The largest activations, each from another text."),
-    "sample": ("When it is active at all", "Active tokens drawn at random, one from each stretch of the range from most to least active."),
+    "sample": (
+        "When it is active at all",
+        "Active tokens drawn at random, one from each stretch of the range from most to least active.",
+    ),
     "random": ("Anywhere", "Tokens drawn at random, the same for every head: most heads are silent at most tokens."),
 }
 SHOWN_BEFORE, SHOWN_AFTER = 24, 10
@@ -92,7 +96,7 @@ def page_name(layer: int, head: int) -> str:
     return f"layer{layer:02d}_head{head:05d}.html"
 
 
-# ---------------------------------------------------------------------------------------------------------------- the shell
+# ---- the shell
 
 
 @functools.cache
@@ -175,14 +179,16 @@ def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], 
         return "".join(f"<{tag}{scope}{_right(place in numeric)}>{cell}</{tag}>" for place, cell in enumerate(cells))
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f"<table><caption>{caption}</caption><thead><tr>{line(columns, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    return (
+        f"<table><caption>{caption}</caption><thead><tr>{line(columns, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    )
 
 
 def _right(is_numeric: bool) -> str:
     return ' class="n"' if is_numeric else ""
 
 
-# --------------------------------------------------------------------------------------------------------------- what it is
+# ---- what it is
 
 
 def describe(head: Head) -> str:
@@ -214,7 +220,11 @@ def _lead(head: Head) -> str:
     if len(head.families) > 1:
         parts.append(f"<p>It earns more names: {text(', '.join(head.families[1:]))}.</p>")
     if head.explanation:
-        score = "" if head.score is None else f' <span class="soft">(balanced accuracy {head.score:.2f}; chance is 0.50)</span>'
+        score = (
+            ""
+            if head.score is None
+            else f' <span class="soft">(balanced accuracy {head.score:.2f}; chance is 0.50)</span>'
+        )
         parts.append(f"<p><b>Explanation</b>: {text(head.explanation)}{score}</p>")
     if head.dead:
         parts.append('<p class="warn">There is no text where it is active, so nothing is shown but its weights.</p>')
@@ -238,7 +248,11 @@ def _card(title: str, body: str) -> str:
 
 def _looks(head: Head) -> str:
     facts = head.facts
-    shares = {"first token": facts["first_share"], "token before": facts["previous_share"], "itself": facts["self_share"]}
+    shares = {
+        "first token": facts["first_share"],
+        "token before": facts["previous_share"],
+        "itself": facts["self_share"],
+    }
     shares["elsewhere"] = max(0.0, 1 - sum(shares.values()))
     rows = [(name, percent(share), _bar(share)) for name, share in shares.items()]
     rows = [(name, share, f'<div class="barcell">{bar}</div>') for name, share, bar in rows]
@@ -259,12 +273,20 @@ def _logits(head: Head) -> str:
 
     columns = ("token", "logit", "")
     raised = _table("Raises most", columns, rows(head.raised), (1,))
-    return raised + f"<details><summary>What it lowers</summary>{_table('Lowers most', columns, rows(head.lowered), (1,))}</details>"
+    return (
+        raised
+        + f"<details><summary>What it lowers</summary>{_table('Lowers most', columns, rows(head.lowered), (1,))}</details>"
+    )
 
 
 def _shares(shares: Sequence[float]) -> str:
-    order = [index for index in sorted(range(len(shares)), key=lambda index: -shares[index])[:9] if shares[index] >= 0.005]
-    rows = [(f"head {index}", percent(shares[index]), f'<div class="barcell">{_bar(shares[index])}</div>') for index in order]
+    order = [
+        index for index in sorted(range(len(shares)), key=lambda index: -shares[index])[:9] if shares[index] >= 0.005
+    ]
+    rows = [
+        (f"head {index}", percent(shares[index]), f'<div class="barcell">{_bar(shares[index])}</div>')
+        for index in order
+    ]
     return _table("Share of what it writes, where it is active", ("MHSA head", "share", ""), rows, (1,))
 
 
@@ -276,19 +298,24 @@ def _scores(head: Head) -> str:
         "auc": "more active there than at controls; chance is 0.5",
         "logit": "effect on the predicted token",
     }
-    rows = [(name, *(fixed(values[name]) if name in values else "–" for values in head.scores.values())) for name in notes]
-    body = _table("On the half of the prompts that named no head", ("", *map(text, head.scores)), rows, range(1, len(head.scores) + 1))
+    rows = [
+        (name, *(fixed(values[name]) if name in values else "–" for values in head.scores.values())) for name in notes
+    ]
+    body = _table(
+        "On the half of the prompts that named no head",
+        ("", *map(text, head.scores)),
+        rows,
+        range(1, len(head.scores) + 1),
+    )
     meanings = "".join(f"<p><b>{name}</b>: {note}</p>" for name, note in notes.items())
     body += f'<details class="soft"><summary>What these mean</summary>{meanings}</details>'
     if head.effect is not None:
         effect, error = head.effect
-        body += (
-            f'<p class="soft">Removing this head alone changes the loss on these prompts by {number(effect)} ± {number(error)} nats.</p>'
-        )
+        body += f'<p class="soft">Removing this head alone changes the loss on these prompts by {number(effect)} ± {number(error)} nats.</p>'
     return body
 
 
-# ----------------------------------------------------------------------------------------------------------------- contexts
+# ---- contexts
 
 
 def _contexts(head: Head) -> str:
@@ -387,7 +414,9 @@ def _shown(context: Context) -> set[int]:
         near = range(position - AROUND[0], position + AROUND[1] + 1) if position > 0 else [position]
         shown |= {place[one] for one in near if one in place and (one >= 0 or position < 0)}
     # A gap of one or two tokens takes more room than they do.
-    return shown | {column for column in range(n) if {column - 1, column + 1} <= shown or {column - 1, column + 2} <= shown}
+    return shown | {
+        column for column in range(n) if {column - 1, column + 1} <= shown or {column - 1, column + 2} <= shown
+    }
 
 
 def _numbers(context: Context) -> dict[str, Any]:
@@ -411,7 +440,7 @@ def _short(values: Tensor) -> list[float]:
     return [float(f"{value:.5g}") for value in values.tolist()]
 
 
-# ---------------------------------------------------------------------------------------------------- features and siblings
+# ---- features and siblings
 
 
 def _features(head: Head) -> str:
@@ -434,7 +463,9 @@ def _siblings(head: Head, links: Mapping[int, str]) -> str:
         cells = (name, text(row.families), active, fixed(row.cos_o), fixed(row.cos_v), " ".join(map(word, row.tokens)))
         rows.append(cells)
     columns = ("head", "family", "active", "cos w_o", "cos w_v", "raises")
-    table = _table("They share one attention pattern; each reads and writes its own direction", columns, rows, (0, 2, 3, 4))
+    table = _table(
+        "They share one attention pattern; each reads and writes its own direction", columns, rows, (0, 2, 3, 4)
+    )
     label = f"Siblings in QK group {head.group}"
     if not rows:
         return "</main>"

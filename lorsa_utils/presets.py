@@ -1,7 +1,8 @@
 """What training the Lorsa layers of a preset costs, by arithmetic: operations over a rate, and bytes.
 
-A step's operations are those that no correct step avoids (`bench.count_flops`), with the share of queries that the attention's
-backward pass visits taken for heads that are kept at random. Every other number follows from the preset alone.
+A step's operations are those that no correct step avoids (`bench.count_flops`), with the share of queries that the
+attention's backward pass visits taken for heads that are kept at random. Every other number follows from the preset
+alone.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def estimate(preset: Preset, rate: float = H100_RATE, memory: float = 80e9) -> d
         memory: bytes of the device; as many layers are trained together, from one pass of the model, as fit.
 
     Returns:
-        `mflop_per_token_and_layer`, `model_gflop_per_token`, `layers_together`, `hours_training`, `hours_model` (its passes over the
-        text, one for each group of layers), `hours`, `memory_gb` (model in bfloat16, the layers trained together, a step's
-        activations), `memory_gb_per_layer` (weights, gradients, Adam), `tokens_gb` (the text's tokens, in the machine's own memory)
-        and `disk_gb` (finished layers and their states).
+        `mflop_per_token_and_layer`, `model_gflop_per_token`, `layers_together`, `hours_training`, `hours_model` (its
+        passes over the text, one for each group of layers), `hours`, `memory_gb` (model in bfloat16, the layers trained
+        together, a step's activations), `memory_gb_per_layer` (weights, gradients, Adam), `tokens_gb` (the text's
+        tokens, in the machine's own memory) and `disk_gb` (finished layers and their states).
     """
     parameters, step = lorsa_parameters(preset), step_flops(shape(preset))
     layer_bytes, model_bytes = BYTES_OF_TRAINING * parameters, 2 * preset.parameters

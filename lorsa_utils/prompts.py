@@ -1,15 +1,16 @@
 """Test text for known attention behaviours: seeded generators whose token positions carry labels.
 
-Each generator makes one `PromptSet`. A query is a token position at which a behaviour should show (a labelled position) or, matched
-to it, should not (a control). Labelled queries name the source positions that a head with this behaviour attends to, and the token
-after a query is the one that the behaviour predicts. Prompts come in pairs that hold both labelled positions and controls: swapping the
-two labels within a pair is what the shuffled-label null does.
+Each generator makes one `PromptSet`. A query is a token position at which a behaviour should show (a labelled position)
+or, matched to it, should not (a control). Labelled queries name the source positions that a head with this behaviour
+attends to, and the token after a query is the one that the behaviour predicts. Prompts come in pairs that hold both
+labelled positions and controls: swapping the two labels within a pair is what the shuffled-label null does.
 
-Generators work with any tokenizer. Where one lacks what a family needs (names that are single tokens, say), they raise a
-`UserError` of one sentence and `standard` skips the family.
+Generators work with any tokenizer. Where one lacks what a family needs (names that are single tokens, say), they raise
+a `UserError` of one sentence and `standard` skips the family.
 
-Sources: induction and previous-token heads: Elhage et al. 2021, Olsson et al. 2022; name movers and duplicate tokens: Wang et al.
-2022; copy suppression: McDougall et al. 2023; successors: Gould et al. 2023; attention sinks: Xiao et al. 2023.
+Sources: induction and previous-token heads: Elhage et al. 2021, Olsson et al. 2022; name movers and duplicate tokens:
+Wang et al. 2022; copy suppression: McDougall et al. 2023; successors: Gould et al. 2023; attention sinks: Xiao et al.
+2023.
 """
 
 from __future__ import annotations
@@ -123,7 +124,17 @@ class _Builder:
             sources[number, list(query.sources)] = True
         row, pair = (torch.tensor([entry[side] for entry in self.queries]) for side in (0, 1))
         position = torch.tensor([query.position for _, _, query in self.queries])
-        return PromptSet(self.family, tokens, row, position, sources.any(dim=1), sources, pair, tuple(self.kind), predicts=self.predicts)
+        return PromptSet(
+            self.family,
+            tokens,
+            row,
+            position,
+            sources.any(dim=1),
+            sources,
+            pair,
+            tuple(self.kind),
+            predicts=self.predicts,
+        )
 
 
 class Vocabulary:
@@ -180,18 +191,22 @@ def _draw(rng: np.random.Generator, pool: Sequence[int], n: int) -> list[int]:
     return [int(index) for index in rng.choice(np.asarray(pool), n, replace=False)]
 
 
-# -------------------------------------------------------------------------------------------------------- random tokens
+# ---- random tokens
 
 
 def _random_pool(vocabulary: Vocabulary, needed: int, family: str) -> list[int]:
     pool = list(vocabulary.texts)
     if len(pool) < needed:
-        raise UserError(f"Family {family} needs {needed} different tokens, this tokenizer has {len(pool)}; the family is skipped.")
+        raise UserError(
+            f"Family {family} needs {needed} different tokens, this tokenizer has {len(pool)}; the family is skipped."
+        )
     return pool
 
 
 def induction(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 0, length: int = 16) -> PromptSet:
-    """Repeated random tokens `r1 .. rn r1 .. rn`; in the second half the query r_k attends to the first r_(k+1) and predicts it.
+    """Repeated random tokens `r1 .. rn r1 ..
+
+    rn`; in the second half the query r_k attends to the first r_(k+1) and predicts it.
 
     Controls are the first half, and the same tokens at the same places after another first half `s1 .. sn`.
     """
@@ -214,11 +229,13 @@ def _repeated(vocabulary: Vocabulary, family: str, offset: int, n_pairs: int, se
         labelled = [Query(first + length + k, (first + k + offset,)) for k in range(length - 1)]
         controls = [Query(first + k) for k in range(length - 1)]
         builder.add(vocabulary.start + repeated + repeated, labelled + controls, pair, "repeated")
-        builder.add(vocabulary.start + other + repeated, [Query(query.position) for query in labelled], pair, "not repeated")
+        builder.add(
+            vocabulary.start + other + repeated, [Query(query.position) for query in labelled], pair, "not repeated"
+        )
     return builder.build()
 
 
-# ------------------------------------------------------------------------------------------------------------- positions
+# ---- positions
 
 
 class Passage(NamedTuple):
@@ -229,7 +246,12 @@ class Passage(NamedTuple):
 
 
 def passages(
-    documents: Sequence[tuple[str, str]], vocabulary: Vocabulary, n: int, length: int = 96, per_document: int = 8, seed: int = 0
+    documents: Sequence[tuple[str, str]],
+    vocabulary: Vocabulary,
+    n: int,
+    length: int = 96,
+    per_document: int = 8,
+    seed: int = 0,
 ) -> list[Passage]:
     """Up to `n` passages of real text, from as many documents as possible.
 
@@ -261,14 +283,21 @@ def passages(
 
 
 def _positional(
-    family: str, vocabulary: Vocabulary, texts: Sequence[Passage], seed: int, sources: Callable[[int], range], per_passage: int = 8
+    family: str,
+    vocabulary: Vocabulary,
+    texts: Sequence[Passage],
+    seed: int,
+    sources: Callable[[int], range],
+    per_passage: int = 8,
 ) -> PromptSet:
     """Queries anywhere past the first tokens of real text; what they attend to depends on positions alone, so there are no controls."""
     rng = np.random.default_rng(seed)
     builder = _Builder(family, predicts=False)
     for pair, passage in enumerate(texts):
         ids = vocabulary.start + list(passage.ids)
-        places = sorted(_draw(rng, range(min(2 * LOCAL_WINDOW, len(ids) // 2), len(ids)), min(per_passage, len(ids) // 2)))
+        places = sorted(
+            _draw(rng, range(min(2 * LOCAL_WINDOW, len(ids) // 2), len(ids)), min(per_passage, len(ids) // 2))
+        )
         builder.add(ids, [Query(place, tuple(sources(place))) for place in places], pair)
     return builder.build()
 
@@ -288,11 +317,14 @@ def local(vocabulary: Vocabulary, texts: Sequence[Passage], seed: int = 4) -> Pr
     return _positional("local", vocabulary, texts, seed, lambda i: range(i - LOCAL_WINDOW, i + 1))
 
 
-def thematic_anchor(vocabulary: Vocabulary, texts: Sequence[Passage], n_pairs: int = 48, seed: int = 5, tail: int = 24) -> PromptSet:
+def thematic_anchor(
+    vocabulary: Vocabulary, texts: Sequence[Passage], n_pairs: int = 48, seed: int = 5, tail: int = 24
+) -> PromptSet:
     """The end of a passage after its own beginning, against the same end after the beginning of another document.
 
-    Labelled queries lie in the last `tail` tokens, on tokens that occur nowhere before (so that neither induction nor duplicate-token
-    heads have anything to find), and attend further back than `FAR` tokens. Controls: the same tokens at the same places.
+    Labelled queries lie in the last `tail` tokens, on tokens that occur nowhere before (so that neither induction nor
+    duplicate-token heads have anything to find), and attend further back than `FAR` tokens. Controls: the same tokens
+    at the same places.
 
     Raises:
         UserError: the passages come from one document alone, or are shorter than `FAR` + `tail` tokens.
@@ -318,15 +350,48 @@ def thematic_anchor(vocabulary: Vocabulary, texts: Sequence[Passage], n_pairs: i
         builder.add(ids[1], [Query(i) for i in places], pair, "other beginning")
         pair += 1
     if pair < 2:
-        raise UserError("Family thematic_anchor found no passage with enough new words at its end; the family is skipped.")
+        raise UserError(
+            "Family thematic_anchor found no passage with enough new words at its end; the family is skipped."
+        )
     return builder.build()
 
 
-# ----------------------------------------------------------------------------------------------------------------- names
+# ---- names
 
 NAMES = (
-    *("Mary", "John", "Tom", "James", "Anna", "Paul", "Mark", "Sarah", "David", "Peter", "Alice", "Emma", "Jack", "Kate", "Laura"),
-    *("Henry", "Lucy", "George", "Jane", "Robert", "Susan", "Michael", "Adam", "Ben", "Emily", "Simon", "Martin", "Rachel", "Alex"),
+    *(
+        "Mary",
+        "John",
+        "Tom",
+        "James",
+        "Anna",
+        "Paul",
+        "Mark",
+        "Sarah",
+        "David",
+        "Peter",
+        "Alice",
+        "Emma",
+        "Jack",
+        "Kate",
+        "Laura",
+    ),
+    *(
+        "Henry",
+        "Lucy",
+        "George",
+        "Jane",
+        "Robert",
+        "Susan",
+        "Michael",
+        "Adam",
+        "Ben",
+        "Emily",
+        "Simon",
+        "Martin",
+        "Rachel",
+        "Alex",
+    ),
     *("Daniel", "Maria", "Thomas", "William", "Charles", "Richard", "Joseph"),
 )
 # {A} and {B} are the two names in either order, {S} is the one named again; the query is the last token.
@@ -356,7 +421,9 @@ def copy_suppression(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 7) -
 def _indirect_objects(family: str, vocabulary: Vocabulary, n_pairs: int, seed: int) -> PromptSet:
     names = list(vocabulary.singles(NAMES).values())
     if len(names) < 8:
-        raise UserError(f"Family {family} needs 8 first names that are single tokens, this tokenizer has {len(names)}; it is skipped.")
+        raise UserError(
+            f"Family {family} needs 8 first names that are single tokens, this tokenizer has {len(names)}; it is skipped."
+        )
     in_names = set(names)
     words = [token for token in vocabulary.words if token not in in_names]
     rng = np.random.default_rng(seed)
@@ -386,7 +453,7 @@ def _fill(template: str, vocabulary: Vocabulary, slots: dict[str, int]) -> tuple
     return ids, places
 
 
-# ------------------------------------------------------------------------------------------------------------- successors
+# ---- successors
 
 SERIES: dict[str, tuple[str, ...]] = {
     "days": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
@@ -406,15 +473,17 @@ OPENINGS = ("", "Here is the list:", "In this order:", "We count:", "They come o
 def successor(vocabulary: Vocabulary, n_pairs: int = 32, seed: int = 8) -> PromptSet:
     """Three members of a series, `Monday, Tuesday, Wednesday,`: the comma attends to the last member and predicts the next one.
 
-    Controls are lists of unrelated words in the same form. Seven series, `n_pairs` prompts of each that the tokenizer has as single
-    tokens (the longest stretch that it has).
+    Controls are lists of unrelated words in the same form. Seven series, `n_pairs` prompts of each that the tokenizer
+    has as single tokens (the longest stretch that it has).
     """
     rng = np.random.default_rng(seed)
     builder = _Builder("successor")
     pair = 0
     for name, members in SERIES.items():
         # Tokenizers that cut digits one by one have no " 7"; there the list goes without spaces.
-        stretch, prefix = max(((_stretch(vocabulary, members, prefix), prefix) for prefix in (" ", "")), key=lambda found: len(found[0]))
+        stretch, prefix = max(
+            ((_stretch(vocabulary, members, prefix), prefix) for prefix in (" ", "")), key=lambda found: len(found[0])
+        )
         in_series = {token for others in SERIES.values() for token in vocabulary.singles(others, prefix).values()}
         unrelated = [index for index in _fitting(vocabulary, prefix) if index not in in_series]
         if len(stretch) < 5 or len(unrelated) < 8:
@@ -428,7 +497,9 @@ def successor(vocabulary: Vocabulary, n_pairs: int = 32, seed: int = 8) -> Promp
                 builder.add(ids, [Query(query, (query - 1,) if kind == name else ())], pair, kind)
             pair += 1
     if not builder.rows:
-        raise UserError("Family successor needs a series (days, letters, ...) of single tokens, this tokenizer has none; it is skipped.")
+        raise UserError(
+            "Family successor needs a series (days, letters, ...) of single tokens, this tokenizer has none; it is skipped."
+        )
     return builder.build()
 
 
@@ -450,7 +521,7 @@ def _fitting(vocabulary: Vocabulary, prefix: str) -> list[int]:
     return list(vocabulary.singles([chr(code) for code in range(ord("a"), ord("z") + 1)], "").values())
 
 
-# ------------------------------------------------------------------------------------------------------ subtoken induction
+# ---- subtoken induction
 
 
 class SplitWord(NamedTuple):
@@ -477,8 +548,8 @@ def split_words(vocabulary: Vocabulary) -> list[SplitWord]:
 def subtoken_induction(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 9) -> PromptSet:
     """Context `[ Marion] ... [Mar]`: the query attends to the whole word and predicts its second part `[ion]`.
 
-    Two controls a pair: another word in the place of the whole one (random), and the parts `[Mar][ion]` in its place, which ordinary
-    induction would use (token induction).
+    Two controls a pair: another word in the place of the whole one (random), and the parts `[Mar][ion]` in its place,
+    which ordinary induction would use (token induction).
     """
     found = split_words(vocabulary)
     if len(found) < 16:
@@ -499,9 +570,13 @@ def subtoken_induction(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 9)
     return builder.build()
 
 
-# -------------------------------------------------------------------------------------------------------------- arithmetic
+# ---- arithmetic
 
-OPERATORS: dict[str, Callable[[int, int], int]] = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+OPERATORS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+}
 
 
 class ArithmeticGrid(NamedTuple):
@@ -522,7 +597,12 @@ class ArithmeticGrid(NamedTuple):
 
 
 def arithmetic_grid(
-    vocabulary: Vocabulary, operator: str = "+", low: int = 0, high: int = 99, form: str = "{a}{operator}{b}=", shots: str = ""
+    vocabulary: Vocabulary,
+    operator: str = "+",
+    low: int = 0,
+    high: int = 99,
+    form: str = "{a}{operator}{b}=",
+    shots: str = "",
 ) -> ArithmeticGrid:
     """`a+b=` for all operands from `low` to `high`, whether the tokenizer cuts numbers into digits or not.
 
@@ -548,7 +628,9 @@ def arithmetic_grid(
             rows.append(opening + vocabulary.encode(form.format(a=a, operator=operator, b=b)))
             answers.append(vocabulary.encode(str(OPERATORS[operator](a, b)))[0])
     if vocabulary.texts.get(rows[0][-1], "")[-1:] != "=":
-        raise UserError("Arithmetic needs a tokenizer in which prompts end in '='; this one merges it, so the family is skipped.")
+        raise UserError(
+            "Arithmetic needs a tokenizer in which prompts end in '='; this one merges it, so the family is skipped."
+        )
     length = max(len(row) for row in rows)
     tokens = torch.tensor([row + [row[-1]] * (length - len(row)) for row in rows])
     operands = torch.cartesian_prod(torch.arange(low, high + 1), torch.arange(low, high + 1))
@@ -566,7 +648,9 @@ def arithmetic(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 10) -> Pro
     letters = vocabulary.singles([chr(code) for code in range(ord("a"), ord("z") + 1)], "")
     signs = {text: vocabulary.single(text) for text in (*OPERATORS, "=")}
     if len(digits) < 10 or len(letters) < 10 or None in signs.values():
-        raise UserError("Family arithmetic needs single tokens for digits, letters and signs, which this tokenizer lacks; it is skipped.")
+        raise UserError(
+            "Family arithmetic needs single tokens for digits, letters and signs, which this tokenizer lacks; it is skipped."
+        )
     rng = np.random.default_rng(seed)
     builder = _Builder("arithmetic")
     first = len(vocabulary.start)
@@ -584,7 +668,7 @@ def arithmetic(vocabulary: Vocabulary, n_pairs: int = 96, seed: int = 10) -> Pro
     return builder.build()
 
 
-# ---------------------------------------------------------------------------------------------------------------- all of them
+# ---- all of them
 
 
 class Prompts(NamedTuple):

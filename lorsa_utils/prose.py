@@ -34,16 +34,61 @@ _FIRST_ARGUMENT = _set(
     "polytonic;hebrew;script/hebrew;mono;var;em;strong;zh;key"
 )
 _FIXED = {
-    **{"'s": "'s", "'": "'", "nbsp": " ", "thinsp": " ", "spaces": " ", "=": "=", "pi": "π", "okina": "ʻ", "degree": "°", "euro": "€"},
+    **{
+        "'s": "'s",
+        "'": "'",
+        "nbsp": " ",
+        "thinsp": " ",
+        "spaces": " ",
+        "=": "=",
+        "pi": "π",
+        "okina": "ʻ",
+        "degree": "°",
+        "euro": "€",
+    },
     **dict.fromkeys(("snd", "spaced ndash", "spnd", "dash"), " – "),
     **dict.fromkeys(("ndash", "endash"), "–"),
     **dict.fromkeys(("mdash", "mdashb", "emdash"), "—"),
 }
-_CONVERT_RANGE = {"to": "to", "-": "to", "–": "to", "and": "and", "or": "or", "x": "by", "by": "by", "to(-)": "to", "and(-)": "and"}
+_CONVERT_RANGE = {
+    "to": "to",
+    "-": "to",
+    "–": "to",
+    "and": "and",
+    "or": "or",
+    "x": "by",
+    "by": "by",
+    "to(-)": "to",
+    "and(-)": "and",
+}
 _UNITS = {
-    **{"mi": "miles", "km": "kilometres", "m": "metres", "ft": "feet", "in": "inches", "cm": "centimetres", "mm": "millimetres"},
-    **{"yd": "yards", "nmi": "nautical miles", "kg": "kilograms", "g": "grams", "oz": "ounces", "t": "tonnes", "acre": "acres"},
-    **{"ha": "hectares", "m2": "square metres", "m3": "cubic metres", "cuft": "cubic feet", "l": "litres", "C": "°C", "F": "°F"},
+    **{
+        "mi": "miles",
+        "km": "kilometres",
+        "m": "metres",
+        "ft": "feet",
+        "in": "inches",
+        "cm": "centimetres",
+        "mm": "millimetres",
+    },
+    **{
+        "yd": "yards",
+        "nmi": "nautical miles",
+        "kg": "kilograms",
+        "g": "grams",
+        "oz": "ounces",
+        "t": "tonnes",
+        "acre": "acres",
+    },
+    **{
+        "ha": "hectares",
+        "m2": "square metres",
+        "m3": "cubic metres",
+        "cuft": "cubic feet",
+        "l": "litres",
+        "C": "°C",
+        "F": "°F",
+    },
     **dict.fromkeys(("lb", "lbs"), "pounds"),
     **dict.fromkeys(("sqmi", "sq mi", "mi2"), "square miles"),
     **dict.fromkeys(("sqkm", "sq km", "km2"), "square kilometres"),
@@ -243,7 +288,9 @@ def module_prose(path: Path, seen: set[str] | None = None) -> str:
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
     """Docstrings under `node`, in the order of the file."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+        docstring := ast.get_docstring(node)
+    ):
         yield docstring
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.expr):
@@ -259,11 +306,16 @@ _OTHER_BLOCK = re.compile(rf"\.\. (\[|(?!({_PROSE_DIRECTIVES})::)[\w-]+::)")
 def docstring_paragraphs(docstring: str) -> list[str]:
     """Paragraphs of running English in a docstring, joined to one line each, with the markup of reStructuredText taken off.
 
-    Doctests, code, tables, signatures and one-line parameter entries go; descriptions of parameters stay when they are sentences.
+    Doctests, code, tables, signatures and one-line parameter entries go; descriptions of parameters stay when they are
+    sentences.
     """
     paragraphs = []
     block: list[str] = []
-    start, indent, skipped = 0, 0, -1  # depth of the block's first and next lines; lines deeper than `skipped` are code or the like
+    start, indent, skipped = (
+        0,
+        0,
+        -1,
+    )  # depth of the block's first and next lines; lines deeper than `skipped` are code or the like
     for line in [*docstring.splitlines(), ""]:
         stripped = line.strip()
         if _UNDERLINE.fullmatch(stripped):

@@ -1,20 +1,25 @@
 """Published Lorsa weights in, and out.
 
-Two formats are read, told apart by their files: Language-Model-SAEs (Llamascopium), `config.json` beside `sae_weights.safetensors`, and the
-older OpenMOSS/Lorsa, `config.json` beside `final.pth`. The first one is written as well. What they call the same thing:
+Two formats are read, told apart by their files: Language-Model-SAEs (Llamascopium), `config.json` beside
+`sae_weights.safetensors`, and the older OpenMOSS/Lorsa, `config.json` beside `final.pth`. The first one is written as
+well. What they call the same thing:
 
-    queries, keys          W_Q, W_K [n_qk, d_model, d_qk], b_Q, b_K as here; scores are divided by `attn_scale`, here multiplied
+    queries, keys          W_Q, W_K [n_qk, d_model, d_qk], b_Q, b_K as here; scores are divided by `attn_scale`, here
+                           multiplied
     QK norm                ln_q.w, ln_k.w [n_qk, d_qk], here q_norm, k_norm: after the bias, before the rotation
     rotation               adjacent pairs or halves, both known here; "NTK by parts" is the `llama3` scaling
-    reads and writes       W_V, W_O [n_ov, d_model] (older: [n_ov, d_model, 1] and [n_ov, 1, d_model]), b_V [n_ov] (older: [n_ov, 1])
+    reads and writes       W_V, W_O [n_ov, d_model] (older: [n_ov, d_model, 1] and [n_ov, 1, d_model]), b_V [n_ov]
+                           (older: [n_ov, 1])
     output bias            b_D, older b_O, here b_O
-    selection              act_fn `topk`: relu(z) ||w_o||; older: |z| ||w_o||, or relu with `use_z_relu`; `relu` and no top-k keep all heads
+    selection              act_fn `topk`: relu(z) ||w_o||; older: |z| ||w_o||, or relu with `use_z_relu`; `relu` and no
+                           top-k keep all heads
 
-Weights may want inputs and outputs of mean norm sqrt(d_model) (`norm_activation` "dataset-wise", older always). A saved folder can say so
-although the scales are folded in already, and the input can be the norm's output without its gain. So where a language model is at hand,
-every such reading is measured on text and the one with the lowest FVU is taken.
+Weights may want inputs and outputs of mean norm sqrt(d_model) (`norm_activation` "dataset-wise", older always). A saved
+folder can say so although the scales are folded in already, and the input can be the norm's output without its gain. So
+where a language model is at hand, every such reading is measured on text and the one with the lowest FVU is taken.
 
-A known difference: where fewer than K heads are active, the older code lets inactive heads through; here they stay silent.
+A known difference: where fewer than K heads are active, the older code lets inactive heads through; here they stay
+silent.
 """
 
 from __future__ import annotations
@@ -60,13 +65,52 @@ BUFFERS = {"mask", "IGNORE", "rotary_sin", "rotary_cos"}
 QK_WEIGHTS = ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm")
 NORM_PREFIX = "dataset_average_activation_norm."
 KNOWN = {
-    *("sae_type", "d_model", "expansion_factor", "use_decoder_bias", "act_fn", "norm_activation", "sparsity_include_decoder_norm", "top_k"),
-    *("n_qk_heads", "d_qk_head", "n_ctx", "hook_point_in", "hook_point_out", "positional_embedding_type", "rotary_dim", "rotary_base"),
-    *("rotary_adjacent_pairs", "rotary_scale", "use_NTK_by_parts_rope", "NTK_by_parts_factor", "NTK_by_parts_low_freq_factor"),
-    *("NTK_by_parts_high_freq_factor", "old_context_len", "attn_scale", "use_post_qk_ln", "normalization_type", "eps", "n_ov_heads"),
+    *(
+        "sae_type",
+        "d_model",
+        "expansion_factor",
+        "use_decoder_bias",
+        "act_fn",
+        "norm_activation",
+        "sparsity_include_decoder_norm",
+        "top_k",
+    ),
+    *(
+        "n_qk_heads",
+        "d_qk_head",
+        "n_ctx",
+        "hook_point_in",
+        "hook_point_out",
+        "positional_embedding_type",
+        "rotary_dim",
+        "rotary_base",
+    ),
+    *(
+        "rotary_adjacent_pairs",
+        "rotary_scale",
+        "use_NTK_by_parts_rope",
+        "NTK_by_parts_factor",
+        "NTK_by_parts_low_freq_factor",
+    ),
+    *(
+        "NTK_by_parts_high_freq_factor",
+        "old_context_len",
+        "attn_scale",
+        "use_post_qk_ln",
+        "normalization_type",
+        "eps",
+        "n_ov_heads",
+    ),
     *("d_ov_head", "avg_norm", "mode", "use_z_relu", "virtual_kv_num", "layer", "model_name"),
     # These say how they train and where, nothing about what is computed.
-    *("device", "dtype", "use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel", "jumprelu_threshold_window", "skip_bos"),
+    *(
+        "device",
+        "dtype",
+        "use_triton_kernel",
+        "sparsity_threshold_for_triton_spmm_kernel",
+        "jumprelu_threshold_window",
+        "skip_bos",
+    ),
 }
 """Settings of the two formats whose meaning is known."""
 
@@ -104,7 +148,7 @@ class Published:
     sha256: str
 
 
-# --------------------------------------------------------------------------------------------------------------- where it is
+# ---- where it is
 
 
 def locate(source: str | Path) -> Path:
@@ -118,15 +162,21 @@ def locate(source: str | Path) -> Path:
         return path
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", str(source))
     if not found or ".." in str(source):
-        raise UserError(f"There is no checkpoint at {source}; give a folder, or <repo>:<folder> on the Hugging Face Hub.")
+        raise UserError(
+            f"There is no checkpoint at {source}; give a folder, or <repo>:<folder> on the Hugging Face Hub."
+        )
     repo, inside = found[1], (found[2] or "").strip("/")
     with _hub_errors(f"{source} cannot be downloaded"):
         from huggingface_hub import snapshot_download
 
-        patterns = [f"{inside}/{name}" if inside else name for name in ("config.json", "sae_weights.safetensors", "final.pth")]
+        patterns = [
+            f"{inside}/{name}" if inside else name for name in ("config.json", "sae_weights.safetensors", "final.pth")
+        ]
         folder = Path(snapshot_download(repo, allow_patterns=patterns)) / inside
     if not (folder / "config.json").is_file():
-        raise UserError(f"{repo} has no {inside + '/' if inside else ''}config.json; give <repo>:<folder> with a folder that has one.")
+        raise UserError(
+            f"{repo} has no {inside + '/' if inside else ''}config.json; give <repo>:<folder> with a folder that has one."
+        )
     return folder
 
 
@@ -151,7 +201,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason}.") from error
 
 
-# ------------------------------------------------------------------------------------------------------------------- reading
+# ---- reading
 
 
 def read(folder: str | Path) -> Published:
@@ -173,7 +223,9 @@ def read(folder: str | Path) -> Published:
         file, name, settings = path / "final.pth", "openmoss-lorsa", _openmoss_settings
         tensors = _read_pickled(file)
     else:
-        raise UserError(f"{path} has neither sae_weights.safetensors nor final.pth; give the folder of a published Lorsa.")
+        raise UserError(
+            f"{path} has neither sae_weights.safetensors nor final.pth; give the folder of a published Lorsa."
+        )
     norms = _norms(config, tensors)
     weights, keys = _renamed(tensors, file)
     _require(weights, ("W_Q", "W_K", "W_V", "W_O"), file)
@@ -197,7 +249,9 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and the unpickler raise many types
         if "GLOBAL" in str(error):  # the unpickler's word for a function that the file wants to call
-            raise UserError(f"{file} wants to run code when it is read, which is refused; ask for safetensors.") from error
+            raise UserError(
+                f"{file} wants to run code when it is read, which is refused; ask for safetensors."
+            ) from error
         raise UserError(f"{file} is damaged ({type(error).__name__}); download it again.") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file} is no list of named tensors; give the final.pth of a published Lorsa.")
@@ -212,9 +266,13 @@ def _renamed(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tenso
         if name in BUFFERS or name.startswith(NORM_PREFIX):
             continue
         if name.startswith("virtual_"):
-            raise UserError(f"{file} has virtual keys ({name}), which Lorsa here does not have; export a checkpoint with virtual_kv_num 0.")
+            raise UserError(
+                f"{file} has virtual keys ({name}), which Lorsa here does not have; export a checkpoint with virtual_kv_num 0."
+            )
         if name not in NAMES:
-            raise UserError(f"{file} holds {name}, which Lorsa here does not have; only {', '.join(sorted(NAMES))} are known.")
+            raise UserError(
+                f"{file} holds {name}, which Lorsa here does not have; only {', '.join(sorted(NAMES))} are known."
+            )
         keys[name] = NAMES[name]
         weights[NAMES[name]] = tensor.float()
     for name, trailing in (("W_V", 2), ("W_O", 1), ("b_V", 1)):
@@ -248,7 +306,9 @@ def _filled(config: LorsaConfig, weights: Mapping[str, Tensor], file: Path) -> L
         if name in QK_WEIGHTS and value.shape[0] and config.n_qk_heads % value.shape[0] == 0:
             value = value.repeat_interleave(config.n_qk_heads // value.shape[0], dim=0)
         if value.shape != expected[name].shape:
-            raise UserError(f"{file}: {name} is of shape {list(value.shape)}, its config asks for {list(expected[name].shape)}.")
+            raise UserError(
+                f"{file}: {name} is of shape {list(value.shape)}, its config asks for {list(expected[name].shape)}."
+            )
         if not torch.isfinite(value).all():
             raise UserError(f"{file}: {name} holds values that are not finite; download it again.")
         expected[name] = value
@@ -256,38 +316,56 @@ def _filled(config: LorsaConfig, weights: Mapping[str, Tensor], file: Path) -> L
     return lorsa.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------------------ settings
+# ---- settings
 
 
-def _llamascopium_settings(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> tuple[LorsaConfig, Reading]:
+def _llamascopium_settings(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path
+) -> tuple[LorsaConfig, Reading]:
     """Shape, options and reading of a Language-Model-SAEs folder."""
     if config.get("sae_type", "lorsa") != "lorsa":
         raise UserError(f"{path} holds a {config['sae_type']}, not a Lorsa; only Lorsa checkpoints are imported.")
     act = str(config.get("act_fn", "relu")).lower()
     if act not in ("topk", "relu"):
-        raise UserError(f"{path} selects heads by act_fn {act!r}, which Lorsa here does not have; topk and relu are supported.")
+        raise UserError(
+            f"{path} selects heads by act_fn {act!r}, which Lorsa here does not have; topk and relu are supported."
+        )
     norm = config.get("norm_activation", "dataset-wise")
     if norm not in ("dataset-wise", "inference"):
         raise UserError(
             f"{path} normalises by norm_activation {norm!r}, which cannot be folded into weights; dataset-wise and inference can."
         )
     lengths = weights["W_O"].norm(dim=1)
-    if act == "topk" and not config.get("sparsity_include_decoder_norm", True) and bool((lengths / lengths[0] - 1).abs().max() > 1e-4):
-        raise UserError(f"{path} selects without the length of w_o (sparsity_include_decoder_norm false), which Lorsa here does not have.")
+    if (
+        act == "topk"
+        and not config.get("sparsity_include_decoder_norm", True)
+        and bool((lengths / lengths[0] - 1).abs().max() > 1e-4)
+    ):
+        raise UserError(
+            f"{path} selects without the length of w_o (sparsity_include_decoder_norm false), which Lorsa here does not have."
+        )
     if config.get("use_post_qk_ln") and config.get("normalization_type", "RMS") != "RMS":
-        raise UserError(f"{path} norms queries and keys by {config['normalization_type']} (normalization_type), only RMS is supported.")
+        raise UserError(
+            f"{path} norms queries and keys by {config['normalization_type']} (normalization_type), only RMS is supported."
+        )
     n_ov = weights["W_V"].shape[0]
     # Their number of heads is d_model times a rounded expansion_factor: the weights know better.
     if "expansion_factor" in config and abs(config["expansion_factor"] * weights["W_V"].shape[1] - n_ov) >= 1:
-        raise UserError(f"{path}: expansion_factor {config['expansion_factor']} does not fit {n_ov} heads; download both files again.")
+        raise UserError(
+            f"{path}: expansion_factor {config['expansion_factor']} does not fit {n_ov} heads; download both files again."
+        )
     k = n_ov if act == "relu" else int(config.get("top_k", 50))
     return _shape(config, weights, k, "relu", path), Reading(scaled=norm == "dataset-wise")
 
 
-def _openmoss_settings(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> tuple[LorsaConfig, Reading]:
+def _openmoss_settings(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path
+) -> tuple[LorsaConfig, Reading]:
     """Shape, options and reading of an OpenMOSS/Lorsa folder."""
     if config.get("virtual_kv_num", 0):
-        raise UserError(f"{path} has {config['virtual_kv_num']} virtual keys (virtual_kv_num), which Lorsa here does not have.")
+        raise UserError(
+            f"{path} has {config['virtual_kv_num']} virtual keys (virtual_kv_num), which Lorsa here does not have."
+        )
     is_sparse = config.get("mode", "default") == "top_k"
     if is_sparse and not config.get("top_k"):
         raise UserError(f"{path} has mode top_k but no top_k; restore its config.json.")
@@ -320,11 +398,16 @@ def _rotary(config: Mapping[str, Any], path: Path) -> RotaryConfig:
     if config.get("positional_embedding_type", "rotary") != "rotary":
         return RotaryConfig()
     if config.get("rotary_scale", 1) != 1:
-        raise UserError(f"{path} has rotary_scale {config['rotary_scale']}, which Lorsa here does not have; only 1 is supported.")
+        raise UserError(
+            f"{path} has rotary_scale {config['rotary_scale']}, which Lorsa here does not have; only 1 is supported."
+        )
     settings: dict[str, Any] = {"rope_type": "default"}
     factor = float(config.get("NTK_by_parts_factor", 1.0))
     if config.get("use_NTK_by_parts_rope") and factor != 1:
-        low, high = float(config.get("NTK_by_parts_low_freq_factor", 1.0)), float(config.get("NTK_by_parts_high_freq_factor", 1.0))
+        low, high = (
+            float(config.get("NTK_by_parts_low_freq_factor", 1.0)),
+            float(config.get("NTK_by_parts_high_freq_factor", 1.0)),
+        )
         if low >= high:
             raise UserError(
                 f"{path} has NTK_by_parts_low_freq_factor {low} and no larger high one; only blends between the two are supported."
@@ -358,7 +441,7 @@ def _layer(config: Mapping[str, Any]) -> int | None:
     return int(found[1]) if found else None
 
 
-# ----------------------------------------------------------------------------------------------------------------- as we read
+# ---- as we read
 
 
 def as_read(published: Published, reading: Reading, gain: tuple[Tensor, Tensor] | None = None) -> Lorsa:
@@ -434,17 +517,23 @@ def import_checkpoint(
         text: what that text is called.
 
     Returns:
-        `path`, `format`, `layer`, `keys` (their name to ours), `ignored` settings, `reading`, `fvu` of every reading, `warning`.
+        `path`, `format`, `layer`, `keys` (their name to ours), `ignored` settings, `reading`, `fvu` of every reading,
+        `warning`.
 
     Raises:
-        UserError: as `locate` and `read`; the model has another width; the layer is not known; the folder holds something else.
+        UserError: as `locate` and `read`; the model has another width; the layer is not known; the folder holds
+            something else.
     """
     place, path = locate(source), Path(folder)
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty; choose a new folder.")
     published = read(place)
     layer = published.layer if layer is None else layer
-    origin = {"from": Path(source).name if Path(source).is_dir() else str(source), "format": published.format, "sha256": published.sha256}
+    origin = {
+        "from": Path(source).name if Path(source).is_dir() else str(source),
+        "format": published.format,
+        "sha256": published.sha256,
+    }
     config: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     config["module"] = {**published.lorsa.config.to_dict(), "kind": "lorsa"}
     measured: dict[str, dict[str, float]] = {}
@@ -454,7 +543,9 @@ def import_checkpoint(
         if layer is None or sequences is None:
             raise UserError("The checkpoint does not say which layer it is for; give --layer.")
         if model.d_model != published.lorsa.config.d_model:
-            raise UserError(f"{model.name} has width {model.d_model}, the checkpoint {published.lorsa.config.d_model}; give its own model.")
+            raise UserError(
+                f"{model.name} has width {model.d_model}, the checkpoint {published.lorsa.config.d_model}; give its own model."
+            )
         stream = ActivationStream(model, sequences(published.context), [layer], text)
         lorsa, chosen, measured = _best(published, model, layer, stream)
         config |= {"source": stream.identity()}
@@ -491,11 +582,19 @@ def _warning(published: Published, chosen: Reading, measured: Mapping[str, Mappi
     """What a user has to know about an import."""
     parts = []
     if chosen != published.reading:
-        fvu = {str(reading): measured[str(reading)]["fvu"] for reading in (chosen, published.reading) if str(reading) in measured}
+        fvu = {
+            str(reading): measured[str(reading)]["fvu"]
+            for reading in (chosen, published.reading)
+            if str(reading) in measured
+        }
         told = ", ".join(f"{name}: FVU {value:.3g}" for name, value in fvu.items())
-        parts.append(f"The config asks for {published.reading}, but the weights work on {chosen} ({told}), so they were read that way.")
+        parts.append(
+            f"The config asks for {published.reading}, but the weights work on {chosen} ({told}), so they were read that way."
+        )
     if measured and measured[str(chosen)]["fvu"] > 1:
-        parts.append(f"FVU is {measured[str(chosen)]['fvu']:.3g}, worse than predicting the mean; model or layer is probably another.")
+        parts.append(
+            f"FVU is {measured[str(chosen)]['fvu']:.3g}, worse than predicting the mean; model or layer is probably another."
+        )
     if not measured:
         parts.append("Nothing was measured: give --model, so that FVU shows whether the weights were read rightly.")
     if published.ignored:
@@ -503,7 +602,7 @@ def _warning(published: Published, chosen: Reading, measured: Mapping[str, Mappi
     return " ".join(parts) or None
 
 
-# -------------------------------------------------------------------------------------------------------------------- export
+# ---- export
 
 
 def export_checkpoint(run_folder: str | Path, target: str | Path) -> dict[str, Any]:
@@ -539,7 +638,9 @@ def export_checkpoint(run_folder: str | Path, target: str | Path) -> dict[str, A
 def _llamascopium_config(config: LorsaConfig, run: Mapping[str, Any]) -> dict[str, Any]:
     rotary = config.rotary
     if config.score == "abs" and config.k < config.n_ov_heads:
-        raise UserError("Selection by |z| (score abs) is unknown to Language-Model-SAEs; only score relu can be exported.")
+        raise UserError(
+            "Selection by |z| (score abs) is unknown to Language-Model-SAEs; only score relu can be exported."
+        )
     if config.score == "abs":
         raise UserError("A layer that keeps every head with its sign (score abs) is unknown to Language-Model-SAEs.")
     if rotary.rope_type == "linear":
@@ -582,7 +683,9 @@ def _llamascopium_config(config: LorsaConfig, run: Mapping[str, Any]) -> dict[st
 
 
 def push_to_hub(folder: str | Path, repo_id: str, path_in_repo: str | None = None, private: bool = False) -> str:
-    """Upload a folder to the Hugging Face Hub, with a model card in front. The token is that of `hf auth login` or $HF_TOKEN.
+    """Upload a folder to the Hugging Face Hub, with a model card in front.
+
+    The token is that of `hf auth login` or $HF_TOKEN.
 
     Args:
         folder: a run folder, a packed checkpoint or an exported one; `state/` stays here.
@@ -609,4 +712,8 @@ def push_to_hub(folder: str | Path, repo_id: str, path_in_repo: str | None = Non
         api = HfApi()
         api.create_repo(repo_id, exist_ok=True, private=private)
         kept_back = ["state/*", ".*.tmp", "stage.json"]
-        return str(api.upload_folder(repo_id=repo_id, folder_path=str(path), path_in_repo=path_in_repo, ignore_patterns=kept_back))
+        return str(
+            api.upload_folder(
+                repo_id=repo_id, folder_path=str(path), path_in_repo=path_in_repo, ignore_patterns=kept_back
+            )
+        )

@@ -77,7 +77,12 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     """Sum of the chosen rows: indices, values [n_rows, k], weight [n, d] to [n_rows, d]."""
     rows = []
     for index_row, value_row in zip(indices.tolist(), values, strict=True):
-        rows.append(sum((value * weight[index] for index, value in zip(index_row, value_row, strict=True)), torch.zeros_like(weight[0])))
+        rows.append(
+            sum(
+                (value * weight[index] for index, value in zip(index_row, value_row, strict=True)),
+                torch.zeros_like(weight[0]),
+            )
+        )
     return torch.stack(rows)
 
 
@@ -86,8 +91,8 @@ def lorsa_forward(x: Tensor, weights: Mapping[str, Tensor], config: LorsaConfig)
 
     Args:
         x: inputs of the attention layer, [length, d_model].
-        weights: W_Q, W_K [n_qk, d_model, d_qk], W_V, W_O [n_ov, d_model], b_Q, b_K [n_qk, d_qk], b_V [n_ov], b_O [d_model], and
-            q_norm, k_norm [n_qk, d_qk] when `config.qk_norm`.
+        weights: W_Q, W_K [n_qk, d_model, d_qk], W_V, W_O [n_ov, d_model], b_Q, b_K [n_qk, d_qk], b_V [n_ov], b_O
+            [d_model], and q_norm, k_norm [n_qk, d_qk] when `config.qk_norm`.
 
     Returns:
         y [length, d_model], z of every head [length, n_ov], kept heads [length, k].
@@ -103,7 +108,11 @@ def lorsa_forward(x: Tensor, weights: Mapping[str, Tensor], config: LorsaConfig)
             for i in range(length):
                 row = x[i] @ weights[f"W_{side}"][group] + weights[f"b_{side}"][group]
                 if config.qk_norm:
-                    row = row / torch.sqrt((row * row).mean() + config.qk_norm_eps) * weights[f"{side.lower()}_norm"][group]
+                    row = (
+                        row
+                        / torch.sqrt((row * row).mean() + config.qk_norm_eps)
+                        * weights[f"{side.lower()}_norm"][group]
+                    )
                 rows.append(rotate(row, i, config.rotary))
             sides.append(torch.stack(rows))
         v = torch.stack([x[i] @ weights["W_V"][head] + weights["b_V"][head] for i in range(length)])[:, None]

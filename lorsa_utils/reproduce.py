@@ -1,11 +1,11 @@
 """Run all notebooks in order and write one page that shows what came out.
 
-1. Notebooks are taken in the order of their numbers; one is skipped while its source, the package, the profile and its expected
-   values are those of its last good run and its outputs are still there. One that shows what the others made (`reads_run` in its
-   metadata) is skipped only while that is the same too.
+1. Notebooks are taken in the order of their numbers; one is skipped while its source, the package, the profile and its
+   expected values are those of its last good run and its outputs are still there. One that shows what the others made
+   (`reads_run` in its metadata) is skipped only while that is the same too.
 2. papermill executes it with PROFILE and RUN_DIR set (and TRAIN where it has that), into a temporary file that becomes
-   `NN_name.ipynb` only when every cell passed. A failing one is kept as `NN_name.failed.ipynb`, and the run stops there: later
-   notebooks read earlier artefacts.
+   `NN_name.ipynb` only when every cell passed. A failing one is kept as `NN_name.failed.ipynb`, and the run stops
+   there: later notebooks read earlier artefacts.
 3. `index.html` lists figures and recorded values. It opens from the disk, offline.
 """
 
@@ -67,7 +67,8 @@ def find_notebooks(folder: str | Path | None = None, only: Sequence[str] | None 
     """
     place = notebooks_dir() if folder is None else Path(folder)
     found = sorted(
-        (path for path in place.glob("*.ipynb") if re.match(r"\d+_", path.name)), key=lambda path: (_number(path.stem), path.stem)
+        (path for path in place.glob("*.ipynb") if re.match(r"\d+_", path.name)),
+        key=lambda path: (_number(path.stem), path.stem),
     )
     if not found:
         raise store.UserError(f"There are no notebooks in {place}; run this in a clone of the repository.")
@@ -75,7 +76,9 @@ def find_notebooks(folder: str | Path | None = None, only: Sequence[str] | None 
         return found
     for asked in only:
         if not any(_is_asked(path.stem, asked) for path in found):
-            raise store.UserError(f"There is no notebook {asked!r}; choose among {', '.join(path.stem for path in found)}.")
+            raise store.UserError(
+                f"There is no notebook {asked!r}; choose among {', '.join(path.stem for path in found)}."
+            )
     return [path for path in found if any(_is_asked(path.stem, asked) for asked in only)]
 
 
@@ -118,7 +121,11 @@ def reproduce(
     todo: list[Path] = []
     for path in notebooks:
         # What is about to run will change what a later notebook reads of this run.
-        if force or (todo and _reads_run(path)) or not _is_up_to_date(folder, path.stem, _hash(path, settings, folder), log):
+        if (
+            force
+            or (todo and _reads_run(path))
+            or not _is_up_to_date(folder, path.stem, _hash(path, settings, folder), log)
+        ):
             todo.append(path)
     _tell(_plan(todo, len(notebooks), profile, log))
     statuses = [NotebookStatus(path.stem) for path in notebooks]
@@ -172,11 +179,17 @@ def _expected_seconds(path: Path, profile: str, log: dict[str, Any]) -> float | 
     """Seconds of the last run here, else the minutes in the notebook's metadata: {"lorsa": {"minutes": {"smoke": 1}}}."""
     if path.stem in log:
         return float(log[path.stem]["seconds"])
-    minutes = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}).get("lorsa", {}).get("minutes", {}).get(profile)
+    minutes = (
+        json.loads(path.read_text(encoding="utf-8"))
+        .get("metadata", {})
+        .get("lorsa", {})
+        .get("minutes", {})
+        .get(profile)
+    )
     return None if minutes is None else 60.0 * minutes
 
 
-# --------------------------------------------------------------------------------------------------------------- up to date
+# ---- up to date
 
 
 def _read_log(folder: Path) -> dict[str, Any]:
@@ -207,7 +220,11 @@ def _run_state(folder: Path, name: str) -> dict[str, Any]:
             files = (folder / "figures" / f"{record['label']}.{ending}" for ending in ("json", "csv"))
             figures[record["label"]] = [store.sha256_file(file) for file in files if file.is_file()]
     lists = (paper_dir() / "claims.csv", paper_dir() / "figures.csv")
-    return {"results": results, "figures": figures, "lists": [store.sha256_file(file) for file in lists if file.is_file()]}
+    return {
+        "results": results,
+        "figures": figures,
+        "lists": [store.sha256_file(file) for file in lists if file.is_file()],
+    }
 
 
 def _is_up_to_date(folder: Path, name: str, digest: str, log: dict[str, Any]) -> bool:
@@ -215,7 +232,7 @@ def _is_up_to_date(folder: Path, name: str, digest: str, log: dict[str, Any]) ->
     return same and (folder / f"{name}.ipynb").is_file() and name in notebook.read_results(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------- executing
+# ---- executing
 
 
 def _run_one(path: Path, folder: Path, profile: Profile, status: NotebookStatus) -> None:
@@ -327,4 +344,6 @@ def _write_page(path: Path) -> None:
     except ImportError:
         return
     page, _ = HTMLExporter().from_filename(str(path))
-    store.write_text(path.with_suffix(".html"), re.sub(r'<script[^>]*\bsrc="https?://[^"]*"[^>]*>\s*</script>', "", page))
+    store.write_text(
+        path.with_suffix(".html"), re.sub(r'<script[^>]*\bsrc="https?://[^"]*"[^>]*>\s*</script>', "", page)
+    )

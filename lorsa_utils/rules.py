@@ -1,13 +1,14 @@
 """Short readable rules for when a unit is active, learned from windows of text: explanations without a language model.
 
-A rule is a list of terms, one of which must hold at a token; a term is one to three conditions on the token, its neighbours and the
-text before it. All that a rule looks at can be seen in the window, so a rule knows what any other judge of the window knows. Rules are
-a proxy: they find forms and words, not meanings.
+A rule is a list of terms, one of which must hold at a token; a term is one to three conditions on the token, its
+neighbours and the text before it. All that a rule looks at can be seen in the window, so a rule knows what any other
+judge of the window knows. Rules are a proxy: they find forms and words, not meanings.
 
-Learning is greedy. At each step all single conditions, and the best of them joined with all others, are counted at once over
-all windows; the term that raises
+Learning is greedy. At each step all single conditions, and the best of them joined with all others, are counted at once
+over all windows; the term that raises
 
-    (share of active windows where the rule holds at an active token + share of silent windows where it holds nowhere) / 2
+    (share of active windows where the rule holds at an active token + share of silent windows where it holds nowhere) /
+    2
 
 most is added, until no term raises it by more than its length costs.
 """
@@ -36,7 +37,7 @@ CAUTION = (1.0, 1.5, 2.0)
 """Standard errors by which a term of one, two or three conditions must be better than nothing: there are many more of the long ones."""
 
 
-# ------------------------------------------------------------------------------------------------------------ classes of tokens
+# ---- classes of tokens
 
 
 def _words(text: str) -> frozenset[str]:
@@ -48,13 +49,17 @@ _PREPOSITIONS = _words(
     "of in to for with on at by from as into about between through over under after before during against within without"
 )
 _PRONOUNS = _words("he she it they we you i him her them us me his its their our your my who whom whose")
-_AUXILIARIES = _words("is are was were be been being has have had do does did will would can could may might shall should must")
+_AUXILIARIES = _words(
+    "is are was were be been being has have had do does did will would can could may might shall should must"
+)
 _CONJUNCTIONS = _words("and or but nor so because although while if when where than that which")
 _CALENDAR = _words(
     "january february march april may june july august september october november december "
     "monday tuesday wednesday thursday friday saturday sunday century year years day days month months"
 )
-_NUMERALS = _words("one two three four five six seven eight nine ten hundred thousand million billion first second third")
+_NUMERALS = _words(
+    "one two three four five six seven eight nine ten hundred thousand million billion first second third"
+)
 
 Test = Callable[[str], bool]
 
@@ -64,11 +69,17 @@ SHAPES: dict[str, tuple[str, Test]] = {
     "capitalised": ("a capitalised word", lambda s: s.strip()[:1].isupper() and s.strip()[1:].islower()),
     "upper": ("a word in capitals", lambda s: len(s.strip()) > 1 and s.strip().isalpha() and s.isupper()),
     "letter": ("a single letter", lambda s: len(s.strip()) == 1 and s.strip().isalpha()),
-    "word": ("the beginning of a lower-case word", lambda s: s[:1] == " " and len(s) > 1 and s[1:].isalpha() and s[1:].islower()),
+    "word": (
+        "the beginning of a lower-case word",
+        lambda s: s[:1] == " " and len(s) > 1 and s[1:].isalpha() and s[1:].islower(),
+    ),
     "piece": ("a later piece of a word", lambda s: s[:1].isalpha()),
     "short piece": ("a later piece of a word, of at most two letters", lambda s: s.isalpha() and len(s) < 3),
     "long": ("a word of eight letters or more", lambda s: s.strip().isalpha() and len(s.strip()) > 7),
-    "punctuation": ("a punctuation mark", lambda s: bool(s.strip()) and all(c in string.punctuation for c in s.strip())),
+    "punctuation": (
+        "a punctuation mark",
+        lambda s: bool(s.strip()) and all(c in string.punctuation for c in s.strip()),
+    ),
     "sentence end": ("the end of a sentence", lambda s: s.strip()[-1:] in (".", "!", "?") and s.strip()[-1:] != ""),
     "opening": ("an opening bracket", lambda s: s.strip()[-1:] in tuple("([{") and s.strip() != ""),
     "closing": ("a closing bracket", lambda s: s.strip()[:1] in tuple(")]}") and s.strip() != ""),
@@ -151,7 +162,7 @@ class Lexicon:
         return self.table[tokens]
 
 
-# ---------------------------------------------------------------------------------------------------------------- conditions
+# ---- conditions
 
 
 def _shifted(tokens: np.ndarray, by: int) -> np.ndarray:
@@ -267,7 +278,7 @@ _OFFSETS = {"token": 0, "previous": 1, "next": -1, "two back": 2}
 _REACH = {"recent": RECENT, "earlier": WIDTH}
 
 
-# ------------------------------------------------------------------------------------------------------------------ learning
+# ---- learning
 
 
 _TRIED = {"token": 32, "previous": 16, "next": 12, "two back": 8, "recent": 24, "earlier": 24}
@@ -300,7 +311,8 @@ def _telling(view: _View, windows: Windows, where: str, n: int) -> list[int]:
     n_active, n_silent = max(1, int(windows.active.sum())), max(1, int((~windows.active).sum()))
     if where in _REACH:
         pairs = _pairs(
-            row[:, None], view.tokens[row[:, None], np.maximum(column[:, None] - np.arange(1, 1 + min(_REACH[where], WIDTH)), 0)]
+            row[:, None],
+            view.tokens[row[:, None], np.maximum(column[:, None] - np.arange(1, 1 + min(_REACH[where], WIDTH)), 0)],
         )
         sources = windows.sources[:, 0]
         near = Counter(int(token) for token in sources if token >= 0)
@@ -309,7 +321,11 @@ def _telling(view: _View, windows: Windows, where: str, n: int) -> list[int]:
     active = Counter(token for _, token in pairs)
     silent_rows = np.flatnonzero(~windows.active)
     silent = Counter(token for _, token in _pairs(silent_rows[:, None], view.tokens[silent_rows]))
-    worth = {token: (count + near[token]) / n_active - silent[token] / n_silent for token, count in active.items() if count > 1}
+    worth = {
+        token: (count + near[token]) / n_active - silent[token] / n_silent
+        for token, count in active.items()
+        if count > 1
+    }
     return sorted(worth, key=lambda token: (-worth[token], token))[:n]
 
 
@@ -369,7 +385,9 @@ def learn(windows: Windows, lexicon: Lexicon) -> Rule:
     return Rule(tuple(_with_strength(term, conditions, holds, windows, maximum) for term in terms))
 
 
-def _gains(hits: tuple[np.ndarray, np.ndarray], covered: np.ndarray, wrong: np.ndarray, n_conditions: int) -> np.ndarray:
+def _gains(
+    hits: tuple[np.ndarray, np.ndarray], covered: np.ndarray, wrong: np.ndarray, n_conditions: int
+) -> np.ndarray:
     """Rise of the objective for each of m terms, less what its conditions cost and what chance could do among so many terms."""
     active, silent = hits
     new, harm = (active & ~covered[:, None]).mean(axis=0), (silent & ~wrong[:, None]).mean(axis=0)
@@ -392,7 +410,9 @@ def _best_term(
     best_gain = float(gains.max())
     # What hits many active windows may become good once another condition rules silent ones out.
     many = (singles[0] & ~covered[:, None]).sum(axis=0).argsort()[::-1][: BEAM // 2]
-    beam: list[tuple[int, ...]] = [(int(i),) for i in dict.fromkeys([*gains.argsort()[::-1][: BEAM // 2].tolist(), *many.tolist()])]
+    beam: list[tuple[int, ...]] = [
+        (int(i),) for i in dict.fromkeys([*gains.argsort()[::-1][: BEAM // 2].tolist(), *many.tolist()])
+    ]
     for length in range(2, MAX_CONDITIONS + 1):
         found: dict[tuple[int, ...], float] = {}
         for term in beam:
@@ -407,9 +427,14 @@ def _best_term(
     return best, best_gain
 
 
-def _with_strength(term: Sequence[int], conditions: Sequence[Condition], holds: np.ndarray, windows: Windows, maximum: float) -> Term:
+def _with_strength(
+    term: Sequence[int], conditions: Sequence[Condition], holds: np.ndarray, windows: Windows, maximum: float
+) -> Term:
     where = holds[:, :, list(term)].all(axis=2)
-    return Term(tuple(conditions[index] for index in term), float(windows.values[where].mean() / maximum) if where.any() else 0.0)
+    return Term(
+        tuple(conditions[index] for index in term),
+        float(windows.values[where].mean() / maximum) if where.any() else 0.0,
+    )
 
 
 def predict(rule: Rule, windows: Windows, lexicon: Lexicon) -> np.ndarray:
@@ -422,7 +447,7 @@ def predict(rule: Rule, windows: Windows, lexicon: Lexicon) -> np.ndarray:
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------------- English
+# ---- English
 
 
 def _quoted(text: str) -> str:
@@ -454,7 +479,15 @@ def describe(rule: Rule, strings: Mapping[int, str]) -> str:
     """The rule as a sentence."""
     if not rule.terms:
         return "No rule was found."
-    plain = [term.conditions[0].what for term in rule.terms if len(term.conditions) == 1 and term.conditions[0].where == "token"]
+    plain = [
+        term.conditions[0].what
+        for term in rule.terms
+        if len(term.conditions) == 1 and term.conditions[0].where == "token"
+    ]
     parts = [" or ".join(_noun(what, strings) for what in plain)] if plain else []
-    parts += [_term_text(term, strings) for term in rule.terms if len(term.conditions) > 1 or term.conditions[0].where != "token"]
+    parts += [
+        _term_text(term, strings)
+        for term in rule.terms
+        if len(term.conditions) > 1 or term.conditions[0].where != "token"
+    ]
     return "Active on " + "; or on ".join(parts) + "."

@@ -2,8 +2,8 @@
 
     f = relu(W_E (x - b_pre) + b_E),  keep the K features with the largest f * ||w_d||,  y = sum f w_d + b_O
 
-The SAE reads the attention layer's output and rebuilds it; the transcoder reads the layer's input and predicts its output.
-b_pre is folded into b_E, so that both are one affine map.
+The SAE reads the attention layer's output and rebuilds it; the transcoder reads the layer's input and predicts its
+output. b_pre is folded into b_E, so that both are one affine map.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class SAE(SparseModule):
         """Load a saved SAE or transcoder; it takes raw activations."""
         settings = read_module_settings(folder)
         if settings["kind"] not in ("sae", "transcoder"):
-            raise store.UserError(f"{folder} holds a {settings['kind']}, not an SAE; load it with lorsa_utils.sae.load_module.")
+            raise store.UserError(
+                f"{folder} holds a {settings['kind']}, not an SAE; load it with lorsa_utils.sae.load_module."
+            )
         module = cls(SAEConfig.from_dict(settings))
         module.load_weights(folder)
         return module

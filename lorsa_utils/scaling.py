@@ -2,12 +2,13 @@
 
     value(n) = floor + a n^-b,    floor >= 0, a >= 0, b > 0
 
-Errors are relative, so squares of (fit - value) / value are summed. For a given b the best floor and a follow from two linear equations
-(with floor 0 or a 0 where these would be negative), and b is searched on a grid that is narrowed around the best one.
+Errors are relative, so squares of (fit - value) / value are summed. For a given b the best floor and a follow from two
+linear equations (with floor 0 or a 0 where these would be negative), and b is searched on a grid that is narrowed
+around the best one.
 
-Intervals come from a bootstrap of residuals: relative residuals, enlarged for the parameters that were fitted, are drawn again and laid
-on the fitted curve, and the law is fitted anew. They hold what seeds scatter and what the law misses at the fitted sizes; they
-cannot hold what changes beyond the largest of them.
+Intervals come from a bootstrap of residuals: relative residuals, enlarged for the parameters that were fitted, are
+drawn again and laid on the fitted curve, and the law is fitted anew. They hold what seeds scatter and what the law
+misses at the fitted sizes; they cannot hold what changes beyond the largest of them.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class PowerLaw:
         return float(low), float(high)
 
 
-def fit(sizes: npt.ArrayLike, values: npt.ArrayLike, *, floor: bool = True, n_draws: int = 1000, seed: int = 0) -> PowerLaw:
+def fit(
+    sizes: npt.ArrayLike, values: npt.ArrayLike, *, floor: bool = True, n_draws: int = 1000, seed: int = 0
+) -> PowerLaw:
     """Fit a power law.
 
     Args:
@@ -85,7 +88,9 @@ def fit(sizes: npt.ArrayLike, values: npt.ArrayLike, *, floor: bool = True, n_dr
     n, y = np.asarray(sizes, dtype=float), np.asarray(values, dtype=float)
     least = 4 if floor else 3
     if n.shape != y.shape or n.ndim != 1 or len(np.unique(n)) < least:
-        raise UserError(f"A power law needs values at {least} different sizes or more, not {len(np.unique(n))}; run more sizes.")
+        raise UserError(
+            f"A power law needs values at {least} different sizes or more, not {len(np.unique(n))}; run more sizes."
+        )
     if not (np.isfinite(n).all() and np.isfinite(y).all() and (n > 0).all() and (y > 0).all()):
         raise UserError("A power law needs positive, finite sizes and values; leave out runs that diverged.")
     scale = float(np.exp(np.log(n).mean()))

@@ -6,9 +6,9 @@ The language has three planted rules, and random choices between them (`Language
     skip-bigram    a question token asks for the answer that belongs to the key token at the start of the sequence
     induction      a block of random letters comes once, and later again from a random letter on
 
-A small Llama learns it on a CPU in a minute or two. Each attention layer and each MLP is then replaced by a sparse module with at most 8
-active units a token. In the sparse model every unit reads and writes fixed directions, so weights between units do not depend on any
-input, but for the scale of the norms, for which the mean over text is taken:
+A small Llama learns it on a CPU in a minute or two. Each attention layer and each MLP is then replaced by a sparse
+module with at most 8 active units a token. In the sparse model every unit reads and writes fixed directions, so weights
+between units do not depend on any input, but for the scale of the norms, for which the mean over text is taken:
 
     weight(a -> b) = (write of a) . (gain of the norm before b * read of b) * mean scale of that norm
 
@@ -148,7 +148,7 @@ class Language:
         return int(torch.randint(n, (), generator=generator))
 
 
-# ------------------------------------------------------------------------------------------------------------- the model
+# ---- the model
 
 
 def train_transformer(language: Language, seed: int = 0, progress: bool = False) -> LanguageModel:
@@ -157,8 +157,17 @@ def train_transformer(language: Language, seed: int = 0, progress: bool = False)
 
     config = language.config
     shape = {"hidden_size": config.d_model, "intermediate_size": config.d_mlp, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": config.n_heads, "num_key_value_heads": config.n_heads, "vocab_size": config.n_tokens}
-    special = {"bos_token_id": BOS, "eos_token_id": BOS, "max_position_embeddings": config.length, "tie_word_embeddings": False}
+    shape |= {
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads,
+        "vocab_size": config.n_tokens,
+    }
+    special = {
+        "bos_token_id": BOS,
+        "eos_token_id": BOS,
+        "max_position_embeddings": config.length,
+        "tie_word_embeddings": False,
+    }
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -305,7 +314,7 @@ def rule_losses(model: LanguageModel, sample: Sample) -> dict[str, float]:
     return found | {name: float(losses[rule == number].mean()) for number, name in enumerate(RULES)}
 
 
-# ----------------------------------------------------------------------------------------------------------- global weights
+# ---- global weights
 
 
 class Features(NamedTuple):
@@ -328,7 +337,11 @@ class Weights:
         self.unembedding: Tensor = model.model.get_output_embeddings().weight.detach().float()
         self.scale: dict[str, Tensor] = {}
         names = [
-            *(f"model.layers.{layer}.{norm}" for layer in range(2) for norm in ("input_layernorm", "post_attention_layernorm")),
+            *(
+                f"model.layers.{layer}.{norm}"
+                for layer in range(2)
+                for norm in ("input_layernorm", "post_attention_layernorm")
+            ),
             "model.norm",
         ]
         with contextlib.ExitStack() as stack:
@@ -339,7 +352,8 @@ class Weights:
 
     def _measure(self, name: str) -> Any:
         def keep(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            scale = (arguments[0].square().mean(dim=-1) + module.variance_epsilon).rsqrt().mean()  # type: ignore[operator]
+            # type: ignore[operator]
+            scale = (arguments[0].square().mean(dim=-1) + module.variance_epsilon).rsqrt().mean()
             self.scale[name] = module.weight.detach() * scale  # type: ignore[operator]
 
         return keep
@@ -365,7 +379,9 @@ class Weights:
         total = q.new_zeros(len(q), len(k))
         for distance in distances:
             spread = q[:, None].expand(-1, distance + 1, -1).contiguous()
-            turned = ops.apply_rotary(spread, cos[: distance + 1], sin[: distance + 1], lorsa.config.rotary.adjacent_pairs)[:, distance]
+            turned = ops.apply_rotary(
+                spread, cos[: distance + 1], sin[: distance + 1], lorsa.config.rotary.adjacent_pairs
+            )[:, distance]
             total += turned @ k.T
         return total / len(distances) * lorsa.attn_scale
 
@@ -390,18 +406,22 @@ class InductionCircuit(NamedTuple):
         """Its units, to be left out."""
         first = sorted({head for heads in self.previous.values() for head in heads})
         second = sorted({head for heads in self.copying.values() for head in heads})
-        return {("attention", 0): torch.tensor(first, dtype=torch.long), ("attention", 1): torch.tensor(second, dtype=torch.long)}
+        return {
+            ("attention", 0): torch.tensor(first, dtype=torch.long),
+            ("attention", 1): torch.tensor(second, dtype=torch.long),
+        }
 
 
 @torch.no_grad()
 def find_induction(weights: Weights, least: float = 0.5) -> InductionCircuit:
     """Read the induction circuit off the weights alone; no sequence is looked at.
 
-    1. The second layer's QK groups: how much does a letter as query want what each first-layer head writes? In an induction group the
-       wanted head is one that reads the same letter.
-    2. The first layer's heads that read a letter and are wanted by it: those with at least `least` of the largest product of the two.
-    3. The second layer's heads, in induction groups, that read a letter's embedding and raise its logit: those with at least `least` of the
-       largest product.
+    1. The second layer's QK groups: how much does a letter as query want what each first-layer head writes? In an
+       induction group the wanted head is one that reads the same letter.
+    2. The first layer's heads that read a letter and are wanted by it: those with at least `least` of the largest
+       product of the two.
+    3. The second layer's heads, in induction groups, that read a letter's embedding and raise its logit: those with at
+       least `least` of the largest product.
     """
     language, sparse = weights.language, weights.sparse
     letters = language.letters
@@ -417,7 +437,9 @@ def find_induction(weights: Weights, least: float = 0.5) -> InductionCircuit:
         matches.append(float((product.argmax(dim=1) == torch.arange(len(letters))).float().mean()))
     groups = [group for group, match in enumerate(matches) if match >= least]
     if not groups:
-        raise UserError("No QK group of the second layer wants what the first layer writes about the token before; train the toy longer.")
+        raise UserError(
+            "No QK group of the second layer wants what the first layer writes about the token before; train the toy longer."
+        )
     total = torch.stack([(wants[group] - wants[group].mean(dim=0)) for group in groups]).sum(dim=0)
     product = (total.clamp_min(0)) * (reads - reads.mean(dim=0)).clamp_min(0)
     previous = {int(letter): _large(row, least) for letter, row in zip(letters, product, strict=True)}
@@ -425,7 +447,9 @@ def find_induction(weights: Weights, least: float = 0.5) -> InductionCircuit:
     moves = weights.values(1, embedded)[:, heads]
     raises = weights.logits(second.W_O[heads])[:, letters].T
     copies = (moves - moves.mean(dim=0)).clamp_min(0) * raises.clamp_min(0)
-    copying = {int(letter): [int(heads[i]) for i in _large(row, least)] for letter, row in zip(letters, copies, strict=True)}
+    copying = {
+        int(letter): [int(heads[i]) for i in _large(row, least)] for letter, row in zip(letters, copies, strict=True)
+    }
     rows = []
     for number, letter in enumerate(letters.tolist()):
         best = int(product[number].argmax())
@@ -462,12 +486,16 @@ def cut_table(sparse: SparseTransformer, circuit: InductionCircuit, sample: Samp
     rows = [{"model": "original", "heads": 0, **rule_losses(sparse.model, sample)}]
     for name, cut in cuts.items():
         with sparse.installed(cut):
-            rows.append({"model": name, "heads": sum(len(heads) for heads in cut.values()), **rule_losses(sparse.model, sample)})
+            rows.append(
+                {"model": name, "heads": sum(len(heads) for heads in cut.values()), **rule_losses(sparse.model, sample)}
+            )
     by_chance = []
     for _ in range(N_RANDOM):
         drawn = {place: _others(live[place], heads, generator) for place, heads in whole.items()}
         with sparse.installed(drawn):
-            by_chance.append({"heads": sum(len(heads) for heads in drawn.values()), **rule_losses(sparse.model, sample)})
+            by_chance.append(
+                {"heads": sum(len(heads) for heads in drawn.values()), **rule_losses(sparse.model, sample)}
+            )
     rows.append({"model": "random heads cut", **pd.DataFrame(by_chance).mean().to_dict()})
     return pd.DataFrame(rows)
 

@@ -1,7 +1,7 @@
 """Files written whole or not at all, hashes, and the one error type that users see.
 
-Every artefact of the kit goes through this module: a file is written under a temporary name in the same folder, flushed to
-the disk, and renamed. A reader therefore sees the old file or the new one, never half of one.
+Every artefact of the kit goes through this module: a file is written under a temporary name in the same folder, flushed
+to the disk, and renamed. A reader therefore sees the old file or the new one, never half of one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ os.umask(_UMASK)
 
 
 class UserError(Exception):
-    """Bad input or a broken environment, told in one sentence that names the fix. The command line prints it and exits 1."""
+    """Bad input or a broken environment, told in one sentence that names the fix.
+
+    The command line prints it and exits 1.
+    """
 
 
 @contextlib.contextmanager
@@ -97,7 +100,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); make it again or restore a copy.") from error
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors as one safetensors file, whole or not at all."""
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
@@ -131,7 +136,11 @@ def compact(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def expand(tensors: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """The inverse of `compact` for every tensor that has scales beside it; `path` is named when they do not fit."""
-    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors}
+    scales = {
+        name: tensors.pop(name)
+        for name in list(tensors)
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors
+    }
     for name, scale in scales.items():
         small = name.removesuffix(SCALE)
         if tensors[small].dtype != torch.int8 or tensors[small].shape[:-1] != scale.shape:

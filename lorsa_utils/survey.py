@@ -27,8 +27,8 @@ class Survey:
 
     facts: pd.DataFrame
     """One row a unit: `frequency` (share of counted tokens where it is active), `mean_activation` and `max_activation` (where active),
-    and, over its mass where active, `distance` (mean tokens back), `first_share`, `previous_share`, `self_share`. For a dead unit
-    `frequency` and `max_activation` are 0 and the rest NaN."""
+    and, over its mass where active, `distance` (mean tokens back), `first_share`, `previous_share`, `self_share`. For a
+    dead unit `frequency` and `max_activation` are 0 and the rest NaN."""
     places: Tensor = field(repr=False)
     """[n_units, n_contexts, 2], sequence and position of its largest activations, each from another sequence; -1 where there are none."""
     peaks: Tensor = field(repr=False)
@@ -92,13 +92,18 @@ def survey(
                 sums += _row_sums(rows)
                 activation = rows.activation.cpu().float()
                 top.add(activation, activation, positions.cpu(), first + place)
-                # The largest of random keys makes a draw in which every active token counts alike, however long the text.
+                # The largest of random keys makes a draw in which every active token counts alike, however long the
+                # text.
                 keys = torch.rand(activation.shape, generator=generator) * (activation > 0)
                 drawn.add(keys, activation, positions.cpu(), first + place)
             bar.update()
     bar.close()
     active, activation, total, *masses = sums
-    facts = {"frequency": active / sequences.n_tokens, "mean_activation": activation / active, "max_activation": top.values.amax(dim=1)}
+    facts = {
+        "frequency": active / sequences.n_tokens,
+        "mean_activation": activation / active,
+        "max_activation": top.values.amax(dim=1),
+    }
     facts |= {name: mass / total for name, mass in zip(_MAPS, masses, strict=True)}
     table = pd.DataFrame({name: value.double().numpy() for name, value in facts.items()})
     return Survey(table, top.places, top.values, drawn.places, drawn.values, sequences.n_tokens)
@@ -122,22 +127,33 @@ class _Best:
     """For each unit the places with the largest keys, at most one in a sequence, sorted."""
 
     def __init__(self, n_units: int, n: int) -> None:
-        self.keys, self.values, self.places = torch.zeros(n_units, n), torch.zeros(n_units, n), torch.full((n_units, n, 2), -1)
+        self.keys, self.values, self.places = (
+            torch.zeros(n_units, n),
+            torch.zeros(n_units, n),
+            torch.full((n_units, n, 2), -1),
+        )
 
     def add(self, keys: Tensor, values: Tensor, positions: Tensor, number: int) -> None:
         """One sequence: keys (0 where there is nothing) and values [n_queries, n_units] at positions [n_queries]."""
         highest, where = keys.max(dim=0)
-        new = torch.stack([torch.full_like(where, number), positions[where]], dim=1).masked_fill((highest <= 0)[:, None], -1)
+        new = torch.stack([torch.full_like(where, number), positions[where]], dim=1).masked_fill(
+            (highest <= 0)[:, None], -1
+        )
         self.keys, order = torch.cat([self.keys, highest[:, None]], dim=1).topk(self.keys.shape[1], dim=1)
         self.values = torch.cat([self.values, values.gather(0, where[None]).T], dim=1).gather(1, order)
         self.places = torch.cat([self.places, new[:, None]], dim=1).gather(1, order[:, :, None].expand(-1, -1, 2))
 
 
-# --------------------------------------------------------------------------------------------------------------------- table
+# ---- table
 
 
 def table(
-    discovery: Discovery, found: Survey, units: LorsaHeads, model: LanguageModel, sequences: Sequences, n_tokens: int = 10
+    discovery: Discovery,
+    found: Survey,
+    units: LorsaHeads,
+    model: LanguageModel,
+    sequences: Sequences,
+    n_tokens: int = 10,
 ) -> pd.DataFrame:
     """Everything known of each head of a Lorsa, one row a head, ready for Parquet.
 
@@ -150,9 +166,9 @@ def table(
         n_tokens: how many top and bottom tokens.
 
     Returns:
-        `head`, `group`, `family` ("" without a name), `families` (all of them, most specific first), `dead`, the columns of
-        `Survey.facts`, `top_logits` and `bottom_logits` (tokens that w_o raises and lowers most), `contexts` (text with the peak in
-        «»), and `<family>_<score>` on the confirmation half for every family looked for.
+        `head`, `group`, `family` ("" without a name), `families` (all of them, most specific first), `dead`, the
+        columns of `Survey.facts`, `top_logits` and `bottom_logits` (tokens that w_o raises and lowers most), `contexts`
+        (text with the peak in «»), and `<family>_<score>` on the confirmation half for every family looked for.
     """
     rows = pd.DataFrame({"head": np.arange(units.n)})
     rows["group"] = rows["head"] // units.lorsa.config.group_size
@@ -179,7 +195,9 @@ def _token_texts(tokenizer: Any) -> dict[int, str]:
     return dict(enumerate(decoded)) | dict.fromkeys(range(size, size + 4096), "")  # models pad their vocabulary
 
 
-def contexts(found: Survey, sequences: Sequences, tokenizer: Any, n: int = 4, before: int = 16, after: int = 4) -> list[list[str]]:
+def contexts(
+    found: Survey, sequences: Sequences, tokenizer: Any, n: int = 4, before: int = 16, after: int = 4
+) -> list[list[str]]:
     """Texts around the `n` largest activations of every unit, the peak in «»."""
     texts: list[str] = []
     owners: list[int] = []
@@ -187,7 +205,11 @@ def contexts(found: Survey, sequences: Sequences, tokenizer: Any, n: int = 4, be
         for row, position in places:
             if row >= 0:
                 ids, counted = sequences.tokens[row], sequences.mask[row]
-                around = [range(max(0, position - before), position), [position], range(position + 1, min(position + 1 + after, len(ids)))]
+                around = [
+                    range(max(0, position - before), position),
+                    [position],
+                    range(position + 1, min(position + 1 + after, len(ids))),
+                ]
                 parts = [tokenizer.decode([int(ids[i]) for i in part if counted[i]]) for part in around]
                 texts.append(f"{parts[0]}«{parts[1]}»{parts[2]}")
                 owners.append(unit)
@@ -197,7 +219,7 @@ def contexts(found: Survey, sequences: Sequences, tokenizer: Any, n: int = 4, be
     return result
 
 
-# -------------------------------------------------------------------------------------------------------------- a whole layer
+# ---- a whole layer
 
 
 REMOVAL_PAIRS = 24
@@ -237,8 +259,8 @@ def describe(
         lorsa: takes raw activations.
         sequences: running text, read once.
         documents: (id, text), for the families that need passages of real text.
-        removed: heads of each family whose removal is measured, in the order of `Discovery.units`; each costs one pass of the model
-            over `REMOVAL_PAIRS` pairs of prompts. Families that predict no token are left out.
+        removed: heads of each family whose removal is measured, in the order of `Discovery.units`; each costs one pass
+            of the model over `REMOVAL_PAIRS` pairs of prompts. Families that predict no token are left out.
         others: other kinds of units of the layer, to be scored on the same prompts, see `heads.discover`.
         scale: factor on the number of prompts, see `prompts.standard`.
         seed: of prompts, nulls and shuffles.
@@ -251,7 +273,9 @@ def describe(
     units = LorsaHeads(lorsa)
     found = survey(model, layer, units, sequences, batch_size=batch_size, progress=progress)
     if bool((found.facts["frequency"] == 0).all()):
-        raise UserError("No head is active anywhere on this text: all are dead, or the module belongs to another model; train it again.")
+        raise UserError(
+            "No head is active anywhere on this text: all are dead, or the module belongs to another model; train it again."
+        )
     bos_id = int(sequences.tokens[0, 0]) if sequences.bos_policy == "prepend" else None
     vocabulary = prompts.Vocabulary(model.tokenizer, bos_id)
     try:
@@ -269,8 +293,13 @@ def describe(
         mine = [head for head in discovery.units(family) if rows.loc[head, "family"] == family][:removed]
         if each.predicts and mine:
             second = _thinned(heads.halves(each)[1], REMOVAL_PAIRS)
-            effects = Removals(model, layer, second, 2 * batch_size).effects(units, {str(head): [head] for head in mine})
-            rows.loc[mine, "effect"], rows.loc[mine, "effect_error"] = effects["labelled"].to_numpy(), effects["labelled_error"].to_numpy()
+            effects = Removals(model, layer, second, 2 * batch_size).effects(
+                units, {str(head): [head] for head in mine}
+            )
+            rows.loc[mine, "effect"], rows.loc[mine, "effect_error"] = (
+                effects["labelled"].to_numpy(),
+                effects["labelled_error"].to_numpy(),
+            )
     return Layer(rows, discovery, found, made)
 
 

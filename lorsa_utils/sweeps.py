@@ -2,15 +2,16 @@
 
     data = HeldTokens(cache, layer, 40_000)                     # activations of one layer, in memory where they fit
     sweep = Sweep(trials, site, data, held_out, "ablations.parquet")
-    print(sweep.plan())                                         # how many runs, how long, from a timed trial of the first steps
+    print(sweep.plan())                                         # how many runs, how long, from a timed trial of the
+                                                                first steps
     table = sweep.run()                                         # one row a trial; finished runs are never run again
 
-Several runs go on at once, each on one thread, so that what a run computes does not depend on how many cores there are. The Parquet
-file is written anew, whole or not at all, after every run: a killed sweep goes on with the runs that it lacks. A run is known by a hash
-of its settings, its text and the code that trains it.
+Several runs go on at once, each on one thread, so that what a run computes does not depend on how many cores there are.
+The Parquet file is written anew, whole or not at all, after every run: a killed sweep goes on with the runs that it
+lacks. A run is known by a hash of its settings, its text and the code that trains it.
 
-Modules are trained by the steps of `train.Run`, and thrown away once they are measured. Unlike `train.train_runs` nothing of a run is
-saved before its end, as it takes seconds.
+Modules are trained by the steps of `train.Run`, and thrown away once they are measured. Unlike `train.train_runs`
+nothing of a run is saved before its end, as it takes seconds.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ START_VERSION = 1
 """To be raised when `start_run` changes what it does: runs of before are then run again."""
 
 
-# ------------------------------------------------------------------------------------------------------------------------ data
+# ---- data
 
 
 class HeldTokens:
@@ -73,7 +74,9 @@ class HeldTokens:
         if layer not in source.layers:
             raise UserError(f"The activations are of layers {list(source.layers)}, not {layer}; cache that layer.")
         if not 0 < n_tokens <= source.n_tokens:
-            raise UserError(f"{n_tokens:,} tokens are asked for and {source.n_tokens:,} are cached; cache more or ask for fewer.")
+            raise UserError(
+                f"{n_tokens:,} tokens are asked for and {source.n_tokens:,} are cached; cache more or ask for fewer."
+            )
         self.source, self.layer, self.n_tokens = source, layer, n_tokens
         self.layers: tuple[int, ...] = (layer,)
         self.context, self.n_sequences = source.context, source.n_sequences
@@ -97,7 +100,9 @@ class HeldTokens:
             UserError: there are not so many.
         """
         if not 0 < n_tokens <= self.n_tokens:
-            raise UserError(f"A run asks for {n_tokens:,} tokens and the sweep holds {self.n_tokens:,}; hold more or ask for fewer.")
+            raise UserError(
+                f"A run asks for {n_tokens:,} tokens and the sweep holds {self.n_tokens:,}; hold more or ask for fewer."
+            )
         part = object.__new__(HeldTokens)
         part.__dict__ |= self.__dict__ | {"n_tokens": n_tokens}
         return part
@@ -109,7 +114,9 @@ class HeldTokens:
         if start or part != (0, 1) or tuple(layers or self.layers) != self.layers:
             raise UserError(f"Held activations are read from the start, by one process, for layer {self.layer} alone.")
         held = self._held
-        yield from self._cut(self._slices(held, batch_size) if held else self.source.batches(batch_size, layers=self.layers))
+        yield from self._cut(
+            self._slices(held, batch_size) if held else self.source.batches(batch_size, layers=self.layers)
+        )
 
     def identity(self) -> dict[str, Any]:
         """See `ActivationSource.identity`."""
@@ -135,12 +142,14 @@ class HeldTokens:
 def _together(batches: Sequence[ActivationBatch], layer: int) -> ActivationBatch:
     tokens, mask, x, y = (
         torch.cat(side)
-        for side in zip(*((batch.tokens, batch.mask, batch.inputs[layer], batch.outputs[layer]) for batch in batches), strict=True)
+        for side in zip(
+            *((batch.tokens, batch.mask, batch.inputs[layer], batch.outputs[layer]) for batch in batches), strict=True
+        )
     )
     return ActivationBatch(tokens, mask, {layer: x}, {layer: y}, mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- trials
+# ---- trials
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,14 @@ class Trial:
     def over_seeds(self, n: int) -> list[Trial]:
         """The trial with `n` seeds, starting from its own."""
         return [
-            Trial(self.factor, self.level, self.module, self.train.replace(seed=self.train.seed + i), self.start, self.biases)
+            Trial(
+                self.factor,
+                self.level,
+                self.module,
+                self.train.replace(seed=self.train.seed + i),
+                self.start,
+                self.biases,
+            )
             for i in range(n)
         ]
 
@@ -172,7 +188,8 @@ class Trial:
         is_lorsa = isinstance(self.module, LorsaConfig)
         free = ("log_every", "save_every_seconds", "init")
         return {
-            "module": {**self.module.to_dict(), "kind": "lorsa" if is_lorsa else self.module.kind},  # type: ignore[union-attr]
+            # type: ignore[union-attr]
+            "module": {**self.module.to_dict(), "kind": "lorsa" if is_lorsa else self.module.kind},
             "train": {name: value for name, value in self.train.to_dict().items() if name not in free},
             "start": self.start if is_lorsa else "dictionary",
             "biases": self.biases,
@@ -181,18 +198,31 @@ class Trial:
     def labels(self) -> dict[str, Any]:
         """Columns of the table that say what was run."""
         module = self.module
-        row = {"factor": self.factor, "level": self.level, "k": module.k, "parameters": module.n_parameters, "seed": self.train.seed}
+        row = {
+            "factor": self.factor,
+            "level": self.level,
+            "k": module.k,
+            "parameters": module.n_parameters,
+            "seed": self.train.seed,
+        }
         if isinstance(module, LorsaConfig):
             shape = {"groups": module.n_qk_heads, "group_size": module.group_size, "d_qk": module.d_qk}
             return row | {"kind": "lorsa", "units": module.n_ov_heads, "start": self.start} | shape
-        return row | {"kind": module.kind, "units": module.n_features, "start": "dictionary", "groups": 0, "group_size": 0, "d_qk": 0}
+        return row | {
+            "kind": module.kind,
+            "units": module.n_features,
+            "start": "dictionary",
+            "groups": 0,
+            "group_size": 0,
+            "d_qk": 0,
+        }
 
 
 def lorsa_shape(site: AttentionSite, n_heads: int, n_qk: int, k: int, d_qk: int = 0) -> LorsaConfig:
     """A Lorsa for a layer, with queries and keys as wide as the MHSA's or narrower.
 
-    A narrower one keeps every second (fourth, ...) frequency of the rotation: with the same base these are the frequencies of a
-    rotation of that width, so that copied weights keep their meaning.
+    A narrower one keeps every second (fourth, ...) frequency of the rotation: with the same base these are the
+    frequencies of a rotation of that width, so that copied weights keep their meaning.
 
     Raises:
         UserError: the MHSA's width is not a multiple of d_qk, or its rotation cannot be thinned out so.
@@ -200,7 +230,9 @@ def lorsa_shape(site: AttentionSite, n_heads: int, n_qk: int, k: int, d_qk: int 
     width = d_qk or site.d_head
     step = site.d_head // width if width else 0
     if not step or site.d_head % width or site.rotary.rotary_dim % (2 * step):
-        raise UserError(f"Queries and keys of width {width} cannot be cut from heads of width {site.d_head}; choose a half, a quarter, ...")
+        raise UserError(
+            f"Queries and keys of width {width} cannot be cut from heads of width {site.d_head}; choose a half, a quarter, ..."
+        )
     config = Lorsa.config_for_site(site, n_heads, n_qk, k)
     rotary: RotaryConfig = site.rotary.replace(rotary_dim=site.rotary.rotary_dim // step)
     return config.replace(d_qk=width, rotary=rotary, attn_scale=site.attn_scale * step**0.5)
@@ -210,7 +242,11 @@ def kept_dimensions(rotary: RotaryConfig, d_head: int, d_qk: int) -> Tensor:
     """Dimensions of a head of width d_head that a narrower copy keeps, [d_qk], in the order in which its rotation pairs them."""
     step, half = d_head // d_qk, rotary.rotary_dim // 2
     pairs = torch.arange(0, half, step)
-    turned = torch.stack((2 * pairs, 2 * pairs + 1), dim=1).flatten() if rotary.adjacent_pairs else torch.cat((pairs, pairs + half))
+    turned = (
+        torch.stack((2 * pairs, 2 * pairs + 1), dim=1).flatten()
+        if rotary.adjacent_pairs
+        else torch.cat((pairs, pairs + half))
+    )
     return torch.cat((turned, torch.arange(rotary.rotary_dim, d_head, step)))
 
 
@@ -259,7 +295,7 @@ def operations(module: LorsaConfig | SAEConfig, context: int) -> float:
     return float(projections + 2 * context / 2 * module.n_qk_heads * (module.d_qk + width))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- sweeps
+# ---- sweeps
 
 
 class Plan(NamedTuple):
@@ -279,7 +315,11 @@ class Plan(NamedTuple):
     """Activations in memory."""
 
     def __str__(self) -> str:
-        where = f"{self.n_bytes / 1e6:,.0f} MB of activations in memory" if self.n_bytes else "activations read from the disk"
+        where = (
+            f"{self.n_bytes / 1e6:,.0f} MB of activations in memory"
+            if self.n_bytes
+            else "activations read from the disk"
+        )
         text = f"{self.runs} runs, {self.done} of them finished before; {where}"
         if self.done == self.runs:
             return text
@@ -325,7 +365,12 @@ class Sweep:
             raise UserError("A sweep needs at least one trial.")
         for trial in self.trials:
             self._check(trial)
-        identity = {"code": code_hashes(), "start": START_VERSION, "train": data.identity(), "held_out": held_out.identity()}
+        identity = {
+            "code": code_hashes(),
+            "start": START_VERSION,
+            "train": data.identity(),
+            "held_out": held_out.identity(),
+        }
         identity["held_out_tokens"] = held_out.n_tokens
         self.keys = [store.sha256_json({**identity, **trial.settings()}) for trial in self.trials]
         self.rows: dict[str, dict[str, Any]] = read_results(self.file)
@@ -333,16 +378,22 @@ class Sweep:
     def _check(self, trial: Trial) -> None:
         module, name = trial.module, f"Trial {trial.factor} {trial.level}"
         if module.d_model != self.site.d_model:
-            raise UserError(f"{name} is for a width of {module.d_model}, the layer has {self.site.d_model}; use `lorsa_shape`.")
+            raise UserError(
+                f"{name} is for a width of {module.d_model}, the layer has {self.site.d_model}; use `lorsa_shape`."
+            )
         if trial.start not in STARTS:
             raise UserError(f"{name}: start must be one of {', '.join(STARTS)}, not {trial.start!r}.")
         units = module.n_ov_heads if isinstance(module, LorsaConfig) else module.n_features
         if trial.train.k_start > units:
-            raise UserError(f"{name}: k_start ({trial.train.k_start}) must not exceed the number of heads or features ({units}).")
+            raise UserError(
+                f"{name}: k_start ({trial.train.k_start}) must not exceed the number of heads or features ({units})."
+            )
         if isinstance(module, LorsaConfig) and trial.start != "random":
             wanted = lorsa_shape(self.site, module.n_ov_heads, module.n_qk_heads, module.k, module.d_qk)
             if (module.rotary, module.qk_norm) != (wanted.rotary, wanted.qk_norm):
-                raise UserError(f"{name} has another rotation than the layer, so nothing can be copied; use `lorsa_shape`.")
+                raise UserError(
+                    f"{name} has another rotation than the layer, so nothing can be copied; use `lorsa_shape`."
+                )
         self.data.first(trial.train.tokens)
 
     def pending(self) -> dict[str, Trial]:
@@ -356,7 +407,11 @@ class Sweep:
         for is_lorsa in (True, False):
             kind = sorted((t for t in todo if isinstance(t.module, LorsaConfig) == is_lorsa), key=self._operations)
             if kind:
-                ends = [kind[0], kind[-1]] if self._step_operations(kind[-1]) > 1.2 * self._step_operations(kind[0]) else [kind[-1]]
+                ends = (
+                    [kind[0], kind[-1]]
+                    if self._step_operations(kind[-1]) > 1.2 * self._step_operations(kind[0])
+                    else [kind[-1]]
+                )
                 timed += 2 * len(ends) * self.workers
                 seconds += self._estimate(kind, ends)
         return Plan(runs, runs - len(todo), seconds, timed, self.workers, self.data.n_bytes + self.held_out.n_bytes)
@@ -417,19 +472,27 @@ class Sweep:
             leftover.unlink(missing_ok=True)
         todo, stop = self.pending(), threading.Event()
         scale = {key: self._operations(trial) / 1e9 for key, trial in todo.items()}
-        bar = tqdm(total=sum(scale.values()), unit="GFLOP", unit_scale=True, desc="sweep", disable=not progress or not todo)
+        bar = tqdm(
+            total=sum(scale.values()), unit="GFLOP", unit_scale=True, desc="sweep", disable=not progress or not todo
+        )
         finished = 0
         with one_thread_each(self.workers, self.device), ThreadPoolExecutor(self.workers) as pool:
             # Longest first, so that the last run does not go on alone for long.
             order = sorted(todo, key=lambda key: -scale[key])
-            futures: dict[Future[dict[str, Any]], str] = {pool.submit(self._measure, todo[key], stop): key for key in order}
+            futures: dict[Future[dict[str, Any]], str] = {
+                pool.submit(self._measure, todo[key], stop): key for key in order
+            }
             try:
                 waiting = set(futures)
                 while waiting:
                     ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in ready:
                         key = futures[future]
-                        self.rows[key] = {"key": key, **future.result(), "settings": json.dumps(todo[key].settings(), sort_keys=True)}
+                        self.rows[key] = {
+                            "key": key,
+                            **future.result(),
+                            "settings": json.dumps(todo[key].settings(), sort_keys=True),
+                        }
                         write_results(self.file, self.rows)
                         finished += 1
                         bar.update(scale[key])
@@ -444,11 +507,15 @@ class Sweep:
         """One row a trial that is finished, in the order of the trials.
 
         Returns:
-            labels (`factor`, `level`, `kind`, `units`, `groups`, `group_size`, `d_qk`, `k`, `parameters`, `start`, `seed`) and results
-            (`status`, done or diverged; `tokens`, `seconds`, and the keys of `metrics.Reconstruction.result`, NaN after divergence).
+            labels (`factor`, `level`, `kind`, `units`, `groups`, `group_size`, `d_qk`, `k`, `parameters`, `start`,
+            `seed`) and results (`status`, done or diverged; `tokens`, `seconds`, and the keys of
+            `metrics.Reconstruction.result`, NaN after divergence).
         """
         rows = [
-            {**trial.labels(), **{name: value for name, value in self.rows[key].items() if name not in ("key", "settings")}}
+            {
+                **trial.labels(),
+                **{name: value for name, value in self.rows[key].items() if name not in ("key", "settings")},
+            }
             for key, trial in zip(self.keys, self.trials, strict=True)
             if key in self.rows
         ]
@@ -499,7 +566,10 @@ def one_thread_each(workers: int, device: torch.device) -> Iterator[None]:
 @functools.cache
 def code_hashes() -> list[str]:
     """Hashes of the modules that decide what a trained module is."""
-    return [store.sha256_file(Path(__file__).with_name(f"{name}.py")) for name in ("ops", "lorsa", "sae", "initialize", "train")]
+    return [
+        store.sha256_file(Path(__file__).with_name(f"{name}.py"))
+        for name in ("ops", "lorsa", "sae", "initialize", "train")
+    ]
 
 
 def read_results(file: Path) -> dict[str, dict[str, Any]]:
@@ -514,7 +584,9 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
         rows = pd.read_parquet(file).to_dict("records")
         return {str(row["key"]): {str(name): value for name, value in row.items()} for row in rows}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is not the results file of a sweep ({error}); move it away, and its runs are made again.") from error
+        raise UserError(
+            f"{file} is not the results file of a sweep ({error}); move it away, and its runs are made again."
+        ) from error
 
 
 def write_results(file: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -523,7 +595,7 @@ def write_results(file: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
         pd.DataFrame([rows[key] for key in sorted(rows)]).to_parquet(temporary, index=False)
 
 
-# ------------------------------------------------------------------------------------------------------------------- intervals
+# ---- intervals
 
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -550,8 +622,9 @@ def effects(table: pd.DataFrame, base: pd.DataFrame, value: str = "fvu", least: 
         least: changes smaller than this share of the base's mean are called small however sure they are.
 
     Returns:
-        one row for each factor and level: `mean` of the value, `change` against the base with the same seed, `low` and `high` of its
-        95 % interval over seeds, `seeds`, and `verdict`: `worse`, `better`, `no difference shown`, `small`, or `diverged`.
+        one row for each factor and level: `mean` of the value, `change` against the base with the same seed, `low` and
+        `high` of its 95 % interval over seeds, `seeds`, and `verdict`: `worse`, `better`, `no difference shown`,
+        `small`, or `diverged`.
 
     Raises:
         UserError: a level has a seed that the base lacks.
@@ -560,10 +633,24 @@ def effects(table: pd.DataFrame, base: pd.DataFrame, value: str = "fvu", least: 
     rows = []
     for (factor, level), part in table.groupby(["factor", "level"], sort=False):
         if missing := sorted(set(part["seed"]) - set(reference.index)):
-            raise UserError(f"{factor} {level} has seed {missing[0]}, which the base has not; run both over the same seeds.")
+            raise UserError(
+                f"{factor} {level} has seed {missing[0]}, which the base has not; run both over the same seeds."
+            )
         change, low, high = mean_interval([float(row[value] - reference[row["seed"]]) for _, row in part.iterrows()])
-        rows.append({"factor": factor, "level": level, "mean": float(part[value].mean(skipna=False)), "change": change, "low": low})
-        rows[-1] |= {"high": high, "seeds": len(part), "verdict": _verdict(change, low, high, least * float(reference.mean()))}
+        rows.append(
+            {
+                "factor": factor,
+                "level": level,
+                "mean": float(part[value].mean(skipna=False)),
+                "change": change,
+                "low": low,
+            }
+        )
+        rows[-1] |= {
+            "high": high,
+            "seeds": len(part),
+            "verdict": _verdict(change, low, high, least * float(reference.mean())),
+        }
     return pd.DataFrame(rows)
 
 

@@ -1,7 +1,8 @@
 """Tasks for circuit discovery: prompts in pairs, clean and corrupted, with the right answer of each.
 
-A pair has the same length and differs in what decides the answer. The wrong answer of a clean prompt is the right one of its corrupted
-partner, so that replacing what a node does on the clean prompt by what it does on the corrupted one moves the metric from one to the other.
+A pair has the same length and differs in what decides the answer. The wrong answer of a clean prompt is the right one
+of its corrupted partner, so that replacing what a node does on the clean prompt by what it does on the corrupted one
+moves the metric from one to the other.
 
 | task | clean | corrupted | source |
 |---|---|---|---|
@@ -65,9 +66,9 @@ def metric(name: str, logits: Tensor, task: Task, reference: Tensor | None = Non
     """A number for each prompt that is larger when the model does the task better.
 
     Args:
-        name: `logit_difference`: log-sum-exp of the right answers' logits minus that of the wrong ones' (with one answer each, the
-            difference of two logits); `loss`: minus the cross-entropy of the right answers, in nats; `kl`: minus the KL divergence from the
-            untouched model's distribution, in nats.
+        name: `logit_difference`: log-sum-exp of the right answers' logits minus that of the wrong ones' (with one
+            answer each, the difference of two logits); `loss`: minus the cross-entropy of the right answers, in nats;
+            `kl`: minus the KL divergence from the untouched model's distribution, in nats.
         logits: after each prompt, [n, vocabulary].
         task: with n prompts.
         reference: the untouched model's logits, [n, vocabulary]; `kl` needs them.
@@ -114,7 +115,7 @@ def require_able(name: str, found: float, least: float = LEAST_ACCURACY) -> None
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------ building
+# ---- building
 
 
 class _Pairs:
@@ -130,7 +131,9 @@ class _Pairs:
                 "position by position, so give pairs of equal length in tokens."
             )
         if set(answers) & set(wrong):
-            raise UserError(f"A prompt of {self.name} has a token that is both a right and a wrong answer; give different ones.")
+            raise UserError(
+                f"A prompt of {self.name} has a token that is both a right and a wrong answer; give different ones."
+            )
         self.rows.append(([int(i) for i in clean], [int(i) for i in corrupted], list(answers), list(wrong)))
 
     def build(self) -> Task:
@@ -160,7 +163,9 @@ def from_texts(vocabulary: Vocabulary, name: str, pairs: Sequence[Mapping[str, A
     built = _Pairs(name)
     for number, pair in enumerate(pairs, start=1):
         if missing := [key for key in ("clean", "corrupted", "answer", "wrong") if not isinstance(pair.get(key), str)]:
-            raise UserError(f"Pair {number} of {name} has no text under {missing[0]!r}; give clean, corrupted, answer and wrong.")
+            raise UserError(
+                f"Pair {number} of {name} has no text under {missing[0]!r}; give clean, corrupted, answer and wrong."
+            )
         tokens = [_one_token(vocabulary, pair[key], f"pair {number} of {name}") for key in ("answer", "wrong")]
         sides = [vocabulary.start + vocabulary.encode(pair[key]) for key in ("clean", "corrupted")]
         built.add(sides, tokens[:1], tokens[1:])
@@ -171,17 +176,20 @@ def _one_token(vocabulary: Vocabulary, text: str, where: str) -> int:
     ids = vocabulary.encode(text)
     if len(ids) != 1:
         pieces = " + ".join(repr(vocabulary.tokenizer.decode([index])) for index in ids)
-        raise UserError(f"The answer {text!r} of {where} is {len(ids)} tokens ({pieces}); give one that is a single token.")
+        raise UserError(
+            f"The answer {text!r} of {where} is {len(ids)} tokens ({pieces}); give one that is a single token."
+        )
     return ids[0]
 
 
-# --------------------------------------------------------------------------------------------------------------------- tasks
+# ---- tasks
 
 
 def induction(vocabulary: Vocabulary, n: int, seed: int, length: int = 10, again: int = 5) -> Task:
     """Random tokens, and the first `again` of them once more; `length` tokens in the first half.
 
-    In the corrupted half the last token has another follower, at another place, so that heads which look up its place matter too.
+    In the corrupted half the last token has another follower, at another place, so that heads which look up its place
+    matter too.
     """
     rng = np.random.default_rng(seed)
     pool = prompts._random_pool(vocabulary, length, "induction")
@@ -202,14 +210,19 @@ def indirect_object(vocabulary: Vocabulary, n: int, seed: int) -> Task:
     """Two names, one of them again: the other one is asked for."""
     names = list(vocabulary.singles(prompts.NAMES).values())
     if len(names) < 8:
-        raise UserError(f"Task indirect_object needs 8 first names that are single tokens, this tokenizer has {len(names)}.")
+        raise UserError(
+            f"Task indirect_object needs 8 first names that are single tokens, this tokenizer has {len(names)}."
+        )
     rng = np.random.default_rng(seed)
     built = _Pairs("indirect_object")
     for _ in range(n):
         template = prompts.TEMPLATES[int(rng.integers(len(prompts.TEMPLATES)))]
         one, other = prompts._draw(rng, names, 2)
         giver, receiver = (one, other) if rng.integers(2) else (other, one)
-        sides = [prompts._fill(template, vocabulary, {"{A}": one, "{B}": other, "{S}": again})[0] for again in (giver, receiver)]
+        sides = [
+            prompts._fill(template, vocabulary, {"{A}": one, "{B}": other, "{S}": again})[0]
+            for again in (giver, receiver)
+        ]
         built.add(sides, [receiver], [giver])
     return built.build()
 
@@ -240,8 +253,8 @@ _EVENTS = ("war", "project", "journey", "reign", "study", "trial", "drought", "c
 def greater_than(vocabulary: Vocabulary, n: int, seed: int) -> Task:
     """Years that end later than they begin: third digit of the second year, for tokenizers that cut numbers into digits.
 
-    Right are the digits above the first year's, wrong those below; the corrupted prompt's first year has its third digit at 0, so that
-    every digit is a possible end.
+    Right are the digits above the first year's, wrong those below; the corrupted prompt's first year has its third
+    digit at 0, so that every digit is a possible end.
     """
     digits = vocabulary.singles("0123456789", "")
     if len(digits) < 10 or len(vocabulary.encode("1742")) != 4:
@@ -251,14 +264,32 @@ def greater_than(vocabulary: Vocabulary, n: int, seed: int) -> Task:
     for _ in range(n):
         event = _EVENTS[int(rng.integers(len(_EVENTS)))]
         century, third, last = int(rng.integers(11, 19)), int(rng.integers(3, 8)), int(rng.integers(1, 9))
-        texts = [f"The {event} lasted from the year {century}{digit}{last} to the year {century}" for digit in (third, 0)]
+        texts = [
+            f"The {event} lasted from the year {century}{digit}{last} to the year {century}" for digit in (third, 0)
+        ]
         right = [digits[str(digit)] for digit in range(third + 1, 10)]
         sides = [vocabulary.start + vocabulary.encode(text) for text in texts]
         built.add(sides, right, [digits[str(digit)] for digit in range(third)])
     return built.build()
 
 
-_NOUNS = ("car", "dog", "book", "girl", "boy", "friend", "teacher", "house", "farmer", "doctor", "key", "picture", "tree", "river", "king")
+_NOUNS = (
+    "car",
+    "dog",
+    "book",
+    "girl",
+    "boy",
+    "friend",
+    "teacher",
+    "house",
+    "farmer",
+    "doctor",
+    "key",
+    "picture",
+    "tree",
+    "river",
+    "king",
+)
 _BETWEEN = ("near the{M}", "behind the{M}", "next to the{M}", "that the{M} likes", "in front of the{M}")
 
 
@@ -275,7 +306,10 @@ def agreement(vocabulary: Vocabulary, n: int, seed: int) -> Task:
         subject, middle = (whole[int(i)] for i in rng.choice(len(whole), 2, replace=False))
         number, template = int(rng.integers(2)), _BETWEEN[int(rng.integers(len(_BETWEEN)))]
         slots = {"{M}": middle[0] if "likes" in template else middle[int(rng.integers(2))]}
-        sides = [prompts._fill("The{S} " + template, vocabulary, slots | {"{S}": subject[i]})[0] for i in (number, 1 - number)]
+        sides = [
+            prompts._fill("The{S} " + template, vocabulary, slots | {"{S}": subject[i]})[0]
+            for i in (number, 1 - number)
+        ]
         built.add(sides, [verbs[number] or 0], [verbs[1 - number] or 0])
     return built.build()
 
@@ -284,7 +318,9 @@ def subtoken_induction(vocabulary: Vocabulary, n: int, seed: int) -> Task:
     """A word as one token, and later its first part; the second part is asked for."""
     found = prompts.split_words(vocabulary)
     if len(found) < 16:
-        raise UserError(f"Task subtoken_induction needs 16 words with and without a space to split, this tokenizer has {len(found)}.")
+        raise UserError(
+            f"Task subtoken_induction needs 16 words with and without a space to split, this tokenizer has {len(found)}."
+        )
     rng = np.random.default_rng(seed)
     built = _Pairs("subtoken_induction")
     while len(built.rows) < n:
@@ -292,7 +328,9 @@ def subtoken_induction(vocabulary: Vocabulary, n: int, seed: int) -> Task:
         if word.second == other.second or word.first == other.first:
             continue
         filler = prompts._draw(rng, [index for index in vocabulary.words if index not in (word.whole, other.whole)], 10)
-        sides = [[*vocabulary.start, *filler[:5], inside, *filler[5:], word.first] for inside in (word.whole, other.whole)]
+        sides = [
+            [*vocabulary.start, *filler[:5], inside, *filler[5:], word.first] for inside in (word.whole, other.whole)
+        ]
         built.add(sides, [word.second], [other.second])
     return built.build()
 

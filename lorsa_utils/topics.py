@@ -1,11 +1,12 @@
 """Thematic anchors (paper item P10): heads that look far back at words of the text's topic, and what they are good for.
 
-A topic word of a passage is a plain word (a space and at least four letters) that occurs in it at least `LEAST` times but in at
-most a `RARE` share of all documents. The prompts made here label the tokens before which a topic word is about to come back, and name
-as sources the far earlier occurrences of all topic words of the passage; controls stand before other words. `heads.read`,
-`heads.score` and `units.Removals` work on them as on any family, so that
+A topic word of a passage is a plain word (a space and at least four letters) that occurs in it at least `LEAST` times
+but in at most a `RARE` share of all documents. The prompts made here label the tokens before which a topic word is
+about to come back, and name as sources the far earlier occurrences of all topic words of the passage; controls stand
+before other words. `heads.read`, `heads.score` and `units.Removals` work on them as on any family, so that
 
-- topic consistency is the share of a head's z pattern on far topic words, beside the same for as many random earlier positions;
+- topic consistency is the share of a head's z pattern on far topic words, beside the same for as many random earlier
+  positions;
 - the effect of removing heads is the change of the loss on topic words, beside that on other words.
 """
 
@@ -28,7 +29,9 @@ LEAST = 2
 RARE = 0.2
 
 
-def topic_words(texts: Sequence[Passage], vocabulary: Vocabulary, least: int = LEAST, rare: float = RARE) -> list[set[int]]:
+def topic_words(
+    texts: Sequence[Passage], vocabulary: Vocabulary, least: int = LEAST, rare: float = RARE
+) -> list[set[int]]:
     """Topic words of every passage, as token ids.
 
     Args:
@@ -51,7 +54,12 @@ def topic_words(texts: Sequence[Passage], vocabulary: Vocabulary, least: int = L
 
 
 def topic_prompts(
-    texts: Sequence[Passage], vocabulary: Vocabulary, n_pairs: int = 48, per_passage: int = 8, scrambled: bool = False, seed: int = 0
+    texts: Sequence[Passage],
+    vocabulary: Vocabulary,
+    n_pairs: int = 48,
+    per_passage: int = 8,
+    scrambled: bool = False,
+    seed: int = 0,
 ) -> PromptSet:
     """Queries before topic words that occurred more than `FAR` tokens ago, and as many controls before other words of the passage.
 
@@ -60,7 +68,8 @@ def topic_prompts(
         vocabulary: of the model.
         n_pairs: passages to use, each a pair of its own.
         per_passage: labelled queries in a passage, at most.
-        scrambled: put the first half of each passage in random order: its words stay, its text is lost. Queries are in the other half.
+        scrambled: put the first half of each passage in random order: its words stay, its text is lost. Queries are in
+            the other half.
         seed: of the choice.
 
     Raises:
@@ -76,15 +85,24 @@ def topic_prompts(
             ids = ids[:first] + [int(token) for token in rng.permutation(ids[first:begin])] + ids[begin:]
         far = {i: [j for j in range(max(1, first), i - FAR) if ids[j] in topic] for i in range(begin, len(ids) - 1)}
         labelled = [i for i, sources in far.items() if ids[i + 1] in topic and ids[i + 1] in {ids[j] for j in sources}]
-        others = [i for i in far if ids[i + 1] not in topic and ids[i + 1] in vocabulary.texts and vocabulary.texts[ids[i + 1]][0] == " "]
+        others = [
+            i
+            for i in far
+            if ids[i + 1] not in topic and ids[i + 1] in vocabulary.texts and vocabulary.texts[ids[i + 1]][0] == " "
+        ]
         n = min(len(labelled), len(others), per_passage)
         if n == 0 or len(rows) == n_pairs:
             continue
-        queries += [(len(rows), labelled[index], far[labelled[index]]) for index in sorted(rng.choice(len(labelled), n, replace=False))]
+        queries += [
+            (len(rows), labelled[index], far[labelled[index]])
+            for index in sorted(rng.choice(len(labelled), n, replace=False))
+        ]
         queries += [(len(rows), others[index], []) for index in sorted(rng.choice(len(others), n, replace=False))]
         rows.append(ids)
     if not rows:
-        raise UserError("No passage has a topic word that comes back far from where it stood; give more or longer texts.")
+        raise UserError(
+            "No passage has a topic word that comes back far from where it stood; give more or longer texts."
+        )
     length = max(len(row) for row in rows)
     sources = torch.zeros(len(queries), length, dtype=torch.bool)
     for number, (_, _, places) in enumerate(queries):
@@ -108,9 +126,9 @@ def anchors(
         n: how many units.
 
     Returns:
-        one row a unit, the largest share first, among those active at labelled queries of `heads.MIN_SUPPORT` passages: `unit`, the
-        columns of `heads.score`, `random_share` (mass on random earlier positions, as many as there are sources) and `p` (see
-        `heads.p_values`; for one unit, not corrected for having looked at all).
+        one row a unit, the largest share first, among those active at labelled queries of `heads.MIN_SUPPORT` passages:
+        `unit`, the columns of `heads.score`, `random_share` (mass on random earlier positions, as many as there are
+        sources) and `p` (see `heads.p_values`; for one unit, not corrected for having looked at all).
     """
     reading = heads.read(model, layer, {"units": units}, found)["units"]
     table = heads.score(reading)
@@ -151,5 +169,7 @@ def anchor_effects(
     pool = [unit for unit in among if unit not in set(chosen)]
     sets = {"anchors": list(chosen)}
     for draw in range(n_draws):
-        sets[f"random {draw + 1}"] = [int(unit) for unit in rng.choice(pool, min(len(chosen), len(pool)), replace=False)]
+        sets[f"random {draw + 1}"] = [
+            int(unit) for unit in rng.choice(pool, min(len(chosen), len(pool)), replace=False)
+        ]
     return Removals(model, layer, found).effects(units, sets)

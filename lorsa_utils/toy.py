@@ -1,13 +1,14 @@
 """A toy whose attention units are known, so that recovering them can be measured (paper item P1).
 
-Unit u is a skip-bigram (Elhage et al. 2021): wherever token a_u stands and token b_u stood earlier, write direction d_u. An
-ordinary attention layer with fewer heads than units is trained to do that, then a Lorsa is trained on what this layer reads and
-writes, as on any model. Only the score looks at the true units.
+Unit u is a skip-bigram (Elhage et al. 2021): wherever token a_u stands and token b_u stood earlier, write direction
+d_u. An ordinary attention layer with fewer heads than units is trained to do that, then a Lorsa is trained on what this
+layer reads and writes, as on any model. Only the score looks at the true units.
 
     y_i = sum_u active_u(i) d_u,   active_u(i) = 1 if t_i = a_u and t_j = b_u for some j < i, else 0
 
-While the attention layer is trained, each head is left out of a random share of the sequences (head dropout). No unit can then
-rely on one head alone, which is one of the pressures that spread units over heads; without it each unit settles in one head.
+While the attention layer is trained, each head is left out of a random share of the sequences (head dropout). No unit
+can then rely on one head alone, which is one of the pressures that spread units over heads; without it each unit
+settles in one head.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class ToyConfig(Config):
         if self.n_queries < 1 or self.n_units % self.n_queries:
             raise UserError(f"n_units ({self.n_units}) must be a multiple of n_queries ({self.n_queries}).")
         if self.n_tokens > self.d_model:
-            raise UserError(f"{self.n_tokens} tokens need orthogonal embeddings; make d_model ({self.d_model}) at least as large.")
+            raise UserError(
+                f"{self.n_tokens} tokens need orthogonal embeddings; make d_model ({self.d_model}) at least as large."
+            )
         if not 0 <= self.head_dropout < 1:
             raise UserError(f"head_dropout is a share below 1, not {self.head_dropout}.")
 
@@ -158,7 +161,7 @@ def make_language(config: ToyConfig, seed: int) -> Language:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
+# ---- training
 
 
 def train_attention(language: Language, seed: int) -> AttentionSite:
@@ -167,7 +170,9 @@ def train_attention(language: Language, seed: int) -> AttentionSite:
     generator = torch.Generator().manual_seed(seed)
     d, d_head = config.d_model, config.d_head
     shapes = {"W_Q": (d, d_head), "W_K": (d, d_head), "W_V": (d, d_head), "W_O": (d_head, d)}
-    weights = {name: torch.randn(config.n_heads, *shape, generator=generator) * d**-0.5 for name, shape in shapes.items()}
+    weights = {
+        name: torch.randn(config.n_heads, *shape, generator=generator) * d**-0.5 for name, shape in shapes.items()
+    }
     zeros = torch.zeros(config.n_heads, d_head)
     bias = torch.zeros(d)
     parameters = [tensor.requires_grad_() for tensor in (*weights.values(), bias)]
@@ -176,7 +181,9 @@ def train_attention(language: Language, seed: int) -> AttentionSite:
     for step in range(config.attention_steps):
         optimizer.param_groups[0]["lr"] = config.attention_lr * min(1.0, 2 * (1 - step / config.attention_steps))
         batch = language.sample(config.batch_size, generator)
-        kept = (torch.rand(config.batch_size, 1, config.n_heads, 1, generator=generator) >= config.head_dropout) / (1 - config.head_dropout)
+        kept = (torch.rand(config.batch_size, 1, config.n_heads, 1, generator=generator) >= config.head_dropout) / (
+            1 - config.head_dropout
+        )
         error = output(site, batch.x, kept) - language.target(batch.active)
         optimizer.zero_grad(set_to_none=True)
         error[batch.mask].square().sum(dim=-1).mean().backward()
@@ -235,7 +242,7 @@ def _activations(language: Language, site: AttentionSite, n: int, generator: tor
     return ActivationBatch(batch.tokens, batch.mask, {0: batch.x}, {0: output(site, batch.x)}, batch.mask)
 
 
-# --------------------------------------------------------------------------------------------------------------- measuring
+# ---- measuring
 
 
 def fvu(predicted: Tensor, target: Tensor) -> float:
@@ -316,8 +323,9 @@ def recovery(language: Language, candidates: Candidates, batch: Sample) -> pd.Da
     """For every true unit the candidate that points most nearly its way.
 
     Returns:
-        one row a unit: `unit` (name), `match` (index of the candidate), `cosine` (of the two directions) and `correlation`
-        (Pearson, of the unit's being active and the candidate's activation, over counted tokens; 0 for one that is never active).
+        one row a unit: `unit` (name), `match` (index of the candidate), `cosine` (of the two directions) and
+        `correlation` (Pearson, of the unit's being active and the candidate's activation, over counted tokens; 0 for
+        one that is never active).
     """
     cosine, match = (language.write @ candidates.directions.T).max(dim=1)
     matched = candidates.activations[:, match]
@@ -325,7 +333,9 @@ def recovery(language: Language, candidates: Candidates, batch: Sample) -> pd.Da
     norms = centred[0].norm(dim=0) * centred[1].norm(dim=0)
     correlation = (centred[0] * centred[1]).sum(dim=0) / norms.clamp_min(1e-9)
     names = [language.unit_name(unit) for unit in range(len(match))]
-    return pd.DataFrame({"unit": names, "match": match.tolist(), "cosine": cosine.tolist(), "correlation": correlation.tolist()})
+    return pd.DataFrame(
+        {"unit": names, "match": match.tolist(), "cosine": cosine.tolist(), "correlation": correlation.tolist()}
+    )
 
 
 class Experiment(NamedTuple):

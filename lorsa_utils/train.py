@@ -1,12 +1,14 @@
 """Train Lorsa layers and SAE baselines on the same tokens from one pass over the activations.
 
-One step, for every run: predict the layer's output from its input (the SAE: from itself), mean squared error over counted
-tokens, Adam. Unlike the paper (Sec. 3: no auxiliary loss), heads that have been silent for `dead_window` tokens also learn, through
-AuxK, to rebuild the error that the live ones leave; `aux_k=0` switches that off. Weights live in a space where inputs have
-mean 0, and inputs and targets mean norm sqrt(d_model) (`lorsa.Scaling`); what is saved takes raw activations.
+One step, for every run: predict the layer's output from its input (the SAE: from itself), mean squared error over
+counted tokens, Adam. Unlike the paper (Sec. 3: no auxiliary loss), heads that have been silent for `dead_window` tokens
+also learn, through AuxK, to rebuild the error that the live ones leave; `aux_k=0` switches that off. Weights live in a
+space where inputs have mean 0, and inputs and targets mean norm sqrt(d_model) (`lorsa.Scaling`); what is saved takes
+raw activations.
 
-Run folder: `config.json`, `model.safetensors` (at the end), `metrics.jsonl`, `state/` (to resume: weights in training space,
-Adam's moments, counters, position in the data). A resumed run gives, bit for bit on the CPU, what an uninterrupted one gives.
+Run folder: `config.json`, `model.safetensors` (at the end), `metrics.jsonl`, `state/` (to resume: weights in training
+space, Adam's moments, counters, position in the data). A resumed run gives, bit for bit on the CPU, what an
+uninterrupted one gives.
 """
 
 from __future__ import annotations
@@ -100,7 +102,9 @@ def join_world() -> Iterator[World]:
         try:
             torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         except (RuntimeError, ValueError) as error:
-            raise store.UserError(f"The {world.size} processes of torchrun did not find each other ({error}); start them again.") from error
+            raise store.UserError(
+                f"The {world.size} processes of torchrun did not find each other ({error}); start them again."
+            ) from error
     yield world
     if world.size > 1:
         torch.distributed.destroy_process_group()
@@ -109,9 +113,11 @@ def join_world() -> Iterator[World]:
 class Run:
     """One module under training: weights in training space, optimizer, counters, schedules."""
 
-    def __init__(self, spec: RunSpec, source: Mapping[str, Any], device: torch.device, world: World = World()) -> None:  # noqa: B008
+    def __init__(self, spec: RunSpec, source: Mapping[str, Any], device: torch.device, world: World = World()) -> None:
         self.spec, self.source, self.device, self.world = spec, dict(source), device, world
-        self.module: Lorsa | SAE = (Lorsa(spec.module) if isinstance(spec.module, LorsaConfig) else SAE(spec.module)).to(device)
+        self.module: Lorsa | SAE = (
+            Lorsa(spec.module) if isinstance(spec.module, LorsaConfig) else SAE(spec.module)
+        ).to(device)
         self.scaling = Scaling(torch.zeros(spec.module.d_model, device=device), 1.0, 1.0)
         self.step = self.tokens_seen = 0
         self.seconds = 0.0
@@ -119,7 +125,11 @@ class Run:
         self.broken = torch.zeros((), device=device)
         self._recent: list[dict[str, Tensor | float]] = []
         train = spec.train
-        qk = [parameter.requires_grad_(not train.freeze_qk) for name, parameter in self.module.named_parameters() if name in QK_PARAMETERS]
+        qk = [
+            parameter.requires_grad_(not train.freeze_qk)
+            for name, parameter in self.module.named_parameters()
+            if name in QK_PARAMETERS
+        ]
         rest = [parameter for name, parameter in self.module.named_parameters() if name not in QK_PARAMETERS]
         self.parameters = rest if train.freeze_qk else [*qk, *rest]
         groups = [{"params": rest, "lr_factor": 1.0}]
@@ -145,11 +155,13 @@ class Run:
         """One optimizer step on a batch of raw activations, without waiting for a GPU.
 
         Raises:
-            UserError: the loss or a gradient is not finite; the weights are those before this step. On a GPU the run goes on
-                without such steps until `require_finite` is called.
+            UserError: the loss or a gradient is not finite; the weights are those before this step. On a GPU the run
+                goes on without such steps until `require_finite` is called.
         """
         train, layer = self.spec.train, self.spec.layer
-        x = self.scaling.inputs(module_input(self.module, batch.inputs[layer], batch.outputs[layer]).to(self.device, torch.float32))
+        x = self.scaling.inputs(
+            module_input(self.module, batch.inputs[layer], batch.outputs[layer]).to(self.device, torch.float32)
+        )
         y = self.scaling.targets(batch.outputs[layer].to(self.device, torch.float32))
         n_tokens = int(batch.whole_mask.sum())
         mask = batch.mask.to(self.device, non_blocking=True)
@@ -161,7 +173,11 @@ class Run:
             squares = error.square().sum()
             # Processes average their gradients, each of its own sequences: times their number that is the sum.
             share = self.world.size / (max(1, n_tokens) * y.shape[-1])
-            total = share * (squares + self._aux_squares(output, error, mask)) if output.aux_indices.numel() else share * squares
+            total = (
+                share * (squares + self._aux_squares(output, error, mask))
+                if output.aux_indices.numel()
+                else share * squares
+            )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.clip or float("inf"))
@@ -177,7 +193,8 @@ class Run:
         self.step += 1
         self.tokens_seen += n_tokens
         self._recent.append(
-            dict(zip(("error", "deviation", "active"), sums, strict=True)) | {"n_tokens": n_tokens, "grad_norm": norm, "k": k}
+            dict(zip(("error", "deviation", "active"), sums, strict=True))
+            | {"n_tokens": n_tokens, "grad_norm": norm, "k": k}
         )
 
     def _set_learning_rate(self, n_tokens: int) -> None:
@@ -195,16 +212,23 @@ class Run:
         return (dead, train.aux_k) if train.aux_k and (self.device.type == "cuda" or bool(dead.any())) else (None, 0)
 
     def _aux_squares(self, output: SparseOutput, error: Tensor, mask: Tensor) -> Tensor:
-        """AuxK (Gao et al. 2024): the dead heads with the largest scores rebuild what the live ones left over; weighted squared error."""
+        """AuxK (Gao et al.
+
+        2024): the dead heads with the largest scores rebuild what the live ones left over; weighted squared error.
+        """
         rebuilt = self.module.decode(output.aux_indices, output.aux_values, bias=False)
         return self.spec.train.aux_weight * torch.where(mask[..., None], rebuilt + error.detach(), 0.0).square().sum()
 
     @torch.no_grad()
-    def _summed_over_processes(self, output: SparseOutput, squares: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _summed_over_processes(
+        self, output: SparseOutput, squares: Tensor, y: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """How often every unit fired in this step, and its squared error, squared deviation and active units, in one exchange."""
         weight = mask[..., None].float()
         fired = (output.values != 0) * weight
-        counts = torch.zeros(self.module.n_units, device=self.device).index_add_(0, output.indices.flatten(), fired.flatten())
+        counts = torch.zeros(self.module.n_units, device=self.device).index_add_(
+            0, output.indices.flatten(), fired.flatten()
+        )
         moments = torch.stack((squares.detach(), (y.square() * weight).sum(), fired.sum(), weight.sum()))
         together = torch.cat((counts, moments, (y * weight).sum(dim=(0, 1))))
         if self.world.size > 1:
@@ -244,7 +268,8 @@ class Run:
             "seconds": self.seconds,
         }
 
-    # ------------------------------------------------------------------------------------------------ saving and resuming
+    # ------------------------------------------------------------------------------------------------ saving and
+    # resuming
 
     def config(self) -> dict[str, Any]:
         """Everything needed to rebuild and resume the run, as saved in config.json."""
@@ -276,7 +301,9 @@ class Run:
             "recent": [{name: float(value) for name, value in row.items()} for row in self._recent],
         }
         # Counters ride in the same file's header: one rename makes the whole state new at once.
-        store.write_tensors(self.spec.folder / "state" / "state.safetensors", tensors, {"counters": json.dumps(counters)})
+        store.write_tensors(
+            self.spec.folder / "state" / "state.safetensors", tensors, {"counters": json.dumps(counters)}
+        )
 
     def load_state(self) -> None:
         """Continue from state/.
@@ -289,7 +316,9 @@ class Run:
         try:
             self._restore(tensors, json.loads(store.read_tensor_metadata(file)["counters"]))
         except (KeyError, ValueError, RuntimeError) as error:
-            raise store.UserError(f"{file} does not belong to this run; restore a copy or start again in an empty folder.") from error
+            raise store.UserError(
+                f"{file} does not belong to this run; restore a copy or start again in an empty folder."
+            ) from error
 
     def _restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         self.module.load_state_dict({name: tensors[f"module.{name}"] for name in self.module.state_dict()})
@@ -331,8 +360,8 @@ def prepare_runs(
     """Make runs ready to train: initialised on the first sequences, or resumed from their folders.
 
     Raises:
-        UserError: a folder holds a run already (and `resume` is False), or one with other settings; two runs share a folder;
-            k_start exceeds the number of units; the source is empty.
+        UserError: a folder holds a run already (and `resume` is False), or one with other settings; two runs share a
+            folder; k_start exceeds the number of units; the source is empty.
     """
     _check_specs(specs)
     if source.n_sequences == 0 or source.n_tokens == 0:
@@ -357,13 +386,17 @@ def prepare_runs(
     return runs
 
 
-def _start_or_load(runs: Sequence[Run], source: ActivationSource, sites: Mapping[int, AttentionSite], resume: bool) -> None:
+def _start_or_load(
+    runs: Sequence[Run], source: ActivationSource, sites: Mapping[int, AttentionSite], resume: bool
+) -> None:
     fresh = []
     for run in runs:
         folder = store.require_writable(run.spec.folder)
         if (folder / "config.json").is_file():
             if not resume:
-                raise store.UserError(f"{folder} holds a run already; add --resume to continue it or choose another --out.")
+                raise store.UserError(
+                    f"{folder} holds a run already; add --resume to continue it or choose another --out."
+                )
             _require_same_config(folder, run.config())
             if (folder / "state" / "state.safetensors").is_file():
                 store.remove_leftovers(folder / "state")
@@ -385,7 +418,9 @@ def _check_specs(specs: Sequence[RunSpec]) -> None:
             raise store.UserError(f"Two runs would write to {spec.folder}; give each its own folder.")
         units = spec.module.n_ov_heads if isinstance(spec.module, LorsaConfig) else spec.module.n_features
         if spec.train.k_start > units:
-            raise store.UserError(f"k_start ({spec.train.k_start}) must not exceed the number of heads or features ({units}).")
+            raise store.UserError(
+                f"k_start ({spec.train.k_start}) must not exceed the number of heads or features ({units})."
+            )
 
 
 def _require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -442,7 +477,9 @@ def train_runs(
         UserError: settings do not fit together, or the loss is not finite.
     """
     if len({(spec.train.batch_size, spec.train.tokens) for spec in specs}) != 1:
-        raise store.UserError("Runs trained together must have the same batch_size and tokens; train them in separate calls.")
+        raise store.UserError(
+            "Runs trained together must have the same batch_size and tokens; train them in separate calls."
+        )
     if world.size > specs[0].train.batch_size:
         raise store.UserError(
             f"{world.size} processes cannot share a batch of {specs[0].train.batch_size} sequences; start fewer or raise --batch-size."
@@ -479,12 +516,16 @@ def _catch_up(runs: Sequence[Run], source: ActivationSource, progress: bool, log
         _loop(behind, source, progress, logger, steps[1] - steps[0])
 
 
-def _loop(runs: Sequence[Run], source: ActivationSource, progress: bool, logger: Logger | None, stop_after_steps: int | None) -> None:
+def _loop(
+    runs: Sequence[Run], source: ActivationSource, progress: bool, logger: Logger | None, stop_after_steps: int | None
+) -> None:
     train, world = runs[0].spec.train, runs[0].world
     layers = sorted({run.spec.layer for run in runs})
     for run in runs:
         _cut_log(run)
-    bar = tqdm(total=train.tokens, initial=runs[0].tokens_seen, unit="tok", unit_scale=True, desc="train", disable=not progress)
+    bar = tqdm(
+        total=train.tokens, initial=runs[0].tokens_seen, unit="tok", unit_scale=True, desc="train", disable=not progress
+    )
     last_save = time.monotonic()
     done = 0
     while runs[0].progress < 1:
@@ -552,7 +593,9 @@ def _log(runs: Sequence[Run], logger: Logger | None) -> float:
             with open(file, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise store.UserError(f"Cannot write {file} ({error.strerror}); free some space, then continue with --resume.") from error
+            raise store.UserError(
+                f"Cannot write {file} ({error.strerror}); free some space, then continue with --resume."
+            ) from error
         if logger:
             logger(run.spec.name, row)
     return total / len(runs)
@@ -563,7 +606,9 @@ def _cut_log(run: Run) -> None:
     if run.world.rank > 0:
         return
     file = run.spec.folder / "metrics.jsonl"
-    rows = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if file.is_file() else []
+    rows = (
+        [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if file.is_file() else []
+    )
     kept = [line for line in rows if json.loads(line)["step"] <= run.step]
     store.write_text(file, "".join(line + "\n" for line in kept))
 

@@ -1,7 +1,7 @@
 """Three kinds of attention units behind one interface: Lorsa heads, SAE features, MHSA heads.
 
-Whatever the kind, a unit has at every token an activation, an exact split of that activation over source tokens, and a vector that
-it writes:
+Whatever the kind, a unit has at every token an activation, an exact split of that activation over source tokens, and a
+vector that it writes:
 
 | kind | activation | mass on source j of query i | writes |
 |---|---|---|---|
@@ -9,13 +9,13 @@ it writes:
 | MHSA head | norm of its output minus its mean output | A_ij norm(v_j W_O): norm-weighted attention | its output |
 | SAE feature | kept activation f, times the norm of w_d | abs(sum_h A^h_ij v^h_j W_O^h w_e): attribution | f w_d |
 
-The attribution of a feature is exact: given the patterns, the layer's output is linear in its values. For a rank-1 head the first
-two masses are one formula. Masses are absolute values, so that a share of them lies between 0 and 1 also where v changes
-sign. Where a Lorsa head or SAE feature was not selected, its activation and all its masses are 0.
+The attribution of a feature is exact: given the patterns, the layer's output is linear in its values. For a rank-1 head
+the first two masses are one formula. Masses are absolute values, so that a share of them lies between 0 and 1 also
+where v changes sign. Where a Lorsa head or SAE feature was not selected, its activation and all its masses are 0.
 
-Removing units means: the layer's output minus what they write (minus its mean, for MHSA heads, which have a constant part that Lorsa
-and the SAE keep in their bias). Algebraically this is the module spliced in with its error term added, without those units; computed in
-this order, removing nothing gives the model's own logits bit for bit.
+Removing units means: the layer's output minus what they write (minus its mean, for MHSA heads, which have a constant
+part that Lorsa and the SAE keep in their bias). Algebraically this is the module spliced in with its error term added,
+without those units; computed in this order, removing nothing gives the model's own logits bit for bit.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class Units(abc.ABC):
             UserError: there is no such unit.
         """
         if wrong := [index for index in chosen if not 0 <= index < self.n]:
-            raise UserError(f"There is no unit {wrong[0]} among {self.n} {self.label}; choose one from 0 to {self.n - 1}.")
+            raise UserError(
+                f"There is no unit {wrong[0]} among {self.n} {self.label}; choose one from 0 to {self.n - 1}."
+            )
         return torch.tensor(list(chosen), dtype=torch.long)
 
 
@@ -137,7 +139,9 @@ class _SparseUnits(Units):
     def _values(self, x: Tensor, y: Tensor) -> Tensor:
         """Activations, zero where not kept, [batch, length, n_units]."""
         indices, values = self.module.encode(self._input(x, y).to(self.module.W_O.dtype))
-        return torch.zeros(*indices.shape[:-1], self.n, dtype=values.dtype, device=values.device).scatter_(-1, indices, values)
+        return torch.zeros(*indices.shape[:-1], self.n, dtype=values.dtype, device=values.device).scatter_(
+            -1, indices, values
+        )
 
     def written(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         """See `Units.written`."""
@@ -197,7 +201,9 @@ class SAEFeatures(_SparseUnits):
         """
         super().__init__(module)
         if module.config.kind != "sae":
-            raise UserError("A transcoder reads one token alone, so it has no source positions; give an SAE of the layer's output.")
+            raise UserError(
+                "A transcoder reads one token alone, so it has no source positions; give an SAE of the layer's output."
+            )
         self.sae, self.site = module, site
 
     def _input(self, x: Tensor, y: Tensor) -> Tensor:
@@ -205,7 +211,11 @@ class SAEFeatures(_SparseUnits):
 
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
         """See `Units.prepare`."""
-        return {"y": y.to(self.sae.W_E.dtype), "pattern": self.site.pattern(x), "moved": self.site.values(x) @ self.site.W_O}
+        return {
+            "y": y.to(self.sae.W_E.dtype),
+            "pattern": self.site.pattern(x),
+            "moved": self.site.values(x) @ self.site.W_O,
+        }
 
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
         """See `Units.rows`."""
@@ -268,13 +278,20 @@ def mean_head_values(site: AttentionSite, x: Tensor, mask: Tensor) -> Tensor:
     """Mean of each MHSA head's z over counted tokens: x [n, length, d_model], mask [n, length] to [n_heads, d_head]."""
     if not bool(mask.any()):
         raise UserError("There is not one counted token in this text; give a longer text.")
-    rows = [site.head_values(some)[kept].double().sum(dim=0) for some, kept in zip(x.split(8), mask.split(8), strict=True)]
+    rows = [
+        site.head_values(some)[kept].double().sum(dim=0) for some, kept in zip(x.split(8), mask.split(8), strict=True)
+    ]
     return torch.stack(rows).sum(dim=0) / int(mask.sum())
 
 
-# ----------------------------------------------------------------------------------------------------------- effect on logits
+# ---- effect on logits
 
-FINAL_NORMS = {"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm", "llama": "model.norm", "qwen3": "model.norm"}
+FINAL_NORMS = {
+    "gpt2": "transformer.ln_f",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "llama": "model.norm",
+    "qwen3": "model.norm",
+}
 """Where the last norm before the unembedding is, by `model_type`."""
 
 
@@ -324,7 +341,7 @@ class Unembedding:
         return torch.cat(found)
 
 
-# ------------------------------------------------------------------------------------------------------------ causal effect
+# ---- causal effect
 
 
 class Effect(NamedTuple):
@@ -352,14 +369,16 @@ def effect(changed: Tensor, untouched: Tensor, prompts: PromptSet, active: Tenso
     controls = float(difference[~prompts.positive].mean()) if prompts.has_controls else float("nan")
     there = active[prompts.positive]
     where = float(difference[prompts.positive][there].mean()) if bool(there.any()) else float("nan")
-    return Effect(float(means.mean()), error, float(sign_flip_p(means, seed)[0]), where, float(there.double().mean()), controls)
+    return Effect(
+        float(means.mean()), error, float(sign_flip_p(means, seed)[0]), where, float(there.double().mean()), controls
+    )
 
 
 class Removals:
     """Losses on some prompts while units of one layer are removed (see the module's docstring), for units of any kind.
 
-    Blocks before the layer do not notice a removal, so they run once, here; each removal costs the blocks from the layer on, over the
-    prompts that matter. Choose units by score first all the same.
+    Blocks before the layer do not notice a removal, so they run once, here; each removal costs the blocks from the
+    layer on, over the prompts that matter. Choose units by score first all the same.
     """
 
     def __init__(self, model: LanguageModel, layer: int, prompts: PromptSet, batch_size: int = 16) -> None:
@@ -380,7 +399,8 @@ class Removals:
         Args:
             units: of the layer.
             chosen: which of them to remove together.
-            queries: those that matter, [n_queries] bool; only their prompts run, and the others get NaN. All without it.
+            queries: those that matter, [n_queries] bool; only their prompts run, and the others get NaN. All without
+                it.
 
         Raises:
             UserError: there is no such unit.
@@ -390,7 +410,9 @@ class Removals:
         def remove(attn_input: Tensor, attn_output: Tensor) -> Tensor:
             return attn_output - units.written(attn_input.float(), attn_output.float(), indices).to(attn_output.dtype)
 
-        return self._losses({self.layer: remove}, torch.ones(len(self.prompts.row), dtype=torch.bool) if queries is None else queries)
+        return self._losses(
+            {self.layer: remove}, torch.ones(len(self.prompts.row), dtype=torch.bool) if queries is None else queries
+        )
 
     @torch.no_grad()
     def _losses(self, replacements: Mapping[int, Replacement], queries: Tensor) -> Tensor:

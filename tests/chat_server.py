@@ -81,7 +81,11 @@ def chat_server() -> Iterator[ChatServer]:
 
         def play(self, mishap: str, prompt: str) -> None:
             kind, _, detail = mishap.partition(" ")
-            whole = state.body(prompt, refusal="I cannot help with that.", content=None) if kind == "refusal" else state.body(prompt)
+            whole = (
+                state.body(prompt, refusal="I cannot help with that.", content=None)
+                if kind == "refusal"
+                else state.body(prompt)
+            )
             if kind == "status":
                 code, _, header = detail.partition(" ")
                 self.send(int(code), b'{"error": "no"}', {"Retry-After": header} if header else {})

@@ -5,7 +5,9 @@ import os
 from hypothesis import settings
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and inherited by the processes that tests start
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # before torch is loaded, and inherited by the processes that tests start
 
 import torch
 

@@ -1,8 +1,9 @@
 """A language model of one attention layer built by hand, whose heads are known, for tests of head discovery.
 
-The residual stream has blocks of CODE dimensions: the token, the token before it, the position, the position before it, and a block
-that the layer writes predicted tokens to; two more dimensions mark the first token and names of days. Codes are random unit vectors,
-so that keys and queries match sharply. The layer reads the stream as it is, and the unembedding reads the written block.
+The residual stream has blocks of CODE dimensions: the token, the token before it, the position, the position before it,
+and a block that the layer writes predicted tokens to; two more dimensions mark the first token and names of days. Codes
+are random unit vectors, so that keys and queries match sharply. The layer reads the stream as it is, and the
+unembedding reads the written block.
 """
 
 from __future__ import annotations
@@ -83,8 +84,18 @@ class HandModel:
         lorsa = known_lorsa(self, n_random=0)
         write = lorsa.W_O.detach()[:, None]
         zeros = torch.zeros_like(lorsa.b_K)
-        weights = {"W_Q": lorsa.W_Q.detach(), "W_K": lorsa.W_K.detach(), "W_V": lorsa.W_V.detach()[:, :, None], "W_O": write}
-        biases = {"b_Q": lorsa.b_Q.detach(), "b_K": zeros, "b_V": lorsa.b_V.detach()[:, None], "b_O": torch.zeros(D_MODEL)}
+        weights = {
+            "W_Q": lorsa.W_Q.detach(),
+            "W_K": lorsa.W_K.detach(),
+            "W_V": lorsa.W_V.detach()[:, :, None],
+            "W_O": write,
+        }
+        biases = {
+            "b_Q": lorsa.b_Q.detach(),
+            "b_K": zeros,
+            "b_V": lorsa.b_V.detach()[:, None],
+            "b_O": torch.zeros(D_MODEL),
+        }
         return AttentionSite(0, "by hand", 1.0, RotaryConfig(), **weights, **biases)
 
     def stream(self, tokens: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """A two-layer language model built by hand: an induction circuit whose parts are known, and a layer whose feature two heads write together.
 
-GPT-2 shape: width 128 in four blocks of 32, one for the token, one for the position, one for the token before (written by the first
-layer) and one for the predicted token (written by the second, read by the unembedding). MLPs write nothing.
-First layer: heads 0 and 1 both look at the token before and each write half of it: one feature, two heads. Head 2 of the second layer
-looks at the token after the one like mine and writes it. All other heads look around at random and write nothing that anything reads.
+GPT-2 shape: width 128 in four blocks of 32, one for the token, one for the position, one for the token before (written
+by the first layer) and one for the predicted token (written by the second, read by the unembedding). MLPs write
+nothing. First layer: heads 0 and 1 both look at the token before and each write half of it: one feature, two heads.
+Head 2 of the second layer looks at the token after the one like mine and writes it. All other heads look around at
+random and write nothing that anything reads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ FIRST_LAYER, SECOND_LAYER = (0, 1), (2,)
 def planted_model(seed: int = 0) -> LanguageModel:
     """The model; it has no tokenizer."""
     config = AutoConfig.for_model(
-        "gpt2", n_embd=D_MODEL, n_layer=2, n_head=4, vocab_size=N, n_positions=N, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False
+        "gpt2",
+        n_embd=D_MODEL,
+        n_layer=2,
+        n_head=4,
+        vocab_size=N,
+        n_positions=N,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
     )
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +49,8 @@ def planted_model(seed: int = 0) -> LanguageModel:
         block.ln_1.weight.fill_(1.0)
         block.ln_2.weight.fill_(1.0)
         block.attn.c_attn.weight.copy_(torch.randn(block.attn.c_attn.weight.shape, generator=generator) * 0.1)
-        # What heads without a part write is the same for all tokens of the said block: nothing that decides between two of them.
+        # What heads without a part write is the same for all tokens of the said block: nothing that decides between two
+        # of them.
         block.attn.c_proj.weight[:, PLACE] = torch.randn(D_MODEL, N, generator=generator) * 0.002
     body.ln_f.weight.fill_(1.0)
     body.wte.weight[:, TOKEN] = eye

@@ -76,7 +76,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def joined(batches: Sequence[ActivationBatch]) -> dict[str, torch.Tensor]:
     """All rows in order, under one name for each kind of row."""
-    result = {"tokens": torch.cat([batch.tokens for batch in batches]), "mask": torch.cat([batch.mask for batch in batches])}
+    result = {
+        "tokens": torch.cat([batch.tokens for batch in batches]),
+        "mask": torch.cat([batch.mask for batch in batches]),
+    }
     for layer in batches[0].inputs:
         result[f"{layer}.input"] = torch.cat([batch.inputs[layer] for batch in batches])
         result[f"{layer}.output"] = torch.cat([batch.outputs[layer] for batch in batches])
@@ -90,12 +93,15 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(found[name], tensor), name
 
 
-# ------------------------------------------------------------------------------------------------------------ one interface
+# ---- one interface
 
 
 def test_cache_equals_stream_bit_for_bit(lm: LanguageModel, cache: Path) -> None:
     for split, sequences in splits().items():
-        stream, stored = ActivationStream(lm, sequences, LAYERS), ActivationCache(cache, split, model=lm, bos_policy="prepend")
+        stream, stored = (
+            ActivationStream(lm, sequences, LAYERS),
+            ActivationCache(cache, split, model=lm, bos_policy="prepend"),
+        )
         assert stored.identity() == stream.identity()
         for name in ("layers", "n_sequences", "n_tokens", "context"):
             assert getattr(stored, name) == getattr(stream, name), name
@@ -147,7 +153,9 @@ def test_batch_size_and_start_change_streamed_rows_by_rounding_alone(lm: Languag
 def test_parts_of_a_batch_make_up_the_batch(lm: LanguageModel, cache_once: Path, world: int) -> None:
     """Sequences go round the ranks; a rank without one gets a step in which nothing counts."""
     for source in (ActivationCache(cache_once), ActivationStream(lm, splits()["train"], LAYERS)):
-        for parts in zip(source.batches(5), *(source.batches(5, part=(rank, world)) for rank in range(world)), strict=True):
+        for parts in zip(
+            source.batches(5), *(source.batches(5, part=(rank, world)) for rank in range(world)), strict=True
+        ):
             whole, shares = parts[0], parts[1:]
             assert all(torch.equal(share.whole_mask, whole.mask) for share in shares)
             assert sum(int(share.mask.sum()) for share in shares) == int(whole.mask.sum())
@@ -214,13 +222,16 @@ def test_one_pass_serves_all_layers_and_stops_after_the_deepest(lm: LanguageMode
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_rounds_and_no_more(lm: LanguageModel, tmp_path: Path, dtype: str) -> None:
     source = ActivationCache(build(lm, tmp_path / "cache", dtype=dtype), "held_out")
-    batch, exact = next(iter(source.batches(5))), next(iter(ActivationStream(lm, splits()["held_out"], LAYERS).batches(3)))
+    batch, exact = (
+        next(iter(source.batches(5))),
+        next(iter(ActivationStream(lm, splits()["held_out"], LAYERS).batches(3))),
+    )
     assert batch.outputs[1].dtype == torch.float32
     assert torch.equal(batch.outputs[1][:3], exact.outputs[1].to(getattr(torch, dtype)).float())
     assert source.identity()["dtype"] == dtype
 
 
-# --------------------------------------------------------------------------------------------------------- kill and go on
+# ---- kill and go on
 
 
 class Killed(BaseException):
@@ -250,7 +261,9 @@ def test_a_run_killed_between_shard_and_manifest_goes_on_to_the_same_bytes(
     assert contents(build(lm, tmp_path / "cache")) == whole
 
 
-def test_going_on_does_not_compute_finished_shards_again(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_on_does_not_compute_finished_shards_again(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = activations._write_shard
 
     def write(path: Path, manifest: dict[str, Any], split: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -308,14 +321,17 @@ def test_kill_9_in_the_middle_of_a_shard(lm: LanguageModel, model_folder: Path, 
     killed = run_script(KILLED_CACHE, str(model_folder), str(tmp_path / "cache"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = contents(tmp_path / "cache")
-    assert [name for name in left if name.endswith(".safetensors")] == ["train-00000.safetensors", "train-00001.safetensors"]
+    assert [name for name in left if name.endswith(".safetensors")] == [
+        "train-00000.safetensors",
+        "train-00001.safetensors",
+    ]
     assert any(name.endswith(".tmp") for name in left), "the kill came too early or too late to test anything"
     with pytest.raises(UserError, match=r"is unfinished; run the same `lorsa cache` command again"):
         ActivationCache(tmp_path / "cache")
     assert contents(build(lm, tmp_path / "cache")) == whole
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ---- refusals
 
 
 def flip(file: Path, place: int) -> None:
@@ -358,7 +374,9 @@ def test_shards_without_a_manifest_are_not_adopted(lm: LanguageModel, cache: Pat
     (cache / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"is not an activation cache \(manifest.json is missing\)"):
         ActivationCache(cache)
-    with pytest.raises(UserError, match=r"holds held_out-00000.safetensors but no manifest.json; choose an empty folder"):
+    with pytest.raises(
+        UserError, match=r"holds held_out-00000.safetensors but no manifest.json; choose an empty folder"
+    ):
         build(lm, cache)
 
 
@@ -378,7 +396,9 @@ def test_an_unknown_split(cache_once: Path) -> None:
         ActivationCache(cache_once, "test")
 
 
-def test_the_cache_of_another_model_or_tokenizer_or_bos_policy_is_refused(model_folder: Path, cache_once: Path, tmp_path: Path) -> None:
+def test_the_cache_of_another_model_or_tokenizer_or_bos_policy_is_refused(
+    model_folder: Path, cache_once: Path, tmp_path: Path
+) -> None:
     other = load_model(save_tiny_model(tmp_path / "other", "llama", seed=1), device="cpu")
     with pytest.raises(UserError, match=r"was made with another model"):
         ActivationCache(cache_once, model=other)
@@ -390,7 +410,9 @@ def test_the_cache_of_another_model_or_tokenizer_or_bos_policy_is_refused(model_
         ActivationCache(cache_once, bos_policy="none")
 
 
-def test_the_folder_of_another_cache_is_not_continued(lm: LanguageModel, model_folder: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_folder_of_another_cache_is_not_continued(
+    lm: LanguageModel, model_folder: Path, cache: Path, tmp_path: Path
+) -> None:
     before = contents(cache)
     other = load_model(save_tiny_model(tmp_path / "other", "llama", seed=1), device="cpu")
     respelled = load_model(model_folder, device="cpu")
@@ -407,7 +429,11 @@ def test_the_folder_of_another_cache_is_not_continued(lm: LanguageModel, model_f
             {"splits": {"train": random_sequences(21, CONTEXT, bos_policy="none"), "held_out": held_out}},
             "train bos_policy is 'prepend'",
         ),
-        (lm, {"splits": {"train": random_sequences(22, CONTEXT), "held_out": held_out}}, "train n_sequences is 21, asked is 22"),
+        (
+            lm,
+            {"splits": {"train": random_sequences(22, CONTEXT), "held_out": held_out}},
+            "train n_sequences is 21, asked is 22",
+        ),
         (lm, {"splits": {"train": splits()["train"]}}, "held_out"),
         (other, {}, "model"),
         (respelled, {}, "tokenizer_sha256"),
@@ -439,7 +465,9 @@ def test_the_disk_is_not_filled(lm: LanguageModel, tmp_path: Path, monkeypatch: 
     needed = 26 * bytes_per_sequence(D_MODEL, 2, CONTEXT, "float32")
     reserve = 1 << 30
     monkeypatch.setattr(store, "free_bytes", lambda path: reserve + needed - 1)
-    with pytest.raises(UserError, match=r"The activation cache needs 0.0 GB .* free some space, ask for less, or choose another folder"):
+    with pytest.raises(
+        UserError, match=r"The activation cache needs 0.0 GB .* free some space, ask for less, or choose another folder"
+    ):
         build(lm, tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*.safetensors"))
     monkeypatch.setattr(store, "free_bytes", lambda path: reserve + needed)
@@ -456,7 +484,9 @@ def test_the_estimate_is_near_what_is_written(lm: LanguageModel, cache_once: Pat
     assert "seconds" in estimate.sentence()
 
 
-def test_an_os_error_while_writing_is_a_sentence(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_os_error_while_writing_is_a_sentence(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 

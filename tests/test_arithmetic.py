@@ -54,7 +54,9 @@ def test_planted_rules_are_read_back_exactly(rule: Rule, noise: float) -> None:
     assert best.explained > arithmetic.smooth_explained(z)
 
 
-@pytest.mark.parametrize(("rule", "operator"), [(Rule("result", 7, (3,)), "*"), (Rule("carry", 0, (1,)), "-"), (Rule("op1", 4, (2,)), "*")])
+@pytest.mark.parametrize(
+    ("rule", "operator"), [(Rule("result", 7, (3,)), "*"), (Rule("carry", 0, (1,)), "-"), (Rule("op1", 4, (2,)), "*")]
+)
 def test_other_operators(rule: Rule, operator: str) -> None:
     assert arithmetic.fit_rules(planted(rule, operator), operator)[0].rule == rule
 
@@ -94,14 +96,19 @@ def test_best_sets_beat_every_other(cells: list[tuple[int, int]]) -> None:
 
     n = len(cells)
     subsets = [[bool(number >> i & 1) for i in range(n)] for number in range(1, 2**n - 1)]
-    ranges = [[first <= i < last for i in range(n)] for first in range(n) for last in range(first + 1, n + 1) if last - first < n]
+    ranges = [
+        [first <= i < last for i in range(n)]
+        for first in range(n)
+        for last in range(first + 1, n + 1)
+        if last - first < n
+    ]
     if max(map(gain, subsets)) > 0:
         assert gain(list(arithmetic._best_residues(counts, sums))) == pytest.approx(max(map(gain, subsets)))
     if max(map(gain, ranges)) > 0:
         assert gain(list(arithmetic._best_range(counts, sums))) == pytest.approx(max(map(gain, ranges)))
 
 
-# -------------------------------------------------------------------------------------------------------- a layer built by hand
+# ---- a layer built by hand
 
 
 class NumberModel:

@@ -49,7 +49,9 @@ def test_unreadable_verdicts_are_left_out() -> None:
 
 
 def test_auc_by_hand() -> None:
-    assert autointerp.auc(np.array([True, True, False, False]), np.array([0.9, 0.4, 0.4, 0.1])) == pytest.approx(3.5 / 4)
+    assert autointerp.auc(np.array([True, True, False, False]), np.array([0.9, 0.4, 0.4, 0.1])) == pytest.approx(
+        3.5 / 4
+    )
 
 
 def test_correlation_by_hand() -> None:
@@ -93,7 +95,9 @@ class KnowsAll(Judge):
     def detect(self, explanation: Explanation, windows: examples.Windows, strings: object) -> np.ndarray:
         return self._fires(explanation, windows).any(axis=1).astype(float)
 
-    def fuzz(self, explanation: Explanation, windows: examples.Windows, marks: np.ndarray, strings: object) -> np.ndarray:
+    def fuzz(
+        self, explanation: Explanation, windows: examples.Windows, marks: np.ndarray, strings: object
+    ) -> np.ndarray:
         return (self._fires(explanation, windows) & marks).any(axis=1).astype(float)
 
     def simulate(self, explanation: Explanation, windows: examples.Windows, strings: object) -> np.ndarray:
@@ -131,7 +135,7 @@ def test_unknown_scorer_is_named() -> None:
         autointerp.study([one], text, RulesJudge(), ("recall",))
 
 
-# ------------------------------------------------------------------------------------------------------------------ statistics
+# ---- statistics
 
 
 def table_of(gap: float, n: int = 100, seed: int = 0, layers: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
@@ -167,7 +171,9 @@ def test_tests_are_wrong_about_as_often_as_they_say() -> None:
 
 def test_permutation_p_by_hand() -> None:
     # All 3 of 3 against all 3 of 3: 2 of the 20 ways to deal are as extreme.
-    assert autointerp.permutation_p(np.array([1.0, 2.0, 3.0]), np.array([7.0, 8.0, 9.0])) == pytest.approx(0.1, abs=0.02)
+    assert autointerp.permutation_p(np.array([1.0, 2.0, 3.0]), np.array([7.0, 8.0, 9.0])) == pytest.approx(
+        0.1, abs=0.02
+    )
     assert autointerp.permutation_p(np.ones(5), np.ones(4)) == 1
 
 
@@ -200,7 +206,10 @@ def test_sample_size_against_the_textbook() -> None:
 def test_sample_size_reaches_its_power() -> None:
     n = autointerp.sample_size(0.1, 0.1)
     rng = np.random.default_rng(0)
-    found = [autointerp.permutation_p(rng.normal(0.1, 0.1, n), rng.normal(0, 0.1, n), seed=seed, n=300) < 0.05 for seed in range(200)]
+    found = [
+        autointerp.permutation_p(rng.normal(0.1, 0.1, n), rng.normal(0, 0.1, n), seed=seed, n=300) < 0.05
+        for seed in range(200)
+    ]
     assert 0.7 < np.mean(found) < 0.9
 
 
@@ -209,7 +218,7 @@ def test_mean_interval_leaves_nan_out() -> None:
     assert math.isnan(autointerp.mean_interval(np.array([math.nan])).score)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ cost
+# ---- cost
 
 
 def test_the_estimate_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +236,9 @@ def test_the_estimate_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         def complete(self, request):  # type: ignore[no-untyped-def]
             asked.append(request.kind)
             n = len(asked)
-            return f"EXPLANATION: {n}" if request.kind == "explain" else json.dumps([0] * ((request.max_tokens - 12) // 4))
+            return (
+                f"EXPLANATION: {n}" if request.kind == "explain" else json.dumps([0] * ((request.max_tokens - 12) // 4))
+            )
 
     autointerp.study([one], text, Counting("m", Forgetful(None), concurrency=1), progress=False)
     assert len(asked) == expected.calls
@@ -237,7 +248,7 @@ def test_the_estimate_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     autointerp.confirmed(RulesJudge(), expected, lambda sentence: pytest.fail("rules cost nothing"))
 
 
-# --------------------------------------------------------------------------------------------------------------------- command
+# ---- command
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +265,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for number in range(6):
         (folder / f"text{number}.txt").write_text(" ".join(rng.choice(words, 1500)) + "\n")
     common = ["--model", str(folder / "model"), "--text", *(str(path) for path in sorted(folder.glob("*.txt")))]
-    common += ["--layer", "1", "--n-heads", "16", "--k", "4", "--tokens", "3000", "--context", "64", "--held-out-tokens", "500"]
+    common += [
+        "--layer",
+        "1",
+        "--n-heads",
+        "16",
+        "--k",
+        "4",
+        "--tokens",
+        "3000",
+        "--context",
+        "64",
+        "--held-out-tokens",
+        "500",
+    ]
     for kind, extra in (("lorsa", ["--n-qk", "4"]), ("sae", [])):
         assert main(["train", *common, *extra, "--kind", kind, "--out", str(folder / kind), "--device", "cpu"]) == 0
     return [folder / "lorsa", folder / "sae"]

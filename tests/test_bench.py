@@ -1,4 +1,7 @@
-"""Counts by hand, a backend that errs is not timed, rows are appended whole. No test looks at how long anything took."""
+"""Counts by hand, a backend that errs is not timed, rows are appended whole.
+
+No test looks at how long anything took.
+"""
 
 from __future__ import annotations
 
@@ -77,12 +80,27 @@ def test_a_backend_that_errs_is_not_timed(monkeypatch: pytest.MonkeyPatch, cls: 
 def test_rows_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "benchmarks.csv"
     for _ in range(2):
-        assert cli.main(["bench", "--shape", "tiny", "--backend", "torch,plain", "--rounds", "2", "--out", str(file), "--json"]) == 0
+        assert (
+            cli.main(
+                ["bench", "--shape", "tiny", "--backend", "torch,plain", "--rounds", "2", "--out", str(file), "--json"]
+            )
+            == 0
+        )
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = pd.read_csv(file)
     assert list(rows.backend) == ["torch", "plain"] * 2
     assert [row["backend"] for row in answer["rows"]] == ["torch", "plain"]
-    asked = {"backend", "shape", "device", "step_ms_p20", "step_ms_p50", "step_ms_p80", "step_over_floor", "tokens_per_s", "peak_mb"}
+    asked = {
+        "backend",
+        "shape",
+        "device",
+        "step_ms_p20",
+        "step_ms_p50",
+        "step_ms_p80",
+        "step_over_floor",
+        "tokens_per_s",
+        "peak_mb",
+    }
     assert asked <= set(rows.columns) == set(answer["rows"][0])
     assert (rows.step_ms_p20 <= rows.step_ms_p50).all()
     assert (rows.step_ms_p50 <= rows.step_ms_p80).all()
@@ -97,6 +115,8 @@ def test_rows_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--shape", "tiny", "--backend", "cuda"], "no backend 'cuda' on cpu; choose from torch, plain"),
     ],
 )
-def test_unknown_names_are_refused(options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_names_are_refused(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["bench", *options, "--device", "cpu", "--out", str(tmp_path / "b.csv")]) == 1
     assert words in capsys.readouterr().err

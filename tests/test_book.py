@@ -18,7 +18,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> notebook.Context:
     monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(figures, "can_draw_png", lambda: False)
     made = notebook.start("03_reconstruction", "smoke", tmp_path / "run")
-    made.show(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), "P4_layer_fvu", "FVU.", pd.DataFrame({"fvu": [0.25]}), layer=[1, 2], tokens=20_000)
+    made.show(
+        go.Figure(go.Scatter(x=[1, 2], y=[3, 4])),
+        "P4_layer_fvu",
+        "FVU.",
+        pd.DataFrame({"fvu": [0.25]}),
+        layer=[1, 2],
+        tokens=20_000,
+    )
     return made
 
 
@@ -42,7 +49,9 @@ def test_every_figure_of_a_notebook_is_expected_somewhere() -> None:
         expected |= book.expected_figures(name)
     shown = shown_labels()
     assert len(shown) > 40
-    assert {label: expected.get(label) for label in shown} == shown, "data/paper/figures.csv lists every figure and its notebook"
+    assert {label: expected.get(label) for label in shown} == shown, (
+        "data/paper/figures.csv lists every figure and its notebook"
+    )
     assert set(expected.values()) <= {path.stem for path in reproduce.find_notebooks()}
 
 

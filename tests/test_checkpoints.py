@@ -40,7 +40,9 @@ def save_run(folder: Path, module: Lorsa | SAE, layer: int = 17, rows: int = 200
     config = store.read_json(folder / "config.json")
     config |= {"layer": layer, "train": TrainConfig(**train).to_dict(), "processes": 1, "source": SOURCE}
     store.write_json(folder / "config.json", config)
-    lines = [json.dumps({"step": 10 * row, "tokens": 1000 * row, "fvu": 1 / (1 + row)}) + "\n" for row in range(1, rows + 1)]
+    lines = [
+        json.dumps({"step": 10 * row, "tokens": 1000 * row, "fvu": 1 / (1 + row)}) + "\n" for row in range(1, rows + 1)
+    ]
     store.write_text(folder / "metrics.jsonl", "".join(lines))
     store.write_json(folder / "results.json", {"fvu": 0.125, "l0": 7.5, "n_tokens": 100})
     return folder
@@ -85,11 +87,20 @@ def test_a_packed_module_opens_as_it_is_and_computes_nearly_the_same(run: Path, 
     change = after.pre_activations(x) - before.pre_activations(x)
     assert change.norm() < 0.02 * before.pre_activations(x).norm()
     stored = {path.name for path in folder.iterdir()}
-    assert stored == {"config.json", "model.safetensors", "metrics.jsonl", "results.json", "checkpoint.json", "README.md"}
+    assert stored == {
+        "config.json",
+        "model.safetensors",
+        "metrics.jsonl",
+        "results.json",
+        "checkpoint.json",
+        "README.md",
+    }
 
 
 def test_a_lorsa_and_an_sae_of_the_laptop_profile_fit_into_25_megabytes(tmp_path: Path) -> None:
-    lorsa = randomized(Lorsa(LorsaConfig(d_model=576, n_ov_heads=4608, n_qk_heads=72, d_qk=64, k=64)), dtype=torch.float32)
+    lorsa = randomized(
+        Lorsa(LorsaConfig(d_model=576, n_ov_heads=4608, n_qk_heads=72, d_qk=64, k=64)), dtype=torch.float32
+    )
     sae = randomized(SAE(SAEConfig(d_model=576, n_features=4608, k=64)), dtype=torch.float32)
     runs = [save_run(tmp_path / "lorsa", lorsa), save_run(tmp_path / "sae", sae)]
     folders = [checkpoints.pack(run, tmp_path / f"small_{run.name}") for run in runs]
@@ -211,13 +222,22 @@ def test_the_card_says_what_it_is_and_names_no_place(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", random_lorsa())
     config = store.read_json(run / "config.json")
     place = str(tmp_path.absolute())
-    store.write_json(run / "config.json", config | {"source": SOURCE | {"text": [f"{place}/prose.txt"], "model": f"{place}/tiny"}})
+    store.write_json(
+        run / "config.json", config | {"source": SOURCE | {"text": [f"{place}/prose.txt"], "model": f"{place}/tiny"}}
+    )
     store.write_json(run / "results_speeches.json", {"fvu": 0.25})
     folder = checkpoints.pack(run, tmp_path / "small", command="lorsa train --everything")
     for file in ("config.json", "README.md", "checkpoint.json"):
         assert place not in (folder / file).read_text()
     card = (folder / "README.md").read_text()
-    parts = ("license: other", "# Lorsa for layer 17 of tiny", "| 0.125 |", "| speeches | 0.25 |", "prose.txt", "--everything")
+    parts = (
+        "license: other",
+        "# Lorsa for layer 17 of tiny",
+        "| 0.125 |",
+        "| speeches | 0.25 |",
+        "prose.txt",
+        "--everything",
+    )
     for part in (*parts, "load_module"):
         assert part in card
     assert "license: apache-2.0" in checkpoints.model_card(save_run(tmp_path / "known", random_sae()))

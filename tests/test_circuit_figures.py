@@ -29,7 +29,9 @@ def test_curves_are_lines_with_bands() -> None:
     assert named[1].line.dash == "dot"
     bands = [trace for trace in figure.data if trace.fill == "toself"]
     assert list(bands[0].y) == [0.9, 0.9, 0.1, 0.1]
-    assert not [trace for trace in figures.circuit_curves(curves(), y="completeness").data if trace.name], "nothing was measured"
+    assert not [trace for trace in figures.circuit_curves(curves(), y="completeness").data if trace.name], (
+        "nothing was measured"
+    )
 
 
 def test_graph_shows_every_node_and_names_errors() -> None:
@@ -50,7 +52,9 @@ def test_pair_map_keeps_the_sum() -> None:
 
 
 def test_scatter_and_weights() -> None:
-    data = pd.DataFrame({"exact": [1.0, 2.0], "estimated": [1.5, 2.5], "estimate": ["gradient", "integrated"], "node": ["1.2", "1.3"]})
+    data = pd.DataFrame(
+        {"exact": [1.0, 2.0], "estimated": [1.5, 2.5], "estimate": ["gradient", "integrated"], "node": ["1.2", "1.3"]}
+    )
     figure = figures.effect_scatter(data)
     assert [trace.name for trace in figure.data] == ["gradient", "integrated", "equal"]
     labels = {"title": "t", "x_title": "x", "y_title": "y"}

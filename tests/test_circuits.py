@@ -50,7 +50,9 @@ def sparse_model(model: LanguageModel, kind: str) -> SparseModel:
 def random_task(n: int = 5, length: int = 9) -> tasks.Task:
     tokens = random_tokens(2 * n, length)
     position = torch.tensor([length - 1] * (n - 1) + [length - 3])
-    return tasks.Task("random", tokens[:n], tokens[n:], position, torch.arange(n)[:, None], torch.arange(n, 2 * n)[:, None])
+    return tasks.Task(
+        "random", tokens[:n], tokens[n:], position, torch.arange(n)[:, None], torch.arange(n, 2 * n)[:, None]
+    )
 
 
 @pytest.mark.parametrize("kind", circuits.KINDS)
@@ -79,7 +81,8 @@ class TestAnyModel:
         outputs = {layer: y for layer, (_, y) in tiny.capture(task.corrupted, LAYERS).items()}
         every = torch.ones(1, sparse.n_nodes, dtype=torch.bool)
         found = circuits.measure(sparse, task, every, instead)[0]
-        with torch.no_grad(), tiny.splice({layer: lambda x, y, layer=layer: outputs[layer] for layer in LAYERS}):  # type: ignore[misc]
+        # type: ignore[misc]
+        with torch.no_grad(), tiny.splice({layer: lambda x, y, layer=layer: outputs[layer] for layer in LAYERS}):
             wanted = tasks.metric("logit_difference", circuits.last_logits(tiny, task.clean, task.position), task)
         assert torch.allclose(found, wanted, atol=1e-3)
 
@@ -141,7 +144,7 @@ def test_integrated_gradients_of_a_whole_layer_add_up(tiny: LanguageModel) -> No
     assert torch.allclose(estimates, untouched - removed, atol=0.02 * float((untouched - removed).abs().max()))
 
 
-# -------------------------------------------------------------------------------------------------------- planted circuits
+# ---- planted circuits
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +156,9 @@ def model() -> LanguageModel:
 def planted_sparse(model: LanguageModel, kind: str) -> SparseModel:
     with torch.no_grad():
         makers = {
-            "lorsa": lambda layer: SparseNodes(planted.planted_lorsa(model, layer).requires_grad_(False), model.site(layer)),
+            "lorsa": lambda layer: SparseNodes(
+                planted.planted_lorsa(model, layer).requires_grad_(False), model.site(layer)
+            ),
             "sae": lambda layer: SparseNodes(planted.planted_sae(layer).requires_grad_(False), model.site(layer)),
             "mhsa": lambda layer: MHSANodes(model.site(layer)),
         }
@@ -207,7 +212,9 @@ def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageMode
 
     site = model.site(0)
     train = TrainConfig(tokens=300 * 320, batch_size=32, lr=5e-3, aux_k=16, dead_window=1000)
-    run = Run(RunSpec("planted", 0, Lorsa.config_for_site(site, 4 * planted.N, 4, 1), train, Path()), {}, torch.device("cpu"))
+    run = Run(
+        RunSpec("planted", 0, Lorsa.config_for_site(site, 4 * planted.N, 4, 1), train, Path()), {}, torch.device("cpu")
+    )
     run.start(site, batch(64))
     for _ in range(300):
         run.train_step(batch(32))
@@ -224,7 +231,10 @@ def test_path_goes_through_the_second_head_alone(model: LanguageModel) -> None:
     sparse, task = planted_sparse(model, "mhsa"), planted.planted_task(n=4)
     instead = circuits.baseline(sparse, task)
     senders = [sparse.number(Node(0, head)) for head in planted.FIRST_LAYER]
-    through = {head: circuits.path_effect(sparse, task, senders, [sparse.number(Node(1, head))], instead).mean() for head in range(4)}
+    through = {
+        head: circuits.path_effect(sparse, task, senders, [sparse.number(Node(1, head))], instead).mean()
+        for head in range(4)
+    }
     total = circuits.measure(sparse, task, torch.stack([sparse.mask([]), sparse.mask(senders)]), instead).mean(dim=1)
     assert torch.allclose(through[2], total[0] - total[1], rtol=0.02)
     assert all(abs(float(through[head])) < 0.01 * float(through[2]) for head in (0, 1, 3))
@@ -235,7 +245,9 @@ def test_two_heads_are_needed_for_one_feature(model: LanguageModel) -> None:
     sparse, task = planted_sparse(model, "mhsa"), planted.planted_task(n=8)
     instead = circuits.baseline(sparse, task)
     one, two = (sparse.mask([sparse.number(Node(0, head)) for head in heads]) for heads in ((0,), (0, 1)))
-    untouched, alone, together = circuits.measure(sparse, task, torch.stack([sparse.mask([]), one, two]), instead).mean(dim=1).tolist()
+    untouched, alone, together = (
+        circuits.measure(sparse, task, torch.stack([sparse.mask([]), one, two]), instead).mean(dim=1).tolist()
+    )
     assert untouched - together > 2 * (untouched - alone) or together < 0.5 * untouched
 
 

@@ -177,7 +177,9 @@ def test_readme_shows_what_the_files_give(monkeypatch: pytest.MonkeyPatch) -> No
     assert "| |" not in shown
     with open(ROOT / "data" / "paper" / "results.csv", encoding="utf-8") as handle:
         known = {row["at"] for row in csv.DictReader(handle)}
-    assert known <= {row.at for row in claims.read_claims()}, "results.csv has numbers that no claim asks for; publish again"
+    assert known <= {row.at for row in claims.read_claims()}, (
+        "results.csv has numbers that no claim asks for; publish again"
+    )
 
 
 def test_claims_of_a_run(tmp_path: Path) -> None:

@@ -18,9 +18,33 @@ from lorsa_utils.config import PRESETS, PROFILES, TrainConfig
 from lorsa_utils.reproduce import NotebookStatus
 
 ROOT = Path(__file__).resolve().parent.parent
-EVAL_KEYS = {"fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered", "l0", "dead_fraction", "n_tokens", "cosine"}
+EVAL_KEYS = {
+    "fvu",
+    "fvu_token_mean",
+    "ce",
+    "ce_spliced",
+    "ce_mean_ablated",
+    "ce_recovered",
+    "l0",
+    "dead_fraction",
+    "n_tokens",
+    "cosine",
+}
 TRAIN_KEYS = {"fvu", "tokens_per_s", "dead_fraction", "seconds"}
-SHAPE = ["--n-heads", "32", "--n-qk", "4", "--k", "4", "--context", "32", "--tokens", "3000", "--held-out-tokens", "600"]
+SHAPE = [
+    "--n-heads",
+    "32",
+    "--n-qk",
+    "4",
+    "--k",
+    "4",
+    "--context",
+    "32",
+    "--tokens",
+    "3000",
+    "--held-out-tokens",
+    "600",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -94,20 +118,20 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-# ------------------------------------------------------------------------------------------------------------------- usage
+# ---- usage
 
 
 def test_help_answers_without_torch() -> None:
-    script = (
-        "import sys; from lorsa_utils.cli import main; code = main(['train', '--help']); assert 'torch' not in sys.modules; sys.exit(code)"
-    )
+    script = "import sys; from lorsa_utils.cli import main; code = main(['train', '--help']); assert 'torch' not in sys.modules; sys.exit(code)"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "--n-heads" in result.stdout
 
 
 def test_the_package_is_a_command_too() -> None:
-    result = subprocess.run([sys.executable, "-m", "lorsa_utils", "--version"], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "lorsa_utils", "--version"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.stdout.startswith("lorsa 0.")
 
 
@@ -171,7 +195,7 @@ def test_bad_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFi
     assert "usage: lorsa" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------------------------- the stages
+# ---- the stages
 
 
 def test_cache_tells_size_and_speed_and_goes_on_where_it_was(model: str, text: str, cached: str, answer: Any) -> None:
@@ -205,7 +229,9 @@ def test_resume_of_a_finished_run_measures_the_same(trained: str, model: str, te
 
 @pytest.mark.parametrize("kind", ["sae", "transcoder"])
 def test_baselines_train_from_the_cache(kind: str, cached: str, model: str, tmp_path: Path, answer: Any) -> None:
-    result = answer("train", "--model", model, "--cache", cached, "--layer", "1", "--kind", kind, "--out", tmp_path / "run", *SHAPE)
+    result = answer(
+        "train", "--model", model, "--cache", cached, "--layer", "1", "--kind", kind, "--out", tmp_path / "run", *SHAPE
+    )
     assert set(result) >= TRAIN_KEYS
     assert 0 < result["fvu"] < 1
 
@@ -225,7 +251,9 @@ def test_shape_follows_from_the_layer_when_not_given(model: str, text: str, tmp_
     assert (module["n_ov_heads"], module["n_qk_heads"], module["d_qk"]) == (512, 32, 16)
 
 
-def test_eval_measures_on_the_held_out_part_or_on_a_given_text(trained: str, text: str, tmp_path: Path, answer: Any) -> None:
+def test_eval_measures_on_the_held_out_part_or_on_a_given_text(
+    trained: str, text: str, tmp_path: Path, answer: Any
+) -> None:
     own = answer("eval", trained)
     assert set(own) == EVAL_KEYS
     held_out = store.read_json(Path(trained) / "results.json")
@@ -251,12 +279,23 @@ def test_eval_warns_when_worse_than_the_mean(trained: str, tmp_path: Path, capsy
     assert "ce_recovered" in out
 
 
-def test_heads_writes_one_row_a_head(trained: str, text: str, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_writes_one_row_a_head(
+    trained: str, text: str, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "tables" / "heads.parquet"
     found = answer("heads", trained, "--text", text, "--tokens", "600", "--out", out)
     table = pd.read_parquet(out)
     assert len(table) == found["heads"] == 32
-    assert {"head", "family", "frequency", "induction_share", "induction_precision", "top_logits", "contexts", "effect"} <= set(table)
+    assert {
+        "head",
+        "family",
+        "frequency",
+        "induction_share",
+        "induction_precision",
+        "top_logits",
+        "contexts",
+        "effect",
+    } <= set(table)
     assert found["dead_fraction"] == table["dead"].mean()
     assert set(found["families"]) & set(found["skipped"]) == set()
     assert {"induction", "duplicate_token", "local"} <= set(found["families"])
@@ -265,14 +304,18 @@ def test_heads_writes_one_row_a_head(trained: str, text: str, tmp_path: Path, an
     assert len(table.loc[0, "top_logits"]) == 10
 
 
-def test_heads_of_what_has_none(trained: str, cached: str, model: str, other_model: str, tmp_path: Path, complaint: Any) -> None:
+def test_heads_of_what_has_none(
+    trained: str, cached: str, model: str, other_model: str, tmp_path: Path, complaint: Any
+) -> None:
     out = tmp_path / "heads.parquet"
     assert "is not a run folder" in complaint("heads", tmp_path, "--out", out)
     assert "other weights" in complaint("heads", trained, "--out", out, "--model", other_model)
     assert "ends in .parquet" in complaint("heads", trained, "--out", tmp_path / "heads.csv")
     sae = tmp_path / "sae"
     shape = ["--n-heads", "32", "--k", "4", "--tokens", "500"]
-    assert lorsa("train", "--model", model, "--cache", cached, "--layer", "1", "--kind", "sae", "--out", sae, *shape) == 0
+    assert (
+        lorsa("train", "--model", model, "--cache", cached, "--layer", "1", "--kind", "sae", "--out", sae, *shape) == 0
+    )
     assert "holds a sae, not a Lorsa" in complaint("heads", sae, "--out", out)
     empty = tmp_path / "empty.txt"
     empty.write_text(" ")
@@ -285,7 +328,9 @@ def test_heads_of_what_has_none(trained: str, cached: str, model: str, other_mod
     assert not out.exists()
 
 
-def test_show_writes_pages(trained: str, cached: str, model: str, text: str, tmp_path: Path, answer: Any, complaint: Any) -> None:
+def test_show_writes_pages(
+    trained: str, cached: str, model: str, text: str, tmp_path: Path, answer: Any, complaint: Any
+) -> None:
     page, shape = tmp_path / "new" / "page.html", ["--n-heads", "32", "--k", "4", "--tokens", "500"]
     found = answer("show", trained, "--head", "5", "--out", page, "--text", text, "--tokens", "600")
     assert found["path"] == str(page)
@@ -299,7 +344,11 @@ def test_show_writes_pages(trained: str, cached: str, model: str, text: str, tmp
     table = tmp_path / "heads.parquet"
     answer("heads", trained, "--text", text, "--tokens", "600", "--out", table)
     scores = tmp_path / "scores.parquet"
-    rows = [("Lorsa", 1, 3, "Only letters.", 0.75), ("Lorsa", 1, 5, "Only digits.", None), ("Lorsa", 0, 3, "wrong layer", 1.0)]
+    rows = [
+        ("Lorsa", 1, 3, "Only letters.", 0.75),
+        ("Lorsa", 1, 5, "Only digits.", None),
+        ("Lorsa", 0, 3, "wrong layer", 1.0),
+    ]
     rows += [("Lorsa", 1, 4, None, None), ("SAE", 1, 3, "wrong kind", 1.0)]
     pd.DataFrame(rows, columns=["dictionary", "layer", "unit", "explanation", "detection"]).to_parquet(scores)
     extra = [
@@ -326,17 +375,25 @@ def test_show_writes_pages(trained: str, cached: str, model: str, text: str, tmp
     assert "Only digits." in both[1]
     assert "balanced accuracy" not in both[1]
     assert not any("wrong" in content for content in both)
-    assert "make it with `lorsa autointerp`" in complaint("show", trained, "--head", "5", "--out", page, "--explanations", table)
-    assert "give a sae of layer 1" in complaint("show", trained, "--head", "5", "--out", page, "--sae", tmp_path / "transcoder")
+    assert "make it with `lorsa autointerp`" in complaint(
+        "show", trained, "--head", "5", "--out", page, "--explanations", table
+    )
+    assert "give a sae of layer 1" in complaint(
+        "show", trained, "--head", "5", "--out", page, "--sae", tmp_path / "transcoder"
+    )
 
 
 def test_show_of_what_is_not_there(trained: str, cached: str, tmp_path: Path, complaint: Any) -> None:
     page = tmp_path / "page.html"
-    assert "no unit 32 among 32 Lorsa heads; choose one from 0 to 31" in complaint("show", trained, "--head", "32", "--out", page)
+    assert "no unit 32 among 32 Lorsa heads; choose one from 0 to 31" in complaint(
+        "show", trained, "--head", "32", "--out", page
+    )
     assert "give --out a folder" in complaint("show", trained, "--head", "1,2", "--out", page)
     assert "ends in .html" in complaint("show", trained, "--head", "1", "--out", tmp_path / "page")
     assert "is not a run folder" in complaint("show", cached, "--head", "1", "--out", page)
-    assert "make it with `lorsa heads`" in complaint("show", trained, "--head", "1", "--out", page, "--table", tmp_path / "no.parquet")
+    assert "make it with `lorsa heads`" in complaint(
+        "show", trained, "--head", "1", "--out", page, "--table", tmp_path / "no.parquet"
+    )
     half = tmp_path / "half"
     shutil.copytree(trained, half)
     weights = half / "model.safetensors"
@@ -348,10 +405,28 @@ def test_show_of_what_is_not_there(trained: str, cached: str, tmp_path: Path, co
     assert not page.exists()
 
 
-def test_a_single_short_paragraph_can_be_trained_on(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_short_paragraph_can_be_trained_on(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     short = tmp_path / "short.txt"
     short.write_text("One sentence that is shorter than the context.")
-    assert lorsa("train", "--model", model, "--text", short, "--layer", "0", "--out", tmp_path / "run", *SHAPE, "--context", "64") == 0
+    assert (
+        lorsa(
+            "train",
+            "--model",
+            model,
+            "--text",
+            short,
+            "--layer",
+            "0",
+            "--out",
+            tmp_path / "run",
+            *SHAPE,
+            "--context",
+            "64",
+        )
+        == 0
+    )
     err = capsys.readouterr().err
     assert "so it is read" in err
     assert "too short to hold a part of it out" in err
@@ -359,7 +434,17 @@ def test_a_single_short_paragraph_can_be_trained_on(model: str, tmp_path: Path, 
 
 def test_doctor_tells_what_is_here_and_what_a_profile_costs(answer: Any) -> None:
     result = answer("doctor", "--profile", "laptop")
-    assert {"kit", "torch", "transformers", "device", "memory_gb", "disk_free_gb", "embedded_model", "missing", "estimate"} <= set(result)
+    assert {
+        "kit",
+        "torch",
+        "transformers",
+        "device",
+        "memory_gb",
+        "disk_free_gb",
+        "embedded_model",
+        "missing",
+        "estimate",
+    } <= set(result)
     assert result["embedded_model"] is None
     assert any("lorsa fetch" in line for line in result["missing"])
     assert result["estimate"]["minutes"] > 0
@@ -370,7 +455,7 @@ def test_answers_for_people_are_lines(trained: str, capsys: pytest.CaptureFixtur
     assert "fvu_token_mean   0." in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input
 
 
 BAD_TRAINING = {
@@ -393,15 +478,20 @@ BAD_TRAINING = {
 def test_bad_training_requests(case: str, model: str, text: str, tmp_path: Path, complaint: Any) -> None:
     extra, sentence = BAD_TRAINING[case]
     out = tmp_path / "run"
-    assert sentence in complaint("train", "--model", model, "--text", text, "--layer", "1", "--out", out, *SHAPE, *extra)
+    assert sentence in complaint(
+        "train", "--model", model, "--text", text, "--layer", "1", "--out", out, *SHAPE, *extra
+    )
     assert not (out / "config.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [(b"", "is empty"), (b"  \n", "is empty"), (b"\x89PNG\xff\x00", "is not UTF-8"), (b"a\0b", "is a binary file")]
+    ("content", "sentence"),
+    [(b"", "is empty"), (b"  \n", "is empty"), (b"\x89PNG\xff\x00", "is not UTF-8"), (b"a\0b", "is a binary file")],
 )
 @pytest.mark.parametrize("command", ["train", "cache", "eval"])
-def test_bad_texts(command: str, content: bytes, sentence: str, model: str, trained: str, tmp_path: Path, complaint: Any) -> None:
+def test_bad_texts(
+    command: str, content: bytes, sentence: str, model: str, trained: str, tmp_path: Path, complaint: Any
+) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes(content)
     arguments = {
@@ -417,7 +507,9 @@ def test_folders_that_cannot_be_written(command: str, model: str, text: str, tmp
     (tmp_path / "file").write_text("a regular file")
     layer = {"train": "--layer", "cache": "--layers"}[command]
     shape = SHAPE if command == "train" else SHAPE[6:]
-    sentence = complaint(command, "--model", model, "--text", text, layer, "1", "--out", tmp_path / "file" / "out", *shape)
+    sentence = complaint(
+        command, "--model", model, "--text", text, layer, "1", "--out", tmp_path / "file" / "out", *shape
+    )
     assert "Cannot write to" in sentence
     assert "choose a folder you can write to" in sentence
 
@@ -446,7 +538,9 @@ def test_a_cut_cache_is_named(cached: str, model: str, tmp_path: Path, complaint
     assert f"{shard.name} is missing" in complaint(*from_cache(model, cache, tmp_path / "run"))
 
 
-def test_caches_of_something_else_are_refused(cached: str, model: str, other_model: str, tmp_path: Path, complaint: Any) -> None:
+def test_caches_of_something_else_are_refused(
+    cached: str, model: str, other_model: str, tmp_path: Path, complaint: Any
+) -> None:
     assert "was made with another model" in complaint(*from_cache(other_model, cached, tmp_path / "run"))
     assert "holds layers [0, 1], not 2" in complaint(*from_cache(model, cached, tmp_path / "run", "--layer", "2"))
     assert "has BOS policy 'prepend'" in complaint(*from_cache(model, cached, tmp_path / "run", "--bos", "none"))
@@ -458,7 +552,9 @@ def test_a_cache_folder_in_use_is_refused(cached: str, model: str, text: str, co
     assert "holds another cache: its layers is [0, 1], asked is [0]" in complaint(*arguments)
 
 
-def test_runs_are_not_overwritten_and_not_resumed_with_other_settings(trained: str, model: str, text: str, complaint: Any) -> None:
+def test_runs_are_not_overwritten_and_not_resumed_with_other_settings(
+    trained: str, model: str, text: str, complaint: Any
+) -> None:
     again = ["train", "--model", model, "--text", text, "--layer", "1", "--out", trained, *SHAPE]
     assert "holds a run already; add --resume" in complaint(*again)
     assert "was started with train.lr = 0.002, not 0.01" in complaint(*again, "--resume", "--lr", "0.01")
@@ -479,7 +575,7 @@ def test_eval_needs_the_run_and_its_model(trained: str, other_model: str, tmp_pa
     assert "gone.txt is no longer there; give a text with --text" in complaint("eval", moved)
 
 
-# ------------------------------------------------------------------------------------------------------------ other endings
+# ---- other endings
 
 
 def test_interrupted_training_tells_how_to_go_on(
@@ -493,7 +589,20 @@ def test_interrupted_training_tells_how_to_go_on(
                 raise KeyboardInterrupt
             super().train_step(batch)
 
-    arguments = ["train", "--model", model, "--text", text, "--layer", "1", "--out", tmp_path / "run", "--batch-size", "8", *SHAPE]
+    arguments = [
+        "train",
+        "--model",
+        model,
+        "--text",
+        text,
+        "--layer",
+        "1",
+        "--out",
+        tmp_path / "run",
+        "--batch-size",
+        "8",
+        *SHAPE,
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(train, "Run", Interrupted)
         assert lorsa(*arguments) == 130
@@ -510,7 +619,9 @@ def test_interrupted_training_tells_how_to_go_on(
         (store.UserError("Do this."), "lorsa: Do this."),
     ],
 )
-def test_errors_become_sentences(error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch, complaint: Any) -> None:
+def test_errors_become_sentences(
+    error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch, complaint: Any
+) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
@@ -518,7 +629,9 @@ def test_errors_become_sentences(error: Exception, sentence: str, monkeypatch: p
     assert sentence in complaint("fetch")
 
 
-def test_fetch_checks_the_model_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any, complaint: Any) -> None:
+def test_fetch_checks_the_model_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any, complaint: Any
+) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
     store.write_json(tmp_path / "source.json", {"safetensors_sha256": store.sha256_file(weights)})
@@ -531,7 +644,10 @@ def test_fetch_checks_the_model_again(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_reproduce_tells_every_status_and_fails_when_a_notebook_did(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    statuses = [NotebookStatus("01_first", "done", 3.0), NotebookStatus("02_second", "failed", 1.0, "02_second failed in cell [4]")]
+    statuses = [
+        NotebookStatus("01_first", "done", 3.0),
+        NotebookStatus("02_second", "failed", 1.0, "02_second failed in cell [4]"),
+    ]
     monkeypatch.setattr("lorsa_utils.reproduce.reproduce", lambda *args, **kwargs: statuses)
     assert lorsa("reproduce", "--json") == 1
     result = json.loads(capsys.readouterr().out)
@@ -542,7 +658,9 @@ def test_reproduce_tells_every_status_and_fails_when_a_notebook_did(
     assert "01_first  done  3\n" in capsys.readouterr().out
 
 
-def test_claims_are_told_with_numbers_and_verdicts(tmp_path: Path, answer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_claims_are_told_with_numbers_and_verdicts(
+    tmp_path: Path, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     store.write_json(tmp_path / "results.json", {"03_reconstruction": {"fvu_lorsa_mean": 0.25}})
     result = answer("claims", "--profile", "smoke", "--run-dir", str(tmp_path))
     (row,) = [row for row in result["claims"] if row["at"] == "03_reconstruction/fvu_lorsa_mean"]
@@ -564,7 +682,7 @@ def test_what_commands_print_does_not_reach_stdout(monkeypatch: pytest.MonkeyPat
     assert out.getvalue() == ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------- circuit
+# ---- circuit
 
 
 @pytest.fixture
@@ -573,7 +691,12 @@ def byte_pairs(tmp_path: Path) -> Path:
     rng = random.Random(1)
     letters = "abcdefgh"
     rows = [
-        {"clean": "".join(rng.choices(letters, k=6)), "corrupted": "".join(rng.choices(letters, k=6)), "answer": "x", "wrong": "y"}
+        {
+            "clean": "".join(rng.choices(letters, k=6)),
+            "corrupted": "".join(rng.choices(letters, k=6)),
+            "answer": "x",
+            "wrong": "y",
+        }
         for _ in range(8)
     ]
     file = tmp_path / "pairs.jsonl"
@@ -595,7 +718,9 @@ def test_circuit_prints_curves(
     assert result["layers"] == [1]
     assert 0 <= result["accuracy"] <= 1
     assert {row["nodes"] for row in result["curves"]} == {nodes, f"random {nodes}"}
-    assert all({"size", "parameters", "faithfulness", "low", "high", "completeness"} <= set(row) for row in result["curves"])
+    assert all(
+        {"size", "parameters", "faithfulness", "low", "high", "completeness"} <= set(row) for row in result["curves"]
+    )
     assert len(pd.read_csv(out)) == len(result["curves"])
     assert all(set(row) == {"node", "effect"} for row in result["circuit"])
     if nodes == "lorsa":

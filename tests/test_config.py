@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorsa_utils import config
-from lorsa_utils.config import PRESETS, PROFILES, Config, LorsaConfig, Preset, Profile, RotaryConfig, SAEConfig, TrainConfig
+from lorsa_utils.config import (
+    PRESETS,
+    PROFILES,
+    Config,
+    LorsaConfig,
+    Preset,
+    Profile,
+    RotaryConfig,
+    SAEConfig,
+    TrainConfig,
+)
 from lorsa_utils.store import UserError
 
 positive = st.integers(1, 10**6)
@@ -50,7 +60,9 @@ def lorsas(draw: st.DrawFn) -> LorsaConfig:
 @st.composite
 def saes(draw: st.DrawFn) -> SAEConfig:
     n_features = draw(positive)
-    return SAEConfig(draw(positive), n_features, draw(st.integers(1, n_features)), draw(st.sampled_from(["sae", "transcoder"])))
+    return SAEConfig(
+        draw(positive), n_features, draw(st.integers(1, n_features)), draw(st.sampled_from(["sae", "transcoder"]))
+    )
 
 
 def train_configs() -> st.SearchStrategy[TrainConfig]:
@@ -80,7 +92,9 @@ STRATEGIES: dict[type[Config], st.SearchStrategy[Any]] = {
     Profile: profiles(),
     Preset: st.sampled_from(list(PRESETS.values())),
 }
-KINDS = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Config) and kind is not Config]
+KINDS = [
+    kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Config) and kind is not Config
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -114,7 +128,12 @@ SAE = {"d_model": 8, "n_features": 16, "k": 2}
 @pytest.mark.parametrize(
     ("kind", "good", "change", "words"),
     [
-        (RotaryConfig, {}, {"rope_type": "yarn"}, "'yarn' is not supported; supported are none, default, linear, llama3"),
+        (
+            RotaryConfig,
+            {},
+            {"rope_type": "yarn"},
+            "'yarn' is not supported; supported are none, default, linear, llama3",
+        ),
         (RotaryConfig, {}, {"rotary_dim": 3}, "must be even"),
         (RotaryConfig, {}, {"rotary_dim": -2}, "must be even"),
         (RotaryConfig, {}, {"rope_type": "default", "rotary_dim": 0}, "must be positive"),
@@ -183,7 +202,10 @@ def test_profiles_compare_like_with_like(profile: Profile) -> None:
     """d_model cancels; 64 is the head width of SmolLM2-135M and of Pythia-160M."""
     d_qk = PRESETS[profile.name].d_head if profile.name in PRESETS else 64
     lorsa = LorsaConfig(d_model=64, n_ov_heads=profile.n_heads, n_qk_heads=profile.n_qk, d_qk=d_qk, k=profile.k)
-    assert SAEConfig(d_model=64, n_features=profile.sae_features_equal_parameters, k=profile.k).n_parameters == lorsa.n_parameters
+    assert (
+        SAEConfig(d_model=64, n_features=profile.sae_features_equal_parameters, k=profile.k).n_parameters
+        == lorsa.n_parameters
+    )
     assert profile.sae_features == profile.n_heads
     assert profile.layer in profile.layers
     assert config.get_profile(profile.name) is profile

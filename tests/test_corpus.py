@@ -39,7 +39,9 @@ def numbered(lengths: list[int], source: str = "file") -> list[Document]:
     """Documents of the given numbers of words; no word occurs twice."""
     documents, first = [], 0
     for number, length in enumerate(lengths):
-        documents.append(Document(f"{source}/{number}", source, " ".join(f"w{i}" for i in range(first, first + length))))
+        documents.append(
+            Document(f"{source}/{number}", source, " ".join(f"w{i}" for i in range(first, first + length)))
+        )
         first += length
     return documents
 
@@ -79,12 +81,16 @@ def test_budget_is_exact_bos_stands_first_alone_and_no_token_comes_twice(
     start = int(policy != "none")
     lengths_in_rows = sequences.mask.sum(1)
     positions = torch.arange(context) - start
-    assert torch.equal(sequences.mask, (positions >= 0) & (positions < lengths_in_rows[:, None])), "real text is one run after BOS"
+    assert torch.equal(sequences.mask, (positions >= 0) & (positions < lengths_in_rows[:, None])), (
+        "real text is one run after BOS"
+    )
     assert (lengths_in_rows > 0).all()
 
 
 @given(lengths=st.lists(st.integers(40, 200), min_size=1, max_size=10), context=st.integers(40, 80))
-def test_every_piece_is_a_run_of_one_document_and_only_short_ends_are_left_out(lengths: list[int], context: int) -> None:
+def test_every_piece_is_a_run_of_one_document_and_only_short_ends_are_left_out(
+    lengths: list[int], context: int
+) -> None:
     sequences = tokenize(numbered(lengths), WORDS, context=context)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for row, mask in zip(sequences.tokens, sequences.mask, strict=True):
@@ -92,7 +98,9 @@ def test_every_piece_is_a_run_of_one_document_and_only_short_ends_are_left_out(l
         assert (np.diff(ids) == 1).all()
         assert len(set(owner[ids])) == 1
     width = context - 1
-    assert sequences.n_tokens == sum(n // width * width + (n % width if n % width >= corpus.MIN_LAST_PIECE else 0) for n in lengths)
+    assert sequences.n_tokens == sum(
+        n // width * width + (n % width if n % width >= corpus.MIN_LAST_PIECE else 0) for n in lengths
+    )
 
 
 def test_same_seed_same_order_other_seed_other_order_and_a_larger_budget_begins_alike() -> None:
@@ -122,7 +130,9 @@ def test_wikipedia_has_its_share_until_it_is_used_up_then_the_rest_follows() -> 
     ({"eos_token": "</s>"}, "prepend", 1),
     ({}, "none", 3),
 ])  # fmt: skip
-def test_auto_takes_bos_then_eos_then_none_and_id_zero_is_a_bos(special: dict[str, str], policy: str, first: int) -> None:
+def test_auto_takes_bos_then_eos_then_none_and_id_zero_is_a_bos(
+    special: dict[str, str], policy: str, first: int
+) -> None:
     sequences = tokenize(numbered([40]), word_tokenizer(**special), context=50)
     assert sequences.bos_policy == policy
     assert int(sequences.tokens[0, 0]) == first
@@ -190,7 +200,8 @@ def test_near_duplicates_go_and_different_texts_stay() -> None:
 # --- cleaning --------------------------------------------------------------------------------------------------------
 
 ARTICLE = """{{Infobox country|name=Utopia|motto={{lang|la|Nusquam}}}}
-'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} named by [[Thomas More|More]].<ref>{{x}}</ref>
+'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} named by [[Thomas
+More|More]].<ref>{{x}}</ref>
 
 [[File:Map.jpg|thumb|right|A map of the island that shows where the cities of it are.]]
 {| class="wikitable"
@@ -225,7 +236,8 @@ def test_wiki_markup_leaves_prose_with_headings() -> None:
     ]
 
 
-DOCSTRING = """Compute the median of the values along an axis, ignoring those that are not a number, as ``nanmedian`` does it.
+DOCSTRING = """Compute the median of the values along an axis, ignoring those that are not a number, as ``nanmedian``
+does it.
 
 Parameters
 ----------
@@ -235,7 +247,8 @@ other : int
 
 Notes
 -----
-The *sorted* values are used in Tukey [1]_, and a List[int] is made of them by [`~numpy.sort`] before the middle is taken.
+The *sorted* values are used in Tukey [1]_, and a List[int] is made of them by [`~numpy.sort`] before the middle is
+taken.
 
 .. note:: The result of this function is not the same as that of :func:`numpy.median` when the array has no value.
 
@@ -265,7 +278,9 @@ def test_docstrings_leave_running_english() -> None:
 
 
 def test_modules_give_docstrings_in_file_order_once_without_running_them(tmp_path: Path) -> None:
-    sentence = "This is sentence number {} of the module, and it is long enough that it counts as a line of prose in it."
+    sentence = (
+        "This is sentence number {} of the module, and it is long enough that it counts as a line of prose in it."
+    )
     functions = "\n".join(f'def f{i}():\n    """{sentence.format(i)}"""\n    raise SystemExit\n' for i in range(8))
     path = tmp_path / "module.py"
     path.write_text(f'"""{sentence.format("zero")}"""\nraise SystemExit\n{functions}\n{functions}', encoding="utf-8")
@@ -276,7 +291,9 @@ def test_modules_give_docstrings_in_file_order_once_without_running_them(tmp_pat
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
-PARAGRAPH = "The committee met on Tuesday to discuss the plans for the new bridge over the river. Nobody objected to them.\n"
+PARAGRAPH = (
+    "The committee met on Tuesday to discuss the plans for the new bridge over the river. Nobody objected to them.\n"
+)
 
 
 def test_files_and_folders_become_documents_split_in_two(tmp_path: Path) -> None:
@@ -292,7 +309,10 @@ def test_files_and_folders_become_documents_split_in_two(tmp_path: Path) -> None
     assert {d.text for d in documents if "rows" in d.id} == {"One\u2028row.", "Two rows."}
     assert all(len(d.text) <= corpus.PIECE_CHARACTERS for d in documents)
     assert made.manifest["sources"]["file"]["documents"] == len(documents)
-    assert made.manifest["sha256"] == corpus.text_corpus([str(tmp_path / "rows.jsonl"), *tmp_path.glob("*.[tm]*")]).manifest["sha256"]
+    assert (
+        made.manifest["sha256"]
+        == corpus.text_corpus([str(tmp_path / "rows.jsonl"), *tmp_path.glob("*.[tm]*")]).manifest["sha256"]
+    )
 
 
 @given(st.lists(st.text("ab. \n", max_size=60), max_size=30).map("".join), st.integers(5, 50))
@@ -390,7 +410,9 @@ def test_a_local_dataset_is_read_without_a_network(tmp_path: Path, kind: str, mo
     if kind == "parquet":
         frame.to_parquet(folder / "rows.parquet")
     else:
-        (folder / "rows.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in frame["body"]), encoding="utf-8")
+        (folder / "rows.jsonl").write_text(
+            "".join(json.dumps({"body": text}) + "\n" for text in frame["body"]), encoding="utf-8"
+        )
     made = corpus.hub_corpus(str(folder), text_field="body")
     assert sorted(d.text for d in [*made.train, *made.held_out]) == sorted(texts)
     assert made.held_out
@@ -422,7 +444,9 @@ def test_pins_in_the_manifest_are_those_the_code_fetches() -> None:
 def small_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The embedded corpus made of two tiny parts, in a data folder of its own."""
     wikipedia = [Document(f"wikipedia/{i}", "wikipedia", f"Article {i} \u2028 of its own.") for i in range(5)]
-    documentation = [Document(f"documentation/{i}", "documentation", f"Module {i} says something else.") for i in range(5)]
+    documentation = [
+        Document(f"documentation/{i}", "documentation", f"Module {i} says something else.") for i in range(5)
+    ]
     monkeypatch.setenv("LORSA_DATA", str(tmp_path))
     monkeypatch.setattr(corpus, "_wikipedia_extract", lambda: Path("extract"))
     monkeypatch.setattr(corpus, "wikipedia_documents", lambda path: wikipedia)
@@ -430,7 +454,9 @@ def small_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_embedded_text_is_built_once_and_rebuilt_when_its_cache_is_damaged(small_parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_text_is_built_once_and_rebuilt_when_its_cache_is_damaged(
+    small_parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(corpus, "pinned_manifest", dict)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -110,7 +110,9 @@ def test_unit_effects(model: LanguageModel, lorsa: Lorsa) -> None:
     mean = mean_of(model)
     found = correspondence.mhsa_shares(model, 1, lorsa, mean, SEQUENCES, progress=False)
     head = int(found.n_active.argmax())
-    table = correspondence.unit_effects(model, 1, lorsa, head, [0, 3], mean, SEQUENCES, batch_size=4).set_index("removed")
+    table = correspondence.unit_effects(model, 1, lorsa, head, [0, 3], mean, SEQUENCES, batch_size=4).set_index(
+        "removed"
+    )
     assert table.index.tolist() == ["MHSA 0", "MHSA 3", "MHSA 0 + 3", "all MHSA heads", "the Lorsa head"]
     written: Any = table["written"]
     assert written["MHSA 0"] + written["MHSA 3"] == pytest.approx(written["MHSA 0 + 3"], rel=1e-3)
@@ -126,7 +128,9 @@ def test_unit_effects(model: LanguageModel, lorsa: Lorsa) -> None:
     losses, _ = model.loss(SEQUENCES.tokens.long(), SEQUENCES.mask)
     with model.splice({1: lambda a, b: b - without.written(a, b, torch.tensor([head])) * SEQUENCES.mask[..., None]}):
         changed, _ = model.loss(SEQUENCES.tokens.long(), SEQUENCES.mask)
-    assert table["effect"]["the Lorsa head"] == pytest.approx(float((changed - losses)[active[:, :-1]].mean()), abs=1e-4)
+    assert table["effect"]["the Lorsa head"] == pytest.approx(
+        float((changed - losses)[active[:, :-1]].mean()), abs=1e-4
+    )
     never = torch.nonzero(found.n_active == 0)
     if len(never):
         with pytest.raises(UserError, match="not active"):
@@ -136,10 +140,16 @@ def test_unit_effects(model: LanguageModel, lorsa: Lorsa) -> None:
 def test_labelled_positions_count_and_the_token_after_each() -> None:
     tokens = torch.arange(18).view(3, 6)
     sources = torch.zeros(4, 6, dtype=torch.bool)
-    row, position, positive = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 5, 3, 1]), torch.tensor([True, True, False, True])
+    row, position, positive = (
+        torch.tensor([0, 0, 1, 2]),
+        torch.tensor([2, 5, 3, 1]),
+        torch.tensor([True, True, False, True]),
+    )
     made = PromptSet("induction", tokens, row, position, positive, sources, torch.arange(4), ("a", "b", "c"))
     labelled = correspondence.on_labelled(made)
-    assert torch.equal(labelled.tokens.long(), tokens[[0, 2]]), "a prompt without a labelled position has nothing to show"
+    assert torch.equal(labelled.tokens.long(), tokens[[0, 2]]), (
+        "a prompt without a labelled position has nothing to show"
+    )
     assert labelled.mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
 
 
@@ -159,7 +169,7 @@ def test_family_shares() -> None:
     assert turned["families"].tolist() == ["sink; induction", "induction"]
 
 
-# ------------------------------------------------------------------------------------------------------------------ patterns
+# ---- patterns
 
 
 def random_pattern(n: int, length: int, seed: int) -> torch.Tensor:
@@ -230,5 +240,7 @@ def test_qk_singular_values_are_those_of_the_whole_product(model: LanguageModel,
 
 
 def test_effective_rank_by_hand() -> None:
-    ranks = correspondence.effective_rank(torch.tensor([[3.0, 3.0, 3.0, 0.0], [5.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
+    ranks = correspondence.effective_rank(
+        torch.tensor([[3.0, 3.0, 3.0, 0.0], [5.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+    )
     torch.testing.assert_close(ranks, torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64))

@@ -49,7 +49,9 @@ def test_choose_heads(view: View) -> None:
     assert len(dashboard.choose_heads(view.table, dead=True)) == 24
     assert set(dashboard.choose_heads(view.table, "local")["head"]) == {0, 2}
     assert set(dashboard.choose_heads(view.table, "-")["head"]) == set(alive["head"]) - {0, 2}
-    assert dashboard.choose_heads(view.table, search="7")["head"].tolist() == [7], "a number is a head, not a piece of a token"
+    assert dashboard.choose_heads(view.table, search="7")["head"].tolist() == [7], (
+        "a number is a head, not a piece of a token"
+    )
     assert set(dashboard.choose_heads(view.table, search=" cat ")["head"]) == {0, 1, 2}
     assert dashboard.choose_heads(view.table, search="nothing like it").empty
     assert dashboard.choose_heads(view.table, order="head")["head"].is_monotonic_increasing
@@ -65,7 +67,9 @@ def test_a_sentence_is_read_as_the_module_reads_it(tiny: Tiny, view: View, reade
     position = 12
     firing = reader.firing(read, position)
     kept = {
-        int(head): float(value * norms[head]) for head, value in zip(indices[0, position], values[0, position], strict=True) if value > 0
+        int(head): float(value * norms[head])
+        for head, value in zip(indices[0, position], values[0, position], strict=True)
+        if value > 0
     }
     assert dict(zip(firing["head"], firing["activation"], strict=True)) == pytest.approx(kept, abs=1e-5)
     assert firing["activation"].is_monotonic_decreasing
@@ -131,7 +135,9 @@ def test_steering_tells_probabilities(tiny: Tiny) -> None:
     same = dashboard.steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 1.0})
     assert (same["before"] == same["after"]).all()
     first = dashboard.steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 0.0}, position=3)
-    assert first["before"].max() == pytest.approx(float(tiny.model.logits(torch.tensor([ids]))[0, 3].softmax(dim=0).max()), abs=1e-5)
+    assert first["before"].max() == pytest.approx(
+        float(tiny.model.logits(torch.tensor([ids]))[0, 3].softmax(dim=0).max()), abs=1e-5
+    )
 
 
 def test_widgets_react(explorer: Explorer) -> None:

@@ -34,7 +34,14 @@ def planted(shared: float, **more: Tensor) -> LayerErrors:
     positions = torch.arange(1, LENGTH + 1).repeat(N_SEQUENCES)
     deviations = size * torch.nn.functional.normalize(normal(n, D, seed=6))
     return LayerErrors(
-        3, normal(n, D, seed=5), deviations, torch.zeros(D), {"a": a, "b": b} | more, torch.zeros(n).long(), positions, sequence
+        3,
+        normal(n, D, seed=5),
+        deviations,
+        torch.zeros(D),
+        {"a": a, "b": b} | more,
+        torch.zeros(n).long(),
+        positions,
+        sequence,
     )
 
 
@@ -76,7 +83,9 @@ def test_intervals_are_those_of_sequences() -> None:
     # Every token of a sequence says the same, so 60 sequences are 60 observations, not 6000.
     level = normal(N_SEQUENCES, seed=0)
     sequence = torch.arange(N_SEQUENCES).repeat_interleave(LENGTH)
-    sums = errors.resampled({"x": level.repeat_interleave(LENGTH), "n": torch.ones(len(sequence))}, sequence, n_draws=4000)
+    sums = errors.resampled(
+        {"x": level.repeat_interleave(LENGTH), "n": torch.ones(len(sequence))}, sequence, n_draws=4000
+    )
     means = sums["x"] / sums["n"]
     assert float(means[0]) == pytest.approx(float(level.mean()), abs=1e-12)
     assert float(means[1:].std()) == pytest.approx(float(level.std()) / math.sqrt(N_SEQUENCES), rel=0.1)

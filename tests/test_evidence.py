@@ -27,7 +27,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 def collected(tiny: Tiny, *chosen: int, **options: object) -> list[Head]:
     return list(
-        evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False, **options)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False, **options)
     )
 
 
@@ -50,8 +51,12 @@ def test_contexts_are_exact(tiny: Tiny) -> None:
         for found, full in ((context.z_pattern, z), (context.attention, attention)):
             window = full[start : start + n]
             apart = [column for column, place in enumerate(context.positions) if place >= 0]
-            assert torch.allclose(found[:, apart], window[:, [context.positions[column] for column in apart]], atol=1e-5)
-            assert torch.allclose(found.sum(dim=1), window.sum(dim=1), atol=1e-4), "nothing is lost in the column of the rest"
+            assert torch.allclose(
+                found[:, apart], window[:, [context.positions[column] for column in apart]], atol=1e-5
+            )
+            assert torch.allclose(found.sum(dim=1), window.sum(dim=1), atol=1e-4), (
+                "nothing is lost in the column of the rest"
+            )
         assert torch.allclose(context.attention * context.v, context.z_pattern, atol=1e-5) or -1 in context.positions
         indices, values = tiny.lorsa.encode(x)
         kept = ((indices == 5) * values).sum(dim=-1)[0] * norm
@@ -63,7 +68,10 @@ def test_contexts_are_exact(tiny: Tiny) -> None:
 
 def test_places_are_what_they_say(tiny: Tiny) -> None:
     (head,) = collected(tiny, 2)
-    sizes = {kind: [float(c.activation[c.peak]) for c in head.contexts if c.place.kind == kind] for kind in ("top", "sample", "random")}
+    sizes = {
+        kind: [float(c.activation[c.peak]) for c in head.contexts if c.place.kind == kind]
+        for kind in ("top", "sample", "random")
+    }
     assert sizes["top"] == sorted(sizes["top"], reverse=True)
     assert sizes["top"][0] == pytest.approx(head.facts["max_activation"], rel=1e-4)
     assert sizes["sample"] == sorted(sizes["sample"], reverse=True)
@@ -106,7 +114,9 @@ def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:
     assert head.read_features[0][:2] == (3, pytest.approx(1, abs=1e-5))
     assert head.siblings["head"].tolist() == [4, 5, 7]
     w = tiny.lorsa.W_O
-    assert head.siblings["cos_o"].tolist() == pytest.approx([float(w[i] @ w[6] / w[i].norm() / w[6].norm()) for i in (4, 5, 7)], abs=1e-5)
+    assert head.siblings["cos_o"].tolist() == pytest.approx(
+        [float(w[i] @ w[6] / w[i].norm() / w[6].norm()) for i in (4, 5, 7)], abs=1e-5
+    )
     with pytest.raises(UserError, match="give an SAE of the layer's output"):
         collected(tiny, 6, sae=transcoder)
 
@@ -114,7 +124,13 @@ def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:
 def test_names_scores_and_explanations(tiny: Tiny) -> None:
     table = pd.DataFrame({"head": range(24), "families": "", "effect": np.nan, "effect_error": np.nan})
     table.loc[1, "families"] = "induction; local"
-    table.loc[1, ["induction_share", "induction_auc", "local_share", "effect", "effect_error"]] = [0.9, 0.8, 0.7, 0.02, 0.01]
+    table.loc[1, ["induction_share", "induction_auc", "local_share", "effect", "effect_error"]] = [
+        0.9,
+        0.8,
+        0.7,
+        0.02,
+        0.01,
+    ]
     shares = torch.full((24, 4), 0.25)
     shares[2] = float("nan")
     one, two = collected(tiny, 1, 2, table=table, shares=shares, explanations={2: ("colours", 0.75)})

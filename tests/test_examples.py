@@ -35,11 +35,17 @@ def dictionaries() -> list[Dictionary]:
     return [Dictionary("Lorsa", 0, random_lorsa(1)), Dictionary("SAE", 0, random_sae(2))]
 
 
-def collected(source: ToySource, dictionaries: list[Dictionary], units: int = 24) -> tuple[examples.Text, list[examples.Firings]]:
-    return examples.collect(source, dictionaries, {0: toy_site()}, Tokens(), Budget(units=units, oversampling=1), 7, progress=False)
+def collected(
+    source: ToySource, dictionaries: list[Dictionary], units: int = 24
+) -> tuple[examples.Text, list[examples.Firings]]:
+    return examples.collect(
+        source, dictionaries, {0: toy_site()}, Tokens(), Budget(units=units, oversampling=1), 7, progress=False
+    )
 
 
-def test_everything_active_is_recorded_once_with_its_activation(source: ToySource, dictionaries: list[Dictionary]) -> None:
+def test_everything_active_is_recorded_once_with_its_activation(
+    source: ToySource, dictionaries: list[Dictionary]
+) -> None:
     _, firings = collected(source, dictionaries)
     for one, dictionary in zip(firings, dictionaries, strict=True):
         module = dictionary.module
@@ -56,7 +62,8 @@ def test_everything_active_is_recorded_once_with_its_activation(source: ToySourc
 def test_sources_are_the_largest_masses_of_units(source: ToySource, dictionaries: list[Dictionary]) -> None:
     _, firings = collected(source, dictionaries)
     length = source.context
-    kinds = [LorsaHeads(dictionaries[0].module), SAEFeatures(dictionaries[1].module, toy_site())]  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    kinds = [LorsaHeads(dictionaries[0].module), SAEFeatures(dictionaries[1].module, toy_site())]
     every_place = torch.eye(length)[:, None, :]
     for one, units in zip(firings, kinds, strict=True):
         for row in range(0, len(one.place), max(1, len(one.place) // 25)):
@@ -72,7 +79,9 @@ def test_sources_are_the_largest_masses_of_units(source: ToySource, dictionaries
 
 def test_the_same_whatever_the_batch_size(source: ToySource, dictionaries: list[Dictionary]) -> None:
     one, other = (
-        examples.collect(source, dictionaries, {0: toy_site()}, Tokens(), Budget(units=5, oversampling=2), size, progress=False)[1]
+        examples.collect(
+            source, dictionaries, {0: toy_site()}, Tokens(), Budget(units=5, oversampling=2), size, progress=False
+        )[1]
         for size in (1, 30)
     )
     for a, b in zip(one, other, strict=True):
@@ -87,7 +96,9 @@ def test_kept_on_disk_and_read_again(source: ToySource, dictionaries: list[Dicti
     again, read = examples.load(tmp_path / "firings.safetensors", dictionaries, Tokens())
     assert (again.tokens == text.tokens).all()
     assert again.strings == text.strings
-    assert all((a.value == b.value).all() and (a.sources == b.sources).all() for a, b in zip(firings, read, strict=True))
+    assert all(
+        (a.value == b.value).all() and (a.sources == b.sources).all() for a, b in zip(firings, read, strict=True)
+    )
     with pytest.raises(UserError, match="made of other dictionaries"):
         examples.load(tmp_path / "firings.safetensors", dictionaries[:1], Tokens())
 

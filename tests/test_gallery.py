@@ -25,7 +25,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> notebook.Context:
     made.show(figure, "P4_other", "Another.", number="1.23 ± 0.04")
     made.record("fvu_lorsa_mean", 0.25)
     (made.folder / "03_reconstruction.ipynb").write_text("{}")
-    store.write_json(made.folder / "heads" / pages.PAGES_FILE, [{"file": "a.html", "layer": 1, "head": 7, "about": "<i>Sink</i>"}] * 2)
+    store.write_json(
+        made.folder / "heads" / pages.PAGES_FILE,
+        [{"file": "a.html", "layer": 1, "head": 7, "about": "<i>Sink</i>"}] * 2,
+    )
     (made.folder / "heads" / "a.html").write_text("x")
     return made
 
@@ -37,7 +40,9 @@ def test_every_figure_is_shown_with_claim_and_number(run: notebook.Context) -> N
     for label in labels:
         assert f'src="figures/{label}.html"' in page
         assert f'href="figures/{label}.csv"' in page
-    assert page.count('href="03_reconstruction.ipynb"') == 6, "each figure links to its notebook, and the notebook's own section does"
+    assert page.count('href="03_reconstruction.ipynb"') == 6, (
+        "each figure links to its notebook, and the notebook's own section does"
+    )
     order = [page.index(f'id="{item}"') for item in ("P4", "P10", "T2", "more", "heads", "03_reconstruction")]
     assert order == sorted(order)
     assert "FVU, mean over layers: 0.25" in page
@@ -78,7 +83,8 @@ def test_what_is_half_there_is_left_out_or_named(run: notebook.Context) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "item"), [("P1_toy", "P1"), ("P10_x", "P10"), ("P12", "P12"), ("P99_x", "more"), ("T3_missing", "T3"), ("Plot", "more")]
+    ("label", "item"),
+    [("P1_toy", "P1"), ("P10_x", "P10"), ("P12", "P12"), ("P99_x", "more"), ("T3_missing", "T3"), ("Plot", "more")],
 )
 def test_items_of_labels(label: str, item: str) -> None:
     assert gallery.item_of({"label": label}) == item

@@ -34,7 +34,9 @@ def random_trace(model: LanguageModel, kind: str = "lorsa", length: int = 7) -> 
 
 
 def a_unit(trace: Trace, layer: int) -> Target:
-    return next(Target(*source[1:4]) for source in reversed(trace.sources) if source.kind == "unit" and source.layer == layer)
+    return next(
+        Target(*source[1:4]) for source in reversed(trace.sources) if source.kind == "unit" and source.layer == layer
+    )
 
 
 def test_frozen_model_has_the_same_logits(tiny: LanguageModel) -> None:
@@ -74,7 +76,11 @@ def test_targets_together_or_apart_give_the_same_edges(tiny: LanguageModel) -> N
 
 def test_edges_come_from_earlier_positions(tiny: LanguageModel) -> None:
     trace = random_trace(tiny)
-    target = next(Target(*source[1:4]) for source in trace.sources if source.kind == "unit" and source.layer == 2 and source.position == 3)
+    target = next(
+        Target(*source[1:4])
+        for source in trace.sources
+        if source.kind == "unit" and source.layer == 2 and source.position == 3
+    )
     edges, _ = trace.edges([target])
     after = [number for number, source in enumerate(trace.sources) if source.position > 3]
     assert not edges[0, after].any()
@@ -87,7 +93,8 @@ def test_edge_is_the_slope_of_the_frozen_model(tiny: LanguageModel) -> None:
     number = trace.place["error", 2, -1, 5]
     shift = torch.zeros_like(trace.outputs[2])
     shift[0, 5] = -0.5 * trace.activity[2].error[0, 5]
-    # After layer 2, the last attention of a tiny model, only norms and one MLP follow; hold them by their gradient at the clean prompt.
+    # After layer 2, the last attention of a tiny model, only norms and one MLP follow; hold them by their gradient at
+    # the clean prompt.
     leaf = torch.zeros_like(shift).requires_grad_()
     with graph.frozen(tiny), tiny.splice({2: lambda x, y: y + leaf}):
         logits = tiny.logits(trace.tokens[None])[0, -1]
@@ -141,11 +148,17 @@ def test_planted_circuit_is_read_off_graph_and_scores(by_hand: LanguageModel) ->
     units = [node for node in found.nodes if node.kind == "unit"]
     strongest = max(units, key=lambda node: node.influence or 0)
     assert (strongest.layer, strongest.unit, strongest.position) == (1, after, 8)
-    (source,) = {link[0] for link in found.links if link[1] == strongest.node_id and abs(link[2]) > 0.5 * (strongest.activation or 0)}
+    (source,) = {
+        link[0]
+        for link in found.links
+        if link[1] == strongest.node_id and abs(link[2]) > 0.5 * (strongest.activation or 0)
+    }
     assert source == f"E_{after}_3", "what it writes comes from the token after the one like the last"
     pairs, queries, keys, score = Stream(trace).qk(1, after, 8, 3)
     best = divmod(int(pairs.argmax()), len(keys))
-    assert (queries[best[0]], keys[best[1]]) == ("embedding", f"0.{before}"), "it looks there because of the token before"
+    assert (queries[best[0]], keys[best[1]]) == ("embedding", f"0.{before}"), (
+        "it looks there because of the token before"
+    )
     assert float(pairs.max()) > 0.8 * score
 
 
@@ -193,7 +206,10 @@ def random_graph(n: int, seed: int) -> Graph:
     generator = torch.Generator().manual_seed(seed)
     nodes = [GraphNode(f"E_{t}_{t}", "embedding", -1, t, t, f"token {t}", 0.1) for t in range(3)]
     nodes += [GraphNode(f"{i}_{7 * i}_2", "unit", i, 7 * i, 2, 'a "label"\n', 0.5, float(i)) for i in range(1, n)]
-    nodes += [GraphNode("1_-1_0", "error", 1, -1, 0, "error", None), GraphNode("31_5_2", "logit", 30, 5, 2, "logit", 1.0)]
+    nodes += [
+        GraphNode("1_-1_0", "error", 1, -1, 0, "error", None),
+        GraphNode("31_5_2", "logit", 30, 5, 2, "logit", 1.0),
+    ]
     ends = [node.node_id for node in nodes]
     weights = torch.randn(n, generator=generator).tolist()
     links = tuple((ends[i % (len(ends) - 1)], ends[-1], weight) for i, weight in enumerate(weights))
@@ -212,9 +228,21 @@ def test_file_has_what_viewers_ask_for(tmp_path: Path) -> None:
     path = graph.write_graph(random_graph(4, 0), tmp_path / "g.json", probability=0.4, page="heads/{layer}_{unit}.html")
     content = json.loads(path.read_text(encoding="utf-8"))
     assert set(content) == {"metadata", "qParams", "nodes", "links"}
-    assert {"slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold", "schema_version"} <= set(content["metadata"])
+    assert {"slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold", "schema_version"} <= set(
+        content["metadata"]
+    )
     assert set(content["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
-    needed = {"node_id", "feature", "layer", "ctx_idx", "feature_type", "token_prob", "is_target_logit", "run_idx", "reverse_ctx_idx"}
+    needed = {
+        "node_id",
+        "feature",
+        "layer",
+        "ctx_idx",
+        "feature_type",
+        "token_prob",
+        "is_target_logit",
+        "run_idx",
+        "reverse_ctx_idx",
+    }
     for node in content["nodes"]:
         assert needed | {"jsNodeId", "clerp", "influence", "activation"} <= set(node)
         assert isinstance(node["layer"], str)

@@ -52,7 +52,7 @@ def found(model: Any, texts: list[prompts.Passage], made: Prompts) -> Discovery:
     return heads.discover(model, 0, units.LorsaHeads(lorsa), made.sets, null, skipped=made.skipped, progress=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------- planted
+# ---- planted
 
 
 def test_every_planted_head_is_named_and_none_invented(found: Discovery) -> None:
@@ -99,7 +99,11 @@ def test_a_random_lorsa_scores_as_chance_does(model: Any, texts: list[prompts.Pa
 def test_removing_a_head_takes_its_effect_away(model: Any, made: Prompts) -> None:
     lorsa = known_lorsa(model)
     sets = made.sets["successor"]
-    table = units.Removals(model, 0, sets).effects(units.LorsaHeads(lorsa), {"successor": [3], "random": [10]}).set_index("removed")
+    table = (
+        units.Removals(model, 0, sets)
+        .effects(units.LorsaHeads(lorsa), {"successor": [3], "random": [10]})
+        .set_index("removed")
+    )
     assert table.loc["successor", "labelled"] > 10 * abs(table.loc["random", "labelled"])
     assert abs(table.loc["successor", "controls"]) < 1e-3
 
@@ -118,7 +122,7 @@ def test_unknown_family(model: Any, made: Prompts) -> None:
         heads.discover(model, 0, units.LorsaHeads(known_lorsa(model)), {"telepathy": made.sets["induction"]})
 
 
-# --------------------------------------------------------------------------------------------------------------- statistics
+# ---- statistics
 
 
 @given(
@@ -127,7 +131,9 @@ def test_unknown_family(model: Any, made: Prompts) -> None:
 )
 def test_auc_is_the_chance_of_a_larger_value(high: list[list[int]], low: list[list[int]]) -> None:
     labelled, controls = torch.tensor(high).float(), torch.tensor(low).float()
-    expected = ((labelled[:, None] > controls).double() + 0.5 * (labelled[:, None] == controls).double()).mean(dim=(0, 1))
+    expected = ((labelled[:, None] > controls).double() + 0.5 * (labelled[:, None] == controls).double()).mean(
+        dim=(0, 1)
+    )
     assert torch.allclose(heads.auc(labelled, controls, columns=2), expected)
 
 
@@ -174,7 +180,7 @@ def test_order_of_names_covers_the_families(made: Prompts) -> None:
     assert set(FAMILIES) == set(made.sets)
 
 
-# ---------------------------------------------------------------------------------------------------------------- comparing
+# ---- comparing
 
 
 def test_compare_chooses_on_one_half_and_shows_the_other(found: Discovery) -> None:
@@ -192,9 +198,9 @@ def test_compare_chooses_on_one_half_and_shows_the_other(found: Discovery) -> No
 def test_how_much_the_first_heads_carry(model: Any, made: Prompts) -> None:
     lorsa, mhsa = units.LorsaHeads(known_lorsa(model)), units.MHSAHeads(model.site(0))
     second = heads.halves(made.sets["successor"])[1]
-    table = heads.carried(model, 0, {"Lorsa": (lorsa, [3, 7, 8]), "MHSA": (mhsa, [3])}, mhsa, second, tops=(1, 3)).set_index(
-        ["kind", "top"]
-    )
+    table = heads.carried(
+        model, 0, {"Lorsa": (lorsa, [3, 7, 8]), "MHSA": (mhsa, [3])}, mhsa, second, tops=(1, 3)
+    ).set_index(["kind", "top"])
     assert table.index.tolist() == [("Lorsa", "1"), ("Lorsa", "3"), ("MHSA", "1"), ("whole layer", "all")]
     assert table.loc[("whole layer", "all"), "share"] == 1
     assert table.loc[("Lorsa", "1"), "labelled"] == pytest.approx(table.loc[("MHSA", "1"), "labelled"], rel=1e-3)

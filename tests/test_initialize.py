@@ -43,7 +43,9 @@ def test_with_all_heads_kept_the_mhsa_start_rebuilds_much_and_a_random_one_nothi
 
 
 def test_more_heads_rebuild_the_head_outputs_better() -> None:
-    assert fvu(*started(CONFIG.replace(n_ov_heads=1024, k=1024))) < 0.8 * fvu(*started(CONFIG.replace(n_ov_heads=8, k=8)))
+    assert fvu(*started(CONFIG.replace(n_ov_heads=1024, k=1024))) < 0.8 * fvu(
+        *started(CONFIG.replace(n_ov_heads=8, k=8))
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen3", "gpt2"])
@@ -81,7 +83,13 @@ def test_activations_start_with_mean_zero() -> None:
 
 @pytest.mark.parametrize("init", ["mhsa", "random"])
 @pytest.mark.parametrize(
-    "config", [CONFIG, CONFIG.replace(k=8, score="relu"), SAEConfig(D_MODEL, 40, 6), SAEConfig(D_MODEL, 40, 6, kind="transcoder")]
+    "config",
+    [
+        CONFIG,
+        CONFIG.replace(k=8, score="relu"),
+        SAEConfig(D_MODEL, 40, 6),
+        SAEConfig(D_MODEL, 40, 6, kind="transcoder"),
+    ],
 )
 def test_what_every_start_promises(config: LorsaConfig | SAEConfig, init: str) -> None:
     """Mean zero, mean norm sqrt(d) of what is read and written, unit write directions, the mean as bias, the target's size."""

@@ -44,7 +44,7 @@ def asked(answers: Answers | None = None, retries: Retries = FAST, concurrency: 
     return OpenAIJudge("test-model", Answers(None) if answers is None else answers, concurrency, retries)
 
 
-# ------------------------------------------------------------------------------------------------------------------- parsing
+# ---- parsing
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_explainer_sees_marks_sources_and_silent_texts_of_the_first_half_alo
     assert not any(some in prompt for some in second)
 
 
-# ------------------------------------------------------------------------------------------------------------ file of answers
+# ---- file of answers
 
 
 def test_answers_are_found_again_and_half_a_line_is_dropped(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         Answers(tmp_path / "answers.jsonl", read_only=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- chat endpoint
+# ---- chat endpoint
 
 
 def test_a_plain_answer(server: ChatServer) -> None:
@@ -310,7 +310,9 @@ study_once(Path(sys.argv[1]))
 
 
 def test_killed_in_the_middle_nothing_is_lost_or_repeated(server: ChatServer, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    }
     server.stop_after = 11
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment)
     try:
@@ -353,7 +355,7 @@ def test_the_key_is_in_no_file_and_no_log(
         assert not any(secret in text for text in said)
 
 
-# --------------------------------------------------------------------------------------------------------------- local model
+# ---- local model
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +372,10 @@ class SingleLetters(LocalJudge):
 
 def test_verdicts_are_read_from_the_logits_of_the_last_token(tiny: models.LanguageModel) -> None:
     judge = SingleLetters(tiny, Answers(None), batch_size=3)
-    requests = [judges.render("detection_one", 1, explanation="digits", text=text) for text in ("a", "some longer text", "b 1", "c" * 40)]
+    requests = [
+        judges.render("detection_one", 1, explanation="digits", text=text)
+        for text in ("a", "some longer text", "b 1", "c" * 40)
+    ]
     answers = judge.ask(requests)
     for request, answer in zip(requests, answers, strict=True):
         ids = torch.tensor([tiny.tokenizer.encode(judge.prompt(request), add_special_tokens=False)])
@@ -388,7 +393,9 @@ def test_local_judges_are_kept_and_replayed(tiny: models.LanguageModel, tmp_path
     answers.close()
     assert judge.calls == asked_first > 0
     assert judge.tally.failed <= 0.05 * judge.tally.asked
-    replayed = autointerp.study([one], text, ReplayJudge(tmp_path / "answers.jsonl"), ("detection", "simulation"), progress=False)
+    replayed = autointerp.study(
+        [one], text, ReplayJudge(tmp_path / "answers.jsonl"), ("detection", "simulation"), progress=False
+    )
     assert again.equals(table)
     assert replayed.equals(table)
 

@@ -1,7 +1,7 @@
 """The Triton kernels against float64, with errors at most twice those of plain PyTorch in the same dtype.
 
-Without a GPU they run in Triton's interpreter (conftest.py switches it on), on few and small shapes; `pytest -m gpu` runs
-the whole table on a device.
+Without a GPU they run in Triton's interpreter (conftest.py switches it on), on few and small shapes; `pytest -m gpu`
+runs the whole table on a device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 pytest.importorskip("triton", reason="Triton is not installed; it has no wheels for this system")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("Triton was loaded without its interpreter; set TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
+    pytest.skip(
+        "Triton was loaded without its interpreter; set TRITON_INTERPRET=1 before Python starts",
+        allow_module_level=True,
+    )
 
 from lorsa_utils import kernels, ops, reference  # noqa: E402
 from lorsa_utils.config import LorsaConfig, RotaryConfig, TrainConfig  # noqa: E402
@@ -92,14 +95,16 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm())
 
 
-def assert_as_exact(names: str, found: tuple[Tensor, ...], plain: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
+def assert_as_exact(
+    names: str, found: tuple[Tensor, ...], plain: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+) -> None:
     for name, ours, theirs, truth in zip(names.split(), found, plain, exact, strict=True):
         assert ours.shape == truth.shape
         bound = 2 * error(theirs, truth) + ROUNDING * float(truth.norm())
         assert error(ours, truth) <= bound, f"{name}: {error(ours, truth):.2e}, allowed {bound:.2e}"
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# ---- attention
 
 
 class Problem(NamedTuple):
@@ -113,7 +118,9 @@ class Problem(NamedTuple):
     scale: float
 
 
-def problem(length: int, d: int, g: int, n_kept: int | None, dtype: torch.dtype, batch: int = 1, n_groups: int = 2) -> Problem:
+def problem(
+    length: int, d: int, g: int, n_kept: int | None, dtype: torch.dtype, batch: int = 1, n_groups: int = 2
+) -> Problem:
     q, k = (draw(batch, length, n_groups, d, seed=seed, dtype=dtype).transpose(1, 2) for seed in (0, 1))
     v = draw(batch, length, n_groups, g, seed=2, dtype=dtype).transpose(1, 2)
     n = n_groups * g
@@ -146,7 +153,9 @@ def check_attention(case: Problem, precision: str = "ieee") -> None:
     names = "z dq dk dv"
     if case.q.shape[2] == 1:  # one key: its weight is 1, and dq and dk are zero but for rounding
         size = float(case.dz.norm() * exact[0].norm() * case.k.norm())
-        assert max(float(found[1].norm()), float(found[2].norm())) <= (2.0**-9 if precision == "tf32" else 2.0**-20) * size
+        assert (
+            max(float(found[1].norm()), float(found[2].norm())) <= (2.0**-9 if precision == "tf32" else 2.0**-20) * size
+        )
         names, found, exact = "z dv", found[::3], exact[::3]
     if precision == "ieee" or not INTERPRETED:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -160,7 +169,14 @@ def check_attention(case: Problem, precision: str = "ieee") -> None:
 @pytest.mark.parametrize(
     ("length", "d", "g", "n_kept", "batch"),
     [
-        *[(1, 8, 1, 1, 2), (1, 24, 3, None, 1), (63, 24, 3, 7, 2), (63, 64, 128, 64, 1), (97, 64, 8, 64, 2), (97, 128, 64, 7, 1)],
+        *[
+            (1, 8, 1, 1, 2),
+            (1, 24, 3, None, 1),
+            (63, 24, 3, 7, 2),
+            (63, 64, 128, 64, 1),
+            (97, 64, 8, 64, 2),
+            (97, 128, 64, 7, 1),
+        ],
         *[(128, 8, 64, 7, 1), (128, 24, 1, None, 2), (257, 128, 3, 1, 1), (257, 24, 8, 64, 1), (1000, 8, 1, 1, 1)],
     ],
 )
@@ -168,12 +184,16 @@ def test_attention_equals_float64(length: int, d: int, g: int, n_kept: int | Non
     check_attention(problem(length, d, g, n_kept, torch.float32, batch, n_groups=1 if length == 1000 else 2))
 
 
-@pytest.mark.parametrize(("length", "d", "g", "n_kept"), [(63, 24, 3, 1), (97, 128, 128, 64), (257, 64, 64, 7), (128, 8, 8, None)])
+@pytest.mark.parametrize(
+    ("length", "d", "g", "n_kept"), [(63, 24, 3, 1), (97, 128, 128, 64), (257, 64, 64, 7), (128, 8, 8, None)]
+)
 def test_attention_of_bfloat16_equals_float64(length: int, d: int, g: int, n_kept: int | None) -> None:
     check_attention(problem(length, d, g, n_kept, torch.bfloat16))
 
 
-@pytest.mark.parametrize(("length", "d", "g", "n_kept"), [(97, 64, 64, 64), (140, 24, 3, 1), (63, 128, 8, 7), (20, 256, 256, 7)])
+@pytest.mark.parametrize(
+    ("length", "d", "g", "n_kept"), [(97, 64, 64, 64), (140, 24, 3, 1), (63, 128, 8, 7), (20, 256, 256, 7)]
+)
 def test_attention_of_tf32_equals_float64(length: int, d: int, g: int, n_kept: int | None) -> None:
     check_attention(problem(length, d, g, n_kept, torch.float32), "tf32")
 
@@ -189,7 +209,9 @@ def test_layout_of_gradients_and_strides_of_inputs() -> None:
     for gradient in first[1:]:
         assert gradient.transpose(1, 2).is_contiguous()
     fused = torch.cat([x.transpose(1, 2) for x in case[:3]], dim=-1).transpose(1, 2)  # rows with gaps between them
-    backwards = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in case[:3]]  # the last dimension is not the dense one
+    backwards = [
+        x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in case[:3]
+    ]  # the last dimension is not the dense one
     for inputs in ([x.contiguous() for x in case[:3]], fused.split([24, 24, 3], dim=-1), backwards):
         q, k, v = inputs
         for ours, theirs in zip(first, with_kernels(case._replace(q=q, k=k, v=v)), strict=True):
@@ -219,7 +241,9 @@ def test_two_calls_give_the_same_bits() -> None:
     for first, second in zip(with_kernels(case), with_kernels(case), strict=True):
         assert torch.equal(first, second)
     tokens = decode_problem(40, 20, 7, 33)
-    for first, second in zip(kernels.sparse_decode_backward(*tokens), kernels.sparse_decode_backward(*tokens), strict=True):
+    for first, second in zip(
+        kernels.sparse_decode_backward(*tokens), kernels.sparse_decode_backward(*tokens), strict=True
+    ):
         assert torch.equal(first, second)
 
 
@@ -237,7 +261,7 @@ def test_layers_past_the_limits_are_refused() -> None:
     assert not any(kernels.supports(*sizes) for sizes in [(257, 1, 8), (8, 257, 514), (8, 1, 65537)])
 
 
-# --------------------------------------------------------------------------------------------------------------- selection
+# ---- selection
 
 
 def expected_selection(z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -290,13 +314,15 @@ def test_selection_among_some_units_and_of_other_layouts() -> None:
     check_selection(z.bfloat16(), norms, 9)
 
 
-@pytest.mark.parametrize(("n", "k", "fix"), [(8, 9, "choose k from 1 to 8"), (8, 0, "choose k from 1 to 8"), (65537, 1, 'backend "torch"')])
+@pytest.mark.parametrize(
+    ("n", "k", "fix"), [(8, 9, "choose k from 1 to 8"), (8, 0, "choose k from 1 to 8"), (65537, 1, 'backend "torch"')]
+)
 def test_impossible_selections_are_refused(n: int, k: int, fix: str) -> None:
     with pytest.raises(UserError, match=fix):
         kernels.select_top_k(torch.zeros(1, n, device=DEVICE), torch.ones(n, device=DEVICE), k)
 
 
-# ------------------------------------------------------------------------------------------------------------------ decode
+# ---- decode
 
 
 def decode_problem(n_rows: int, n: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -320,7 +346,8 @@ def check_decode(tokens: tuple[Tensor, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "n", "k", "d"), [(1, 1, 1, 1), (13, 40, 7, 24), (9, 64, 64, 130), (33, 300, 1, 16), (5, 70, 17, 257), (30, 20, 20, 8)]
+    ("n_rows", "n", "k", "d"),
+    [(1, 1, 1, 1), (13, 40, 7, 24), (9, 64, 64, 130), (33, 300, 1, 16), (5, 70, 17, 257), (30, 20, 20, 8)],
 )
 def test_decode_equals_float64(n_rows: int, n: int, k: int, d: int) -> None:
     check_decode(decode_problem(n_rows, n, k, d))
@@ -338,12 +365,14 @@ def test_heads_that_many_tokens_chose_are_summed_in_chunks(n_rows: int, monkeypa
     check_decode((indices, *rest))
 
 
-def test_gradient_of_values_is_summed_over_spans_of_a_weight_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_of_values_is_summed_over_spans_of_a_weight_larger_than_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(kernels, "_L2_BYTES", 20000)
     check_decode(decode_problem(7, 30, 5, 400))
 
 
-# ---------------------------------------------------------------------------------------------------------------- rotation
+# ---- rotation
 
 
 @pytest.mark.parametrize("adjacent", [False, True])
@@ -362,7 +391,7 @@ def test_rotation_equals_plain(d: int, rotary_dim: int, adjacent: bool) -> None:
     assert torch.allclose(rotated.float(), ops.apply_rotary(half.float(), cos, sin, adjacent), rtol=2.0**-8, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------- a whole step
+# ---- a whole step
 
 
 @pytest.mark.parametrize("score", ["relu", "abs"])
@@ -370,7 +399,9 @@ def test_a_training_step_through_ops_equals_float64(score: str) -> None:
     batch, length, n_groups, d, g, n_keep, aux_k = 2, 45, 3, 16, 4, 4, 2
     n, scale = n_groups * g, 0.4
     cos, sin = ops.rotary_tables(RotaryConfig(rope_type="default", rotary_dim=8), length, DEVICE, torch.float64)
-    leaves = [draw(batch, length, n_groups, width, seed=seed) for seed, width in enumerate((d, d, g))] + [draw(n, 24, seed=3)]
+    leaves = [draw(batch, length, n_groups, width, seed=seed) for seed, width in enumerate((d, d, g))] + [
+        draw(n, 24, seed=3)
+    ]
     dead = draw(n, seed=4) > 0.3
     targets = draw(2, batch * length, 24, seed=5)
 
@@ -419,7 +450,7 @@ def test_float64_is_refused() -> None:
         kernels.select_top_k(draw(2, 8, dtype=torch.float64), torch.ones(8, device=DEVICE), 2)
 
 
-# ------------------------------------------------------------------------------------------------- where kernels do not run
+# ---- where kernels do not run
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -427,7 +458,11 @@ def run_python(code: str, **environment: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(kernels.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**inherited, "PYTHONPATH": root, **environment}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**inherited, "PYTHONPATH": root, **environment},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -467,14 +502,16 @@ driver.set_active(Hopper())
 kernels._launch = compile_only
 ieee, tf32, bfloat16 = (torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")
 cases = [(256, 64, 64, ieee), (256, 64, 64, tf32), (256, 64, 64, bfloat16), (1, 8, 1, bfloat16), (1000, 24, 3, ieee)]
-for length, d, g, (dtype, precision) in [*cases, (257, 256, 256, bfloat16), (1024, 128, 128, tf32), (1024, 128, 128, bfloat16)]:
+for length, d, g, (dtype, precision) in [*cases, (257, 256, 256, bfloat16), (1024, 128, 128, tf32), (1024, 128, 128,
+bfloat16)]:
     q = torch.zeros(1, length, 2, d, dtype=dtype).transpose(1, 2)
     v = torch.zeros(1, length, 2, g, dtype=dtype).transpose(1, 2)
     _, lse = kernels.attention_forward(q, q, v, 0.5, precision)
     kept = torch.zeros(length, 2, dtype=torch.int64)
     kernels.attention_backward(q, q, v, lse, 0.5, kept, kept.float(), kept.float(), precision)
     kernels.apply_rotary(q, torch.zeros(length, d // 4), torch.zeros(length, d // 4), d == 8, d == 64)
-for n, k, d, dtype in [(6144, 64, 768, torch.float32), (65536, 1, 48, torch.bfloat16), (1000, 1000, 576, torch.float32)]:
+for n, k, d, dtype in [(6144, 64, 768, torch.float32), (65536, 1, 48, torch.bfloat16), (1000, 1000, 576,
+torch.float32)]:
     z = torch.zeros(600, n)
     kernels.select_top_k(z, z[0], k, "abs" if k == 1 else "relu", z[0] == 0 if k == 64 else None)
     indices, weight = torch.zeros(600, k, dtype=torch.int64), torch.zeros(n, d, dtype=dtype)
@@ -487,14 +524,21 @@ for n, k, d, dtype in [(6144, 64, 768, torch.float32), (65536, 1, 48, torch.bflo
 def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines()]
     names = {name for name, _, _ in rows}
-    launched = {"_attention_forward", "_pack_queries", "_attention_backward_q", "_attention_backward_kv", "_select_top_k", "_rotate"}
+    launched = {
+        "_attention_forward",
+        "_pack_queries",
+        "_attention_backward_q",
+        "_attention_backward_kv",
+        "_select_top_k",
+        "_rotate",
+    }
     assert names == {*launched, "_decode", "_decode_backward_values", "_decode_backward_hot", "_decode_backward_weight"}
     for name, shared_bytes, compiled in rows:
         assert compiled, name
         assert shared_bytes <= 100 * 1024, f"{name} asks for {shared_bytes} bytes of shared memory"
 
 
-# --------------------------------------------------------------------------------------------------------------- on a device
+# ---- on a device
 
 
 @pytest.fixture
@@ -542,7 +586,9 @@ def large(*shape: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("batch", "length", "n_groups"), [(40, 512, 1024), (1, 20480, 1024)])
-def test_offsets_past_32_bits_in_attention(batch: int, length: int, n_groups: int, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_past_32_bits_in_attention(
+    batch: int, length: int, n_groups: int, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 48e9:
         pytest.skip("needs 48 GB of GPU memory")
     monkeypatch.undo()

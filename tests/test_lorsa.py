@@ -27,12 +27,18 @@ LLAMA3 = ROTARY.replace(rope_type="llama3", rotary_dim=2, factor=8.0, original_c
 def keeps_clear_of_ties(module: Lorsa, x: torch.Tensor, gap: float = 1e-3) -> bool:
     """Whether no score at the boundary of the selection, and no kept z at the kink of relu, is near another."""
     z = module.pre_activations(x)
-    scores = ((z.relu() if module.score == "relu" else z.abs()) * module.W_O.norm(dim=1)).sort(dim=-1, descending=True).values
+    scores = (
+        ((z.relu() if module.score == "relu" else z.abs()) * module.W_O.norm(dim=1))
+        .sort(dim=-1, descending=True)
+        .values
+    )
     clear = bool((z.abs() > gap).all())
-    return clear and (module.k == module.n_units or bool((scores[..., module.k - 1] - scores[..., module.k] > gap).all()))
+    return clear and (
+        module.k == module.n_units or bool((scores[..., module.k - 1] - scores[..., module.k] > gap).all())
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- equations
+# ---- equations
 
 
 @settings(max_examples=40)
@@ -76,7 +82,9 @@ def test_kept_heads_are_those_with_the_largest_score(score: str) -> None:
     scores = (z.relu() if score == "relu" else z.abs()) * module.W_O.norm(dim=1)
     left_out = scores.scatter(-1, indices, -1.0).max(dim=-1).values
     assert (scores.gather(-1, indices).min(dim=-1).values >= left_out).all()
-    assert torch.allclose(values, z.gather(-1, indices).relu() if score == "relu" else z.gather(-1, indices), atol=1e-12)
+    assert torch.allclose(
+        values, z.gather(-1, indices).relu() if score == "relu" else z.gather(-1, indices), atol=1e-12
+    )
     assert bool((values == 0).any()) == (score == "relu")
 
 
@@ -109,7 +117,7 @@ def test_selection_among_some_units_and_with_another_k() -> None:
     assert torch.allclose(module(x, k=24).y, dense, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------- gradients
+# ---- gradients
 
 
 @pytest.mark.parametrize(
@@ -146,7 +154,7 @@ def test_gradients_flow_through_kept_heads_alone() -> None:
     assert torch.equal(pre.grad != 0, kept)
 
 
-# ---------------------------------------------------------------------------------------------------------------- patterns
+# ---- patterns
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -195,7 +203,7 @@ def test_config_is_derived_from_the_model(tmp_path: Path, kind: str) -> None:
     assert not config.qk_norm or config.qk_norm_eps == site.qk_norm_eps
 
 
-# ----------------------------------------------------------------------------------------------------------------- folding
+# ---- folding
 
 
 @pytest.mark.parametrize("score", ["relu", "abs"])
@@ -230,7 +238,7 @@ def test_folding_turns_training_space_into_raw_activations_and_back(qk_norm: boo
     assert torch.allclose(module(scaling.inputs(x)).y, trained, atol=1e-10)
 
 
-# ------------------------------------------------------------------------------------------------------- saving and loading
+# ---- saving and loading
 
 
 @pytest.fixture(params=["lorsa", "lorsa_qk_norm", "sae", "transcoder"])
@@ -317,7 +325,9 @@ def edit_config(folder: Path, change: Callable[[Any], Any]) -> None:
         (lambda config: config.clear(), "config.json"),
     ],
 )
-def test_a_wrong_config_is_refused_in_a_sentence(saved: tuple[Lorsa | SAE, Path], change: Callable[[Any], Any], sentence: str) -> None:
+def test_a_wrong_config_is_refused_in_a_sentence(
+    saved: tuple[Lorsa | SAE, Path], change: Callable[[Any], Any], sentence: str
+) -> None:
     edit_config(saved[1], change)
     with pytest.raises(UserError, match=sentence):
         load_module(saved[1])
@@ -341,7 +351,9 @@ def test_loading_as_the_other_kind_names_both(saved: tuple[Lorsa | SAE, Path]) -
         other.load(folder)
 
 
-def test_saving_over_a_run_leaves_the_old_one_when_it_fails(saved: tuple[Lorsa | SAE, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_over_a_run_leaves_the_old_one_when_it_fails(
+    saved: tuple[Lorsa | SAE, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, folder = saved
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 

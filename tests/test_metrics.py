@@ -34,7 +34,7 @@ def measured(y: Tensor, predicted: SparseOutput, mask: Tensor, n_units: int = 4)
     return sums.result()
 
 
-# ------------------------------------------------------------------------------------------------------------------ by hand
+# ---- by hand
 
 TARGETS = torch.tensor([[[99.0, 99.0], [0.0, 0.0], [4.0, 0.0], [2.0, 6.0], [77.0, 7.0]]])
 MASK = torch.tensor([[False, True, True, True, False]])
@@ -75,12 +75,16 @@ def test_nothing_to_measure_is_a_sentence() -> None:
         measured(torch.ones(1, 3, 2), output(torch.ones(1, 3, 2)), torch.ones(1, 3, dtype=torch.bool))
 
 
-# ------------------------------------------------------------------------------------------------------ over whole sources
+# ---- over whole sources
 
 
 def test_batch_size_does_not_matter() -> None:
     source = ToySource(11, 9, layers=(0, 1))
-    modules: dict[str, Any] = {"lorsa": (0, random_lorsa()), "sae": (1, random_sae()), "transcoder": (0, random_sae(kind="transcoder"))}
+    modules: dict[str, Any] = {
+        "lorsa": (0, random_lorsa()),
+        "sae": (1, random_sae()),
+        "transcoder": (0, random_sae(kind="transcoder")),
+    }
     at_once = evaluate_activations(modules, source, batch_size=11)
     for batch_size in (1, 4):
         found = evaluate_activations(modules, source, batch_size)
@@ -106,13 +110,15 @@ def test_evaluation_equals_the_definition() -> None:
     found = evaluate_activations({"m": (0, module)}, source, 2)["m"]
     y, result = source.outputs[0], module(source.inputs[0])
     counted, error = y[source.mask], (y - result.y)[source.mask].detach()
-    assert found["fvu"] == pytest.approx(float(error.square().sum() / (counted - counted.mean(0)).square().sum()), rel=1e-5)
+    assert found["fvu"] == pytest.approx(
+        float(error.square().sum() / (counted - counted.mean(0)).square().sum()), rel=1e-5
+    )
     active = torch.zeros(6, 9, 24).scatter(-1, result.indices, (result.values != 0).float())[source.mask]
     assert found["l0"] == pytest.approx(float(active.sum(-1).mean()))
     assert found["dead_fraction"] == pytest.approx(float((active.sum(0) == 0).float().mean()))
 
 
-# ------------------------------------------------------------------------------------------------------------- spliced in
+# ---- spliced in
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +152,8 @@ def test_a_perfect_module_recovers_all_and_the_mean_nothing(lm: LanguageModel) -
     assert (perfect["ce_recovered"], perfect["fvu"]) == (1, 0)
     assert abs(perfect["ce_mean_ablated"] - perfect["ce"]) > 1e-2
     mean = mean_output(lm, 1, sequences)
-    flat = evaluate_spliced(lm, 1, Fixed(lambda y: mean.expand_as(y)), sequences, batch_size=3)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    flat = evaluate_spliced(lm, 1, Fixed(lambda y: mean.expand_as(y)), sequences, batch_size=3)
     assert flat["ce_spliced"] == pytest.approx(flat["ce_mean_ablated"], abs=1e-6)
     assert flat["ce_recovered"] == pytest.approx(0, abs=1e-4)
     assert flat["fvu"] == pytest.approx(1, abs=1e-6)

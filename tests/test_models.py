@@ -46,7 +46,7 @@ def hidden_states(lm: LanguageModel, tokens: torch.Tensor) -> tuple[torch.Tensor
         return lm.model(tokens, output_hidden_states=True).hidden_states
 
 
-# ------------------------------------------------------------------------------------------------------ parity with the model
+# ---- parity with the model
 
 
 def test_patterns_equal_the_models_own(folder: Path, lm: LanguageModel) -> None:
@@ -62,7 +62,9 @@ def test_patterns_equal_the_models_own(folder: Path, lm: LanguageModel) -> None:
         assert pattern[..., -1, :].std() > 1e-3, "a uniform pattern would not tell one rotation from another"
 
 
-@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}])
+@pytest.mark.parametrize(
+    "scaling", [{"type": "linear", "factor": 4.0}, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}]
+)
 def test_patterns_with_other_scalings(tmp_path: Path, scaling: dict[str, Any]) -> None:
     if "low_freq_factor" in scaling:
         scaling |= {"high_freq_factor": 2.0, "original_max_position_embeddings": 16}
@@ -138,7 +140,7 @@ def test_rotation_is_by_relative_position(lm: LanguageModel) -> None:
     assert turned == (lm.config.model_type != "gpt2")
 
 
-# -------------------------------------------------------------------------------------------------------- where the hooks are
+# ---- where the hooks are
 
 
 def test_the_site_lies_between_the_norm_and_the_residual_sum(lm: LanguageModel) -> None:
@@ -146,7 +148,11 @@ def test_the_site_lies_between_the_norm_and_the_residual_sum(lm: LanguageModel) 
     states = hidden_states(lm, tokens)
     for layer, (x, output) in lm.capture(tokens, [0, 1]).items():
         before, after, part = states[layer], states[layer + 1], block(lm, layer)
-        norms = (part.ln_1, part.ln_2) if lm.config.model_type == "gpt2" else (part.input_layernorm, part.post_attention_layernorm)
+        norms = (
+            (part.ln_1, part.ln_2)
+            if lm.config.model_type == "gpt2"
+            else (part.input_layernorm, part.post_attention_layernorm)
+        )
         middle = before + output
         read_by_mlp = before if getattr(lm.config, "use_parallel_residual", False) else middle
         with torch.no_grad():
@@ -202,9 +208,15 @@ def test_gradients_reach_the_replacement(lm: LanguageModel) -> None:
 
 
 def test_hooks_are_removed_after_an_error(lm: LanguageModel) -> None:
-    with pytest.raises(UserError, match=r"layer 1 has shape \[1, 8, 1\]"), lm.splice({1: lambda x, output: output[..., :1]}):
+    with (
+        pytest.raises(UserError, match=r"layer 1 has shape \[1, 8, 1\]"),
+        lm.splice({1: lambda x, output: output[..., :1]}),
+    ):
         lm.logits(random_tokens(1, 8))
-    with pytest.raises(UserError, match="Layer 7"), lm.splice({0: lambda x, output: output, 7: lambda x, output: output}):
+    with (
+        pytest.raises(UserError, match="Layer 7"),
+        lm.splice({0: lambda x, output: output, 7: lambda x, output: output}),
+    ):
         pass
     with pytest.raises(UserError, match="Layer 7"):
         lm.capture(random_tokens(1, 8), [0, 7])
@@ -226,7 +238,10 @@ def test_capture_stops_after_the_deepest_layer(lm: LanguageModel) -> None:
 def test_a_pass_resumed_at_a_layer_is_the_whole_pass(lm: LanguageModel) -> None:
     tokens = random_tokens(2, 24)
     ran: list[int] = []
-    hooks = [lm.attention_module(layer).register_forward_hook(lambda *_, layer=layer: ran.append(layer)) for layer in range(lm.n_layers)]
+    hooks = [
+        lm.attention_module(layer).register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer in range(lm.n_layers)
+    ]
     plain, losses, sides = lm.logits(tokens), lm.loss(tokens)[0], lm.capture(tokens, [1, 2])
     for layer in range(lm.n_layers):
         ran.clear()
@@ -240,7 +255,9 @@ def test_a_pass_resumed_at_a_layer_is_the_whole_pass(lm: LanguageModel) -> None:
             assert torch.equal(lm.loss(tokens)[0], losses)
             if layer <= 1:
                 again = lm.capture(tokens, [1, 2])
-                assert all(torch.equal(again[number][side], sides[number][side]) for number in (1, 2) for side in (0, 1))
+                assert all(
+                    torch.equal(again[number][side], sides[number][side]) for number in (1, 2) for side in (0, 1)
+                )
             else:
                 with pytest.raises(UserError, match="outside of `resume`"):
                     lm.capture(tokens, [1])
@@ -263,7 +280,9 @@ def test_resume_reads_what_it_is_given_and_meets_splices(lm: LanguageModel) -> N
         lm.logits(tokens)
     assert torch.equal(sites[0].W_Q, lm.site(2).W_Q), "layers keep their numbers"
     with lm.resume(1, torch.zeros_like(residual)):
-        assert torch.equal(lm.capture(tokens, [1])[1][0][0], lm.capture(tokens.flip(1), [1])[1][0][0]), "tokens are not read any more"
+        assert torch.equal(lm.capture(tokens, [1])[1][0][0], lm.capture(tokens.flip(1), [1])[1][0][0]), (
+            "tokens are not read any more"
+        )
 
 
 def test_a_pass_resumed_among_layers_of_several_types_is_the_whole_pass(tmp_path: Path) -> None:
@@ -279,16 +298,19 @@ def test_a_pass_resumed_among_layers_of_several_types_is_the_whole_pass(tmp_path
 def test_an_error_inside_resume_leaves_the_whole_model(lm: LanguageModel) -> None:
     tokens = random_tokens(2, 24)
     plain, residual = lm.logits(tokens), lm.residual(tokens, 2)
-    with pytest.raises(ZeroDivisionError), lm.resume(2, residual), lm.splice({2: lambda x, y: 1 / 0}):  # type: ignore[dict-item]
+    # type: ignore[dict-item]
+    with pytest.raises(ZeroDivisionError), lm.resume(2, residual), lm.splice({2: lambda x, y: 1 / 0}):
         lm.logits(tokens)
     assert torch.equal(lm.logits(tokens), plain)
 
 
-# ------------------------------------------------------------------------------------------------------------- loss and tokens
+# ---- loss and tokens
 
 
 @pytest.mark.parametrize("values_at_once", [1, 1000, 1 << 26])
-def test_loss_is_the_cross_entropy_of_the_next_token(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, values_at_once: int) -> None:
+def test_loss_is_the_cross_entropy_of_the_next_token(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, values_at_once: int
+) -> None:
     monkeypatch.setattr("lorsa_utils.models._LOGIT_VALUES_AT_ONCE", values_at_once)
     tokens = random_tokens(3, 10)
     mask = torch.ones(3, 10, dtype=torch.bool)
@@ -334,7 +356,7 @@ def test_wrong_mask_no_layer_and_too_long_a_sequence_are_refused(folders: dict[s
         lm.logits(random_tokens(1, 129))
 
 
-# --------------------------------------------------------------------------------------------------------------------- loading
+# ---- loading
 
 
 def test_loaded_models_are_frozen_and_described(lm: LanguageModel) -> None:
@@ -373,7 +395,9 @@ def test_local_gguf_files_load_like_the_folder_they_were_made_from(tmp_path: Pat
     assert torch.equal(lm.logits(tokens), original.logits(tokens))
     assert lm.rotary == original.rotary
     # Whether a tokenizer read from a GGUF adds a BOS by itself depends on the version of transformers.
-    found, expected = (model.tokenizer("A bridge\n of 1872.", add_special_tokens=False).input_ids for model in (lm, original))
+    found, expected = (
+        model.tokenizer("A bridge\n of 1872.", add_special_tokens=False).input_ids for model in (lm, original)
+    )
     assert found == expected
     assert lm.tokenizer("thin", add_special_tokens=False).input_ids == [259, 260]
     test_heads_sum_to_the_output(lm)
@@ -393,16 +417,22 @@ def edited(source: Path, target: Path, **changes: Any) -> Path:
     return target
 
 
-def test_unknown_architectures_and_ropes_are_named_with_what_is_supported(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_unknown_architectures_and_ropes_are_named_with_what_is_supported(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"'bert' is not supported; supported are gpt2, gpt_neox, llama, qwen3"):
         load_model(edited(folders["llama"], tmp_path / "bert", model_type="bert"))
     with pytest.raises(UserError, match="'made_up' is not supported"):
-        load_model(edited(folders["llama"], tmp_path / "made_up", model_type="made_up", auto_map={"AutoConfig": "evil.Config"}))
+        load_model(
+            edited(folders["llama"], tmp_path / "made_up", model_type="made_up", auto_map={"AutoConfig": "evil.Config"})
+        )
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
     with pytest.raises(UserError, match="'yarn' of this model is not supported; supported are default, linear, llama3"):
         load_model(edited(folders["llama"], tmp_path / "yarn", rope_parameters=yarn, rope_scaling=yarn))
     with pytest.raises(UserError, match="quantized"):
-        load_model(edited(folders["llama"], tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4}))
+        load_model(
+            edited(folders["llama"], tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4})
+        )
 
 
 def test_sliding_windows_are_refused(tmp_path: Path) -> None:
@@ -435,7 +465,13 @@ def test_rope_is_read_in_both_spellings(spelling: str) -> None:
     found = rotary_from_config(neox)
     assert (found.rope_type, found.rotary_dim, found.theta) == ("default", 4, 20000.0)
     found = rotary_from_config(llama)
-    assert (found.rope_type, found.rotary_dim, found.theta, found.factor, found.original_context) == ("llama3", 16, 500000.0, 8.0, 32)
+    assert (found.rope_type, found.rotary_dim, found.theta, found.factor, found.original_context) == (
+        "llama3",
+        16,
+        500000.0,
+        8.0,
+        32,
+    )
     del scaling["low_freq_factor"]
     with pytest.raises(UserError, match="without low_freq_factor"):
         rotary_from_config(llama)
@@ -484,7 +520,9 @@ def test_a_folder_of_half_a_model_is_refused(folders: dict[str, Path], tmp_path:
     half = edited(folders["llama"], tmp_path / "half")
     tensors = load_file(half / "model.safetensors")
     save_file(
-        {name: tensor for name, tensor in tensors.items() if ".1.self_attn." not in name}, half / "model.safetensors", {"format": "pt"}
+        {name: tensor for name, tensor in tensors.items() if ".1.self_attn." not in name},
+        half / "model.safetensors",
+        {"format": "pt"},
     )
     with pytest.raises(UserError, match=r"not a whole causal language model: model\.layers\.1\.self_attn"):
         load_model(half)
@@ -514,7 +552,9 @@ def test_gated_models_name_the_licence_and_the_login(monkeypatch: pytest.MonkeyP
         load_model("meta-llama/Llama-3.1-8B")
 
 
-def test_a_model_without_tokenizer_loads_until_the_tokenizer_is_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_without_tokenizer_loads_until_the_tokenizer_is_asked_for(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     bare = edited(folders["gpt2"], tmp_path / "bare")
     for path in bare.glob("*token*"):
         path.unlink()
@@ -532,7 +572,7 @@ def test_unknown_devices_are_refused() -> None:
             resolve_device(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- fingerprints
+# ---- fingerprints
 
 
 def test_fingerprints_are_stable_and_tell_models_apart(folder: Path, tmp_path: Path) -> None:
@@ -540,9 +580,9 @@ def test_fingerprints_are_stable_and_tell_models_apart(folder: Path, tmp_path: P
     assert first.fingerprint == again.fingerprint
     assert first.tokenizer_fingerprint == again.tokenizer_fingerprint
     changed = load_model(folder, device="cpu")
-    changed.model.get_parameter(changed.module_path(1) + "." + next(iter(dict(changed.attention_module(1).named_parameters())))).view(-1)[
-        1500
-    ] += 1e-3
+    changed.model.get_parameter(
+        changed.module_path(1) + "." + next(iter(dict(changed.attention_module(1).named_parameters())))
+    ).view(-1)[1500] += 1e-3
     assert changed.fingerprint != first.fingerprint
     assert load_model(folder, device="cpu", dtype=torch.bfloat16).fingerprint != first.fingerprint
     moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
@@ -553,7 +593,11 @@ def test_fingerprints_see_the_config(folders: dict[str, Path], tmp_path: Path) -
     first = load_model(folders["qwen3"], device="cpu").fingerprint
     assert load_model(edited(folders["qwen3"], tmp_path / "eps", rms_norm_eps=1e-3), device="cpu").fingerprint != first
     config = AutoConfig.from_pretrained(folders["qwen3"])
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}} if hasattr(config, "rope_parameters") else {"rope_theta": 5.0}
+    rope = (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+        if hasattr(config, "rope_parameters")
+        else {"rope_theta": 5.0}
+    )
     assert load_model(edited(folders["qwen3"], tmp_path / "theta", **rope), device="cpu").fingerprint != first
 
 
@@ -566,7 +610,7 @@ def test_tokenizer_fingerprint_ignores_how_it_was_called_and_sees_its_tokens(fol
     assert changed.tokenizer_fingerprint != lm.tokenizer_fingerprint
 
 
-# ---------------------------------------------------------------------------------------------------------- the embedded model
+# ---- the embedded model
 
 
 @pytest.fixture(scope="module")
@@ -577,7 +621,9 @@ def smollm2() -> LanguageModel:
 
 
 def test_embedded_model_heads_sum_to_its_output(smollm2: LanguageModel) -> None:
-    tokens = smollm2.tokenizer("The old bridge crosses the river just north of the town. " * 8, return_tensors="pt").input_ids
+    tokens = smollm2.tokenizer(
+        "The old bridge crosses the river just north of the town. " * 8, return_tensors="pt"
+    ).input_ids
     for layer, (x, output) in smollm2.capture(tokens, [0, 17, 29]).items():
         site = smollm2.site(layer)
         assert (site.n_heads, site.n_kv_heads, site.d_head, site.rotary.theta) == (9, 3, 64, 100000.0)

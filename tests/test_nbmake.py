@@ -23,8 +23,21 @@ def test_self_contained_notebook_runs_straight_from_its_file(name: str, tmp_path
     for part in ("expected", "corpus", "models", "cache", "benchmarks.csv"):
         if (place := Path(__file__).resolve().parents[1] / "data" / part).exists():
             (link / part).symlink_to(place)
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=900", "-p", "no:cacheprovider", "-q", str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbmake",
+        "--nbmake-timeout=900",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        str(source),
+    ]
     root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"LORSA_DATA": str(link), "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "LORSA_DATA": str(link),
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]

@@ -69,9 +69,12 @@ def test_modules_at_hand_are_the_checkpoint_alone_until_notebook_03_has_run(
     monkeypatch.setattr(checkpoints, "find", lambda model, layer, kind: shipped[kind])
     monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
     monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
-    monkeypatch.setattr(notebook, "layer_modules", lambda run, model, source, kinds: dict.fromkeys(run.profile.layers, own))
+    monkeypatch.setattr(
+        notebook, "layer_modules", lambda run, model, source, kinds: dict.fromkeys(run.profile.layers, own)
+    )
     store.write_json(
-        tmp_path / "data" / "expected" / "02_test.json", {"smoke": {"fvu": {"min": 0.5}}, "smoke_checkpoint": {"fvu": {"max": 0.5}}}
+        tmp_path / "data" / "expected" / "02_test.json",
+        {"smoke": {"fvu": {"min": 0.5}}, "smoke_checkpoint": {"fvu": {"max": 0.5}}},
     )
     layers, model = PROFILES["smoke"].layers, cast(Any, None)
     all_of_them = {layer: {"lorsa": own["lorsa"], "sae": own["sae_equal_features"]} for layer in layers}
@@ -214,7 +217,8 @@ def test_a_stage_is_made_once_and_again_only_when_its_files_or_its_key_change(tm
             store.write_text(folder / "part" / "result.txt", name)
 
         return [
-            notebook.stage(tmp_path, name, {"tokens": tokens}, lambda folder, name=name: make(name, folder)) for name in ("a", "b", "c")
+            notebook.stage(tmp_path, name, {"tokens": tokens}, lambda folder, name=name: make(name, folder))
+            for name in ("a", "b", "c")
         ]
 
     folders = pipeline()
@@ -271,7 +275,9 @@ def test_display_offers_an_image_to_programs_without_plotly(tmp_path: Path, monk
     assert set(shown[0]) == {"text/plain", "application/vnd.plotly.v1+json", "image/png"}
 
 
-def test_trained_goes_on_with_runs_that_stopped_at_different_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_goes_on_with_runs_that_stopped_at_different_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, source = begin(tmp_path), ToySource(20, 12, layers=(0, 1))
     model: Any = SimpleNamespace(device=torch.device("cpu"), site=toy_site)
     lorsa = LorsaConfig(d_model=D_MODEL, n_ov_heads=16, n_qk_heads=4, d_qk=D_HEAD, k=4, rotary=ROTARY)
@@ -280,13 +286,18 @@ def test_trained_goes_on_with_runs_that_stopped_at_different_steps(tmp_path: Pat
 
     def stop(name: str, steps: int) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(train, "train_runs", functools.partial(train.train_runs, stop_after_steps=steps, progress=False))
+            patch.setattr(
+                train, "train_runs", functools.partial(train.train_runs, stop_after_steps=steps, progress=False)
+            )
             notebook.trained(run, model, source, {name: modules[name]}, settings)
 
     stop("lorsa", 2)
     stop("sae", 4)
     folders = notebook.trained(run, model, source, modules, settings)
-    assert {name: train.read_log(folder)[-1]["tokens"] for name, folder in folders.items()} == {"lorsa": 300, "sae": 300}
+    assert {name: train.read_log(folder)[-1]["tokens"] for name, folder in folders.items()} == {
+        "lorsa": 300,
+        "sae": 300,
+    }
     fresh = notebook.trained(begin(tmp_path / "fresh"), model, source, modules, settings)
     for name, folder in folders.items():
         assert store.sha256_file(folder / "model.safetensors") == store.sha256_file(fresh[name] / "model.safetensors")
@@ -296,7 +307,9 @@ def test_trained_goes_on_with_runs_that_stopped_at_different_steps(tmp_path: Pat
 
 def test_best_modules_are_the_shipped_ones_when_both_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped: dict[str, Path | None] = {"lorsa": tmp_path / "a", "sae": tmp_path / "b"}
-    monkeypatch.setattr(checkpoints, "find", lambda model, layer, kind: shipped[kind] if layer == get_profile("smoke").layer else None)
+    monkeypatch.setattr(
+        checkpoints, "find", lambda model, layer, kind: shipped[kind] if layer == get_profile("smoke").layer else None
+    )
     monkeypatch.setattr(notebook, "sequences", lambda run, model: {})
     monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
     monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
@@ -306,4 +319,7 @@ def test_best_modules_are_the_shipped_ones_when_both_are_there(tmp_path: Path, m
     run, model = begin(tmp_path), cast(Any, None)
     assert notebook.best_modules(run, model) == shipped
     shipped["sae"] = None
-    assert notebook.best_modules(run, model) == {"lorsa": tmp_path / "of notebook 02", "sae": tmp_path / "of notebook 03"}
+    assert notebook.best_modules(run, model) == {
+        "lorsa": tmp_path / "of notebook 02",
+        "sae": tmp_path / "of notebook 03",
+    }

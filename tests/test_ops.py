@@ -22,7 +22,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torc
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# ---- attention
 
 
 @given(batch=st.integers(1, 3), heads=st.integers(1, 3), length=st.integers(1, 8), d_qk=sizes, d_v=sizes, seed=seeds)
@@ -48,7 +48,9 @@ def test_rotation_equals_the_loops(d_qk: int, length: int, seed: int, data: st.D
     x = draw(2, length, d_qk, seed=seed)
     cos, sin = ops.rotary_tables(rotary, length, dtype=torch.float64)
     found = ops.apply_rotary(x, cos, sin, rotary.adjacent_pairs)
-    expected = torch.stack([torch.stack([reference.rotate(x[b, i], i, rotary) for i in range(length)]) for b in range(2)])
+    expected = torch.stack(
+        [torch.stack([reference.rotate(x[b, i], i, rotary) for i in range(length)]) for b in range(2)]
+    )
     assert (found - expected).abs().max() < 1e-10
 
 
@@ -62,15 +64,19 @@ def test_scores_of_rotated_vectors_depend_on_the_distance_alone() -> None:
 
 
 def test_rms_norm_by_hand() -> None:
-    found = ops.rms_norm(torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64), 0.0)
+    found = ops.rms_norm(
+        torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64), 0.0
+    )
     assert found[0].tolist() == pytest.approx([3 / 12.5**0.5, 8 / 12.5**0.5])
 
 
-# -------------------------------------------------------------------------------------------------------------- selection
+# ---- selection
 
 
 @given(
-    rows=st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=1, max_size=5)),
+    rows=st.integers(1, 6).flatmap(
+        lambda n: st.lists(st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=1, max_size=5)
+    ),
     data=st.data(),
 )
 def test_ties_go_to_the_lower_index(rows: list[list[int]], data: st.DataObject) -> None:
@@ -98,7 +104,9 @@ def test_exactly_k_among_many_equal_scores(k: int) -> None:
     before = scores.clone()
     found = ops.select_top_k(scores, k)
     assert found.dtype == torch.int64
-    assert torch.equal(found.sort(dim=1).values, scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values)
+    assert torch.equal(
+        found.sort(dim=1).values, scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    )
     assert torch.equal(scores, before)
 
 
@@ -108,7 +116,7 @@ def test_rows_without_ties_keep_the_largest() -> None:
     assert torch.equal(found, scores.topk(7, dim=1).values)
 
 
-# ----------------------------------------------------------------------------------------------------------------- decode
+# ---- decode
 
 
 def chosen(rows: int, n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -136,7 +144,10 @@ def test_gradients_of_decode(rows: int, n: int, k: int, d: int) -> None:
 @pytest.mark.parametrize("frozen", ["values", "weight"])
 def test_gradients_of_decode_when_one_side_is_frozen(frozen: str) -> None:
     indices = chosen(5, 7, 3)
-    values, weight = draw(5, 3).requires_grad_(frozen != "values"), draw(7, 4, seed=1).requires_grad_(frozen != "weight")
+    values, weight = (
+        draw(5, 3).requires_grad_(frozen != "values"),
+        draw(7, 4, seed=1).requires_grad_(frozen != "weight"),
+    )
     assert torch.autograd.gradcheck(lambda v, w: ops.sparse_decode(indices, v, w), (values, weight))
 
 
@@ -148,7 +159,7 @@ def test_gradients_of_rows_nobody_chose_are_zero() -> None:
     assert weight.grad[[1, 4]].abs().min() > 0
 
 
-# -------------------------------------------------------------------------------------- attention and selection as one
+# ---- attention and selection as one
 
 
 class Layer(NamedTuple):
@@ -193,7 +204,9 @@ def test_sparse_attention_equals_plain_autograd(shape: tuple[int, ...], n_keep: 
     found = ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, n_keep, score, inputs.dead, aux_k, backend="torch")
     z = (ops.attention_pattern(inputs.q, inputs.k, 0.6) @ inputs.v).transpose(1, 2).reshape(shape[0] * shape[2], -1)
     active = z.relu() if score == "relu" else z
-    plain = ops.KeptHeads(found.indices, active.gather(1, found.indices), found.aux_indices, active.gather(1, found.aux_indices))
+    plain = ops.KeptHeads(
+        found.indices, active.gather(1, found.indices), found.aux_indices, active.gather(1, found.aux_indices)
+    )
     scores = active.abs() * inputs.norms
     assert torch.equal(found.indices.sort(dim=1).values, reference.select_top_k(scores.detach(), n_keep))
     assert found.aux_indices.shape[1] == min(aux_k, int(inputs.dead.sum()))
@@ -206,9 +219,13 @@ def test_sparse_attention_equals_plain_autograd(shape: tuple[int, ...], n_keep: 
 
 def test_sparse_attention_by_the_loops() -> None:
     inputs = layer(1, 2, 6, 4, 3)
-    results = [ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, 2, backend=backend) for backend in ("torch", "reference")]
+    results = [
+        ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, 2, backend=backend) for backend in ("torch", "reference")
+    ]
     assert torch.equal(results[0].indices.sort(dim=1).values, results[1].indices.sort(dim=1).values)
-    pairs = zip(*(gradients(found._replace(values=found.values.sort(dim=1).values), inputs) for found in results), strict=True)
+    pairs = zip(
+        *(gradients(found._replace(values=found.values.sort(dim=1).values), inputs) for found in results), strict=True
+    )
     assert all((one - other).abs().max() < 1e-12 for one, other in pairs)
 
 
@@ -216,7 +233,9 @@ def test_memory_of_the_backward_pass_holds_no_dense_activations() -> None:
     """What is kept for the backward pass: inputs, log-sum-exp, and K numbers and indices a token."""
     inputs = layer(2, 4, 50, 8, 16)
     saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
         ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, 3)
     tokens = 2 * 50
     assert sum(saved) == sum(side.numel() for side in inputs[:3]) + tokens * (4 + 3 + 3)
@@ -224,7 +243,11 @@ def test_memory_of_the_backward_pass_holds_no_dense_activations() -> None:
 
 @pytest.mark.parametrize("score", ["relu", "abs"])
 def test_gradients_of_sparse_encode(score: str) -> None:
-    x, weight, bias = draw(7, 5).requires_grad_(), draw(12, 5, seed=1).requires_grad_(), draw(12, seed=2).requires_grad_()
+    x, weight, bias = (
+        draw(7, 5).requires_grad_(),
+        draw(12, 5, seed=1).requires_grad_(),
+        draw(12, seed=2).requires_grad_(),
+    )
     norms, dead = draw(12, seed=3).abs() + 0.1, torch.arange(12) % 3 == 0
 
     def encode(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -136,8 +136,21 @@ def test_what_a_page_says(many: list[Head]) -> None:
         score=0.8,
     )
     text = " ".join(Reader(pages.head_page(head)).text.split())
-    said = ["Induction head: after A B ... A it looks at B", "more names: local/positional", "0.90", "0.75", "−0.25", "0.02 ± 0.01 nats"]
-    said += ["head 070 %", "Colours.", "balanced accuracy 0.80", "Siblings in QK group 0", f"head 3 of 24 in layer {LAYER}"]
+    said = [
+        "Induction head: after A B ... A it looks at B",
+        "more names: local/positional",
+        "0.90",
+        "0.75",
+        "−0.25",
+        "0.02 ± 0.01 nats",
+    ]
+    said += [
+        "head 070 %",
+        "Colours.",
+        "balanced accuracy 0.80",
+        "Siblings in QK group 0",
+        f"head 3 of 24 in layer {LAYER}",
+    ]
     assert not [words for words in said if words not in text]
     dead = Reader(pages.head_page(many[DEAD])).text
     assert "A dead head: never among the kept heads of any of 2,250 tokens" in dead
@@ -187,7 +200,9 @@ def test_invisible_characters_become_signs(token: str, shown: str) -> None:
 def test_pages_link_to_each_other(many: list[Head], tmp_path: Path) -> None:
     written = pages.write_pages(many[4:8], tmp_path, range(4, 8))
     assert [path.name for path in written.values()] == [pages.page_name(LAYER, head) for head in range(4, 8)]
-    links = [address for address in Reader(written[4].read_text(encoding="utf-8")).addresses if address.endswith(".html")]
+    links = [
+        address for address in Reader(written[4].read_text(encoding="utf-8")).addresses if address.endswith(".html")
+    ]
     assert sorted(links) == [pages.page_name(LAYER, head) for head in (5, 6, 7)]
     assert all((tmp_path / link).is_file() for link in links)
 
@@ -195,7 +210,9 @@ def test_pages_link_to_each_other(many: list[Head], tmp_path: Path) -> None:
 def test_a_page_is_built_in_two_seconds_and_a_hundred_in_one_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     capture = tiny.model.capture
-    monkeypatch.setattr(tiny.model, "capture", lambda tokens, layers: passes.append(len(tokens)) or capture(tokens, layers))
+    monkeypatch.setattr(
+        tiny.model, "capture", lambda tokens, layers: passes.append(len(tokens)) or capture(tokens, layers)
+    )
     chosen = [number % 24 for number in range(100)]
     began = time.perf_counter()
     made = [

@@ -21,7 +21,10 @@ from lorsa_utils.store import UserError
 
 KINDS = {"pythia-160m": "gpt_neox", "llama-3.1-8b": "llama", "qwen3-1.7b": "qwen3"}
 TINY = {"n_heads": 96, "n_qk": 8, "k": 4, "context": 32, "tokens": 600, "batch_size": 4, "layer": 1, "layers": (0, 1)}
-PROSE = [Document(f"doc {i}", "prose", f"Paragraph {i}: attention reads many tokens and writes a few, {i * i}. " * 4) for i in range(40)]
+PROSE = [
+    Document(f"doc {i}", "prose", f"Paragraph {i}: attention reads many tokens and writes a few, {i * i}. " * 4)
+    for i in range(40)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,7 @@ def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str,
     return small
 
 
-# -------------------------------------------------------------------------------------------------------------------- shapes
+# ---- shapes
 
 
 def test_shapes_are_those_that_are_timed() -> None:
@@ -70,16 +73,20 @@ def test_ratios_are_the_papers(preset: config.Preset) -> None:
     assert max(preset.layers) < preset.n_layers
 
 
-# --------------------------------------------------------------------------------------------------------------------- costs
+# ---- costs
 
 
 def test_operations_and_bytes_by_hand() -> None:
-    preset = PRESETS["pythia-160m"].replace(d_model=4, n_heads=6, n_qk=2, d_head=2, k=1, context=3, batch_size=1, tokens=3600, n_layers=5)
+    preset = PRESETS["pythia-160m"].replace(
+        d_model=4, n_heads=6, n_qk=2, d_head=2, k=1, context=3, batch_size=1, tokens=3600, n_layers=5
+    )
     preset = preset.replace(parameters=100.0, multiplied=50.0)
     weights = 2 * 4 * 2 * 2 + 2 * 4 * 6  # W_Q and W_K of two groups, W_V and W_O of six heads
     assert presets.lorsa_parameters(preset) == weights
-    # Projections and their weights' gradients over 3 tokens: 2 * 2 operations a weight of W_Q, W_K, W_V; attention forward over
-    # 6 causal pairs in 2 groups, backward in one of them (one head is kept); decode and its two gradients read one row a token.
+    # Projections and their weights' gradients over 3 tokens: 2 * 2 operations a weight of W_Q, W_K, W_V; attention
+    # forward over
+    # 6 causal pairs in 2 groups, backward in one of them (one head is kept); decode and its two gradients read one row
+    # a token.
     projections = 2 * 2 * 3 * 4 * (2 * 2 * 2 + 6)
     attention = 2 * (2 + 3) * 6 * 2 + 2 * (3 * 2 + 2 * 3) * 6
     decode = 3 * 2 * 3 * 1 * 4
@@ -104,7 +111,9 @@ def test_readme_prints_what_doctor_computes() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_doctor_estimates_a_preset(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_estimates_a_preset(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cli, "_matmul_rate", lambda: 1e12)
     assert cli.main(["doctor", "--preset", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["preset"]
@@ -116,11 +125,13 @@ def test_doctor_estimates_a_preset(name: str, capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out)["estimate"]["memory_gb"] > 1
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+# ---- training
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_train_fills_in_the_preset_and_explicit_options_win(name: str, tiny: dict[str, config.Preset], tmp_path: Path) -> None:
+def test_train_fills_in_the_preset_and_explicit_options_win(
+    name: str, tiny: dict[str, config.Preset], tmp_path: Path
+) -> None:
     options = ["--layer", "1", "--out", str(tmp_path / "run"), "--k", "3", "--held-out-tokens", "300"]
     assert cli.main(["train", "--preset", name, *options]) == 0
     saved = store.read_json(tmp_path / "run" / "config.json")
@@ -157,7 +168,7 @@ def test_notebooks_run_in_the_size_of_a_preset(name: str, tiny: dict[str, config
     assert lorsa.n_units == 96
 
 
-# ---------------------------------------------------------------------------------------------------------------- out of reach
+# ---- out of reach
 
 
 class GatedRepoError(Exception):

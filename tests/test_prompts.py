@@ -18,7 +18,21 @@ from lorsa_utils.prompts import PromptSet, Vocabulary
 from lorsa_utils.store import UserError
 
 WORDS = (
-    *("store", "garden", "bottle", "window", "river", "yellow", "letter", "mountain", "paper", "silver", "orange", "table", "market"),
+    *(
+        "store",
+        "garden",
+        "bottle",
+        "window",
+        "river",
+        "yellow",
+        "letter",
+        "mountain",
+        "paper",
+        "silver",
+        "orange",
+        "table",
+        "market",
+    ),
     *("bridge", "winter", "summer"),
 )
 
@@ -27,17 +41,25 @@ def word_tokenizer(numbers: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on names, series and words; digits are single tokens, or numbers of up to three digits are."""
     rng = random.Random(0)
     series = [word for members in prompts.SERIES.values() for word in members if not word.isdigit()]
-    pool = [*prompts.NAMES, *series, *WORDS, *" ".join(prompts.TEMPLATES).translate(str.maketrans("{},", "   ")).split()]
+    pool = [
+        *prompts.NAMES,
+        *series,
+        *WORDS,
+        *" ".join(prompts.TEMPLATES).translate(str.maketrans("{},", "   ")).split(),
+    ]
     lines = [" " + " ".join(rng.choices(pool, k=60)) + ", " for _ in range(300)]
     if numbers:
         lines += [" ".join(str(number) for number in range(100)) + " " for _ in range(20)]
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=not numbers)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])  # type: ignore[assignment]
+    # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     special = ["<bos>", "<eos>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(lines, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
@@ -82,12 +104,14 @@ def check(found: PromptSet) -> None:
         assert all(0 <= source <= int(found.position[query]) for source in there)
     for pair in found.pair.unique():
         rows = found.row[found.pair == pair].tolist()
-        assert {int(other) for row in rows for other in found.pair[found.row == row]} == {int(pair)}, "a prompt belongs to one pair"
+        assert {int(other) for row in rows for other in found.pair[found.row == row]} == {int(pair)}, (
+            "a prompt belongs to one pair"
+        )
         if found.has_controls:
             assert len(set(found.positive[found.pair == pair].tolist())) == 2
 
 
-# ------------------------------------------------------------------------------------------------------------ random tokens
+# ---- random tokens
 
 
 @given(n_pairs=st.integers(1, 4), length=st.integers(2, 20), seed=st.integers(0, 99))
@@ -104,7 +128,9 @@ def test_induction(bytes_only: Vocabulary, n_pairs: int, length: int, seed: int)
         assert (tokens[:position] == tokens[position]).sum() == 1
     for query in (~found.positive).nonzero()[:, 0].tolist():
         position = int(found.position[query])
-        assert found.tokens[found.row[query]][position] not in found.tokens[found.row[query]][:position], "nothing is repeated at a control"
+        assert found.tokens[found.row[query]][position] not in found.tokens[found.row[query]][:position], (
+            "nothing is repeated at a control"
+        )
 
 
 def test_controls_stand_on_the_same_tokens(bytes_only: Vocabulary) -> None:
@@ -133,13 +159,15 @@ def test_seeds(bytes_only: Vocabulary) -> None:
 
 def test_bos_is_in_front_or_nowhere() -> None:
     tokenizer = byte_tokenizer()
-    assert (prompts.induction(Vocabulary(tokenizer, 0), 2).tokens[:, 0] == 0).all(), "token id 0 is a token like any other"
+    assert (prompts.induction(Vocabulary(tokenizer, 0), 2).tokens[:, 0] == 0).all(), (
+        "token id 0 is a token like any other"
+    )
     without = prompts.induction(Vocabulary(tokenizer, None), 2)
     assert without.tokens.shape[1] == prompts.induction(Vocabulary(tokenizer, 256), 2).tokens.shape[1] - 1
     assert (without.tokens < 256).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------- positions
+# ---- positions
 
 
 def test_positional_families(bytes_only: Vocabulary) -> None:
@@ -190,7 +218,7 @@ def test_thematic_anchors_need_text(bytes_only: Vocabulary, n: int, length: int,
         prompts.thematic_anchor(bytes_only, prompts.passages(documents(n), bytes_only, 9, length))
 
 
-# -------------------------------------------------------------------------------------------------------------- words
+# ---- words
 
 
 def test_indirect_objects(words: Vocabulary) -> None:
@@ -274,7 +302,7 @@ def test_subtoken_induction(words: Vocabulary) -> None:
             assert (int((tokens == row[place]).sum()) == 2) == (kind == "token")
 
 
-# ------------------------------------------------------------------------------------------------------------- arithmetic
+# ---- arithmetic
 
 
 @pytest.mark.parametrize("operator", ["+", "-", "*"])
@@ -310,7 +338,7 @@ def test_arithmetic_prompts(words: Vocabulary) -> None:
         assert "".join(shown) == f"{a}{b}"
 
 
-# ------------------------------------------------------------------------------------------------------------- all of them
+# ---- all of them
 
 
 def test_standard_makes_every_family(words: Vocabulary) -> None:
@@ -326,7 +354,13 @@ def test_standard_makes_every_family(words: Vocabulary) -> None:
 
 def test_standard_skips_what_a_tokenizer_lacks_with_a_sentence(bytes_only: Vocabulary) -> None:
     found = prompts.standard(bytes_only, [], scale=0.1)
-    assert set(found.skipped) >= {"name_mover", "copy_suppression", "subtoken_induction", "previous_token", "thematic_anchor"}
+    assert set(found.skipped) >= {
+        "name_mover",
+        "copy_suppression",
+        "subtoken_induction",
+        "previous_token",
+        "thematic_anchor",
+    }
     assert {"induction", "duplicate_token", "arithmetic"} <= set(found.sets)
     for sentence in found.skipped.values():
         assert sentence.endswith(".")

@@ -30,14 +30,16 @@ from lorsa_utils.store import UserError
 D, N_QK, D_QK, N_OV, LENGTH = 8, 2, 4, 6, 7
 
 
-# ------------------------------------------------------------------------------- what the formats compute, in loops and float64
+# ---- what the formats compute, in loops and float64
 
 
 def angle(config: Mapping[str, Any], pair: int) -> float:
     """Radians a token by which one pair of dimensions turns."""
     frequency = config["rotary_base"] ** (-2 * pair / config["rotary_dim"])
     if config.get("use_NTK_by_parts_rope"):
-        low, high, factor = (config[f"NTK_by_parts_{name}"] for name in ("low_freq_factor", "high_freq_factor", "factor"))
+        low, high, factor = (
+            config[f"NTK_by_parts_{name}"] for name in ("low_freq_factor", "high_freq_factor", "factor")
+        )
         wavelength, old = 2 * math.pi / frequency, config["old_context_len"]
         if wavelength > old / low:
             return frequency / factor
@@ -82,7 +84,10 @@ def head_activations(x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, An
         k = side(x, t["W_K"][stored], t["b_K"][stored], gains[1], config)
         v = [float(row @ t["W_V"][head].flatten() + t["b_V"][head]) for row in x]
         for i in range(len(x)):
-            scores = [math.exp(sum(a * b for a, b in zip(q[i], k[j], strict=True)) / config["attn_scale"]) for j in range(i + 1)]
+            scores = [
+                math.exp(sum(a * b for a, b in zip(q[i], k[j], strict=True)) / config["attn_scale"])
+                for j in range(i + 1)
+            ]
             z[i, head] = sum(score * value for score, value in zip(scores, v, strict=False)) / sum(scores)
     return z
 
@@ -114,7 +119,7 @@ def openmoss_forward(x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, An
     return decoded(z, scores, k, t, t["b_O"]) / (math.sqrt(D) / config["avg_norm"]["out"])
 
 
-# ------------------------------------------------------------------------------------------------------- random checkpoints
+# ---- random checkpoints
 
 
 def draws(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
@@ -151,33 +156,63 @@ def llamascopium(**changes: Any) -> dict[str, Any]:
 
 def llamascopium_weights(config: Mapping[str, Any], seed: int = 0, stored_groups: int = N_QK) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("W_Q", "W_K"), (stored_groups, D, D_QK))
-    shapes |= {"W_V": (N_OV, D), "W_O": (N_OV, D), "b_Q": (stored_groups, D_QK), "b_K": (stored_groups, D_QK), "b_V": (N_OV,)}
+    shapes |= {
+        "W_V": (N_OV, D),
+        "W_O": (N_OV, D),
+        "b_Q": (stored_groups, D_QK),
+        "b_K": (stored_groups, D_QK),
+        "b_V": (N_OV,),
+    }
     shapes |= {"b_D": (D,)} if config["use_decoder_bias"] else {}
     shapes |= {"ln_q.w": (stored_groups, D_QK), "ln_k.w": (stored_groups, D_QK)} if config["use_post_qk_ln"] else {}
     tensors = draws(shapes, seed)
     if config["norm_activation"] == "dataset-wise":
         for name, norm in (("in", 5.0), ("out", 0.7)):
-            tensors["dataset_average_activation_norm." + config[f"hook_point_{name}"]] = torch.tensor(norm, dtype=torch.float64)
+            tensors["dataset_average_activation_norm." + config[f"hook_point_{name}"]] = torch.tensor(
+                norm, dtype=torch.float64
+            )
     return tensors
 
 
 def write_llamascopium(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     stored = {name: tensor.float() for name, tensor in tensors.items()}
-    stored |= {"mask": torch.ones(4, 4).tril().bool(), "IGNORE": torch.tensor(-torch.inf), "rotary_sin": torch.zeros(4, D_QK)}
+    stored |= {
+        "mask": torch.ones(4, 4).tril().bool(),
+        "IGNORE": torch.tensor(-torch.inf),
+        "rotary_sin": torch.zeros(4, D_QK),
+    }
     store.write_tensors(folder / "sae_weights.safetensors", stored)
     store.write_json(folder / "config.json", config)
     return folder
 
 
 def openmoss(**changes: Any) -> dict[str, Any]:
-    config = {name: value for name, value in llamascopium().items() if name.startswith(("n_", "d_", "rotary", "positional", "attn"))}
-    config |= {"n_ov_heads": N_OV, "d_ov_head": 1, "avg_norm": {"in": 4.0, "out": 0.5}, "mode": "top_k", "top_k": 2, "use_z_relu": False}
+    config = {
+        name: value
+        for name, value in llamascopium().items()
+        if name.startswith(("n_", "d_", "rotary", "positional", "attn"))
+    }
+    config |= {
+        "n_ov_heads": N_OV,
+        "d_ov_head": 1,
+        "avg_norm": {"in": 4.0, "out": 0.5},
+        "mode": "top_k",
+        "top_k": 2,
+        "use_z_relu": False,
+    }
     return config | {"virtual_kv_num": 0, "layer": 1, "dtype": "torch.float32", "device": "cuda"} | changes
 
 
 def openmoss_weights(seed: int = 0) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("W_Q", "W_K"), (N_QK, D, D_QK))
-    shapes |= {"W_V": (N_OV, D, 1), "W_O": (N_OV, 1, D), "b_Q": (N_QK, D_QK), "b_K": (N_QK, D_QK), "b_V": (N_OV, 1), "b_O": (D,)}
+    shapes |= {
+        "W_V": (N_OV, D, 1),
+        "W_O": (N_OV, 1, D),
+        "b_Q": (N_QK, D_QK),
+        "b_K": (N_QK, D_QK),
+        "b_V": (N_OV, 1),
+        "b_O": (D,),
+    }
     return draws(shapes, seed)
 
 
@@ -197,7 +232,7 @@ def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.float().double() for name, tensor in tensors.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------ same outputs
+# ---- same outputs
 
 
 @settings(max_examples=60, deadline=None)
@@ -221,14 +256,22 @@ def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 )
 def test_llamascopium_weights_compute_the_same(seed: int, options: dict[str, Any], stored_groups: int) -> None:
     config = llamascopium(**options, normalization_type="RMS" if options["use_post_qk_ln"] else None)
-    config |= {"NTK_by_parts_factor": 8.0, "NTK_by_parts_low_freq_factor": 1.0, "NTK_by_parts_high_freq_factor": 4.0, "old_context_len": 24}
+    config |= {
+        "NTK_by_parts_factor": 8.0,
+        "NTK_by_parts_low_freq_factor": 1.0,
+        "NTK_by_parts_high_freq_factor": 4.0,
+        "old_context_len": 24,
+    }
     tensors = llamascopium_weights(config, seed, stored_groups)
     x = random_inputs(1, LENGTH, D, seed + 1, torch.float64)
     with tempfile.TemporaryDirectory() as place:
         lorsa = as_here(write_llamascopium(Path(place), config, tensors))
     expected = llamascopium_forward(x[0], in_float32(tensors), config)
     assert (lorsa(x).y[0] - expected).abs().max() < 1e-5
-    assert lorsa.config.rotary.adjacent_pairs == options["rotary_adjacent_pairs"] or options["positional_embedding_type"] == "none"
+    assert (
+        lorsa.config.rotary.adjacent_pairs == options["rotary_adjacent_pairs"]
+        or options["positional_embedding_type"] == "none"
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -264,7 +307,9 @@ def test_the_reference_rotates_by_position() -> None:
     ).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"k": 24}, {"attn_scale": 0.3}, {"adjacent": True}, {"llama3": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"qk_norm": True}, {"k": 24}, {"attn_scale": 0.3}, {"adjacent": True}, {"llama3": True}]
+)
 def test_what_is_exported_computes_the_same_there_and_here(tmp_path: Path, changes: dict[str, Any]) -> None:
     base = random_lorsa().config
     rotary = base.rotary.replace(adjacent_pairs=bool(changes.pop("adjacent", False)))
@@ -280,7 +325,9 @@ def test_what_is_exported_computes_the_same_there_and_here(tmp_path: Path, chang
     back = as_here(tmp_path / "out")
     x = random_inputs(2, 9, dtype=torch.float64)
     assert (back(x).y - lorsa.double()(x).y).abs().max() < 1e-6
-    assert {name: value.shape for name, value in back.state_dict().items()} == {n: v.shape for n, v in lorsa.state_dict().items()}
+    assert {name: value.shape for name, value in back.state_dict().items()} == {
+        n: v.shape for n, v in lorsa.state_dict().items()
+    }
     assert "Language-Model-SAEs" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -306,7 +353,7 @@ def test_the_expansion_factor_gives_back_the_number_of_heads(n_ov: int) -> None:
     assert int(config.d_model * written["expansion_factor"]) == n_ov
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ---- refusals
 
 
 REFUSED = {
@@ -348,9 +395,13 @@ def test_virtual_keys_and_wide_heads_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"4 virtual keys \(virtual_kv_num\)"):
         published.read(write_openmoss(tmp_path / "a", openmoss(virtual_kv_num=4), openmoss_weights()))
     with pytest.raises(UserError, match="virtual keys"):
-        published.read(write_openmoss(tmp_path / "b", openmoss(), openmoss_weights() | {"virtual_k": torch.zeros(1, N_QK, D_QK)}))
+        published.read(
+            write_openmoss(tmp_path / "b", openmoss(), openmoss_weights() | {"virtual_k": torch.zeros(1, N_QK, D_QK)})
+        )
     with pytest.raises(UserError, match=r"width 2 \(d_ov_head\)"):
-        published.read(write_openmoss(tmp_path / "c", openmoss(), openmoss_weights() | {"W_V": torch.zeros(N_OV, D, 2)}))
+        published.read(
+            write_openmoss(tmp_path / "c", openmoss(), openmoss_weights() | {"W_V": torch.zeros(N_OV, D, 2)})
+        )
     with pytest.raises(UserError, match="mode top_k but no top_k"):
         published.read(write_openmoss(tmp_path / "d", openmoss(top_k=None), openmoss_weights()))
 
@@ -407,7 +458,7 @@ def test_other_folders_and_tensors_are_refused(tmp_path: Path) -> None:
         published.read(write_llamascopium(tmp_path, config, tensors))
 
 
-# ---------------------------------------------------------------------------------------------------------------- readings
+# ---- readings
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +518,9 @@ def test_an_exported_lorsa_comes_back_without_a_word(tmp_path: Path, model: Lang
     assert config["imported"]["format"] == "llamascopium"
 
 
-def test_folded_weights_whose_config_says_otherwise_are_found_out(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
+def test_folded_weights_whose_config_says_otherwise_are_found_out(
+    tmp_path: Path, model: LanguageModel, good: Lorsa
+) -> None:
     folder = exported(tmp_path, good, norm_activation="dataset-wise")
     with_norms(folder, 1.0, 30.0)
     answer = imported(folder, model)
@@ -481,7 +534,13 @@ def test_weights_for_normalised_activations_are_folded(tmp_path: Path, model: La
     with_norms(folder, 1.0, 30.0)
     size = math.sqrt(good.config.d_model)
     tensors = store.read_tensors(folder / "sae_weights.safetensors")
-    for name, factor in (("W_Q", 1 / size), ("W_K", 1 / size), ("W_V", 1 / size), ("W_O", size / 30), ("b_D", size / 30)):
+    for name, factor in (
+        ("W_Q", 1 / size),
+        ("W_K", 1 / size),
+        ("W_V", 1 / size),
+        ("W_O", size / 30),
+        ("b_D", size / 30),
+    ):
         tensors[name] *= factor
     store.write_tensors(folder / "sae_weights.safetensors", tensors)
     answer = imported(folder, model)
@@ -538,7 +597,9 @@ def test_without_a_model_the_config_is_believed_and_nothing_is_claimed(tmp_path:
         published.import_checkpoint(unnormed, tmp_path / "other")
 
 
-def test_a_model_of_another_width_or_an_unknown_layer_is_refused(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
+def test_a_model_of_another_width_or_an_unknown_layer_is_refused(
+    tmp_path: Path, model: LanguageModel, good: Lorsa
+) -> None:
     folder = write_llamascopium(tmp_path / "there", llamascopium(), llamascopium_weights(llamascopium()))
     with pytest.raises(UserError, match="has width 64, the checkpoint 8"):
         imported(folder, model)
@@ -548,20 +609,26 @@ def test_a_model_of_another_width_or_an_unknown_layer_is_refused(tmp_path: Path,
     assert not (tmp_path / "here").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- commands and the Hub
+# ---- commands and the Hub
 
 
 def lorsa_command(*arguments: object) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
-def test_commands_export_and_import(tmp_path: Path, model: LanguageModel, good: Lorsa, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_export_and_import(
+    tmp_path: Path, model: LanguageModel, good: Lorsa, capsys: pytest.CaptureFixture[str]
+) -> None:
     exported(tmp_path, good)
     shutil.rmtree(tmp_path / "out")
     assert lorsa_command("export", tmp_path / "run", tmp_path / "out", "--json") == 0
     assert json.loads(capsys.readouterr().out)["keys"]["W_V"] == "W_V"
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"Paragraph {i} of a text that is long enough to be cut into sequences, {i * i}." for i in range(60)))
+    text.write_text(
+        "\n\n".join(
+            f"Paragraph {i} of a text that is long enough to be cut into sequences, {i * i}." for i in range(60)
+        )
+    )
     options = ("--model", model.name, "--text", text, "--tokens", 500, "--json")
     assert lorsa_command("import", tmp_path / "out", tmp_path / "here", *options) == 0
     captured = capsys.readouterr()
@@ -580,7 +647,9 @@ def test_commands_export_and_import(tmp_path: Path, model: LanguageModel, good: 
     ("source", "pattern", "inside"),
     [("someone/lorsas:layer_3/k64", "layer_3/k64/config.json", "layer_3/k64"), ("someone/lorsas", "config.json", "")],
 )
-def test_the_hub_is_asked_for_one_folder(source: str, pattern: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_one_folder(
+    source: str, pattern: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
     def download(repo: str, allow_patterns: list[str]) -> str:
@@ -617,7 +686,9 @@ class FakeHub:
         (self.place / repo_id).mkdir(parents=True, exist_ok=exist_ok)
         self.private = private
 
-    def upload_folder(self, repo_id: str, folder_path: str, path_in_repo: str | None, ignore_patterns: list[str]) -> str:
+    def upload_folder(
+        self, repo_id: str, folder_path: str, path_in_repo: str | None, ignore_patterns: list[str]
+    ) -> str:
         kept_back = shutil.ignore_patterns(*(pattern.split("/")[0] for pattern in ignore_patterns))
         shutil.copytree(folder_path, self.place / repo_id / (path_in_repo or ""), ignore=kept_back, dirs_exist_ok=True)
         return f"https://hub.example/{repo_id}"
@@ -649,9 +720,15 @@ def test_push_uploads_the_folder_with_its_card_and_no_token(
 
 @pytest.mark.parametrize(
     ("status", "sentence"),
-    [(401, "you are not logged in; check the name and run `hf auth login`"), (403, "access is restricted"), (404, "it does not exist")],
+    [
+        (401, "you are not logged in; check the name and run `hf auth login`"),
+        (403, "access is restricted"),
+        (404, "it does not exist"),
+    ],
 )
-def test_a_refused_upload_says_what_to_do(status: int, sentence: str, tmp_path: Path, good: Lorsa, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_upload_says_what_to_do(
+    status: int, sentence: str, tmp_path: Path, good: Lorsa, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Refusing(FakeHub):
         def upload_folder(self, *arguments: Any, **options: Any) -> str:
             error = RuntimeError("no")
@@ -666,7 +743,9 @@ def test_a_refused_upload_says_what_to_do(status: int, sentence: str, tmp_path: 
         published.push_to_hub(tmp_path / "run", "lorsas")
 
 
-def test_a_small_checkpoint_is_written_and_imported_by_command(tmp_path: Path, good: Lorsa, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_checkpoint_is_written_and_imported_by_command(
+    tmp_path: Path, good: Lorsa, capsys: pytest.CaptureFixture[str]
+) -> None:
     exported(tmp_path, good)
     assert lorsa_command("export", tmp_path / "run", tmp_path / "small", "--format", "small", "--json") == 0
     assert json.loads(capsys.readouterr().out)["bytes"] < 0.5 * (tmp_path / "run" / "model.safetensors").stat().st_size

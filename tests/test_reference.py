@@ -24,13 +24,17 @@ def frequencies_by_wavelength(rotary: RotaryConfig) -> list[float]:
     for pair in range(rotary.rotary_dim // 2):
         plain = 1 / rotary.theta ** (pair / (rotary.rotary_dim / 2))
         wavelength = 2 * math.pi / plain
-        longest, shortest = (rotary.original_context / factor for factor in (rotary.low_freq_factor, rotary.high_freq_factor))
+        longest, shortest = (
+            rotary.original_context / factor for factor in (rotary.low_freq_factor, rotary.high_freq_factor)
+        )
         if rotary.rope_type == "default" or (rotary.rope_type == "llama3" and wavelength < shortest):
             result.append(plain)
         elif rotary.rope_type == "linear" or wavelength > longest:
             result.append(plain / rotary.factor)
         else:
-            smooth = (rotary.original_context / wavelength - rotary.low_freq_factor) / (rotary.high_freq_factor - rotary.low_freq_factor)
+            smooth = (rotary.original_context / wavelength - rotary.low_freq_factor) / (
+                rotary.high_freq_factor - rotary.low_freq_factor
+            )
             result.append((1 - smooth) * plain / rotary.factor + smooth * plain)
     return result
 
@@ -121,7 +125,9 @@ def test_rotation_by_hand() -> None:
     vector = torch.tensor([1.0, 2.0, 5.0, 7.0], dtype=torch.float64)
     assert reference.rotate(vector, 3, rotary).tolist() == pytest.approx([cos - 2 * sin, 2 * cos + sin, 5.0, 7.0])
     halves = RotaryConfig(rope_type="default", rotary_dim=4, theta=1e30)
-    assert reference.rotate(vector, 3, halves).tolist() == pytest.approx([cos - 5 * sin, 2.0, 5 * cos + sin, 7.0], abs=1e-12)
+    assert reference.rotate(vector, 3, halves).tolist() == pytest.approx(
+        [cos - 5 * sin, 2.0, 5 * cos + sin, 7.0], abs=1e-12
+    )
 
 
 def test_top_k_and_decode_by_hand() -> None:

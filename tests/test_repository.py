@@ -35,7 +35,8 @@ FLOORS = (
 )
 MODULES = sorted((ROOT / PACKAGE).glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# torch pins these itself, and only on machines of their kind; the last row are parts of other systems and Python versions.
+# torch pins these itself, and only on machines of their kind; the last row are parts of other systems and Python
+# versions.
 UNPINNED = re.compile(r"(nvidia|cuda|triton)(-|$)|(pip|setuptools|appnope|colorama|pywin32|pywinpty)$")
 
 
@@ -65,7 +66,11 @@ def floor_problems(name: str, source: str) -> list[str]:
     if name not in FLOORS:
         return [f"{name} is new: add it to FLOORS in tests/test_repository.py, after everything it imports."]
     allowed = {*FLOORS[: FLOORS.index(name)], "__version__"}
-    return [f"{name} must not import {used}, which stands on a later floor." for used in imports(ast.parse(source)) if used not in allowed]
+    return [
+        f"{name} must not import {used}, which stands on a later floor."
+        for used in imports(ast.parse(source))
+        if used not in allowed
+    ]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -73,7 +78,9 @@ def test_modules_import_only_from_floors_before_them(path: Path) -> None:
     if path.stem != "__init__":
         assert not floor_problems(path.stem, path.read_text(encoding="utf-8"))
     else:
-        assert not list(imports(ast.parse(path.read_text(encoding="utf-8")))), "the package itself imports nothing, so that it loads fast"
+        assert not list(imports(ast.parse(path.read_text(encoding="utf-8")))), (
+            "the package itself imports nothing, so that it loads fast"
+        )
 
 
 @pytest.mark.parametrize(
@@ -95,15 +102,21 @@ def unsafe_calls(tree: ast.AST) -> Iterator[str]:
     """Ways to run code that arrived as data."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] + ([node.module] if isinstance(node, ast.ImportFrom) and node.module else [])
+            names = [alias.name for alias in node.names] + (
+                [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            )
             yield from (
-                name for name in names if name.split(".")[0] in {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+                name
+                for name in names
+                if name.split(".")[0] in {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
             )
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             if called == "torch.load" and any(ast.unparse(word) == "weights_only=True" for word in node.keywords):
                 continue
-            if called in {"torch.load", "eval", "exec", "pd.read_pickle", "pandas.read_pickle"} or called.endswith(".to_pickle"):
+            if called in {"torch.load", "eval", "exec", "pd.read_pickle", "pandas.read_pickle"} or called.endswith(
+                ".to_pickle"
+            ):
                 yield f"{called}("
             yield from (f"{word.arg}=" for word in node.keywords if word.arg in {"allow_pickle", "trust_remote_code"})
 
@@ -175,13 +188,17 @@ class TestNotebooks:
         assert "widgets" not in notebook.metadata, "GitHub refuses to show notebooks with metadata.widgets"
 
     def test_has_one_parameters_cell(self, path: Path) -> None:
-        tagged = [cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])]
+        tagged = [
+            cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])
+        ]
         assert len(tagged) == 1
         assert tagged[0].cell_type == "code"
 
     def test_keeps_only_the_outputs_it_means_to_keep(self, path: Path) -> None:
         cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        strays = [cell.source[:60] for cell in cells if cell.outputs and "keep_output" not in cell.metadata.get("tags", [])]
+        strays = [
+            cell.source[:60] for cell in cells if cell.outputs and "keep_output" not in cell.metadata.get("tags", [])
+        ]
         assert not strays
         assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
 
@@ -230,7 +247,9 @@ def test_constraints_pin_what_the_dependencies_need_in_turn() -> None:
         parent = queue.pop()
         for requirement in map(Requirement, importlib.metadata.requires(parent.name) or []):
             environments = [{"extra": extra} for extra in ("", *sorted(parent.extras))]
-            if requirement.marker is not None and not any(requirement.marker.evaluate(environment) for environment in environments):
+            if requirement.marker is not None and not any(
+                requirement.marker.evaluate(environment) for environment in environments
+            ):
                 continue
             key = (canonicalize_name(requirement.name), tuple(sorted(requirement.extras)))
             if key not in seen and not UNPINNED.match(key[0]):

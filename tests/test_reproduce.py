@@ -17,10 +17,14 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
 
-def write_notebook(tmp_path: Path, name: str, *cells: str, minutes: float | None = None, reads_run: bool = False) -> Path:
+def write_notebook(
+    tmp_path: Path, name: str, *cells: str, minutes: float | None = None, reads_run: bool = False
+) -> Path:
     parameters = nbformat.v4.new_code_cell('PROFILE = "laptop"\nRUN_DIR = ""')
     parameters.metadata["tags"] = ["parameters"]
-    begin = nbformat.v4.new_code_cell(f'from lorsa_utils import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)')
+    begin = nbformat.v4.new_code_cell(
+        f'from lorsa_utils import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)'
+    )
     code = [parameters, begin, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A lesson"), *code])
     book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
@@ -43,8 +47,15 @@ def test_notebooks_run_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in ("10_last", "02_second", "01_first"):
         write_notebook(tmp_path, name)
     (tmp_path / "notebooks" / "draft.ipynb").write_text("{}")
-    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks")] == ["01_first", "02_second", "10_last"]
-    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks", ["10", "1"])] == ["01_first", "10_last"]
+    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks")] == [
+        "01_first",
+        "02_second",
+        "10_last",
+    ]
+    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks", ["10", "1"])] == [
+        "01_first",
+        "10_last",
+    ]
     assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks", ["02_second"])] == ["02_second"]
 
 
@@ -77,10 +88,14 @@ def test_a_reproduction_trains_what_a_reader_need_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     figure = 'import plotly.graph_objects as go\nrun.show(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), "P4_test", "Is <b> & bold?")'
     write_notebook(tmp_path, "01_first", figure, 'run.record("fvu", 0.25)\nrun.record("<script>", 1)', "run.finish()")
-    second = write_notebook(tmp_path, "02_second", 'from pathlib import Path\nassert (Path(RUN_DIR) / "01_first.ipynb").exists()')
+    second = write_notebook(
+        tmp_path, "02_second", 'from pathlib import Path\nassert (Path(RUN_DIR) / "01_first.ipynb").exists()'
+    )
     store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"smoke": {"fvu": {"max": 0.3}}})
     folder = tmp_path / "run"
 
@@ -129,7 +144,9 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_notebook(tmp_path, "01_first", "x = 1")
     write_notebook(tmp_path, "02_second", "x = 1", 'raise ValueError("the head is dead\\nlong story")', "never = 1")
     write_notebook(tmp_path, "03_third")
@@ -193,7 +210,9 @@ def test_a_notebook_that_shows_the_run_follows_what_the_others_made(tmp_path: Pa
     assert run(tmp_path) == {"01_first": "up to date", "02_book": "done"}
     write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.3)', "1")
     assert run(tmp_path) == {"01_first": "done", "02_book": "done"}, "one run brings both up to date"
-    store.write_json(folder / "figures" / "P4_x.json", {"label": "P4_x", "notebook": "01_first", "caption": "", "profile": "smoke"})
+    store.write_json(
+        folder / "figures" / "P4_x.json", {"label": "P4_x", "notebook": "01_first", "caption": "", "profile": "smoke"}
+    )
     (folder / "figures" / "P4_x.html").write_text("x")
     assert run(tmp_path) == {"01_first": "up to date", "02_book": "done"}
 

@@ -93,7 +93,9 @@ def test_planted_units_are_explained_and_score_above_nine_tenths() -> None:
     said = {}
     for unit in one.units:
         explanation = judge.explain(unit, text.strings)
-        scores = autointerp.score_unit(judge, explanation, unit, text.strings, ("detection", "fuzzing", "simulation"), 0)
+        scores = autointerp.score_unit(
+            judge, explanation, unit, text.strings, ("detection", "fuzzing", "simulation"), 0
+        )
         assert min(scores[name] for name in ("detection", "fuzzing", "simulation")) > 0.9
         said[unit.unit] = explanation.text
     assert said == {
@@ -128,7 +130,9 @@ def test_noise_gets_no_score() -> None:
             noise = dataclasses.replace(unit, first=halves[0], second=halves[1])
             judge = RulesJudge()
             scores.append(
-                autointerp.score_unit(judge, judge.explain(noise, text.strings), noise, text.strings, ("detection",), 0)["detection"]
+                autointerp.score_unit(
+                    judge, judge.explain(noise, text.strings), noise, text.strings, ("detection",), 0
+                )["detection"]
             )
     assert 0.4 < np.mean(scores) < 0.6
 
@@ -139,7 +143,9 @@ def test_words_of_a_set_are_found() -> None:
     windows = one.units[0].first
     values = np.isin(windows.tokens, words).astype(float)
     active = values.any(axis=1)
-    changed = dataclasses.replace(windows, values=values, kind=np.where(active, "active", "random"), quantile=np.where(active, 0, -1))
+    changed = dataclasses.replace(
+        windows, values=values, kind=np.where(active, "active", "random"), quantile=np.where(active, 0, -1)
+    )
     rule = rules.learn(changed, Lexicon(text.strings))
     found = rules.predict(rule, changed, Lexicon(text.strings)).any(axis=1)
     assert np.mean(found[active]) > 0.2

@@ -44,7 +44,9 @@ def planted(seed: int, noise: float, floor: float = 0.15, n_seeds: int = 3) -> t
     generator = np.random.default_rng(seed)
     sizes = np.repeat(SIZES, n_seeds)
     values = (floor + 0.3 * (sizes / SIZES[0]) ** -0.7) * (1 + noise * generator.standard_normal(len(sizes)))
-    truth = (floor + 0.3 * (1.5 * SIZES[-1] / SIZES[0]) ** -0.7) * (1 + noise * generator.standard_normal(n_seeds).mean())
+    truth = (floor + 0.3 * (1.5 * SIZES[-1] / SIZES[0]) ** -0.7) * (
+        1 + noise * generator.standard_normal(n_seeds).mean()
+    )
     return sizes, values, float(truth)
 
 

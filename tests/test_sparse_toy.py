@@ -86,7 +86,9 @@ def test_sparse_model_runs_on_its_modules_alone(sparse: SparseTransformer, langu
         with sparse.installed({("attention", 0): every, ("attention", 1): every}):
             cut = model.logits(tokens)
         assert not torch.allclose(cut, wanted, atol=1e-2)
-        assert torch.allclose(cut[:, 0], cut[:1, 0].expand(3, -1), atol=1e-5), "without attention, BOS alone decides at BOS"
+        assert torch.allclose(cut[:, 0], cut[:1, 0].expand(3, -1), atol=1e-5), (
+            "without attention, BOS alone decides at BOS"
+        )
     for module in (*sparse.lorsas, *sparse.transcoders):
         assert module.k == 8
 

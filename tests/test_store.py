@@ -19,7 +19,16 @@ from safetensors import SafetensorError
 from lorsa_utils import store
 from lorsa_utils.store import UserError
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 
 
 def is_one_sentence(error: UserError) -> bool:
@@ -116,7 +125,11 @@ def test_tensors_come_back_equal(
     tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, list[int]], dtype: torch.dtype, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: torch.randint(0, 2, shape, generator=generator).to(dtype) for name, shape in shapes.items() if name != "__metadata__"}
+    tensors = {
+        name: torch.randint(0, 2, shape, generator=generator).to(dtype)
+        for name, shape in shapes.items()
+        if name != "__metadata__"
+    }
     path = tmp_path_factory.mktemp("tensors") / "t.safetensors"
     store.write_tensors(path, tensors, {"kind": "test"})
     back = store.read_tensors(path)
@@ -151,7 +164,8 @@ JSON = st.recursive(
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), inner, max_size=3)
     ),
     max_leaves=8,
 )

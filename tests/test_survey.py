@@ -45,7 +45,9 @@ def test_survey_and_table(model: Any, found: Discovery, texts: list[prompts.Pass
             assert row == -1 or kept[row, position - 1, unit] == pytest.approx(value, abs=1e-5)
     assert int((seen.sampled[23, :, 0] >= 0).sum()) == 0, "a dead head has no active token to draw"
     drawn = seen.sampled[0, :, 0][seen.sampled[0, :, 0] >= 0].tolist()
-    assert len(set(drawn)) == len(drawn) == int((kept[:, :, 0] > 0).any(dim=1).sum()), "one token of every text where it is active"
+    assert len(set(drawn)) == len(drawn) == int((kept[:, :, 0] > 0).any(dim=1).sum()), (
+        "one token of every text where it is active"
+    )
     rows = survey.table(found, seen, each, model, sequences)
     assert rows["head"].tolist() == list(range(24))
     assert rows["family"].tolist()[:4] == list(KNOWN)
@@ -80,8 +82,12 @@ def test_describe_is_the_whole_way(model: Any, texts: list[prompts.Passage], mon
     assert found.table["family"].tolist()[0] == "induction"
     assert found.table["family"].tolist()[3] == "successor"
     assert found.table.loc[3, "effect"] > 0.1
-    assert found.table["effect"].notna().sum() == 2, "induction and successor predict a token, previous token and sink do not"
-    assert set(found.discovery.skipped) == {"previous_token", "attention_sink", "local", "thematic_anchor"}, "no passage is 96 tokens long"
+    assert found.table["effect"].notna().sum() == 2, (
+        "induction and successor predict a token, previous token and sink do not"
+    )
+    assert set(found.discovery.skipped) == {"previous_token", "attention_sink", "local", "thematic_anchor"}, (
+        "no passage is 96 tokens long"
+    )
     dead = known_lorsa(model)
     with torch.no_grad():
         dead.W_V.zero_()

@@ -50,7 +50,13 @@ def test_laws_show_every_point_and_held_out_ones_open() -> None:
     sizes = np.array([1e6, 2e6, 3e6, 4e6])
     law = scaling.fit(sizes, 0.1 + 0.2 * (sizes / 1e6) ** -0.5, n_draws=20)
     points = pd.DataFrame(
-        {"x": [*sizes, 8e6], "fvu": [*law.values, 0.17], "line": "K = 4", "panel": "Lorsa", "held_out": [False] * 4 + [True]}
+        {
+            "x": [*sizes, 8e6],
+            "fvu": [*law.values, 0.17],
+            "line": "K = 4",
+            "panel": "Lorsa",
+            "held_out": [False] * 4 + [True],
+        }
     )
     figure = figures.scaling_laws(points, {"K = 4": law})
     marks = [trace for trace in figure.data if trace.mode == "markers"]

@@ -45,7 +45,14 @@ def trials() -> list[Trial]:
 
 def sweep(file: Path, wanted: list[Trial] | None = None, **options: Any) -> Sweep:
     data = HeldTokens(SOURCE, 0, 150)
-    return Sweep(trials() if wanted is None else wanted, SITE, data, HeldTokens(ToySource(16, 12, seed=9), 0, 40), file, **options)
+    return Sweep(
+        trials() if wanted is None else wanted,
+        SITE,
+        data,
+        HeldTokens(ToySource(16, 12, seed=9), 0, 40),
+        file,
+        **options,
+    )
 
 
 def without_times(table: pd.DataFrame) -> pd.DataFrame:
@@ -57,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     return sweep(tmp_path_factory.mktemp("sweep") / "results.parquet").run(progress=False)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ data
+# ---- data
 
 
 def test_held_tokens_are_those_of_the_source() -> None:
@@ -92,7 +99,7 @@ def test_more_tokens_than_there_are_is_a_sentence() -> None:
         sweep(Path("unused"), [Trial("a", "b", LORSA, TRAIN.replace(tokens=200))])
 
 
-# ----------------------------------------------------------------------------------------------------------------------- sweep
+# ---- sweep
 
 
 def test_table_has_a_row_for_every_trial_in_order(finished: pd.DataFrame) -> None:
@@ -107,7 +114,9 @@ def test_table_has_a_row_for_every_trial_in_order(finished: pd.DataFrame) -> Non
 
 
 @pytest.mark.parametrize("module", [LORSA, SAE], ids=["lorsa", "sae"])
-def test_a_run_is_what_training_it_alone_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: LorsaConfig | SAEConfig) -> None:
+def test_a_run_is_what_training_it_alone_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: LorsaConfig | SAEConfig
+) -> None:
     monkeypatch.setattr(sweeps, "CALIBRATION_SEQUENCES", CALIBRATION_SEQUENCES)
     table = sweep(tmp_path / "r.parquet", [Trial("a", "b", module, TRAIN)]).run(progress=False)
     with sweeps.one_thread_each(1, torch.device("cpu")):
@@ -142,7 +151,9 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert not steps
     more = sweep(tmp_path / "r.parquet", trials()[2:6]).run(progress=False)
     assert set(steps) == {"D_QK 2"}
-    pd.testing.assert_frame_equal(more.iloc[:2].reset_index(drop=True), first.iloc[2:].reset_index(drop=True), check_exact=True)
+    pd.testing.assert_frame_equal(
+        more.iloc[:2].reset_index(drop=True), first.iloc[2:].reset_index(drop=True), check_exact=True
+    )
 
 
 def test_labels_do_not_make_another_run(tmp_path: Path) -> None:
@@ -165,14 +176,19 @@ def test_labels_do_not_make_another_run(tmp_path: Path) -> None:
     ],
 )
 def test_every_setting_makes_another_run(changed: Trial) -> None:
-    (key,), (other,) = sweep(Path("unused"), [Trial("a", "1", LORSA, TRAIN)]).keys, sweep(Path("unused"), [changed]).keys
+    (key,), (other,) = (
+        sweep(Path("unused"), [Trial("a", "1", LORSA, TRAIN)]).keys,
+        sweep(Path("unused"), [changed]).keys,
+    )
     assert key != other
 
 
 def test_other_text_makes_another_run() -> None:
     wanted = [Trial("a", "1", LORSA, TRAIN)]
     data = HeldTokens(SOURCE, 0, 150)
-    keys = {Sweep(wanted, SITE, data, HeldTokens(ToySource(16, 12, seed=seed), 0, 40), "unused").keys[0] for seed in (1, 2)}
+    keys = {
+        Sweep(wanted, SITE, data, HeldTokens(ToySource(16, 12, seed=seed), 0, 40), "unused").keys[0] for seed in (1, 2)
+    }
     assert len(keys) == 2
 
 
@@ -258,7 +274,9 @@ def test_damaged_data_is_no_divergence(tmp_path: Path) -> None:
             return super().batches(*arguments, **options)
 
     data = HeldTokens(Damaged(40, 12), 0, 150, memory_share=0.0)
-    one = Sweep([Trial("a", "b", SAE, TRAIN)], SITE, data, HeldTokens(ToySource(16, 12, seed=9), 0, 40), tmp_path / "r.parquet")
+    one = Sweep(
+        [Trial("a", "b", SAE, TRAIN)], SITE, data, HeldTokens(ToySource(16, 12, seed=9), 0, 40), tmp_path / "r.parquet"
+    )
     with pytest.raises(UserError, match="a shard is damaged"):
         one.run(progress=False)
     assert not (tmp_path / "r.parquet").exists()
@@ -294,7 +312,7 @@ def test_threads_are_given_back() -> None:
     assert torch.get_num_threads() == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------- starts
+# ---- starts
 
 
 def started(trial: Trial) -> Lorsa:
@@ -330,7 +348,9 @@ def test_without_biases_they_stay_zero(tmp_path: Path) -> None:
     assert run.module.b_O.any()
 
 
-@pytest.mark.parametrize("rotary", [ROTARY, ROTARY.replace(adjacent_pairs=True), ROTARY.replace(rope_type="linear", factor=3.0)])
+@pytest.mark.parametrize(
+    "rotary", [ROTARY, ROTARY.replace(adjacent_pairs=True), ROTARY.replace(rope_type="linear", factor=3.0)]
+)
 def test_narrow_copies_are_a_part_of_the_scores(rotary: RotaryConfig) -> None:
     rotary, wide, narrow = rotary.replace(rotary_dim=16), 24, 12
     thin = rotary.replace(rotary_dim=8)
@@ -354,7 +374,8 @@ def test_a_narrow_start_copies_a_part_of_the_whole_one() -> None:
 @pytest.mark.parametrize(
     ("trial", "sentence"),
     [
-        (Trial("a", "b", LORSA, TRAIN, start="copy"), "start must be one of both, qk, ov, random, not 'copy'"),  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        (Trial("a", "b", LORSA, TRAIN, start="copy"), "start must be one of both, qk, ov, random, not 'copy'"),
         (Trial("a", "b", LORSA, TRAIN.replace(k_start=17)), r"k_start \(17\) must not exceed"),
         (Trial("a", "b", SAE.replace(d_model=8), TRAIN), "for a width of 8, the layer has 16"),
         (Trial("a", "b", LORSA.replace(rotary=RotaryConfig()), TRAIN), "another rotation"),
@@ -378,7 +399,7 @@ def test_an_empty_sweep_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
         sweep(tmp_path / "r.parquet")
 
 
-# ------------------------------------------------------------------------------------------------------------------- intervals
+# ---- intervals
 
 
 def test_mean_interval_by_hand() -> None:

@@ -52,7 +52,9 @@ def test_induction_asks_for_what_followed(words: Vocabulary) -> None:
 
 def test_indirect_object_is_the_other_name(words: Vocabulary) -> None:
     task = tasks.make("indirect_object", words, 20, seed=2)
-    for row, right, wrong, end in zip(task.clean.tolist(), task.answers[:, 0], task.wrong[:, 0], task.position, strict=True):
+    for row, right, wrong, end in zip(
+        task.clean.tolist(), task.answers[:, 0], task.wrong[:, 0], task.position, strict=True
+    ):
         assert row[: end + 1].count(int(right)) == 1
         assert row[: end + 1].count(int(wrong)) == 2
     assert ((task.clean != task.corrupted).sum(dim=1) == 1).all(), "one name differs"
@@ -60,7 +62,9 @@ def test_indirect_object_is_the_other_name(words: Vocabulary) -> None:
 
 def test_greater_than_splits_the_digits(words: Vocabulary) -> None:
     task = tasks.make("greater_than", words, 8, seed=0)
-    texts = [words.tokenizer.decode(row[: end + 1]) for row, end in zip(task.clean.tolist(), task.position, strict=True)]
+    texts = [
+        words.tokenizer.decode(row[: end + 1]) for row, end in zip(task.clean.tolist(), task.position, strict=True)
+    ]
     for text, right, wrong in zip(texts, task.answers.tolist(), task.wrong.tolist(), strict=True):
         third = int(text.split("year ")[1][2])
         assert [words.texts[i] for i in right if i >= 0] == [str(digit) for digit in range(third + 1, 10)]
@@ -72,13 +76,17 @@ def test_metrics_are_their_formulas(seed: int, n: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits, reference = torch.randn(2, n, 9, generator=generator, dtype=torch.float64).unbind()
     tokens = torch.zeros(n, 2, dtype=torch.long)
-    task = tasks.Task("t", tokens, tokens, torch.ones(n, dtype=torch.long), torch.tensor([[1, 2]] * n), torch.tensor([[4, -1]] * n))
+    task = tasks.Task(
+        "t", tokens, tokens, torch.ones(n, dtype=torch.long), torch.tensor([[1, 2]] * n), torch.tensor([[4, -1]] * n)
+    )
     odds = logits.exp()
     wanted = ((odds[:, 1] + odds[:, 2]) / odds[:, 4]).log()
     assert torch.allclose(tasks.metric("logit_difference", logits, task), wanted)
     assert torch.allclose(tasks.metric("loss", logits, task), ((odds[:, 1] + odds[:, 2]) / odds.sum(dim=1)).log())
     p = reference.softmax(dim=1)
-    assert torch.allclose(tasks.metric("kl", logits, task, reference), -(p * (p / logits.softmax(dim=1)).log()).sum(dim=1))
+    assert torch.allclose(
+        tasks.metric("kl", logits, task, reference), -(p * (p / logits.softmax(dim=1)).log()).sum(dim=1)
+    )
     assert torch.allclose(tasks.metric("kl", logits, task, logits), torch.zeros(n, dtype=torch.float64), atol=1e-12)
     assert tasks.accuracy(logits, task) == float((wanted > 0).double().mean())
 

@@ -40,7 +40,11 @@ def test_topic_words(vocabulary: Vocabulary) -> None:
     assert window is not None
     assert river is not None
     assert a is not None
-    texts = [Passage("x", (window, window, river, a, a)), Passage("y", (window,)), *(Passage(f"z{i}", (river, river)) for i in range(8))]
+    texts = [
+        Passage("x", (window, window, river, a, a)),
+        Passage("y", (window,)),
+        *(Passage(f"z{i}", (river, river)) for i in range(8)),
+    ]
     found = topics.topic_words(texts, vocabulary, rare=0.2)
     assert found[0] == {window}, "river is in most documents and once here, a is no word"
     assert found[1] == set()
@@ -116,4 +120,6 @@ def test_a_planted_anchor(vocabulary: Vocabulary, texts: list[Passage]) -> None:
 def test_passages_long_enough_for_topics_come_from_real_text(vocabulary: Vocabulary) -> None:
     text = " ".join(["window river garden bottle mountain"] * 60)
     found = prompts.passages([("a", " " + text), ("b", " " + text)], vocabulary, 4, 192)
-    assert topics.topic_words(found, vocabulary, rare=0.5) == [set()] * len(found), "words of every document are no topic"
+    assert topics.topic_words(found, vocabulary, rare=0.5) == [set()] * len(found), (
+        "words of every document are no topic"
+    )

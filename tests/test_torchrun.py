@@ -1,4 +1,7 @@
-"""Two processes train what one trains, bit-equal when resumed; a killed one ends the run with its last state kept. Real torchrun, gloo."""
+"""Two processes train what one trains, bit-equal when resumed; a killed one ends the run with its last state kept.
+
+Real torchrun, gloo.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,25 @@ from tiny_models import save_tiny_model
 
 from lorsa_utils import store
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo"),
+]
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = ["--n-heads", "32", "--n-qk", "4", "--k", "4", "--context", "32", "--held-out-tokens", "600", "--batch-size", "5"]
+SHAPE = [
+    "--n-heads",
+    "32",
+    "--n-qk",
+    "4",
+    "--k",
+    "4",
+    "--context",
+    "32",
+    "--held-out-tokens",
+    "600",
+    "--batch-size",
+    "5",
+]
 
 
 class Lab:
@@ -31,18 +50,49 @@ class Lab:
         rng = random.Random(0)
         words = ["attention", "head", "layer", "of", "the", "model", "reads", "writes", "a", "token"]
         self.text = folder / "prose.txt"
-        self.text.write_text("\n\n".join(" ".join(rng.choices(words, k=120)) + "." for _ in range(40)), encoding="utf-8")
+        self.text.write_text(
+            "\n\n".join(" ".join(rng.choices(words, k=120)) + "." for _ in range(40)), encoding="utf-8"
+        )
         self.model = save_tiny_model(folder / "model", "llama")
 
     def command(self, out: str, processes: int, *options: str, tokens: int = 3000, layer: str = "1") -> list[str]:
-        launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes > 1 else []
-        given = ["--model", str(self.model), "--text", str(self.text), "--out", str(self.folder / out), "--tokens", str(tokens)]
-        return [sys.executable, *launcher, "-m", "lorsa_utils", "train", "--layer", layer, "--json", *given, *SHAPE, *options]
+        launcher = (
+            f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes > 1 else []
+        )
+        given = [
+            "--model",
+            str(self.model),
+            "--text",
+            str(self.text),
+            "--out",
+            str(self.folder / out),
+            "--tokens",
+            str(tokens),
+        ]
+        return [
+            sys.executable,
+            *launcher,
+            "-m",
+            "lorsa_utils",
+            "train",
+            "--layer",
+            layer,
+            "--json",
+            *given,
+            *SHAPE,
+            *options,
+        ]
 
     def start(self, *arguments: object, **settings: object) -> subprocess.Popen[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "LORSA_DATA": str(self.folder / "data"), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "LORSA_DATA": str(self.folder / "data"),
+            "HF_HUB_OFFLINE": "1",
+        }
         command = self.command(*arguments, **settings)  # type: ignore[arg-type]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def run(self, *arguments: object, **settings: object) -> tuple[int, str, str]:
         process = self.start(*arguments, **settings)
@@ -68,7 +118,10 @@ def test_two_processes_train_what_one_trains(lab: Lab) -> None:
     expected = lab.weights("alone")
     for name, tensor in lab.weights("together").items():
         assert (tensor - expected[name]).abs().max() < 1e-5 * max(1.0, float(expected[name].abs().max())), name
-    rows = [[json.loads(line) for line in (lab.folder / out / "metrics.jsonl").read_text().splitlines()] for out in ("alone", "together")]
+    rows = [
+        [json.loads(line) for line in (lab.folder / out / "metrics.jsonl").read_text().splitlines()]
+        for out in ("alone", "together")
+    ]
     assert [row["tokens"] for row in rows[0]] == [row["tokens"] for row in rows[1]]
     assert rows[1][-1]["fvu"] == pytest.approx(rows[0][-1]["fvu"], abs=1e-4)
     # The same folder with another number of processes is refused in a sentence.
@@ -86,7 +139,9 @@ def test_a_killed_process_ends_the_run_and_its_state_goes_on(lab: Lab) -> None:
         assert time.monotonic() < deadline, "no state was saved"
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    second = next(child for child in psutil.Process(process.pid).children(recursive=True) if child.environ().get("RANK") == "1")
+    second = next(
+        child for child in psutil.Process(process.pid).children(recursive=True) if child.environ().get("RANK") == "1"
+    )
     os.kill(second.pid, signal.SIGKILL)
     _, err = process.communicate(timeout=200)
     assert process.returncode != 0, err

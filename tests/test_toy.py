@@ -27,7 +27,9 @@ def hand_made_site(language: toy.Language) -> AttentionSite:
     config = language.config
     W_Q, W_K, W_V = (torch.zeros(config.n_heads, config.d_model, config.d_head) for _ in range(3))
     W_O = torch.zeros(config.n_heads, config.d_head, config.d_model)
-    unit_embeddings = language.embeddings / config.d_model  # x . e / d_model is 1 for the token itself and 0 for every other
+    unit_embeddings = (
+        language.embeddings / config.d_model
+    )  # x . e / d_model is 1 for the token itself and 0 for every other
     for head in range(config.n_heads):
         W_Q[head, :, 0] = 100 * unit_embeddings[1 + head]
         for slot, unit in enumerate((language.queries == 1 + head).nonzero()[:, 0].tolist()):
@@ -39,7 +41,18 @@ def hand_made_site(language: toy.Language) -> AttentionSite:
     W_K[:, :, 1] = 0.5 * unit_embeddings[toy.BOS]
     zeros = torch.zeros(config.n_heads, config.d_head)
     return AttentionSite(
-        0, "toy", 1.0, RotaryConfig(), W_Q=W_Q, W_K=W_K, W_V=W_V, W_O=W_O, b_Q=zeros, b_K=zeros, b_V=zeros, b_O=torch.zeros(config.d_model)
+        0,
+        "toy",
+        1.0,
+        RotaryConfig(),
+        W_Q=W_Q,
+        W_K=W_K,
+        W_V=W_V,
+        W_O=W_O,
+        b_Q=zeros,
+        b_K=zeros,
+        b_V=zeros,
+        b_O=torch.zeros(config.d_model),
     )
 
 
@@ -74,7 +87,8 @@ class TestLanguage:
         assert names[0] == "b1 … a1"
 
     @pytest.mark.parametrize(
-        ("changes", "word"), [({"n_queries": 5}, "multiple"), ({"d_model": 16}, "orthogonal"), ({"head_dropout": 1.0}, "head_dropout")]
+        ("changes", "word"),
+        [({"n_queries": 5}, "multiple"), ({"d_model": 16}, "orthogonal"), ({"head_dropout": 1.0}, "head_dropout")],
     )
     def test_impossible_settings_are_refused(self, changes: dict[str, float], word: str) -> None:
         with pytest.raises(UserError, match=word):
@@ -94,7 +108,9 @@ class TestScores:
         assert table["cosine"].min() == pytest.approx(1, abs=1e-5)
         assert table["correlation"].min() == pytest.approx(1, abs=1e-5)
 
-    def test_right_direction_at_the_wrong_time_has_no_correlation(self, language: toy.Language, sample: toy.Sample) -> None:
+    def test_right_direction_at_the_wrong_time_has_no_correlation(
+        self, language: toy.Language, sample: toy.Sample
+    ) -> None:
         active = sample.active[sample.mask]
         table = toy.recovery(language, toy.Candidates(language.write, active.roll(57, dims=0)), sample)
         assert table["cosine"].min() > 0.99
@@ -107,7 +123,10 @@ class TestScores:
         assert candidates.directions.shape == (64, CONFIG.d_model)
         assert 0.2 < toy.recovery(language, candidates, sample)["cosine"].mean() < 0.55
         flipped = toy.Candidates(candidates.directions.roll(32, dims=0), candidates.activations.roll(32, dims=1))
-        assert toy.recovery(language, flipped, sample)["cosine"].tolist() == toy.recovery(language, candidates, sample)["cosine"].tolist()
+        assert (
+            toy.recovery(language, flipped, sample)["cosine"].tolist()
+            == toy.recovery(language, candidates, sample)["cosine"].tolist()
+        )
 
     def test_a_hand_made_layer_is_read_rightly(self, language: toy.Language, sample: toy.Sample) -> None:
         site = hand_made_site(language)
@@ -117,7 +136,9 @@ class TestScores:
         assert toy.effective_number(shares).max() < 1.01
         assert toy.fvu(toy.output(site, sample.x)[sample.mask], language.target(sample.active)[sample.mask]) < 0.2
 
-    def test_principal_directions_of_a_head_are_orthonormal_and_explain_it(self, language: toy.Language, sample: toy.Sample) -> None:
+    def test_principal_directions_of_a_head_are_orthonormal_and_explain_it(
+        self, language: toy.Language, sample: toy.Sample
+    ) -> None:
         site = hand_made_site(language)
         found = toy.mhsa_heads(site, sample, per_head=3)
         n = 3 * CONFIG.n_heads
@@ -154,7 +175,12 @@ class TestTraining:
         cosine = [table.groupby("candidates")["cosine"].mean() for table in tables]
         lorsa = torch.tensor([float(each["Lorsa heads"]) for each in cosine])
         assert lorsa.mean() >= 0.95
-        for baseline, most in (("MHSA heads", 0.75), ("MHSA components", 0.9), ("Lorsa before training", 0.75), ("random", 0.5)):
+        for baseline, most in (
+            ("MHSA heads", 0.75),
+            ("MHSA components", 0.9),
+            ("Lorsa before training", 0.75),
+            ("random", 0.5),
+        ):
             scores = torch.tensor([float(each[baseline]) for each in cosine])
             assert scores.max() < most
             assert (lorsa - scores).min() > 0.05

@@ -25,13 +25,24 @@ from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.metrics import evaluate_activations, module_input
 from lorsa_utils.sae import load_module
 from lorsa_utils.store import UserError
-from lorsa_utils.train import Run, RunSpec, kept_heads, learning_rate_factor, make_logger, prepare_runs, read_log, train_runs
+from lorsa_utils.train import (
+    Run,
+    RunSpec,
+    kept_heads,
+    learning_rate_factor,
+    make_logger,
+    prepare_runs,
+    read_log,
+    train_runs,
+)
 
 SITES = {0: toy_site(0), 1: toy_site(1)}
 SOURCE = ToySource(20, 12, layers=(0, 1))
 LORSA = LorsaConfig(d_model=D_MODEL, n_ov_heads=32, n_qk_heads=4, d_qk=D_HEAD, k=4, rotary=ROTARY)
 SAE = SAEConfig(d_model=D_MODEL, n_features=40, k=4)
-TRAIN = TrainConfig(tokens=600, batch_size=3, lr=3e-3, warmup=0.1, decay=0.3, k_start=0, aux_k=0, dead_window=50, log_every=3)
+TRAIN = TrainConfig(
+    tokens=600, batch_size=3, lr=3e-3, warmup=0.1, decay=0.3, k_start=0, aux_k=0, dead_window=50, log_every=3
+)
 """About 30 steps: 7 batches an epoch, the last of 2 sequences."""
 
 VARIANTS: dict[str, tuple[LorsaConfig | SAEConfig, int, TrainConfig]] = {
@@ -74,7 +85,7 @@ def assert_same_outcome(found: Path, expected: Path) -> None:
         assert first[part] == second[part], part
 
 
-# ------------------------------------------------------------------------------------------------------------ resume exactly
+# ---- resume exactly
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -177,7 +188,9 @@ def test_an_interrupt_saves_the_state(tmp_path: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("moment", ["_set_learning_rate", "_summed_over_processes", "_log"])
-def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     """The signal comes when one of two runs has made its step and the other has not, or half of it."""
     names, calls = ("lorsa", "sae"), 0
     owner: Any = train if moment == "_log" else Run
@@ -205,7 +218,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path: Path, monkey
         assert_same_outcome(tmp_path / "parts" / name, tmp_path / "whole" / name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ---- refusals
 
 
 def test_resuming_with_other_settings_names_the_field(tmp_path: Path) -> None:
@@ -300,7 +313,9 @@ class Spoiled(ToySource):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["lorsa", "sae"])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: Path, name: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"loss of {name} is no longer finite at step 9; the last good state is kept in"):
+    with pytest.raises(
+        UserError, match=rf"loss of {name} is no longer finite at step 9; the last good state is kept in"
+    ):
         go([spec(tmp_path / "spoiled", name)], Spoiled(7, value))
     go([spec(tmp_path / "clean", name)], ToySource(20, 12, layers=(0, 1)), stop_after_steps=9)
     assert_same_outcome(tmp_path / "spoiled" / name, tmp_path / "clean" / name)
@@ -308,7 +323,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
-# ------------------------------------------------------------------------------------------------- budgets, batches, schedules
+# ---- budgets, batches, schedules
 
 
 @pytest.mark.parametrize("tokens", [1, 37, SOURCE.n_tokens, 600, 3 * SOURCE.n_tokens + 5])
@@ -359,7 +374,8 @@ def test_tokens_that_do_not_count_do_not_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("progress", "factor"), [(0.0, 0.0), (0.025, 0.5), (0.05, 1.0), (0.5, 1.0), (0.8, 1.0), (0.9, 0.5), (0.95, 0.25), (1.0, 0.0)]
+    ("progress", "factor"),
+    [(0.0, 0.0), (0.025, 0.5), (0.05, 1.0), (0.5, 1.0), (0.8, 1.0), (0.9, 0.5), (0.95, 0.25), (1.0, 0.0)],
 )
 def test_learning_rate_by_hand(progress: float, factor: float) -> None:
     assert learning_rate_factor(progress, warmup=0.05, decay=0.2) == pytest.approx(factor)
@@ -381,7 +397,14 @@ def test_schedules_run_by_tokens_not_by_steps(tmp_path: Path) -> None:
     """Half the batch size takes twice the steps, and rate and k are the same after the same tokens."""
     rows = {}
     for batch_size in (2, 4):
-        settings: dict[str, Any] = {"batch_size": batch_size, "tokens": 1000, "log_every": 1, "k_start": 32, "k_warmup": 0.5, "warmup": 0.3}
+        settings: dict[str, Any] = {
+            "batch_size": batch_size,
+            "tokens": 1000,
+            "log_every": 1,
+            "k_start": 32,
+            "k_warmup": 0.5,
+            "warmup": 0.3,
+        }
         go([spec(tmp_path / str(batch_size), **settings)], ToySource(20, 12, padded=False))
         rows[batch_size] = {row["tokens"]: row for row in read_log(tmp_path / str(batch_size) / "lorsa")}
     common = sorted(set(rows[2]) & set(rows[4]))
@@ -409,13 +432,15 @@ def test_the_log_says_what_happened(tmp_path: Path) -> None:
     error, counted = (result.y - y)[batch.mask].detach(), y[batch.mask]
     run.train_step(batch)
     row = run.recent_metrics()
-    assert row["fvu"] == pytest.approx(float(error.square().sum() / (counted - counted.mean(0)).square().sum()), rel=1e-4)
+    assert row["fvu"] == pytest.approx(
+        float(error.square().sum() / (counted - counted.mean(0)).square().sum()), rel=1e-4
+    )
     assert row["loss"] == pytest.approx(float(error.square().mean()), rel=1e-4)
     assert row["l0"] == pytest.approx(float((result.values[batch.mask] != 0).sum() / batch.mask.sum()))
     assert (row["step"], row["tokens"]) == (1, int(batch.mask.sum()))
 
 
-# ------------------------------------------------------------------------------------------------------------- what is learnt
+# ---- what is learnt
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -470,7 +495,9 @@ class Axes(ToySource):
 
 def shadowed(folder: Path, aux_k: int) -> Run:
     """Feature 7 would be right for axis 7, but feature 0 always scores higher there: it never fires and so never learns."""
-    settings = TrainConfig(tokens=2000, batch_size=4, lr=3e-3, aux_k=aux_k, aux_weight=1.0, dead_window=60, warmup=0.0, decay=0.0)
+    settings = TrainConfig(
+        tokens=2000, batch_size=4, lr=3e-3, aux_k=aux_k, aux_weight=1.0, dead_window=60, warmup=0.0, decay=0.0
+    )
     run = prepare_runs([RunSpec("sae", 0, SAEConfig(D_MODEL, 8, 1), settings, folder)], Axes(), SITES)[0]
     run.scaling = Scaling(torch.zeros(D_MODEL), 1.0, 1.0)  # the axes stay where they are
     with torch.no_grad():
@@ -511,7 +538,7 @@ def test_aux_k_trains_dead_units_alone(tmp_path: Path) -> None:
     assert gradients[1][7].abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------------------------ memory, loggers
+# ---- memory, loggers
 
 
 def test_memory_does_not_grow_with_steps(tmp_path: Path) -> None:
@@ -538,7 +565,9 @@ def test_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_logger("mlflow", tmp_path)
     for kind, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UserError, match=rf"The logger '{kind}' needs a package that is missing .* pip install {kind}"):
+        with pytest.raises(
+            UserError, match=rf"The logger '{kind}' needs a package that is missing .* pip install {kind}"
+        ):
             make_logger(kind, tmp_path)
 
 

@@ -133,7 +133,7 @@ def test_no_such_unit() -> None:
         kinds()["lorsa"].check([3, 24])
 
 
-# ------------------------------------------------------------------------------------------------------ in a whole model
+# ---- in a whole model
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2", "qwen3"])
@@ -229,7 +229,9 @@ def test_effect_error_is_over_pairs() -> None:
     assert effect.controls == 2.0
 
 
-def test_prompts_where_no_removed_unit_is_active_are_not_run(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_where_no_removed_unit_is_active_are_not_run(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     each = units.LorsaHeads(lorsa_for(model))
     found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
     removals = units.Removals(model, 1, found)

@@ -11,15 +11,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 KINDS = ("gpt_neox", "gpt_neox_sequential", "llama", "gpt2", "qwen3")
 """Pythia-like (25 % rotary, parallel residual), the same with a sequential residual, Llama 3-like (4 query heads on 2 key heads,
-llama3 RoPE with an original context of 32), GPT-2-like (learned positions), Qwen3-like (QK norm, d_head not d_model / n_heads)."""
+llama3 RoPE with an original context of 32), GPT-2-like (learned positions), Qwen3-like (QK norm, d_head not d_model /
+n_heads)."""
 
 N_LAYERS = 3
 D_MODEL = 64
 N_TOKENS = 259
 """256 bytes, then <bos> 256, <eos> 257, <pad> 258."""
 
-_WIDTHS = {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "max_position_embeddings": 128}
-_COMMON = {"vocab_size": N_TOKENS, "initializer_range": 0.2, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+_WIDTHS = {
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_COMMON = {
+    "vocab_size": N_TOKENS,
+    "initializer_range": 0.2,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -27,7 +39,11 @@ def settings(kind: str) -> tuple[str, dict[str, Any]]:
     """Model type and config arguments of one kind, in the spelling of transformers 4, which 5 reads as well."""
     if kind in ("gpt_neox", "gpt_neox_sequential"):
         parallel = kind == "gpt_neox"
-        return "gpt_neox", _COMMON | _WIDTHS | {"intermediate_size": 64, "rotary_pct": 0.25, "use_parallel_residual": parallel}
+        return "gpt_neox", _COMMON | _WIDTHS | {
+            "intermediate_size": 64,
+            "rotary_pct": 0.25,
+            "use_parallel_residual": parallel,
+        }
     if kind == "llama":
         scaling = {"rope_type": "llama3", **_LLAMA3}
         heads = {"num_key_value_heads": 2, "rope_theta": 10000.0, "rope_scaling": scaling, "attention_bias": True}

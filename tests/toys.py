@@ -68,7 +68,9 @@ def randomized(module: Module, seed: int = 0, dtype: torch.dtype = torch.float64
 
 def random_lorsa(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Lorsa:
     """24 heads in 3 groups on 16 dimensions, k 5."""
-    config = LorsaConfig(d_model=D_MODEL, n_ov_heads=24, n_qk_heads=3, d_qk=D_HEAD, k=5, rotary=ROTARY).replace(**changes)
+    config = LorsaConfig(d_model=D_MODEL, n_ov_heads=24, n_qk_heads=3, d_qk=D_HEAD, k=5, rotary=ROTARY).replace(
+        **changes
+    )
     return randomized(Lorsa(config), seed, dtype)
 
 
@@ -77,9 +79,13 @@ def random_sae(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
     return randomized(SAE(SAEConfig(d_model=D_MODEL, n_features=24, k=5).replace(**changes)), seed, dtype)
 
 
-def random_inputs(batch: int, length: int, d_model: int = D_MODEL, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_inputs(
+    batch: int, length: int, d_model: int = D_MODEL, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """[batch, length, d_model] normal draws."""
-    return torch.randn(batch, length, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(batch, length, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def toy_site(layer: int = 0) -> AttentionSite:
@@ -106,15 +112,23 @@ def toy_site(layer: int = 0) -> AttentionSite:
 class ToySource:
     """What some `toy_site` layers read and write on random inputs, in memory; BOS and padding of uneven lengths do not count."""
 
-    def __init__(self, n_sequences: int = 20, context: int = 12, layers: Sequence[int] = (0,), seed: int = 0, padded: bool = True) -> None:
+    def __init__(
+        self, n_sequences: int = 20, context: int = 12, layers: Sequence[int] = (0,), seed: int = 0, padded: bool = True
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.layers, self.n_sequences, self.context = tuple(layers), n_sequences, context
         self.tokens = torch.randint(0, 256, (n_sequences, context), generator=generator)
-        ends = torch.randint(2, context + 1, (n_sequences, 1), generator=generator) if padded else torch.full((n_sequences, 1), context)
+        ends = (
+            torch.randint(2, context + 1, (n_sequences, 1), generator=generator)
+            if padded
+            else torch.full((n_sequences, 1), context)
+        )
         places = torch.arange(context)
         self.mask = (places > 0) & (places < ends)
         self.inputs = {layer: 3 * torch.randn(n_sequences, context, D_MODEL, generator=generator) for layer in layers}
-        self.outputs = {layer: toy_site(layer).head_outputs(x).sum(dim=2) + toy_site(layer).b_O for layer, x in self.inputs.items()}
+        self.outputs = {
+            layer: toy_site(layer).head_outputs(x).sum(dim=2) + toy_site(layer).b_O for layer, x in self.inputs.items()
+        }
         self.n_tokens = int(self.mask.sum())
 
     def batches(
@@ -124,7 +138,9 @@ class ToySource:
         for first in range(start, self.n_sequences, batch_size):
             batch = slice(first, first + batch_size)
             rows, mask = own_rows(self.mask[batch], part)
-            inputs, outputs = ({layer: side[layer][batch][rows] for layer in chosen} for side in (self.inputs, self.outputs))
+            inputs, outputs = (
+                {layer: side[layer][batch][rows] for layer in chosen} for side in (self.inputs, self.outputs)
+            )
             yield ActivationBatch(self.tokens[batch][rows], mask, inputs, outputs, self.mask[batch])
 
     def identity(self) -> dict[str, Any]:

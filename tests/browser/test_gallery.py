@@ -28,7 +28,9 @@ def test_pictures_and_links(images: bool, browser: Any, tmp_path: Path, monkeypa
     tiny = tiny_heads(tmp_path / "model")
     chosen = [1, 2, 5]
     pages.write_pages(
-        evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False), run.folder / "heads", chosen
+        evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False),
+        run.folder / "heads",
+        chosen,
     )
     run.record("x", 1.0)
     for width in (1200, 400):
@@ -37,7 +39,9 @@ def test_pictures_and_links(images: bool, browser: Any, tmp_path: Path, monkeypa
         for plate in page.locator("figure.plate").all():
             plate.scroll_into_view_if_needed()
             if images:
-                page.wait_for_function("image => image.complete && image.naturalWidth > 300", arg=plate.locator("img").element_handle())
+                page.wait_for_function(
+                    "image => image.complete && image.naturalWidth > 300", arg=plate.locator("img").element_handle()
+                )
             else:
                 plate.frame_locator("iframe").locator(".main-svg").first.wait_for(timeout=30_000)
         assert page.locator("figure.plate").count() == 3

@@ -51,7 +51,9 @@ def check_table(figure: Any, context: evidence.Context, column: int) -> None:
         assert shown_z == pytest.approx(float(z[source]), abs=0.006)
         close = [number for number in range(len(z)) if abs(float(z[number]) - shown_z) < 0.006]
         assert any(abs(float(attention[number]) - shown_a) < 0.006 for number in close)
-    assert value(foot[-1][2]) == pytest.approx(float(z.sum()), abs=0.006), "the last line is the whole activation before the selection"
+    assert value(foot[-1][2]) == pytest.approx(float(z.sum()), abs=0.006), (
+        "the last line is the whole activation before the selection"
+    )
 
 
 def test_hover_draws_the_z_pattern(browser: Any, heads: list[Head], tmp_path: Path) -> None:
@@ -124,7 +126,9 @@ def test_attention_and_whole_contexts_can_be_asked_for(browser: Any, heads: list
     page.get_by_label("attention of its QK group").check()
     attention = context.attention[context.peak]
     for one in figure.locator("[data-z]").all():
-        assert value(one.get_attribute("data-z")) / 100 == pytest.approx(float(attention[int(one.get_attribute("data-j"))]), abs=0.006)
+        assert value(one.get_attribute("data-z")) / 100 == pytest.approx(
+            float(attention[int(one.get_attribute("data-j"))]), abs=0.006
+        )
     assert figure.locator(".far").first.is_hidden()
     figure.locator(".gap").first.click()
     assert figure.locator(".far").first.is_visible()
@@ -137,7 +141,9 @@ def test_attention_and_whole_contexts_can_be_asked_for(browser: Any, heads: list
 
 @pytest.mark.parametrize("token", [NASTY, "שלום", "😀", "\u202eabc", '"><img src=x onerror=alert(1)>'])
 def test_token_text_stays_text(token: str, browser: Any, heads: list[Head], tmp_path: Path) -> None:
-    contexts = [dataclasses.replace(one, tokens=[token if text else "" for text in one.tokens]) for one in heads[0].contexts]
+    contexts = [
+        dataclasses.replace(one, tokens=[token if text else "" for text in one.tokens]) for one in heads[0].contexts
+    ]
     head = dataclasses.replace(heads[0], contexts=contexts, raised=[(token, 1.0)] * 3, explanation=token)
     file = tmp_path / "page.html"
     file.write_text(pages.head_page(head), encoding="utf-8")
@@ -180,7 +186,8 @@ CONTRAST = """() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   let worst = [99, ""];
-  for (const element of document.querySelectorAll("h1, h2, p, td, th, caption, .t, .word, .soft, .gap, a, label, summary, figcaption")) {
+  for (const element of document.querySelectorAll("h1, h2, p, td, th, caption, .t, .word, .soft, .gap, a, label,
+  summary, figcaption")) {
     if (!element.checkVisibility() || !element.textContent.trim()) continue;
     const behind = [];
     for (let node = element; node; node = node.parentElement) behind.unshift(getComputedStyle(node).backgroundColor);

@@ -47,12 +47,18 @@ def lab(folder: Path) -> Iterator[str]:
     options += ["--ip=127.0.0.1", f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-root")
-    places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "JUPYTER_CONFIG_DIR": "config"}
+    places = {
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config",
+    }
     places |= {"JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {name: str(folder / place) for name, place in places.items()} | {"PYTHONPATH": path}
     with open(folder / "lab.log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=folder, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], cwd=folder, env=environment, stdout=log, stderr=log
+        )
     try:
         wait_until_up(port, server, folder / "lab.log")
         yield f"http://127.0.0.1:{port}"
@@ -80,7 +86,9 @@ def run_all(browser: Any, address: str, name: str, minutes: float) -> Watched:
     page.goto(f"{address}/lab/tree/{name}?token={TOKEN}")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=120_000)
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
-    page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=120_000)
+    page.wait_for_function(
+        "() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=120_000
+    )
     failed = "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')"
     page.evaluate(
         "() => { window.done = false; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.done = true; }); }"
@@ -139,7 +147,9 @@ def explore(page: Any) -> None:
     page.wait_for_function(f"() => {shown}.endsWith('A zebra ran. A zebra')", timeout=20_000)
     keep_screenshot(page, "explorer_live")
 
-    strongest = page.locator(".lorsa", has_text="Most active there").locator("tr").nth(1).locator("td").first.inner_text()
+    strongest = (
+        page.locator(".lorsa", has_text="Most active there").locator("tr").nth(1).locator("td").first.inner_text()
+    )
     field = page.locator(".widget-text", has_text="head").locator("input[type=number]").first
     field.fill(strongest)
     field.press("Enter")
@@ -159,8 +169,13 @@ def explore(page: Any) -> None:
     for _ in range(8):
         scale.press("ArrowRight")
     page.locator(".lorsa p", has_text="times 5,").first.wait_for(timeout=20_000)
-    changed = [row.locator("td").all_inner_texts() for row in page.locator(".lorsa", has_text="next token after").locator("tr").all()[1:]]
-    assert any(cells[1] != cells[2] for cells in changed), "a head that is active matters when it is written five times as strongly"
+    changed = [
+        row.locator("td").all_inner_texts()
+        for row in page.locator(".lorsa", has_text="next token after").locator("tr").all()[1:]
+    ]
+    assert any(cells[1] != cells[2] for cells in changed), (
+        "a head that is active matters when it is written five times as strongly"
+    )
     keep_screenshot(page, "explorer_steering")
 
 
@@ -187,7 +202,9 @@ def test_a_layer_of_4608_heads_answers_at_once(browser: Any, tmp_path: Path) -> 
         page = tab.page
         page.locator(".lorsa-mono select option").nth(10).wait_for(state="attached", timeout=60_000)
         search = page.locator('input[placeholder^="1956"]')
-        family, order = (page.locator(".widget-dropdown", has_text=name).locator("select") for name in ("family", "sort by"))
+        family, order = (
+            page.locator(".widget-dropdown", has_text=name).locator("select") for name in ("family", "sort by")
+        )
         steps = [
             (search, "t4"),
             (search, "t46"),
@@ -214,12 +231,16 @@ def test_notebook_06_runs_and_can_be_used(browser: Any, tmp_path: Path) -> None:
     book = nbformat.read(reproduce.notebooks_dir() / "06_head_explorer.ipynb", as_version=4)
     for cell in book.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            cell.source = f'PROFILE = "smoke"\nRUN_DIR = {os.environ.get("LORSA_SMOKE_RUN", str(tmp_path / "run"))!r}\nSEED = 0'
+            cell.source = (
+                f'PROFILE = "smoke"\nRUN_DIR = {os.environ.get("LORSA_SMOKE_RUN", str(tmp_path / "run"))!r}\nSEED = 0'
+            )
     nbformat.write(book, tmp_path / "06_head_explorer.ipynb")
     with lab(tmp_path) as address:
         tab = run_all(browser, address, "06_head_explorer.ipynb", 25)
         page = tab.page
-        assert page.locator(".jp-RenderedPlotly, .js-plotly-plot, .jp-RenderedImage img").count() >= 4, "pictures beside the widgets"
+        assert page.locator(".jp-RenderedPlotly, .js-plotly-plot, .jp-RenderedImage img").count() >= 4, (
+            "pictures beside the widgets"
+        )
         explore(page)
         keep_screenshot(page, "notebook_06")
         assert not [problem for problem in tab.problems if "Error" in problem]
