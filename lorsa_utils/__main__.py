@@ -2,7 +2,7 @@
 
 import sys
 
-from lorsa_utils.cli import main
+from lorsa_utils.kit.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

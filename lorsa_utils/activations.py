@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from lorsa_utils import store
 from lorsa_utils.config import SCHEMA_VERSION
-from lorsa_utils.corpus import Sequences
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import LanguageModel
+from lorsa_utils.text import Sequences
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 64 << 20
@@ -260,11 +261,11 @@ def build_cache(
         UserError: the folder holds a cache of something else, cannot be written, or the disk is too small.
     """
     if dtype not in DTYPES:
-        raise store.UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}.")
+        raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}.")
     path = store.require_writable(folder)
     layers = sorted(set(layers))
     if not layers:
-        raise store.UserError("No layer was named; give at least one to cache.")
+        raise UserError("No layer was named; give at least one to cache.")
     for layer in layers:
         model.module_path(layer)  # refuses a layer that is not there
     store.remove_leftovers(path)
@@ -304,7 +305,7 @@ def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The manifest to continue, or the new one; refuses a folder that holds something else."""
     if not (path / "manifest.json").is_file():
         if strangers := sorted(path.glob("*.safetensors")):
-            raise store.UserError(
+            raise UserError(
                 f"{path} holds {strangers[0].name} but no manifest.json; choose an empty folder for the cache."
             )
         store.write_json(path / "manifest.json", wanted)
@@ -313,7 +314,7 @@ def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     differing = _differences(_without_progress(found), _without_progress(wanted))
     if any(name.endswith("_sha256") or not name.endswith((" model", " revision")) for name, _, _ in differing):
         name, old, new = differing[0]
-        raise store.UserError(
+        raise UserError(
             f"{path} holds another cache: its {name} is {old!r}, asked is {new!r}; choose another --out or delete that folder."
         )
     return dict(found)
@@ -430,20 +431,20 @@ class ActivationCache:
         """
         self.folder, self.split = Path(folder), split
         if not (self.folder / "manifest.json").is_file():
-            raise store.UserError(
+            raise UserError(
                 f"{folder} is not an activation cache (manifest.json is missing); make one with `lorsa cache --out {folder}`."
             )
         manifest = store.read_json(self.folder / "manifest.json")
         if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise store.UserError(
+            raise UserError(
                 f"{folder} has schema version {manifest.get('schema_version')}, this version reads {SCHEMA_VERSION}; cache again."
             )
         if split not in manifest["splits"]:
-            raise store.UserError(
+            raise UserError(
                 f"{folder} has no split {split!r}, it has {', '.join(manifest['splits'])}; cache again with it."
             )
         if not manifest["complete"]:
-            raise store.UserError(
+            raise UserError(
                 f"{folder} is unfinished; run the same `lorsa cache` command again, it goes on where it stopped."
             )
         entry = manifest["splits"][split]
@@ -460,24 +461,24 @@ class ActivationCache:
     def _check_files(self, manifest: Mapping[str, Any]) -> None:
         listed = {shard["file"] for entry in manifest["splits"].values() for shard in entry["shards"]}
         if strangers := sorted(file.name for file in self.folder.glob("*.safetensors") if file.name not in listed):
-            raise store.UserError(f"{self.folder / strangers[0]} does not belong to this cache; move it away.")
+            raise UserError(f"{self.folder / strangers[0]} does not belong to this cache; move it away.")
         for shard in self.shards:
             file = self.folder / shard["file"]
             size = file.stat().st_size if file.is_file() else None
             if size != shard["bytes"]:
                 state = "missing" if size is None else f"cut or foreign ({size} bytes instead of {shard['bytes']})"
-                raise store.UserError(f"{file} is {state}; delete {self.folder} and cache again.")
+                raise UserError(f"{file} is {state}; delete {self.folder} and cache again.")
 
     def _check_source(self, model: LanguageModel | None, bos_policy: str | None) -> None:
         if model is not None:
             for key, wanted in (("model_sha256", model.fingerprint), ("tokenizer_sha256", model.tokenizer_fingerprint)):
                 if self.source[key] != wanted:
                     what = key.removesuffix("_sha256")
-                    raise store.UserError(
+                    raise UserError(
                         f"{self.folder} was made with another {what} ({self.source['model']}) than {model.name}; cache again with it."
                     )
         if bos_policy is not None and self.source["bos_policy"] != bos_policy:
-            raise store.UserError(
+            raise UserError(
                 f"{self.folder} has BOS policy {self.source['bos_policy']!r}, asked is {bos_policy!r}; cache again."
             )
 
@@ -485,7 +486,7 @@ class ActivationCache:
         file = self.folder / shard["file"]
         if shard["file"] not in self._verified:
             if not file.is_file() or store.sha256_file(file) != shard["sha256"]:
-                raise store.UserError(
+                raise UserError(
                     f"{file} is damaged (its sha256 is not the one in manifest.json); delete {self.folder} and cache again."
                 )
             self._verified.add(shard["file"])
@@ -500,9 +501,7 @@ class ActivationCache:
         """See `ActivationSource.batches`. Activations come back in float32, on the CPU."""
         chosen = self.layers if layers is None else tuple(layers)
         if missing := sorted(set(chosen) - set(self.layers)):
-            raise store.UserError(
-                f"{self.folder} holds layers {list(self.layers)}, not {missing[0]}; cache that layer."
-            )
+            raise UserError(f"{self.folder} holds layers {list(self.layers)}, not {missing[0]}; cache that layer.")
         held: list[dict[str, Tensor]] = []
         n_held = 0
         for piece in self._pieces(chosen, start, batch_size):

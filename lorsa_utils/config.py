@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
-from lorsa_utils.store import UserError
+from lorsa_utils.exceptions import UserError
 
 SCHEMA_VERSION = 1
 PLAIN_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -142,6 +142,21 @@ class LorsaConfig(Config):
         )
 
     @property
+    def kind(self) -> Literal["lorsa"]:
+        """What a module of this shape is, beside the two kinds of `SAEConfig`."""
+        return "lorsa"
+
+    @property
+    def n_units(self) -> int:
+        """Heads, or features: what K is chosen from."""
+        return self.n_ov_heads
+
+    @property
+    def reads(self) -> Literal["input", "output"]:
+        """Whether the module reads the attention layer's input or its output."""
+        return "input"
+
+    @property
     def group_size(self) -> int:
         """G: heads that share one QK circuit."""
         return self.n_ov_heads // self.n_qk_heads
@@ -174,6 +189,16 @@ class SAEConfig(Config):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
         _check(self.k <= self.n_features, f"k ({self.k}) must not exceed the number of features ({self.n_features}).")
         _check(self.kind in ("sae", "transcoder"), f"kind must be 'sae' or 'transcoder', not {self.kind!r}.")
+
+    @property
+    def n_units(self) -> int:
+        """Features: what K is chosen from."""
+        return self.n_features
+
+    @property
+    def reads(self) -> Literal["input", "output"]:
+        """Whether the module reads the attention layer's input or its output."""
+        return "output" if self.kind == "sae" else "input"
 
     @property
     def n_parameters(self) -> int:

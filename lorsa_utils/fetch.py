@@ -20,8 +20,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.store import (
-    UserError,
     data_dir,
     free_bytes,
     read_json,

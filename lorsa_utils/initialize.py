@@ -22,10 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorsa_utils.lorsa import Lorsa, Scaling, SparseModule
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.lorsa import SAE, Lorsa, Scaling, SparseModule
 from lorsa_utils.models import AttentionSite
-from lorsa_utils.sae import SAE
-from lorsa_utils.store import UserError
 
 INITS = ("mhsa", "random")
 CALIBRATION_SEQUENCES = 32
@@ -55,7 +54,7 @@ def initialize(
     if init not in INITS:
         raise UserError(f"init must be one of {', '.join(INITS)}, not {init!r}.")
     generator = torch.Generator().manual_seed(seed)
-    reads = y if getattr(module.config, "kind", "lorsa") == "sae" else x
+    reads = module.input_from(x, y)
     input_mean = reads[mask].mean(dim=0)
     scaling = Scaling(input_mean, norm_scale(reads - input_mean, mask), norm_scale(y, mask))
     inputs, targets = scaling.inputs(reads), scaling.targets(y)

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorsa_utils.store import UserError
+from lorsa_utils.exceptions import UserError
 
 try:
     import triton

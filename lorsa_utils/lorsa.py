@@ -1,7 +1,14 @@
-"""The Lorsa layer: thousands of sparse attention heads with rank-1 OV circuits in place of one attention layer.
+"""Lorsa, thousands of sparse attention heads with rank-1 OV circuits in place of one attention layer, and the baselines.
 
 Identity worth knowing: this is ordinary attention with n_qk heads whose values have width G = n_ov / n_qk, followed by
 an elementwise top-K over all n_ov numbers and a linear decode. `reference.lorsa_forward` is the same layer in loops.
+
+The Top-K sparse autoencoder and transcoder stand on the same selection and decode:
+
+    f = relu(W_E x + b_E),  keep the K features with the largest f * ||w_d||,  y = sum f w_d + b_O
+
+The SAE reads the attention layer's output and rebuilds it; the transcoder reads the layer's input and predicts its
+output.
 """
 
 from __future__ import annotations
@@ -13,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lorsa_utils import ops, store
-from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig
+from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig, SAEConfig
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import AttentionSite
 
 
@@ -64,14 +72,14 @@ class SparseModule(nn.Module):
 
     W_O: Tensor
     b_O: Tensor
-    config: object
+    config: LorsaConfig | SAEConfig
     backend: str = "auto"
     """Which implementation of the operations `forward` uses, see `ops`."""
 
     @property
     def k(self) -> int:
         """Heads or features kept for each token."""
-        return int(self.config.k)  # type: ignore[attr-defined]
+        return self.config.k
 
     @property
     def score(self) -> str:
@@ -142,6 +150,10 @@ class SparseModule(nn.Module):
         aux = (side.view(*x.shape[:-1], side.shape[-1]) for side in (kept.aux_indices, kept.aux_values))
         return SparseOutput(self.decode(indices, values), indices, values, *aux)
 
+    def input_from(self, attn_input: Tensor, attn_output: Tensor) -> Tensor:
+        """Which end of the attention layer the module reads: the SAE its output, Lorsa and the transcoder its input."""
+        return attn_output if self.config.reads == "output" else attn_input
+
     def readers(self) -> tuple[Tensor, Tensor]:
         """The weights [n, d_model] and biases [n] that a unit's activation is proportional to."""
         raise TypeError(f"{type(self).__name__} does not name its readers")
@@ -185,9 +197,22 @@ class SparseModule(nn.Module):
         """Write `config.json` and `model.safetensors` into `folder`. Weights are for raw activations."""
         path = store.require_writable(folder)
         store.write_tensors(path / "model.safetensors", dict(self.state_dict()))
-        kind = "lorsa" if isinstance(self, Lorsa) else self.config.kind  # type: ignore[attr-defined]
-        config = self.config.to_dict()  # type: ignore[attr-defined]
-        store.write_json(path / "config.json", {"schema_version": SCHEMA_VERSION, "module": {**config, "kind": kind}})
+        module = {**self.config.to_dict(), "kind": self.config.kind}
+        store.write_json(path / "config.json", {"schema_version": SCHEMA_VERSION, "module": module})
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """`load`, for a module that must be of this class.
+
+        Raises:
+            UserError: it is not, or see `load`.
+        """
+        module = load(folder, device)
+        if not isinstance(module, cls):
+            raise UserError(
+                f"{folder} holds a {module.config.kind}, not a module of class {cls.__name__}; load it with lorsa_utils.load."
+            )
+        return module
 
     def load_weights(self, folder: str | Path) -> None:
         """Fill the module from `folder`/model.safetensors.
@@ -201,13 +226,11 @@ class SparseModule(nn.Module):
         for name, value in expected.items():
             if name not in tensors or tensors[name].shape != value.shape:
                 found = "missing" if name not in tensors else f"of shape {list(tensors[name].shape)}"
-                raise store.UserError(
+                raise UserError(
                     f"{path}: {name} is {found}, not {list(value.shape)}; the file and config.json do not belong together."
                 )
             if not torch.isfinite(tensors[name]).all():
-                raise store.UserError(
-                    f"{path}: {name} holds values that are not finite; restore a copy or train again."
-                )
+                raise UserError(f"{path}: {name} holds values that are not finite; restore a copy or train again.")
         self.load_state_dict({name: tensors[name] for name in expected})
 
 
@@ -319,7 +342,7 @@ class Lorsa(SparseModule):
     @staticmethod
     def _check_index(index: int, count: int, what: str) -> None:
         if not 0 <= index < count:
-            raise store.UserError(f"There is no {what} {index}; choose one from 0 to {count - 1}.")
+            raise UserError(f"There is no {what} {index}; choose one from 0 to {count - 1}.")
 
     def readers(self) -> tuple[Tensor, Tensor]:
         """See `SparseModule.readers`."""
@@ -338,16 +361,56 @@ class Lorsa(SparseModule):
         for weight in (self.W_Q, self.W_K, self.W_V):
             weight.mul_(factor)
 
-    @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Load a saved Lorsa; it takes raw activations."""
-        settings = dict(read_module_settings(folder))
-        kind = settings.pop("kind")
-        if kind != "lorsa":
-            raise store.UserError(f"{folder} holds a {kind}, not a Lorsa; load it with lorsa_utils.sae.load_module.")
-        module = cls(LorsaConfig.from_dict(settings))
-        module.load_weights(folder)
-        return module
+
+class SAE(SparseModule):
+    """Top-K SAE or transcoder. Parameters: W_E, W_O [n_features, d_model]; b_E [n_features]; b_O [d_model]."""
+
+    def __init__(self, config: SAEConfig) -> None:
+        super().__init__()
+        self.config: SAEConfig = config
+        self.W_E = nn.Parameter(torch.zeros(config.n_features, config.d_model))
+        self.b_E = nn.Parameter(torch.zeros(config.n_features))
+        self.W_O = nn.Parameter(torch.zeros(config.n_features, config.d_model))
+        self.b_O = nn.Parameter(torch.zeros(config.d_model))
+
+    def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
+        """Feature activations before the selection, [batch, length, d_model] to [batch, length, n_features]."""
+        return torch.nn.functional.linear(x, self.W_E, self.b_E)
+
+    def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
+        """See `SparseModule.keep`."""
+        rows = x.reshape(-1, x.shape[-1])
+        norms = self.W_O.detach().norm(dim=1)
+        return ops.sparse_encode(rows, self.W_E, self.b_E, norms, k, self.score, dead, aux_k, self.backend)
+
+    def readers(self) -> tuple[Tensor, Tensor]:
+        """See `SparseModule.readers`."""
+        return self.W_E, self.b_E
+
+    @torch.no_grad()
+    def shift_inputs(self, mean: Tensor) -> None:
+        """See `SparseModule.shift_inputs`."""
+        self.b_E.sub_(self.W_E @ mean)
+
+    @torch.no_grad()
+    def scale_inputs(self, factor: float) -> None:
+        """See `SparseModule.scale_inputs`."""
+        self.W_E.mul_(factor)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Lorsa | SAE:
+    """A saved Lorsa, SAE or transcoder, frozen; it takes raw activations.
+
+    Raises:
+        UserError: the folder is not a run folder or its files are damaged.
+    """
+    settings = read_module_settings(folder)
+    if settings["kind"] == "lorsa":
+        module: Lorsa | SAE = Lorsa(LorsaConfig.from_dict({k: v for k, v in settings.items() if k != "kind"}))
+    else:
+        module = SAE(SAEConfig.from_dict(settings))
+    module.load_weights(folder)
+    return module.to(device).requires_grad_(False)
 
 
 def read_module_settings(folder: str | Path) -> dict[str, object]:
@@ -358,14 +421,14 @@ def read_module_settings(folder: str | Path) -> dict[str, object]:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise store.UserError(
+        raise UserError(
             f"{folder} is not a run folder (config.json is missing); give the --out folder of `lorsa train`."
         )
     config = store.read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("module"), dict) or "kind" not in config["module"]:
-        raise store.UserError(f"{path} does not say what kind of module it describes; restore a copy or train again.")
+        raise UserError(f"{path} does not say what kind of module it describes; restore a copy or train again.")
     if config.get("schema_version") != SCHEMA_VERSION:
-        raise store.UserError(
+        raise UserError(
             f"{path} has schema version {config.get('schema_version')}, this version reads {SCHEMA_VERSION}; train again."
         )
     return dict(config["module"])

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorsa_utils.activations import ActivationSource
-from lorsa_utils.corpus import Sequences
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SparseModule, SparseOutput
 from lorsa_utils.models import LanguageModel
-from lorsa_utils.store import UserError
+from lorsa_utils.text import Sequences
 
 
 class MeanTarget:
@@ -95,11 +95,6 @@ class Reconstruction:
         }
 
 
-def module_input(module: SparseModule, attn_input: Tensor, attn_output: Tensor) -> Tensor:
-    """What a module reads: the SAE reads the layer's output, Lorsa and the transcoder its input."""
-    return attn_output if getattr(module.config, "kind", "lorsa") == "sae" else attn_input
-
-
 @torch.no_grad()
 def evaluate_activations(
     modules: Mapping[str, tuple[int, SparseModule]], source: ActivationSource, batch_size: int = 8
@@ -123,7 +118,7 @@ def evaluate_activations(
     for batch in source.batches(batch_size, layers=layers):
         for name, (layer, module) in modules.items():
             device = module.b_O.device
-            x = module_input(module, batch.inputs[layer], batch.outputs[layer]).to(device)
+            x = module.input_from(batch.inputs[layer], batch.outputs[layer]).to(device)
             y, mask = batch.outputs[layer].to(device), batch.mask.to(device)
             sums[name].update(y, module(x.to(module.b_O.dtype)), mask)
     return {name: running.result() for name, running in sums.items()}
@@ -185,7 +180,7 @@ def evaluate_spliced(
     sums = Reconstruction(mean, module.n_units)
 
     def replace(attn_input: Tensor, attn_output: Tensor) -> Tensor:
-        x = module_input(module, attn_input, attn_output)
+        x = module.input_from(attn_input, attn_output)
         output = module(x.to(module.b_O.dtype))
         sums.update(attn_output, output, current["mask"])
         return torch.where(current["mask"][..., None], output.y.to(attn_output.dtype), attn_output)

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from lorsa_utils import ops, reference
 from lorsa_utils.config import ROPE_TYPES, RotaryConfig
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.fetch import EMBEDDED_NAME, fetch_embedded_model, quiet_transformers
-from lorsa_utils.store import UserError, sha256_json
+from lorsa_utils.store import sha256_json
 
 Replacement = Callable[[Tensor, Tensor], Tensor]
 """(attention input, attention output), each [batch, length, d_model], to the new attention output of the same shape."""

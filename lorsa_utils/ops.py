@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorsa_utils import kernels, reference
 from lorsa_utils.config import RotaryConfig
-from lorsa_utils.store import UserError
+from lorsa_utils.exceptions import UserError
 
 BACKENDS = ("auto", "torch", "triton", "reference")
 

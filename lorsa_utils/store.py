@@ -1,4 +1,4 @@
-"""Files written whole or not at all, hashes, and the one error type that users see.
+"""Files written atomically, hashes, and where the kit's own files are.
 
 Every artefact of the kit goes through this module: a file is written under a temporary name in the same folder, flushed
 to the disk, and renamed. A reader therefore sees the old file or the new one, never half of one.
@@ -20,15 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from lorsa_utils.exceptions import UserError
+
 _UMASK = os.umask(0)  # there is no way to read it but to set it
 os.umask(_UMASK)
 
-
-class UserError(Exception):
-    """Bad input or a broken environment, told in one sentence that names the fix.
-
-    The command line prints it and exits 1.
-    """
+CHECKOUT = Path(__file__).resolve().parent.parent
+"""Folder that holds this package: the root of the repository where it runs from a checkout."""
 
 
 @contextlib.contextmanager
@@ -212,5 +210,4 @@ def data_dir() -> Path:
     """The `data/` folder: $LORSA_DATA when set, else `data/` of the checkout that holds this package, else `./data`."""
     if configured := os.environ.get("LORSA_DATA"):
         return Path(configured)
-    checkout = Path(__file__).resolve().parent.parent
-    return checkout / "data" if (checkout / "pyproject.toml").is_file() else Path.cwd() / "data"
+    return CHECKOUT / "data" if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd() / "data"

@@ -14,6 +14,7 @@ uninterrupted one gives.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -32,11 +33,10 @@ from tqdm import tqdm
 from lorsa_utils import store
 from lorsa_utils.activations import ActivationBatch, ActivationSource, own_rows, prepared_ahead
 from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig, SAEConfig, TrainConfig
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.initialize import CALIBRATION_SEQUENCES, initialize
-from lorsa_utils.lorsa import Lorsa, Scaling, SparseOutput
-from lorsa_utils.metrics import module_input
+from lorsa_utils.lorsa import SAE, Lorsa, Scaling, SparseOutput
 from lorsa_utils.models import AttentionSite
-from lorsa_utils.sae import SAE
 
 QK_PARAMETERS = ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm")
 
@@ -102,7 +102,7 @@ def join_world() -> Iterator[World]:
         try:
             torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         except (RuntimeError, ValueError) as error:
-            raise store.UserError(
+            raise UserError(
                 f"The {world.size} processes of torchrun did not find each other ({error}); start them again."
             ) from error
     yield world
@@ -113,7 +113,13 @@ def join_world() -> Iterator[World]:
 class Run:
     """One module under training: weights in training space, optimizer, counters, schedules."""
 
-    def __init__(self, spec: RunSpec, source: Mapping[str, Any], device: torch.device, world: World = World()) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        source: Mapping[str, Any],
+        device: torch.device,
+        world: World = World(),  # noqa: B008
+    ) -> None:
         self.spec, self.source, self.device, self.world = spec, dict(source), device, world
         self.module: Lorsa | SAE = (
             Lorsa(spec.module) if isinstance(spec.module, LorsaConfig) else SAE(spec.module)
@@ -160,7 +166,7 @@ class Run:
         """
         train, layer = self.spec.train, self.spec.layer
         x = self.scaling.inputs(
-            module_input(self.module, batch.inputs[layer], batch.outputs[layer]).to(self.device, torch.float32)
+            self.module.input_from(batch.inputs[layer], batch.outputs[layer]).to(self.device, torch.float32)
         )
         y = self.scaling.targets(batch.outputs[layer].to(self.device, torch.float32))
         n_tokens = int(batch.whole_mask.sum())
@@ -243,7 +249,7 @@ class Run:
             UserError: the loss or a gradient was not finite; the weights are the last good ones.
         """
         if self.broken:
-            raise store.UserError(
+            raise UserError(
                 f"The loss of {self.spec.name} is no longer finite at step {self.step}; "
                 f"the last good state is kept in {self.spec.folder / 'state'}: start again with a lower --lr."
             )
@@ -273,7 +279,7 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """Everything needed to rebuild and resume the run, as saved in config.json."""
-        kind = "lorsa" if isinstance(self.spec.module, LorsaConfig) else self.spec.module.kind
+        kind = self.spec.module.kind
         return {
             "schema_version": SCHEMA_VERSION,
             "module": {**self.spec.module.to_dict(), "kind": kind},
@@ -316,7 +322,7 @@ class Run:
         try:
             self._restore(tensors, json.loads(store.read_tensor_metadata(file)["counters"]))
         except (KeyError, ValueError, RuntimeError) as error:
-            raise store.UserError(
+            raise UserError(
                 f"{file} does not belong to this run; restore a copy or start again in an empty folder."
             ) from error
 
@@ -365,13 +371,13 @@ def prepare_runs(
     """
     _check_specs(specs)
     if source.n_sequences == 0 or source.n_tokens == 0:
-        raise store.UserError("There is not one token to train on; give a longer text.")
+        raise UserError("There is not one token to train on; give a longer text.")
     runs = [Run(spec, source.identity(), torch.device(device), world) for spec in specs]
-    problem: store.UserError | None = None
+    problem: UserError | None = None
     if world.rank == 0:
         try:
             _start_or_load(runs, source, sites, resume)
-        except store.UserError as error:
+        except UserError as error:
             problem = error
     if world.size > 1:
         told = [problem is not None]
@@ -394,9 +400,7 @@ def _start_or_load(
         folder = store.require_writable(run.spec.folder)
         if (folder / "config.json").is_file():
             if not resume:
-                raise store.UserError(
-                    f"{folder} holds a run already; add --resume to continue it or choose another --out."
-                )
+                raise UserError(f"{folder} holds a run already; add --resume to continue it or choose another --out.")
             _require_same_config(folder, run.config())
             if (folder / "state" / "state.safetensors").is_file():
                 store.remove_leftovers(folder / "state")
@@ -415,10 +419,10 @@ def _check_specs(specs: Sequence[RunSpec]) -> None:
     folders = [spec.folder.resolve() for spec in specs]
     for spec, folder in zip(specs, folders, strict=True):
         if folders.count(folder) > 1:
-            raise store.UserError(f"Two runs would write to {spec.folder}; give each its own folder.")
-        units = spec.module.n_ov_heads if isinstance(spec.module, LorsaConfig) else spec.module.n_features
+            raise UserError(f"Two runs would write to {spec.folder}; give each its own folder.")
+        units = spec.module.n_units
         if spec.train.k_start > units:
-            raise store.UserError(
+            raise UserError(
                 f"k_start ({spec.train.k_start}) must not exceed the number of heads or features ({units})."
             )
 
@@ -432,7 +436,7 @@ def _require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
         free |= {"source.model", "source.revision"}
     for name in sorted((set(found) | set(asked)) - free):
         if found.get(name) != asked.get(name):
-            raise store.UserError(
+            raise UserError(
                 f"{folder} was started with {name} = {found.get(name)!r}, not {asked.get(name)!r}; "
                 "resume with the same settings or choose another --out."
             )
@@ -477,11 +481,9 @@ def train_runs(
         UserError: settings do not fit together, or the loss is not finite.
     """
     if len({(spec.train.batch_size, spec.train.tokens) for spec in specs}) != 1:
-        raise store.UserError(
-            "Runs trained together must have the same batch_size and tokens; train them in separate calls."
-        )
+        raise UserError("Runs trained together must have the same batch_size and tokens; train them in separate calls.")
     if world.size > specs[0].train.batch_size:
-        raise store.UserError(
+        raise UserError(
             f"{world.size} processes cannot share a batch of {specs[0].train.batch_size} sequences; start fewer or raise --batch-size."
         )
     runs = prepare_runs(specs, source, sites, device=device, resume=resume, world=world)
@@ -489,7 +491,7 @@ def train_runs(
     try:
         _catch_up(runs, source, progress, logger)
         _loop(runs, source, progress, logger, stop_after_steps)
-    except (KeyboardInterrupt, store.UserError):
+    except (KeyboardInterrupt, UserError):
         for run in runs:
             run.save_state()
         raise
@@ -498,7 +500,7 @@ def train_runs(
             raise
         for run in runs:
             run.save_state()
-        raise store.UserError(
+        raise UserError(
             f"Another process of this training has ended ({str(error).splitlines()[0]}); "
             f"the last good state is kept in {runs[0].spec.folder / 'state'}: go on with --resume and as many processes."
         ) from error
@@ -593,7 +595,7 @@ def _log(runs: Sequence[Run], logger: Logger | None) -> float:
             with open(file, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise store.UserError(
+            raise UserError(
                 f"Cannot write {file} ({error.strerror}); free some space, then continue with --resume."
             ) from error
         if logger:
@@ -617,7 +619,7 @@ def read_log(folder: str | Path) -> list[dict[str, float]]:
     """Rows of a run's metrics.jsonl."""
     file = Path(folder) / "metrics.jsonl"
     if not file.is_file():
-        raise store.UserError(f"{folder} has no metrics.jsonl; give the folder of a run.")
+        raise UserError(f"{folder} has no metrics.jsonl; give the folder of a run.")
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
@@ -651,7 +653,14 @@ def make_logger(kind: str, folder: str | Path) -> Logger | None:
 
             return write_wandb
     except ImportError as error:
-        raise store.UserError(
+        raise UserError(
             f"The logger {kind!r} needs a package that is missing ({error.name}); install it with pip install {kind}."
         ) from error
-    raise store.UserError(f"logger must be jsonl, tensorboard or wandb, not {kind!r}.")
+    raise UserError(f"logger must be jsonl, tensorboard or wandb, not {kind!r}.")
+
+
+@functools.cache
+def training_sources() -> list[str]:
+    """Hashes of the source files that decide what a trained module is; runs of other code must not pass for runs of this one."""
+    folder = Path(__file__).parent
+    return [store.sha256_file(folder / f"{name}.py") for name in ("ops", "lorsa", "initialize", "train")]

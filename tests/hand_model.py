@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lorsa_utils.config import LorsaConfig, RotaryConfig
+from lorsa_utils.heads.prompts import SERIES, Vocabulary
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import AttentionSite
-from lorsa_utils.prompts import SERIES, Vocabulary
 
 CODE = 96
 D_MODEL = 5 * CODE + 2

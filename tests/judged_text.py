@@ -6,8 +6,8 @@ import string
 
 import numpy as np
 
-from lorsa_utils import examples
-from lorsa_utils.examples import Budget, Examples, Text
+from lorsa_utils.autointerp import examples
+from lorsa_utils.autointerp.examples import Budget, Examples, Text
 
 LENGTH = 32
 SPECIAL = {0: "<bos>", 1: ",", **{2 + digit: str(digit) for digit in range(10)}}

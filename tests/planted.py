@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorsa_utils.config import LorsaConfig, SAEConfig
-from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.heads.tasks import Task
+from lorsa_utils.lorsa import SAE, Lorsa
 from lorsa_utils.models import LanguageModel
-from lorsa_utils.sae import SAE
-from lorsa_utils.tasks import Task
 
 N = 32
 D_MODEL = 4 * N

@@ -30,9 +30,9 @@ from lorsa_utils.activations import (
     estimate_cache,
     prepared_ahead,
 )
-from lorsa_utils.corpus import Sequences
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import LanguageModel, load_model
-from lorsa_utils.store import UserError
+from lorsa_utils.text import Sequences
 
 LAYERS = (0, 1)
 CONTEXT = 12

@@ -20,7 +20,7 @@ from lorsa_utils.config import (
     SAEConfig,
     TrainConfig,
 )
-from lorsa_utils.store import UserError
+from lorsa_utils.exceptions import UserError
 
 positive = st.integers(1, 10**6)
 number = st.floats(0.1, 1e9)

@@ -22,8 +22,9 @@ import pytest
 from tiny_models import random_tokens, save_tiny_gguf
 
 from lorsa_utils import fetch
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import load_model
-from lorsa_utils.store import UserError, sha256_file
+from lorsa_utils.store import sha256_file
 
 MEMBER = "tiny_carrier/tiny.gguf"
 

@@ -11,11 +11,10 @@ from tiny_models import random_tokens, save_tiny_model
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
 from lorsa_utils.config import LorsaConfig, SAEConfig
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.initialize import initialize, match_scale, norm_scale
-from lorsa_utils.lorsa import Lorsa, Scaling
+from lorsa_utils.lorsa import SAE, Lorsa, Scaling
 from lorsa_utils.models import load_model
-from lorsa_utils.sae import SAE
-from lorsa_utils.store import UserError
 
 SOURCE = ToySource(24, 12)
 X, Y, MASK = SOURCE.inputs[0], SOURCE.outputs[0], SOURCE.mask

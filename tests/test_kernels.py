@@ -33,7 +33,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 from lorsa_utils import kernels, ops, reference  # noqa: E402
 from lorsa_utils.config import LorsaConfig, RotaryConfig, TrainConfig  # noqa: E402
-from lorsa_utils.store import UserError  # noqa: E402
+from lorsa_utils.exceptions import UserError  # noqa: E402
 from lorsa_utils.train import RunSpec, prepare_runs  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"

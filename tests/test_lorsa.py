@@ -16,10 +16,9 @@ from toys import D_HEAD, D_MODEL, ROTARY, lorsa_configs, random_inputs, random_l
 
 from lorsa_utils import reference, store
 from lorsa_utils.config import LorsaConfig
-from lorsa_utils.lorsa import Lorsa, Scaling
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.lorsa import SAE, Lorsa, Scaling, load
 from lorsa_utils.models import load_model
-from lorsa_utils.sae import SAE, load_module
-from lorsa_utils.store import UserError
 
 LLAMA3 = ROTARY.replace(rope_type="llama3", rotary_dim=2, factor=8.0, original_context=8, adjacent_pairs=True)
 
@@ -254,7 +253,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Lorsa | SAE, 
 
 def test_a_loaded_module_is_the_saved_one(saved: tuple[Lorsa | SAE, Path]) -> None:
     module, folder = saved
-    loaded = load_module(folder)
+    loaded = load(folder)
     assert type(loaded) is type(module)
     assert loaded.config == module.config
     x = random_inputs(2, 7)
@@ -275,33 +274,33 @@ def test_a_cut_file_is_refused(saved: tuple[Lorsa | SAE, Path], share: float) ->
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match=r"model.safetensors is damaged"):
-        load_module(saved[1])
+        load(saved[1])
 
 
 def test_a_file_of_noise_is_refused(saved: tuple[Lorsa | SAE, Path]) -> None:
     file = saved[1] / "model.safetensors"
     file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
     with pytest.raises(UserError, match=r"model.safetensors is damaged"):
-        load_module(saved[1])
+        load(saved[1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(saved: tuple[Lorsa | SAE, Path], value: float) -> None:
     rewrite(saved[1], lambda tensors: tensors["W_O"][3, 2].fill_(value))
     with pytest.raises(UserError, match=r"W_O holds values that are not finite"):
-        load_module(saved[1])
+        load(saved[1])
 
 
 def test_other_shapes_and_missing_tensors_are_refused(saved: tuple[Lorsa | SAE, Path]) -> None:
     rewrite(saved[1], lambda tensors: tensors.update(W_O=tensors["W_O"][:-1]))
     with pytest.raises(UserError, match=r"W_O is of shape \[23, 16\], not \[24, 16\]"):
-        load_module(saved[1])
+        load(saved[1])
     rewrite(saved[1], lambda tensors: tensors.pop("W_O"))
     with pytest.raises(UserError, match=r"W_O is missing"):
-        load_module(saved[1])
+        load(saved[1])
     (saved[1] / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model.safetensors does not exist"):
-        load_module(saved[1])
+        load(saved[1])
 
 
 def edit_config(folder: Path, change: Callable[[Any], Any]) -> None:
@@ -330,24 +329,24 @@ def test_a_wrong_config_is_refused_in_a_sentence(
 ) -> None:
     edit_config(saved[1], change)
     with pytest.raises(UserError, match=sentence):
-        load_module(saved[1])
+        load(saved[1])
 
 
 def test_no_run_folder_and_a_broken_config(tmp_path: Path, saved: tuple[Lorsa | SAE, Path]) -> None:
     with pytest.raises(UserError, match=r"is not a run folder \(config.json is missing\)"):
-        load_module(tmp_path)
+        load(tmp_path)
     (saved[1] / "config.json").write_text("[1]")
     with pytest.raises(UserError, match=r"does not say what kind of module"):
-        load_module(saved[1])
+        load(saved[1])
     (saved[1] / "config.json").write_text('{"schema_version": 1,')
     with pytest.raises(UserError, match=r"is not valid JSON"):
-        load_module(saved[1])
+        load(saved[1])
 
 
 def test_loading_as_the_other_kind_names_both(saved: tuple[Lorsa | SAE, Path]) -> None:
     module, folder = saved
     other = SAE if isinstance(module, Lorsa) else Lorsa
-    with pytest.raises(UserError, match=r"load it with lorsa_utils.sae.load_module"):
+    with pytest.raises(UserError, match=r"load it with lorsa_utils.load"):
         other.load(folder)
 
 

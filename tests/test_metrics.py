@@ -12,10 +12,10 @@ from torch import Tensor
 from toys import ToySource, random_lorsa, random_sae, random_sequences, sequences_of
 
 from lorsa_utils.activations import ActivationStream
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SparseOutput
 from lorsa_utils.metrics import MeanTarget, Reconstruction, evaluate_activations, evaluate_spliced
 from lorsa_utils.models import LanguageModel, load_model
-from lorsa_utils.store import UserError
 
 KEYS = {"fvu", "fvu_token_mean", "cosine", "l0", "dead_fraction", "n_tokens"}
 

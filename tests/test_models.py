@@ -14,9 +14,10 @@ import torch
 from tiny_models import D_MODEL, KINDS, N_LAYERS, byte_tokenizer, random_tokens, save_tiny_gguf, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lorsa_utils.exceptions import UserError
 from lorsa_utils.fetch import _is_complete
 from lorsa_utils.models import LanguageModel, load_model, resolve_device, rotary_from_config
-from lorsa_utils.store import UserError, data_dir
+from lorsa_utils.store import data_dir
 
 LENGTH = 96  # three times the original context of the tiny Llama
 EMBEDDED = data_dir() / "models" / "smollm2"

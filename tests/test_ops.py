@@ -12,7 +12,7 @@ from toys import rotaries
 
 from lorsa_utils import ops, reference
 from lorsa_utils.config import RotaryConfig
-from lorsa_utils.store import UserError
+from lorsa_utils.exceptions import UserError
 
 seeds = st.integers(0, 2**20)
 sizes = st.integers(1, 6)

@@ -18,22 +18,22 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lorsa_utils"
 
-# Each module imports only from modules before it.
+# Each module imports only from modules before it: the core first, then room by room.
 FLOORS = (
-    *("store", "config"),
-    *("reference", "kernels", "prompts"),
-    "ops",
-    *("fetch", "models", "prose", "corpus"),
-    *("lorsa", "sae", "activations"),
-    *("initialize", "metrics", "train", "bench", "sweeps", "scaling", "checkpoints", "published", "presets"),
-    *("units", "heads", "survey", "correspondence", "arithmetic", "topics"),
-    *("examples", "rules", "judges", "autointerp"),
-    *("tasks", "circuits", "graph", "faithfulness", "errors"),
-    *("toy", "sparse_toy"),
-    *("evidence", "pages", "dashboard", "figures"),
-    *("notebook", "claims", "gallery", "book", "reproduce", "cli", "__main__"),
+    *("exceptions", "store", "config"),
+    *("reference", "kernels", "ops"),
+    *("fetch", "models", "prose", "text", "lorsa", "activations"),
+    *("initialize", "metrics", "train"),
+    *("heads", "heads.prompts", "heads.units", "heads.families", "heads.survey", "heads.origins"),
+    *("heads.arithmetic", "heads.topics", "heads.tasks"),
+    *("autointerp", "autointerp.examples", "autointerp.rules", "autointerp.judges", "autointerp.study"),
+    *("circuits", "circuits.nodes", "circuits.graph", "circuits.faithfulness"),
+    *("kit", "kit.bench", "kit.sweeps", "kit.scaling", "kit.checkpoints", "kit.hub", "kit.presets", "kit.dark_matter"),
+    *("toys", "toys.skip_bigrams", "toys.sparse_transformer"),
+    *("view", "view.evidence", "view.pages", "view.explorer", "view.figures"),
+    *("kit.notebook", "kit.claims", "view.gallery", "view.book", "kit.reproduce", "kit.cli", "__main__"),
 )
-MODULES = sorted((ROOT / PACKAGE).glob("*.py"))
+MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # torch pins these itself, and only on machines of their kind; the last row are parts of other systems and Python
 # versions.
@@ -47,19 +47,22 @@ def tracked_files() -> list[Path]:
     return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
+def module_name(path: Path) -> str:
+    """`heads.units` for lorsa_utils/heads/units.py, `heads` for that folder's __init__.py."""
+    return ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Modules of the package that some code imports, wherever in it."""
+    """Modules of the package that some code imports, wherever in it, by their path in the package."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith(f"{PACKAGE}."))
+            yield from (alias.name.partition(".")[2] for alias in node.names if alias.name.startswith(f"{PACKAGE}."))
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if module == PACKAGE or (node.level and not module):
-                yield from (alias.name for alias in node.names)
-            elif module.startswith(f"{PACKAGE}."):
-                yield module.split(".")[1]
-            elif node.level:
-                yield module.split(".")[0]
+            assert not node.level, "imports name the whole path"
+            package, _, module = (node.module or "").partition(".")
+            if package == PACKAGE:
+                below = [".".join(filter(None, (module, alias.name))) for alias in node.names]
+                yield from [name for name in below if name in FLOORS] or [module or node.names[0].name]
 
 
 def floor_problems(name: str, source: str) -> list[str]:
@@ -73,29 +76,31 @@ def floor_problems(name: str, source: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if path.parent.name != PACKAGE or path.stem != "__init__"], ids=module_name
+)
 def test_modules_import_only_from_floors_before_them(path: Path) -> None:
-    if path.stem != "__init__":
-        assert not floor_problems(path.stem, path.read_text(encoding="utf-8"))
-    else:
-        assert not list(imports(ast.parse(path.read_text(encoding="utf-8")))), (
-            "the package itself imports nothing, so that it loads fast"
-        )
+    assert not floor_problems(module_name(path), path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "used"),
     [
-        "from lorsa_utils import cli",
-        "import lorsa_utils.cli",
-        "def f():\n    from lorsa_utils.cli import main",
-        "from . import cli",
-        "from .cli import main",
+        ("from lorsa_utils.kit import cli", "kit.cli"),
+        ("import lorsa_utils.kit.cli", "kit.cli"),
+        ("def f():\n    from lorsa_utils.kit.cli import main", "kit.cli"),
+        ("from lorsa_utils import train", "train"),
     ],
 )
-def test_floor_check_sees_every_kind_of_import(source: str) -> None:
-    assert floor_problems("ops", source) == ["ops must not import cli, which stands on a later floor."]
+def test_floor_check_sees_every_kind_of_import(source: str, used: str) -> None:
+    assert floor_problems("ops", source) == [f"ops must not import {used}, which stands on a later floor."]
     assert "is new" in floor_problems("brand_new", source)[0]
+
+
+def test_importing_the_package_and_its_settings_needs_no_torch() -> None:
+    code = f"import sys, {PACKAGE}, {PACKAGE}.config, {PACKAGE}.exceptions; print([name for name in ('torch', 'numpy', 'pandas') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def unsafe_calls(tree: ast.AST) -> Iterator[str]:
@@ -128,7 +133,9 @@ def code_of(path: Path) -> str:
     return "\n".join(line for cell in cells for line in cell.splitlines() if not line.startswith(("%", "!")))
 
 
-@pytest.mark.parametrize("path", MODULES + NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", MODULES + NOTEBOOKS, ids=lambda path: path.stem if path.suffix == ".ipynb" else module_name(path)
+)
 def test_no_data_is_ever_run_as_code(path: Path) -> None:
     assert not list(unsafe_calls(ast.parse(code_of(path))))
 
@@ -275,7 +282,7 @@ def test_importing_the_package_draws_no_random_number() -> None:
     script = f"""
 import importlib, random, numpy, torch
 before = (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.initial_seed())
-for name in {[path.stem for path in MODULES if not path.stem.startswith("__")]!r}:
+for name in {[module_name(path) for path in MODULES if path.stem not in ("__init__", "__main__")]!r}:
     importlib.import_module("{PACKAGE}." + name)
 after = (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.initial_seed())
 assert before == after

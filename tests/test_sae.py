@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from toys import random_inputs, random_lorsa, random_sae, randomized
 
 from lorsa_utils.config import SAEConfig
-from lorsa_utils.lorsa import Scaling
-from lorsa_utils.metrics import module_input
-from lorsa_utils.sae import SAE
+from lorsa_utils.lorsa import SAE, Scaling
 
 
 @given(d=st.integers(1, 6), n=st.integers(1, 9), seed=st.integers(0, 2**20), data=st.data())
@@ -79,6 +77,6 @@ def test_folding_keeps_outputs(kind: Literal["sae", "transcoder"]) -> None:
 
 def test_the_sae_reads_the_output_and_the_others_the_input() -> None:
     read, written = torch.zeros(1), torch.ones(1)
-    assert module_input(random_sae(kind="sae"), read, written) is written
-    assert module_input(random_sae(kind="transcoder"), read, written) is read
-    assert module_input(random_lorsa(), read, written) is read
+    assert random_sae(kind="sae").input_from(read, written) is written
+    assert random_sae(kind="transcoder").input_from(read, written) is read
+    assert random_lorsa().input_from(read, written) is read

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from lorsa_utils import store
-from lorsa_utils.store import UserError
+from lorsa_utils.exceptions import UserError
 
 DTYPES = (
     torch.float64,

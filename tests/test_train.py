@@ -21,10 +21,9 @@ from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 from lorsa_utils import store, train
 from lorsa_utils.activations import ActivationBatch, Part
 from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
-from lorsa_utils.lorsa import Lorsa, Scaling
-from lorsa_utils.metrics import evaluate_activations, module_input
-from lorsa_utils.sae import load_module
-from lorsa_utils.store import UserError
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.lorsa import Lorsa, Scaling, load
+from lorsa_utils.metrics import evaluate_activations
 from lorsa_utils.train import (
     Run,
     RunSpec,
@@ -289,7 +288,7 @@ def test_a_damaged_state_is_named(tmp_path: Path, damage: str) -> None:
 def test_an_unfinished_run_cannot_be_loaded(tmp_path: Path) -> None:
     go([spec(tmp_path)], stop_after_steps=2)
     with pytest.raises(UserError, match=r"model.safetensors does not exist"):
-        load_module(tmp_path / "lorsa")
+        load(tmp_path / "lorsa")
 
 
 class Spoiled(ToySource):
@@ -448,16 +447,16 @@ def test_training_lowers_the_error(tmp_path: Path, name: str) -> None:
     run = prepare_runs([spec(tmp_path / "start", name)], SOURCE, SITES)[0]
     before = evaluate_activations({"m": (run.spec.layer, run.finished_module())}, SOURCE)["m"]["fvu"]
     go([spec(tmp_path / "end", name, tokens=4000, k_start=0)])
-    after = evaluate_activations({"m": (run.spec.layer, load_module(tmp_path / "end" / name))}, SOURCE)["m"]["fvu"]
+    after = evaluate_activations({"m": (run.spec.layer, load(tmp_path / "end" / name))}, SOURCE)["m"]["fvu"]
     assert after < 0.8 * before
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_saved_module_takes_raw_activations(tmp_path: Path, name: str) -> None:
     run = go([spec(tmp_path, name)])[0]
-    saved = load_module(tmp_path / name)
+    saved = load(tmp_path / name)
     batch = next(iter(SOURCE.batches(20)))
-    raw = module_input(saved, batch.inputs[run.spec.layer], batch.outputs[run.spec.layer])
+    raw = saved.input_from(batch.inputs[run.spec.layer], batch.outputs[run.spec.layer])
     trained, loaded = run.module(run.scaling.inputs(raw)), saved(raw)
     assert abs(run.scaling.input_scale - 1) > 0.1
     assert run.scaling.input_mean.abs().max() > 0.01

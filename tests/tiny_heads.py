@@ -9,10 +9,10 @@ import torch
 from tiny_models import save_tiny_model
 from toys import sequences_of
 
-from lorsa_utils import survey, units
-from lorsa_utils.corpus import Sequences
+from lorsa_utils.heads import survey, units
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel, load_model
+from lorsa_utils.text import Sequences
 
 LAYER, LENGTH, DEAD = 1, 192, 23
 TEXTS = (

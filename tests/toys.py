@@ -12,10 +12,9 @@ from torch import Tensor
 
 from lorsa_utils.activations import ActivationBatch, Part, own_rows
 from lorsa_utils.config import LorsaConfig, RotaryConfig, SAEConfig
-from lorsa_utils.corpus import Sequences
-from lorsa_utils.lorsa import Lorsa, SparseModule
+from lorsa_utils.lorsa import SAE, Lorsa, SparseModule
 from lorsa_utils.models import AttentionSite
-from lorsa_utils.sae import SAE
+from lorsa_utils.text import Sequences
 
 D_MODEL, N_HEADS, D_HEAD = 16, 2, 4
 ROTARY = RotaryConfig(rope_type="default", rotary_dim=D_HEAD, theta=100.0)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from browsing import Watched
 
-from lorsa_utils import figures
+from lorsa_utils.view import figures
 
 pytestmark = pytest.mark.browser
 

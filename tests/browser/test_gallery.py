@@ -10,7 +10,8 @@ import pytest
 from browsing import Watched, keep_screenshot
 from tiny_heads import LAYER, tiny_heads
 
-from lorsa_utils import evidence, figures, gallery, notebook, pages
+from lorsa_utils.kit import notebook
+from lorsa_utils.view import evidence, figures, gallery, pages
 
 pytestmark = pytest.mark.browser
 
@@ -21,7 +22,7 @@ def test_pictures_and_links(images: bool, browser: Any, tmp_path: Path, monkeypa
     monkeypatch.setenv("LORSA_STATIC_IMAGES", "1")
     figures.can_draw_png.cache_clear()
     if not images:
-        monkeypatch.setattr("lorsa_utils.figures.draw_png", lambda figure: None)
+        monkeypatch.setattr("lorsa_utils.view.figures.draw_png", lambda figure: None)
     run = notebook.start("06_head_explorer", "smoke", tmp_path / "run")
     for label in ("P4_layer_fvu", "P5_table", "more"):
         run.show(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), label, f"Caption of {label}.")

@@ -10,8 +10,8 @@ import pytest
 from browsing import Watched, keep_screenshot
 from tiny_heads import DEAD, LAYER, Tiny, tiny_heads
 
-from lorsa_utils import evidence, pages
-from lorsa_utils.evidence import Head
+from lorsa_utils.view import evidence, pages
+from lorsa_utils.view.evidence import Head
 
 pytestmark = pytest.mark.browser
 NASTY = "<script>alert(1)</script>"

@@ -18,7 +18,8 @@ import nbformat
 import pytest
 from browsing import Watched, keep_screenshot
 
-from lorsa_utils import reproduce, store
+from lorsa_utils import store
+from lorsa_utils.kit import reproduce
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,13 +184,15 @@ TINY = """
 from pathlib import Path
 import pandas as pd
 from tiny_heads import LAYER, tiny_heads
-from lorsa_utils import dashboard
+from lorsa_utils.view import explorer
 tiny = tiny_heads(Path("model"), n_heads=4608, n_qk=72, k=8)
 table = pd.concat([pd.DataFrame({"head": range(4608)}), tiny.found.facts], axis=1)
 table["family"] = table["families"] = ["induction" if head % 40 == 0 else "" for head in range(4608)]
 table["top_logits"] = [["some", "tokens", f"t{head}"] for head in range(4608)]
 """
-SHOW = 'explorer = dashboard.Explorer(tiny.model, [dashboard.View(LAYER, tiny.lorsa, table)], "A cat sat. A cat", 256, 192)'
+SHOW = (
+    'explorer = explorer.Explorer(tiny.model, [explorer.View(LAYER, tiny.lorsa, table)], "A cat sat. A cat", 256, 192)'
+)
 
 
 def test_a_layer_of_4608_heads_answers_at_once(browser: Any, tmp_path: Path) -> None:

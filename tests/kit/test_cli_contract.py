@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorsa_utils import cli
 from lorsa_utils.config import TrainConfig
+from lorsa_utils.kit import cli
 
 RECORD = Path(__file__).with_name("cli_contract.json")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lorsa_utils import notebook, reproduce
+from lorsa_utils.kit import notebook, reproduce
 
 NOTEBOOKS = [path.stem for path in sorted(reproduce.notebooks_dir().glob("[0-9]*_*.ipynb"))]
 

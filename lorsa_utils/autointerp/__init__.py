@@ -1,0 +1,1 @@
+"""Explanations of units and how well they predict activations (notebook 07)."""

@@ -1,0 +1,1 @@
+"""Which heads a behaviour needs: nodes, faithfulness, attribution graphs (notebook 08)."""

@@ -1,0 +1,342 @@
+"""What units say about operands: activations at `=` over the operand grid, read as simple rules (paper item P9).
+
+A rule is a set of values of one variable, on which a unit is active: op1 or op2 or the result in a range, one of them
+modulo m in a set of residues (m = 10 is the last digit), or whether the addition of last digits carries. A rule
+predicts two levels,
+
+    z(op1, op2) = base + height * [variable in values]
+
+The best range and the best set of residues are found exactly (all intervals; all cuts of the residues in order of their
+mean), on a random half of the grid's cells. What counts is the explained variance on the other half, beside that of a
+smooth null: a cubic polynomial in op1 and op2, which any gradual dependence on size would fit as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads.prompts import OPERATORS, ArithmeticGrid
+from lorsa_utils.lorsa import SparseModule
+from lorsa_utils.models import LanguageModel
+
+MODULI = tuple(range(2, 11))
+LEAST_EXPLAINED = 0.5
+"""A rule is named when it explains more than this share of the variance on held-out cells, and more than the smooth null."""
+
+
+class Activations(NamedTuple):
+    """Units over the operand grid. Made by `grid_activations`."""
+
+    z: Tensor
+    """[n_units, n, n], activation at `=`; rows are op1, columns op2."""
+    correct: Tensor
+    """[n, n] bool, whether the model's first token of the answer is right (empty when not asked for)."""
+    operator: str
+    """`+`, `-` or `*`."""
+    low: int
+    """Smallest operand; the largest is low + n - 1."""
+
+
+@torch.no_grad()
+def grid_activations(
+    model: LanguageModel,
+    layer: int,
+    module: SparseModule,
+    grid: ArithmeticGrid,
+    answers: bool = False,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Activations:
+    """Activations of every unit at `=` for every pair of operands, [n_units, n, n] numbers in memory.
+
+    Args:
+        model: the language model.
+        layer: of the module.
+        module: Lorsa, SAE or transcoder for raw activations.
+        grid: of `prompts.arithmetic_grid`.
+        answers: also run the rest of the model to see where it answers right.
+        batch_size: prompts at a time.
+        progress: show a bar.
+    """
+    n = round(len(grid.tokens) ** 0.5)
+    z, correct = torch.zeros(len(grid.tokens), module.n_units), []
+    for rows in tqdm(torch.arange(len(grid.tokens)).split(batch_size), desc=f"a{grid.operator}b", disable=not progress):
+        tokens, ends = grid.tokens[rows], grid.equals[rows].to(model.device)
+        x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
+        indices, values = module.encode(module.input_from(x, y))
+        place = torch.arange(len(rows), device=x.device)
+        z[rows] = (
+            torch.zeros(len(rows), module.n_units, device=x.device)
+            .scatter_(1, indices[place, ends], values[place, ends])
+            .cpu()
+        )
+        if answers:
+            length = int(ends.max()) + 1
+            said = model.logits(tokens[:, :length])[place, ends].argmax(dim=1).cpu()
+            correct.append(said == grid.answer[rows])
+    right = torch.cat(correct).view(n, n) if correct else torch.zeros(0, 0, dtype=torch.bool)
+    return Activations(z.T.reshape(-1, n, n), right, grid.operator, int(grid.a.min()))
+
+
+# ---- rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A set of values of one variable."""
+
+    variable: str
+    """`op1`, `op2`, `result` or `carry`."""
+    modulus: int
+    """Of the residues in `values`; 0 when they are the values themselves."""
+    values: tuple[int, ...]
+    """Where the unit is active (for `carry`: 1)."""
+
+    def __str__(self) -> str:
+        if self.variable == "carry":
+            return "carry" if self.values == (1,) else "no carry"
+        if self.modulus:
+            return f"{self.variable} % {self.modulus} in {{{', '.join(map(str, self.values))}}}"
+        return f"{self.variable} in {self.values[0]}..{self.values[-1]}"
+
+    def holds(self, op1: np.ndarray, op2: np.ndarray, operator: str) -> np.ndarray:
+        """Where it holds, for operands of any equal shapes."""
+        value = variables(op1, op2, operator)[self.variable]
+        return np.isin(value % self.modulus if self.modulus else value, self.values)
+
+
+class Fit(NamedTuple):
+    """A rule fitted to one unit."""
+
+    rule: Rule
+    explained: float
+    """Explained variance on held-out cells."""
+    base: float
+    """Activation where the rule does not hold."""
+    height: float
+    """Added where it holds."""
+
+
+def variables(op1: np.ndarray, op2: np.ndarray, operator: str) -> dict[str, np.ndarray]:
+    """What a unit may know: both operands, the result, and for sums whether the last digits carry."""
+    found = {"op1": op1, "op2": op2, "result": np.asarray(OPERATORS[operator](op1, op2))}  # type: ignore[arg-type]
+    if operator == "+":
+        found["carry"] = (op1 % 10 + op2 % 10 >= 10).astype(int)
+    if operator == "-":
+        found["carry"] = (op1 % 10 < op2 % 10).astype(int)
+    return found
+
+
+def fit_rules(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -> list[Fit]:
+    """The best rule of every kind for one unit, the best first; of rules that explain the same, the simpler first.
+
+    Args:
+        z: activations over the grid, [n, n].
+        operator: `+`, `-` or `*`.
+        low: smallest operand.
+        seed: of the division of cells into a half to fit on and a half to measure on.
+
+    Returns:
+        nothing for a unit that is constant on the half to fit on or on the other.
+    """
+    cells = _Cells(z, operator, low, seed)
+    if cells.is_constant:
+        return []
+    fits = []
+    for name, value in cells.variables.items():
+        if name == "carry":
+            fits += [cells.fit(name, 0, value, _best_residues)]
+            continue
+        fits += [cells.fit(name, 0, value, _best_range)]
+        fits += [cells.fit(name, modulus, value % modulus, _best_residues) for modulus in MODULI]
+    # Rules within a thousandth explain the same: a range or a smaller modulus comes first.
+    return sorted(fits, key=lambda fit: (-round(fit.explained, 3), fit.rule.modulus))
+
+
+def smooth_explained(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -> float:
+    """Explained variance of the smooth null on the held-out cells, a cubic polynomial in both operands (arguments as in `fit_rules`)."""
+    cells = _Cells(z, operator, low, seed)
+    if cells.is_constant:
+        return float("nan")
+    scaled = [(cells.variables[name] - low) / max(1, len(z) - 1) for name in ("op1", "op2")]
+    design = np.stack([scaled[0] ** i * scaled[1] ** j for i in range(4) for j in range(4 - i)], axis=1)
+    weights, *_ = np.linalg.lstsq(design[cells.fitted], cells.z[cells.fitted], rcond=None)
+    return cells.explained(design @ weights)
+
+
+class _Cells:
+    """The cells of one unit's grid, flat, half of them to fit on."""
+
+    def __init__(self, z: np.ndarray, operator: str, low: int, seed: int) -> None:
+        n = len(z)
+        if z.shape != (n, n):
+            raise UserError(f"The activations of a unit cover a square grid of operands, not {list(z.shape)}.")
+        op1, op2 = (side.ravel() + low for side in np.indices((n, n)))
+        self.z, self.variables = np.asarray(z, dtype=float).ravel(), variables(op1, op2, operator)
+        self.fitted = np.zeros(n * n, dtype=bool)
+        self.fitted[np.random.default_rng(seed).permutation(n * n)[: n * n // 2]] = True
+
+    @property
+    def is_constant(self) -> bool:
+        return bool(np.ptp(self.z[self.fitted]) == 0 or np.ptp(self.z[~self.fitted]) == 0)
+
+    def explained(self, predicted: np.ndarray) -> float:
+        """1 - squared error / squared deviation from the mean, on held-out cells."""
+        z = self.z[~self.fitted]
+        return float(1 - np.square(z - predicted[~self.fitted]).sum() / np.square(z - z.mean()).sum())
+
+    def fit(
+        self, name: str, modulus: int, value: np.ndarray, best: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> Fit:
+        """The best rule on one variable: `best` maps counts and sums per value to the chosen values, [n_values] bool."""
+        labels, place = np.unique(value, return_inverse=True)
+        counts = np.bincount(place[self.fitted], minlength=len(labels)).astype(float)
+        sums = np.bincount(place[self.fitted], self.z[self.fitted], minlength=len(labels))
+        chosen = best(counts, sums)
+        holds = chosen[place]
+        base, top = (
+            float(self.z[self.fitted & side].mean()) if (self.fitted & side).any() else 0.0 for side in (~holds, holds)
+        )
+        rule = Rule(name, modulus, tuple(int(label) for label in labels[chosen]))
+        return Fit(rule, self.explained(np.where(holds, top, base)), base, top - base)
+
+
+def _between(counts: np.ndarray, sums: np.ndarray, inside_counts: np.ndarray, inside_sums: np.ndarray) -> np.ndarray:
+    """Variance between inside and outside, where inside is higher; what a two-level fit explains, up to a constant."""
+    outside_counts, outside_sums = counts.sum() - inside_counts, sums.sum() - inside_sums
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = inside_sums / inside_counts, outside_sums / outside_counts
+        gain = inside_counts * outside_counts * (means[0] - means[1]) ** 2
+    return np.where((inside_counts > 0) & (outside_counts > 0) & (means[0] > means[1]), gain, -1.0)
+
+
+def _best_range(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """The interval of values on which a unit is higher than elsewhere, by the variance that it explains."""
+    totals = [np.concatenate([[0.0], side.cumsum()]) for side in (counts, sums)]
+    inside = [side[None, :] - side[:, None] for side in totals]
+    first, last = np.unravel_index(np.argmax(_between(counts, sums, *inside)), inside[0].shape)
+    values = np.arange(len(counts))
+    return (values >= first) & (values < last)
+
+
+def _best_residues(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """The set of residues likewise: for two levels the best set is a cut of the residues in order of their means."""
+    order = np.argsort(-(sums / np.maximum(counts, 1)), kind="stable")
+    n = int(np.argmax(_between(counts, sums, counts[order].cumsum(), sums[order].cumsum()))) + 1
+    chosen = np.zeros(len(counts), dtype=bool)
+    chosen[order[:n]] = True
+    return chosen
+
+
+# ---- many units
+
+
+def rule_table(
+    found: Activations, units: Sequence[int] | None = None, least_active: float = 0.02, seed: int = 0
+) -> pd.DataFrame:
+    """The best rule of every unit.
+
+    Args:
+        found: of `grid_activations`.
+        units: which; all that are active on at least `least_active` of the cells without it.
+        least_active: share of cells.
+        seed: of the held-out cells.
+
+    Returns:
+        columns `unit`, `rule` (text), `variable`, `modulus`, `values`, `explained`, `smooth` (explained by the smooth
+        null), `base`, `height`, `active` (share of cells) and `named` (see `LEAST_EXPLAINED`), the best explained
+        first.
+    """
+    active = (found.z > 0).float().mean(dim=(1, 2))
+    chosen = (active >= least_active).nonzero()[:, 0].tolist() if units is None else list(units)
+    rows = []
+    for unit in chosen:
+        z = found.z[unit].numpy()
+        fits = fit_rules(z, found.operator, found.low, seed)
+        if fits:
+            best, smooth = fits[0], smooth_explained(z, found.operator, found.low, seed)
+            rows.append(
+                {
+                    "unit": unit,
+                    "rule": str(best.rule),
+                    "variable": best.rule.variable,
+                    "modulus": best.rule.modulus,
+                    "values": list(best.rule.values),
+                    "explained": best.explained,
+                    "smooth": smooth,
+                    "base": best.base,
+                    "height": best.height,
+                    "active": float(active[unit]),
+                    "named": best.explained > max(LEAST_EXPLAINED, smooth),
+                }
+            )
+    columns = [
+        "unit",
+        "rule",
+        "variable",
+        "modulus",
+        "values",
+        "explained",
+        "smooth",
+        "base",
+        "height",
+        "active",
+        "named",
+    ]
+    return pd.DataFrame(rows, columns=columns).sort_values("explained", ascending=False, ignore_index=True)
+
+
+def joint_picture(found: Activations, rules: pd.DataFrame, op1: int, op2: int, variable: str = "op1") -> pd.DataFrame:
+    """What the units that fire on one sum say together about an operand.
+
+    Args:
+        found: of `grid_activations`.
+        rules: of `rule_table`; its named rules on `variable` are used.
+        op1: first operand.
+        op2: second operand.
+        variable: `op1`, `op2` or `result`.
+
+    Returns:
+        one row for each named unit that is above the middle of its two levels there, the largest first: `unit`, `rule`,
+        `activation`, `left` (values of the variable that this rule and those in the rows above allow) and `n_left`.
+
+    Raises:
+        UserError: the operands lie outside the grid.
+    """
+    n = found.z.shape[1]
+    if not all(found.low <= operand < found.low + n for operand in (op1, op2)):
+        raise UserError(
+            f"The grid has operands from {found.low} to {found.low + n - 1}; choose {op1} and {op2} among them."
+        )
+    first, second = (side.ravel() + found.low for side in np.indices((n, n)))
+    values = variables(first, second, found.operator)[variable]
+    left = set(values.tolist())
+    mine = rules[rules["named"] & (rules["variable"] == variable)]
+    activation = found.z[
+        torch.tensor(mine["unit"].to_list(), dtype=torch.long), op1 - found.low, op2 - found.low
+    ].numpy()
+    mine = mine.assign(activation=activation)
+    mine = mine[mine["activation"] > mine["base"] + mine["height"] / 2].sort_values("activation", ascending=False)
+    rows = []
+    for row in mine.itertuples():
+        rule = Rule(variable, int(row.modulus), tuple(row.values))
+        left &= set(values[rule.holds(first, second, found.operator)].tolist())
+        rows.append(
+            {
+                "unit": row.unit,
+                "rule": row.rule,
+                "activation": row.activation,
+                "left": sorted(left),
+                "n_left": len(left),
+            }
+        )
+    return pd.DataFrame(rows, columns=["unit", "rule", "activation", "left", "n_left"])

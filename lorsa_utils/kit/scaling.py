@@ -1,0 +1,139 @@
+"""Power laws with an irreducible part, their uncertainty, and what they predict.
+
+    value(n) = floor + a n^-b,    floor >= 0, a >= 0, b > 0
+
+Errors are relative, so squares of (fit - value) / value are summed. For a given b the best floor and a follow from two
+linear equations (with floor 0 or a 0 where these would be negative), and b is searched on a grid that is narrowed
+around the best one.
+
+Intervals come from a bootstrap of residuals: relative residuals, enlarged for the parameters that were fitted, are
+drawn again and laid on the fitted curve, and the law is fitted anew. They hold what seeds scatter and what the law
+misses at the fitted sizes; they cannot hold what changes beyond the largest of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorsa_utils.exceptions import UserError
+
+Floats = npt.NDArray[np.float64]
+EXPONENTS = (0.05, 4.0)
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """A fitted law and its bootstrap. Made by `fit`."""
+
+    floor: float
+    """Irreducible part."""
+    a: float
+    """Height at n = 1."""
+    b: float
+    """Exponent."""
+    sizes: Floats
+    """n of the fitted points, [n_points]."""
+    values: Floats
+    """Their values, [n_points]."""
+    draws: Floats
+    """[n_draws, 3]: floor, a (at n = `scale`) and b of the bootstrap."""
+    scale: float
+    """Geometric mean of the sizes."""
+    spread: Floats
+    """Relative residuals, enlarged, [n_points]."""
+
+    def __call__(self, n: Any) -> Floats:
+        """The law at sizes n."""
+        return np.asarray(self.floor + self.a * np.asarray(n, dtype=float) ** -self.b)
+
+    def band(self, n: Any, level: float = 0.95) -> tuple[Floats, Floats]:
+        """Interval of the curve at sizes n: lower and upper bound, each of the shape of n."""
+        curves = _curve(self.draws, np.atleast_1d(np.asarray(n, dtype=float)) / self.scale)
+        low, high = np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        return low, high
+
+    def predict(self, n: float, n_seeds: int = 1, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+        """What a mean of `n_seeds` new runs of size n will be: value, lower and upper bound."""
+        generator = np.random.default_rng(seed)
+        noise = generator.choice(self.spread, size=(len(self.draws), n_seeds)).mean(axis=1)
+        values = _curve(self.draws, np.array([n / self.scale]))[:, 0] * (1 + noise)
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+        return float(self(n)), float(low), float(high)
+
+    def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
+        """Interval of `floor` or `b`."""
+        low, high = np.quantile(self.draws[:, {"floor": 0, "b": 2}[name]], [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+def fit(
+    sizes: npt.ArrayLike, values: npt.ArrayLike, *, floor: bool = True, n_draws: int = 1000, seed: int = 0
+) -> PowerLaw:
+    """Fit a power law.
+
+    Args:
+        sizes: parameters or tokens, positive, [n_points]; several points of one size are several seeds.
+        values: positive, [n_points].
+        floor: whether the law has an irreducible part.
+        n_draws: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: too few different sizes, or values that are not positive and finite.
+    """
+    n, y = np.asarray(sizes, dtype=float), np.asarray(values, dtype=float)
+    least = 4 if floor else 3
+    if n.shape != y.shape or n.ndim != 1 or len(np.unique(n)) < least:
+        raise UserError(
+            f"A power law needs values at {least} different sizes or more, not {len(np.unique(n))}; run more sizes."
+        )
+    if not (np.isfinite(n).all() and np.isfinite(y).all() and (n > 0).all() and (y > 0).all()):
+        raise UserError("A power law needs positive, finite sizes and values; leave out runs that diverged.")
+    scale = float(np.exp(np.log(n).mean()))
+    best = _fit(n / scale, y[None], y, floor)
+    fitted = _curve(best, n / scale)[0]
+    residuals = (y - fitted) / fitted * np.sqrt(len(y) / max(1, len(y) - (3 if floor else 2)))
+    drawn = np.random.default_rng(seed).choice(residuals - residuals.mean(), size=(n_draws, len(y)))
+    draws = _fit(n / scale, fitted * (1 + drawn), y, floor)
+    level, height, b = best[0]
+    return PowerLaw(float(level), float(height * scale**b), float(b), n, y, draws, scale, residuals)
+
+
+def _curve(parameters: Floats, x: Floats) -> Floats:
+    """Laws [n_laws, 3] at relative sizes x [n_points]: [n_laws, n_points]."""
+    return np.asarray(parameters[:, :1] + parameters[:, 1:2] * x[None] ** -parameters[:, 2:])
+
+
+def _fit(x: Floats, y: Floats, size: Floats, floor: bool) -> Floats:
+    """Best floor, a and b for rows of values: x [n_points], y [n_rows, n_points], weights 1 / size^2; [n_rows, 3]."""
+    weights = 1 / size**2
+    low, high = np.full(len(y), np.log(EXPONENTS[0])), np.full(len(y), np.log(EXPONENTS[1]))
+    for _ in range(4):  # each round narrows 40 steps to 2
+        grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 41)
+        solved = [_solve(x, y, weights, np.exp(grid[:, column]), floor) for column in range(grid.shape[1])]
+        errors = np.stack([error for *_, error in solved], axis=1)
+        best = errors.argmin(axis=1)
+        step = (high - low) / 40
+        centre = np.take_along_axis(grid, best[:, None], axis=1)[:, 0]
+        low, high = np.maximum(centre - step, np.log(EXPONENTS[0])), np.minimum(centre + step, np.log(EXPONENTS[1]))
+    b = np.exp(centre)
+    level, height, _ = _solve(x, y, weights, b, floor)
+    return np.stack((level, height, b), axis=1)
+
+
+def _solve(x: Floats, y: Floats, weights: Floats, b: Floats, floor: bool) -> tuple[Floats, Floats, Floats]:
+    """Weighted least squares of y on a constant and x^-b, both not negative: constant, slope and error, each [n_rows]."""
+    basis = x[None] ** -b[:, None]
+    total, s, ss = weights.sum(), (weights * basis).sum(axis=1), (weights * basis**2).sum(axis=1)
+    t, st = (weights * y).sum(axis=1), (weights * basis * y).sum(axis=1)
+    level = np.maximum((ss * t - s * st) / np.maximum(total * ss - s**2, 1e-300), 0.0) if floor else np.zeros(len(y))
+    height = (st - level * s) / ss
+    flat = height < 0
+    height = np.where(flat, 0.0, height)
+    level = np.where(flat, t / total, level) if floor else level
+    error = (weights * (level[:, None] + height[:, None] * basis - y) ** 2).sum(axis=1)
+    return level, height, error

@@ -1,0 +1,1 @@
+"""What a reader looks at: figures, head pages, the explorer (notebooks 06 and 13)."""

@@ -1,0 +1,410 @@
+"""Judges: prompts, parsing, the file of answers, a local model's logits, and a chat endpoint that misbehaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from email.utils import format_datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from chat_server import ChatServer, chat_server
+from hypothesis import given
+from hypothesis import strategies as st
+from judged_text import planted_sets
+from tiny_models import save_tiny_model
+
+from lorsa_utils import models
+from lorsa_utils.autointerp import judges, study
+from lorsa_utils.autointerp.examples import Budget
+from lorsa_utils.autointerp.judges import Answers, Explanation, LocalJudge, OpenAIJudge, ReplayJudge, Request, Retries
+from lorsa_utils.exceptions import UserError
+
+KEY = "sk-very-secret-0123456789"
+FAST = Retries(attempts=4, first_delay=0.01, longest_delay=0.05, timeout=5.0)
+QUESTION = judges.verdict_request("detection", "digits", ["a 1", "b", "c"])
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
+    with chat_server() as state:
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("OPENAI_BASE_URL", state.url)
+        yield state
+
+
+def asked(answers: Answers | None = None, retries: Retries = FAST, concurrency: int = 2) -> OpenAIJudge:
+    return OpenAIJudge("test-model", Answers(None) if answers is None else answers, concurrency, retries)
+
+
+# ---- parsing
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("[1, 0, 1]", [1, 0, 1]),
+        (" [1,0,1]\n", [1, 0, 1]),
+        ("```json\n[1, 0, 1]\n```", [1, 0, 1]),
+        ("```\n[true, false, true]\n```", [1, 0, 1]),
+        ("[1, 0", None),
+        ("[1, 0]", None),
+        ("[1, 0, 1, 1]", None),
+        ("[1, 0, 2]", None),
+        ("[1, 0, -1]", None),
+        ('[1, 0, "1"]', None),
+        ("[1, 0, null]", None),
+        ("[1, 0, NaN]", None),
+        ("I'm sorry, I can't do that.", None),
+        ("The answer is [1, 0, 1], since [2] is so.", None),
+        ("", None),
+    ],
+)
+def test_lists_are_read_or_nothing_is(answer: str, expected: list[float] | None) -> None:
+    assert judges.parse_numbers(answer, 3, 1) == expected
+
+
+@given(st.text(max_size=60))
+def test_no_answer_breaks_the_parser(answer: str) -> None:
+    judges.parse_numbers(answer, 3, 1)
+    judges.parse_explanation(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("EXPLANATION: digits", "digits"),
+        ("Let me think.\nEXPLANATION: **digits**\n", "digits"),
+        ("EXPLANATION:", None),
+        ("digits", None),
+        ("", None),
+    ],
+)
+def test_explanations_are_read_or_nothing_is(answer: str, expected: str | None) -> None:
+    assert judges.parse_explanation(answer) == expected
+
+
+def test_texts_cannot_change_a_prompt() -> None:
+    request = judges.verdict_request("detection", "$texts $n", ["$explanation", "a\n2. b"])
+    assert "unit: $texts $n" in request.messages[1][1]
+    assert "1. $explanation\n2. a\\n2. b\n" in request.messages[1][1]
+
+
+def test_the_explainer_sees_marks_sources_and_silent_texts_of_the_first_half_alone() -> None:
+    text, one = planted_sets()
+    unit = next(unit for unit in one.units if unit.unit == 1)
+    prompt = judges.explain_request(unit, text.strings).messages[1][1]
+    assert prompt.count("[10]") == judges.SHOWN_ACTIVE
+    assert prompt.count('(from ",")') == judges.SHOWN_ACTIVE
+    assert "«" in prompt.split("silent, some")[0]
+    assert "«" not in prompt.split("silent, some")[1]
+    second = {unit.second.marked(row, text.strings) for row in range(len(unit.second))}
+    assert not any(some in prompt for some in second)
+
+
+# ---- file of answers
+
+
+def test_answers_are_found_again_and_half_a_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    first = Answers(path)
+    first.put("a", "one\ntwo", kind="k", model="m")
+    first.put("b", "«x»", kind="k", model="m")
+    first.close()
+    path.write_bytes(path.read_bytes() + b'{"key": "c", "ans')
+    again = Answers(path)
+    assert (again.get("a"), again.get("b"), again.get("c")) == ("one\ntwo", "«x»", None)
+    again.put("c", "three")
+    again.close()
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    first = Answers(tmp_path / "answers.jsonl")
+    with pytest.raises(UserError, match="Another run is writing"):
+        Answers(tmp_path / "answers.jsonl")
+    first.close()
+    Answers(tmp_path / "answers.jsonl").close()
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text('{"key": "a", "answer": "x"}\nnonsense\n')
+    with pytest.raises(UserError, match="Line 2 of .* is damaged"):
+        Answers(tmp_path / "answers.jsonl", read_only=True)
+
+
+# ---- chat endpoint
+
+
+def test_a_plain_answer(server: ChatServer) -> None:
+    assert asked().ask([QUESTION]) == ["[1, 0, 0]"]
+    assert server.keys == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize(
+    "mishaps",
+    [
+        ["status 500"],
+        ["status 503", "status 502"],
+        ["cut"],
+        ["hangup"],
+        ["status 408"],
+        ["slow 0.2"],
+        ["status 429"],
+        ["cut", "status 500", "hangup"],
+    ],
+)
+def test_mishaps_are_asked_again(server: ChatServer, mishaps: list[str]) -> None:
+    server.mishaps = list(mishaps)
+    judge = asked()
+    assert judge.ask([QUESTION]) == ["[1, 0, 0]"]
+    assert sum(server.answered.values()) == 1
+    assert len(server.prompts) == len([name for name in mishaps if not name.startswith("slow")]) + 1
+    assert judge.calls == 1
+
+
+def test_retry_after_in_seconds_is_honoured_by_all(server: ChatServer) -> None:
+    server.mishaps = ["status 429 1"]
+    judge = asked(concurrency=4)
+    began = time.monotonic()
+    assert judge.ask([QUESTION]) == ["[1, 0, 0]"]
+    assert 0.9 < time.monotonic() - began < 4
+
+
+def test_retry_after_as_a_date_is_honoured(server: ChatServer) -> None:
+    import datetime
+
+    when = format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=3), usegmt=True)
+    server.mishaps = [f"status 503 {when}"]
+    began = time.monotonic()
+    assert asked().ask([QUESTION]) == ["[1, 0, 0]"]
+    assert time.monotonic() - began > 1.5
+
+
+def test_a_server_that_asks_for_hours_is_given_up(server: ChatServer) -> None:
+    server.mishaps = ["status 429 7200"]
+    with pytest.raises(UserError, match="asks to wait 7200 seconds; answers so far are kept"):
+        asked().ask([QUESTION])
+
+
+def test_a_slow_answer_times_out_and_is_asked_again(server: ChatServer) -> None:
+    server.mishaps = ["slow 1.5"]
+    assert asked(retries=Retries(attempts=3, first_delay=0.01, timeout=0.5)).ask([QUESTION]) == ["[1, 0, 0]"]
+    assert len(server.prompts) == 2
+
+
+@pytest.mark.parametrize(
+    ("mishap", "sentence"),
+    [
+        ("status 401", "refuses the key"),
+        ("status 404", "does not know this address or model"),
+        ("status 400", "does not accept the request"),
+    ],
+)
+def test_what_cannot_succeed_is_not_repeated(server: ChatServer, mishap: str, sentence: str) -> None:
+    server.mishaps = [mishap] * 3
+    with pytest.raises(UserError, match=sentence) as caught:
+        asked().ask([QUESTION])
+    assert len(server.prompts) == 1
+    assert KEY not in str(caught.value)
+    assert server.url not in str(caught.value)
+
+
+def test_the_key_follows_no_redirect(server: ChatServer) -> None:
+    with chat_server() as elsewhere:
+        server.mishaps = [f"redirect {elsewhere.url}/chat/completions"]
+        with pytest.raises(UserError, match="redirects"):
+            asked().ask([QUESTION])
+        assert elsewhere.prompts == []
+
+
+def test_a_server_that_never_answers_is_given_up(server: ChatServer) -> None:
+    server.mishaps = ["status 500"] * 10
+    with pytest.raises(UserError, match="HTTP status 500 4 times; answers so far are kept"):
+        asked().ask([QUESTION])
+
+
+@pytest.mark.parametrize("missing", ["OPENAI_API_KEY", "OPENAI_BASE_URL"])
+def test_a_missing_variable_is_named(server: ChatServer, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.delenv(missing)
+    with pytest.raises(UserError, match=missing):
+        asked()
+
+
+@pytest.mark.parametrize(
+    ("content", "readable"),
+    [
+        ("[1, 0, 0]", True),
+        ("```json\n[1, 0, 0]\n```", True),
+        ("[1, 0", False),
+        ("[1, 0]", False),
+        ("I'm sorry, but I can't.", False),
+        ("", False),
+    ],
+)
+def test_unreadable_answers_are_left_out_not_wrong(server: ChatServer, content: str, readable: bool) -> None:
+    server.content = lambda prompt: content
+    judge = asked()
+    found = judge._verdicts("detection", Explanation("digits"), ["a 1", "b", "c"])
+    assert found.tolist() == [1, 0, 0] if readable else np.isnan(found).all()
+    assert judge.tally.failed == (0 if readable else 1)
+
+
+def test_a_refusal_is_unreadable(server: ChatServer) -> None:
+    server.mishaps = ["refusal"]
+    judge = asked()
+    assert np.isnan(judge._verdicts("detection", Explanation("digits"), ["a 1"])).all()
+
+
+def study_once(folder: Path, concurrency: int = 3) -> tuple[OpenAIJudge, object]:
+    text, one = planted_sets(budget=Budget(units=3, shown=12, contrast=12, scored=8, least=8))
+    answers = Answers(folder / "answers.jsonl")
+    judge = asked(answers, concurrency=concurrency)
+    try:
+        return judge, study.study([one], text, judge, progress=False)
+    finally:
+        answers.close()
+
+
+def test_a_second_run_asks_nothing_and_a_recording_repeats_it(server: ChatServer, tmp_path: Path) -> None:
+    first, table = study_once(tmp_path)
+    assert first.calls == sum(server.answered.values()) > 0
+    assert max(server.answered.values()) == 1
+    assert 1 < server.most <= 3
+    again, same = study_once(tmp_path)
+    assert again.calls == 0
+    assert sum(server.answered.values()) == first.calls
+    assert same.equals(table)  # type: ignore[attr-defined]
+    text, one = planted_sets(budget=Budget(units=3, shown=12, contrast=12, scored=8, least=8))
+    replayed = study.study([one], text, ReplayJudge(tmp_path / "answers.jsonl"), progress=False)
+    assert replayed.equals(table)
+
+
+def test_a_replay_of_other_questions_is_refused(server: ChatServer, tmp_path: Path) -> None:
+    study_once(tmp_path)
+    text, one = planted_sets(seed=1, budget=Budget(units=3, shown=12, contrast=12, scored=8, least=8))
+    with pytest.raises(UserError, match="The recording has no answer"):
+        study.study([one], text, ReplayJudge(tmp_path / "answers.jsonl"), progress=False)
+
+
+def test_too_many_unreadable_answers_stop_a_study(server: ChatServer, tmp_path: Path) -> None:
+    plain = server.content
+    server.content = lambda prompt: plain(prompt) if "EXPLANATION" in prompt else "no idea"
+    with pytest.raises(UserError, match="could not be read, more than 5%"):
+        study_once(tmp_path)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from test_judges import study_once
+study_once(Path(sys.argv[1]))
+"""
+
+
+def test_killed_in_the_middle_nothing_is_lost_or_repeated(server: ChatServer, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).parents[:3])}
+    server.stop_after = 11
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        # The process has written what was answered, and hangs on what is not.
+        while time.monotonic() < deadline:
+            path = tmp_path / "answers.jsonl"
+            written = path.read_text().count("\n") if path.is_file() else 0
+            if written >= server.stop_after and written == sum(server.answered.values()):
+                break
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = dict(server.answered)
+    assert sum(before.values()) >= 11
+    server.stop_after = None
+    server.released.set()
+    judge, table = study_once(tmp_path)
+    assert max(server.answered.values()) == 1, "a question that was answered is not asked again"
+    assert set(before) <= set(server.answered)
+    assert judge.calls == len(server.answered) - len(before), "nothing that was answered is lost"
+    assert table["detection"].notna().all()  # type: ignore[index]
+
+
+def test_the_key_is_in_no_file_and_no_log(
+    server: ChatServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.mishaps = ["status 500", "status 429 0", "cut"]
+    judge, _ = study_once(tmp_path)
+    server.mishaps = ["status 403"]
+    with pytest.raises(UserError) as caught:
+        judge.ask([Request("detection", (("user", "something new"),), 5)])
+    out, err = capfd.readouterr()
+    said = [out, err, caplog.text, str(caught.value), repr(judge), repr(caught.value.__cause__)]
+    said += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(list(tmp_path.rglob("*"))) >= 1
+    for secret in (KEY, server.url, server.url.removeprefix("http://")):
+        assert not any(secret in text for text in said)
+
+
+# ---- local model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> models.LanguageModel:
+    return models.load_model(save_tiny_model(tmp_path_factory.mktemp("model"), "llama", max_position_embeddings=4096))
+
+
+class SingleLetters(LocalJudge):
+    """The byte tokenizer has no token for whole words, so these stand in for yes and no."""
+
+    def _single(self, words: object) -> list[int]:
+        return {"Y": [10], "N": [20]}.get(str(list(words)[0])[:1].upper(), [30])  # type: ignore[call-overload]
+
+
+def test_verdicts_are_read_from_the_logits_of_the_last_token(tiny: models.LanguageModel) -> None:
+    judge = SingleLetters(tiny, Answers(None), batch_size=3)
+    requests = [
+        judges.render("detection_one", 1, explanation="digits", text=text)
+        for text in ("a", "some longer text", "b 1", "c" * 40)
+    ]
+    answers = judge.ask(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        ids = torch.tensor([tiny.tokenizer.encode(judge.prompt(request), add_special_tokens=False)])
+        logits = tiny.logits(ids)[0, -1]
+        assert float(answer) == pytest.approx(float((logits[10] - logits[20]).sigmoid()), abs=1e-5)
+
+
+def test_local_judges_are_kept_and_replayed(tiny: models.LanguageModel, tmp_path: Path) -> None:
+    text, one = planted_sets(budget=Budget(units=2, shown=8, contrast=8, scored=8, least=8))
+    answers = Answers(tmp_path / "answers.jsonl")
+    judge = SingleLetters(tiny, answers)
+    table = study.study([one], text, judge, ("detection", "simulation"), progress=False)
+    asked_first = judge.calls
+    again = study.study([one], text, judge, ("detection", "simulation"), progress=False)
+    answers.close()
+    assert judge.calls == asked_first > 0
+    assert judge.tally.failed <= 0.05 * judge.tally.asked
+    replayed = study.study(
+        [one], text, ReplayJudge(tmp_path / "answers.jsonl"), ("detection", "simulation"), progress=False
+    )
+    assert again.equals(table)
+    assert replayed.equals(table)
+
+
+def test_a_model_without_yes_and_no_is_refused(tiny: models.LanguageModel) -> None:
+    with pytest.raises(UserError, match="no single token for 'Yes'"):
+        LocalJudge(tiny, Answers(None))
+
+
+def test_rules_apply_only_to_rules() -> None:
+    text, one = planted_sets()
+    with pytest.raises(UserError, match="only apply explanations that it made itself"):
+        judges.RulesJudge().detect(Explanation("digits"), one.units[0].second, text.strings)

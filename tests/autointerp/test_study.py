@@ -1,0 +1,350 @@
+"""Scores, baselines, tests and the command: by hand, by property, and on planted units."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from judged_text import BUDGET, FIRST_WORD, make_text, planted_sets
+
+from lorsa_utils.autointerp import examples, study
+from lorsa_utils.autointerp.examples import Budget
+from lorsa_utils.autointerp.judges import Answers, Explanation, Judge, OpenAIJudge, RulesJudge
+from lorsa_utils.autointerp.study import Accuracy
+from lorsa_utils.exceptions import UserError
+
+
+def test_balanced_accuracy_by_hand() -> None:
+    truth = np.array([True, True, True, True, False, False])
+    verdicts = np.array([1.0, 1.0, 0.9, 0.0, 1.0, 0.2])
+    assert study.balanced_accuracy(truth, verdicts).score == pytest.approx((3 / 4 + 1 / 2) / 2)
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=40), st.floats(0, 1))
+def test_a_constant_answer_gets_one_half(truth: list[bool], answer: float) -> None:
+    found = study.balanced_accuracy(np.array(truth), np.full(len(truth), answer))
+    assert math.isnan(found.score) if len(set(truth)) == 1 else found.score == 0.5
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_the_interval_holds_the_score(pairs: list[tuple[bool, bool]]) -> None:
+    truth, verdicts = (np.array(side) for side in zip(*pairs, strict=True))
+    found = study.balanced_accuracy(truth, verdicts.astype(float))
+    if not math.isnan(found.score):
+        assert 0 <= found.low <= found.score + 1e-9
+        assert found.score - 1e-9 <= found.high <= 1
+
+
+def test_unreadable_verdicts_are_left_out() -> None:
+    truth = np.array([True, True, False, False])
+    whole = study.balanced_accuracy(truth, np.array([1.0, math.nan, 0.0, math.nan]))
+    assert whole.score == 1.0
+    assert math.isnan(study.balanced_accuracy(truth, np.array([1.0, 1.0, math.nan, math.nan])).score)
+
+
+def test_auc_by_hand() -> None:
+    assert study.auc(np.array([True, True, False, False]), np.array([0.9, 0.4, 0.4, 0.1])) == pytest.approx(3.5 / 4)
+
+
+def test_correlation_by_hand() -> None:
+    assert study.correlation(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 5.0])) == pytest.approx(1)
+    assert study.correlation(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == 0
+    assert math.isnan(study.correlation(np.array([0.0, 1.0]), np.array([math.nan, 1.0])))
+
+
+def test_half_of_the_marks_are_right_and_as_many_tokens_are_marked() -> None:
+    _, one = planted_sets()
+    for unit in one.units:
+        windows = unit.second[unit.second.active]
+        marks, correct = study.fuzzing_marks(windows, np.random.default_rng(0))
+        assert correct.sum() == len(windows) // 2
+        assert marks.any(axis=1).all()
+        for row in range(len(windows)):
+            at = windows.values[row][marks[row]]
+            assert (at > 0).all() if correct[row] else (at == 0).all()
+            assert (windows.tokens[row][marks[row]] >= 0).all()
+
+
+def token_sets(n_units: int = 16) -> tuple[examples.Text, examples.Examples]:
+    """Units that fire on a twentieth of the words each: explanations differ from unit to unit."""
+    text = make_text(400)
+    groups = np.where(text.tokens >= FIRST_WORD, text.tokens % 60, -1)
+    firings = examples.planted(text, [groups == number for number in range(n_units)], [0] * n_units)
+    return text, examples.examples(firings, text, BUDGET)
+
+
+class KnowsAll(Judge):
+    """Explains a unit by its number and reads the truth from the windows: what scores a perfect explanation gets."""
+
+    name = "knows all"
+
+    def explain(self, unit: examples.UnitExamples, strings: object) -> Explanation:
+        return Explanation(str(unit.unit))
+
+    def _fires(self, explanation: Explanation, windows: examples.Windows) -> np.ndarray:
+        return (windows.tokens >= FIRST_WORD) & (windows.tokens % 60 == int(explanation.text))
+
+    def detect(self, explanation: Explanation, windows: examples.Windows, strings: object) -> np.ndarray:
+        return self._fires(explanation, windows).any(axis=1).astype(float)
+
+    def fuzz(
+        self, explanation: Explanation, windows: examples.Windows, marks: np.ndarray, strings: object
+    ) -> np.ndarray:
+        return (self._fires(explanation, windows) & marks).any(axis=1).astype(float)
+
+    def simulate(self, explanation: Explanation, windows: examples.Windows, strings: object) -> np.ndarray:
+        return self._fires(explanation, windows).astype(float)
+
+
+def test_a_perfect_explanation_scores_one_and_a_shuffled_one_a_half() -> None:
+    text, one = token_sets()
+    scores = study.study([one], text, KnowsAll(), progress=False)
+    assert (scores[["detection", "fuzzing"]] == 1).all().all()
+    assert np.allclose(scores["simulation"], 1)
+    assert 0.45 <= scores["shuffled"].mean() <= 0.55
+    assert 0.45 <= scores["relative"].mean() <= 0.55
+    assert study.constant_answer(one) == 0.5
+
+
+def test_shuffled_explanations_are_everybodys_once_and_nobodys_own() -> None:
+    dealt = study._shuffle([3, 5, 8, 9], 0)
+    assert sorted(dealt) == sorted(dealt.values()) == [3, 5, 8, 9]
+    assert all(own != other for own, other in dealt.items())
+    assert study._shuffle([3], 0) == {}
+
+
+def test_rules_on_planted_units_against_their_baselines() -> None:
+    text, one = planted_sets()
+    scores = study.study([one], text, RulesJudge(), progress=False)
+    assert (scores["detection"] > 0.9).all()
+    assert (scores["shuffled"] < 0.7).all()
+    assert scores.groupby("unit")["explanation"].nunique().eq(1).all()
+
+
+def test_unknown_scorer_is_named() -> None:
+    text, one = planted_sets()
+    with pytest.raises(UserError, match="'recall' is unknown; known are detection, fuzzing, simulation"):
+        study.study([one], text, RulesJudge(), ("recall",))
+
+
+# ---- statistics
+
+
+def table_of(gap: float, n: int = 100, seed: int = 0, layers: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    parts = []
+    for layer in layers:
+        for name, mean in (("Lorsa", 0.6 + gap), ("SAE", 0.6)):
+            frequency = rng.random(n)
+            values = {"dictionary": name, "layer": layer, "detection": rng.normal(mean, 0.1, n), "frequency": frequency}
+            parts.append(pd.DataFrame({**values, "fuzzing": 0.5 + 0.3 * frequency}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_a_true_difference_wins_and_no_difference_ties() -> None:
+    wins = study.compare(table_of(0.1), scorers=("detection",))
+    assert wins["outcome"].tolist() == wins["outcome_holm"].tolist() == ["win", "win"]
+    assert ((wins["low"] < 0.1) & (wins["high"] > 0.1)).all()
+    assert np.allclose(wins["effect"], 1, atol=0.4)
+    losses = study.compare(table_of(-0.1), scorers=("detection",))
+    assert losses["outcome"].tolist() == ["loss", "loss"]
+    counts = study.outcomes(losses).set_index("where")
+    assert counts.loc["here", "loss"] == 2
+    assert counts.loc["paper", ["win", "loss", "tie"]].tolist() == [6, 3, 15]
+
+
+def test_tests_are_wrong_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    p = [study.permutation_p(*rng.normal(size=(2, 20)), seed=seed, n=400) for seed in range(300)]
+    paired = [study.sign_flip_p(rng.normal(size=20), seed=seed, n=400) for seed in range(300)]
+    for values in (p, paired):
+        assert 0.02 < np.mean(np.array(values) < 0.05) < 0.09
+
+
+def test_permutation_p_by_hand() -> None:
+    # All 3 of 3 against all 3 of 3: 2 of the 20 ways to deal are as extreme.
+    assert study.permutation_p(np.array([1.0, 2.0, 3.0]), np.array([7.0, 8.0, 9.0])) == pytest.approx(0.1, abs=0.02)
+    assert study.permutation_p(np.ones(5), np.ones(4)) == 1
+
+
+def test_nothing_to_compare_is_refused() -> None:
+    with pytest.raises(UserError, match="No layer has scores of both"):
+        study.compare(table_of(0.1).query("dictionary == 'SAE'"))
+
+
+def test_overall_difference_has_the_right_size() -> None:
+    row = study.overall(table_of(0.1), scorers=("detection",)).iloc[0]
+    assert row["layers"] == 2
+    assert row["low"] < 0.1 < row["high"]
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * 0.1 * math.sqrt(2 / 200), rel=0.2)
+
+
+def test_trend_finds_a_perfect_one_and_none() -> None:
+    found = study.trend(table_of(0.0), "frequency", ("detection", "fuzzing")).set_index(["dictionary", "scorer"])
+    assert found.loc[("Lorsa", "fuzzing"), "rho"] == pytest.approx(1, abs=1e-3)
+    none = found.loc[("SAE", "detection")]
+    assert none["low"] < 0 < none["high"]
+
+
+def test_sample_size_against_the_textbook() -> None:
+    # Cohen's d of 0.5, 80 % power: 63 a group by the normal approximation.
+    assert study.sample_size(1.0, 0.5) == 63
+    with pytest.raises(UserError, match="difference above 0"):
+        study.sample_size(1.0, 0.0)
+
+
+def test_sample_size_reaches_its_power() -> None:
+    n = study.sample_size(0.1, 0.1)
+    rng = np.random.default_rng(0)
+    found = [
+        study.permutation_p(rng.normal(0.1, 0.1, n), rng.normal(0, 0.1, n), seed=seed, n=300) < 0.05
+        for seed in range(200)
+    ]
+    assert 0.7 < np.mean(found) < 0.9
+
+
+def test_mean_interval_leaves_nan_out() -> None:
+    assert study.mean_interval(np.array([1.0, math.nan, 1.0])) == Accuracy(1.0, 1.0, 1.0)
+    assert math.isnan(study.mean_interval(np.array([math.nan])).score)
+
+
+# ---- cost
+
+
+def test_the_estimate_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9")
+    text, one = planted_sets(budget=Budget(units=3, shown=12, contrast=12, scored=10, least=8))
+    expected = study.estimate([one], text, prices=(1.0, 2.0))
+    asked: list[str] = []
+
+    class Forgetful(Answers):
+        def get(self, key: str) -> None:
+            """Units may share their shuffled and relative explanations; the estimate does not count on it."""
+
+    class Counting(OpenAIJudge):
+        def complete(self, request):  # type: ignore[no-untyped-def]
+            asked.append(request.kind)
+            n = len(asked)
+            return (
+                f"EXPLANATION: {n}" if request.kind == "explain" else json.dumps([0] * ((request.max_tokens - 12) // 4))
+            )
+
+    study.study([one], text, Counting("m", Forgetful(None), concurrency=1), progress=False)
+    assert len(asked) == expected.calls
+    assert expected.cost == pytest.approx((expected.prompt_tokens + 2 * expected.answer_tokens) / 1e6)
+    with pytest.raises(UserError, match="Nothing was asked"):
+        study.confirmed(Counting("m", Answers(None)), expected, lambda sentence: False)
+    study.confirmed(RulesJudge(), expected, lambda sentence: pytest.fail("rules cost nothing"))
+
+
+# ---- command
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A Lorsa and an SAE of one layer of a tiny model, trained for a moment on a text file."""
+    from tiny_models import save_tiny_model
+
+    from lorsa_utils.kit.cli import main
+
+    folder = tmp_path_factory.mktemp("runs")
+    save_tiny_model(folder / "model", "llama")
+    rng = np.random.default_rng(0)
+    words = ["river", "stone", "light", "paper", "garden", "winter", "market", "number 7", "street,", "cloud."]
+    for number in range(6):
+        (folder / f"text{number}.txt").write_text(" ".join(rng.choice(words, 1500)) + "\n")
+    common = ["--model", str(folder / "model"), "--text", *(str(path) for path in sorted(folder.glob("*.txt")))]
+    common += [
+        "--layer",
+        "1",
+        "--n-heads",
+        "16",
+        "--k",
+        "4",
+        "--tokens",
+        "3000",
+        "--context",
+        "64",
+        "--held-out-tokens",
+        "500",
+    ]
+    for kind, extra in (("lorsa", ["--n-qk", "4"]), ("sae", [])):
+        assert main(["train", *common, *extra, "--kind", kind, "--out", str(folder / kind), "--device", "cpu"]) == 0
+    return [folder / "lorsa", folder / "sae"]
+
+
+def command(runs: list[Path], out: Path, *extra: str) -> list[str]:
+    return ["autointerp", *map(str, runs), "--out", str(out), "--units", "4", "--tokens", "6000", "--json", *extra]
+
+
+def test_command_compares_two_runs(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lorsa_utils.kit.cli import main
+
+    assert main(command(runs, tmp_path / "out")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert "proxy" in answer["judge"]
+    assert {row["dictionary"] for row in answer["scores"]} == {"Lorsa", "SAE"}
+    assert {row["score"] for row in answer["scores"]} >= {"detection", "fuzzing", "simulation", "shuffled", "relative"}
+    assert len(answer["tests"]) == 3
+    assert answer["constant"] == 0.5
+    scores = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    assert len(scores) == len(scores[["dictionary", "unit"]].drop_duplicates())
+    assert len(pd.read_csv(tmp_path / "out" / "tests.csv")) == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (("--scorers", "recall"), "'recall' is unknown"),
+        (("--backend", "openai"), "--judge-model"),
+        (("--backend", "openai", "--judge-model", "m"), "$OPENAI_API_KEY is not set"),
+        (("--backend", "replay"), "--answers"),
+        (("--backend", "replay", "--answers", "nowhere.jsonl"), "no recorded answers"),
+    ],
+)
+def test_command_refuses_with_one_sentence(
+    runs: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: tuple[str, ...],
+    sentence: str,
+) -> None:
+    from lorsa_utils.kit.cli import main
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert main(command(runs, tmp_path / "out", *extra)) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_command_asks_an_endpoint_only_after_a_yes(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chat_server import chat_server
+
+    from lorsa_utils.kit.cli import main
+
+    with chat_server() as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        options = ("--backend", "openai", "--judge-model", "m", "--scorers", "detection", "--prices", "0.15,0.60")
+        assert main(command(runs, tmp_path / "out", *options)) == 1
+        assert "add --yes" in capsys.readouterr().err
+        assert server.prompts == []
+        assert main(command(runs, tmp_path / "out", *options, "--yes")) == 0
+        assert "at the given prices" in capsys.readouterr().err
+        n = len(server.prompts)
+        assert n > 0
+        assert main(command(runs, tmp_path / "out", *options, "--yes")) == 0
+        assert len(server.prompts) == n, "a second run asks nothing"
+        again = ("--backend", "replay", "--answers", str(tmp_path / "out" / "answers.jsonl"), "--scorers", "detection")
+        assert main(command(runs, tmp_path / "again", *again)) == 0
+    first, second = (pd.read_parquet(tmp_path / name / "scores.parquet") for name in ("out", "again"))
+    pd.testing.assert_frame_equal(first, second)

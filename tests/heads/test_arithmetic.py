@@ -1,0 +1,171 @@
+"""Planted rules are read back exactly, from arrays and from a layer built by hand; gradual and random units get no name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_prompts import word_tokenizer
+from torch import Tensor
+
+from lorsa_utils.config import LorsaConfig
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads import arithmetic, prompts
+from lorsa_utils.heads.arithmetic import Activations, Rule
+from lorsa_utils.lorsa import Lorsa
+
+OP1, OP2 = np.indices((100, 100))
+
+
+def planted(rule: Rule, operator: str = "+", noise: float = 0.0, seed: int = 0) -> np.ndarray:
+    z = 0.1 + 2.0 * rule.holds(OP1, OP2, operator)
+    return np.asarray(z + noise * np.random.default_rng(seed).normal(size=z.shape))
+
+
+RULES = [
+    Rule("op1", 0, tuple(range(27, 44))),
+    Rule("op2", 0, tuple(range(50, 100))),
+    Rule("op1", 10, (4, 5, 6)),
+    Rule("op1", 10, (6, 7, 8)),
+    Rule("op2", 10, (0, 9)),
+    Rule("op1", 2, (1,)),
+    Rule("op2", 3, (0, 2)),
+    Rule("result", 0, tuple(range(90, 111))),
+    Rule("result", 10, (8,)),
+    Rule("carry", 0, (1,)),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_planted_rules_are_read_back_exactly(rule: Rule, noise: float) -> None:
+    z = planted(rule, noise=noise)
+    best = arithmetic.fit_rules(z)[0]
+    assert best.rule == rule
+    assert best.base == pytest.approx(0.1, abs=0.05)
+    assert best.height == pytest.approx(2, abs=0.05)
+    ceiling = 1 - noise**2 / z.var()
+    assert best.explained == pytest.approx(ceiling, abs=0.03)
+    assert best.explained > arithmetic.smooth_explained(z)
+
+
+@pytest.mark.parametrize(
+    ("rule", "operator"), [(Rule("result", 7, (3,)), "*"), (Rule("carry", 0, (1,)), "-"), (Rule("op1", 4, (2,)), "*")]
+)
+def test_other_operators(rule: Rule, operator: str) -> None:
+    assert arithmetic.fit_rules(planted(rule, operator), operator)[0].rule == rule
+
+
+def test_the_simpler_of_two_equal_rules() -> None:
+    even = Rule("op1", 10, (0, 2, 4, 6, 8))
+    assert arithmetic.fit_rules(planted(even))[0].rule == Rule("op1", 2, (0,))
+
+
+def test_gradual_and_random_units_get_no_name() -> None:
+    gradual = (OP1 + 0.5 * OP2) / 100
+    noise = np.random.default_rng(0).normal(size=(100, 100))
+    wave = 1 - ((OP1 - 50) / 50) ** 2
+    z = torch.tensor(np.stack([gradual, noise, wave, planted(RULES[0])]))
+    table = arithmetic.rule_table(Activations(z, torch.zeros(0, 0), "+", 0), units=range(4)).set_index("unit")
+    assert table["named"].to_dict() == {0: False, 1: False, 2: False, 3: True}
+    assert table.loc[0, "smooth"] == pytest.approx(1)
+    assert abs(table.loc[1, "explained"]) < 0.02
+
+
+def test_a_constant_unit_has_no_rule() -> None:
+    assert arithmetic.fit_rules(np.zeros((10, 10))) == []
+    assert np.isnan(arithmetic.smooth_explained(np.ones((10, 10))))
+    table = arithmetic.rule_table(Activations(torch.zeros(3, 10, 10), torch.zeros(0, 0), "+", 0))
+    assert table.empty
+    with pytest.raises(UserError, match="square grid"):
+        arithmetic.fit_rules(np.zeros((10, 12)))
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(-9, 9)), min_size=2, max_size=7))
+def test_best_sets_beat_every_other(cells: list[tuple[int, int]]) -> None:
+    counts, sums = np.array([c for c, _ in cells], dtype=float), np.array([c * m for c, m in cells], dtype=float)
+
+    def gain(chosen: Sequence[bool]) -> float:
+        mask = np.array(chosen)
+        return float(arithmetic._between(counts, sums, counts[mask].sum(), sums[mask].sum()))
+
+    n = len(cells)
+    subsets = [[bool(number >> i & 1) for i in range(n)] for number in range(1, 2**n - 1)]
+    ranges = [
+        [first <= i < last for i in range(n)]
+        for first in range(n)
+        for last in range(first + 1, n + 1)
+        if last - first < n
+    ]
+    if max(map(gain, subsets)) > 0:
+        assert gain(list(arithmetic._best_residues(counts, sums))) == pytest.approx(max(map(gain, subsets)))
+    if max(map(gain, ranges)) > 0:
+        assert gain(list(arithmetic._best_range(counts, sums))) == pytest.approx(max(map(gain, ranges)))
+
+
+# ---- a layer built by hand
+
+
+class NumberModel:
+    """Its one layer reads a one-hot code of the token and two marks: the first and the third token (the operands)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+
+    def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        x = torch.nn.functional.one_hot(tokens, self.n_tokens + 2).float()
+        x[:, 0, -2] = x[:, 2, -1] = 1
+        return {layer: (x, torch.zeros_like(x)) for layer in layers}
+
+    def logits(self, tokens: Tensor, positions: Any = None) -> Tensor:
+        """Says the token of the first operand, whatever the sum."""
+        return torch.nn.functional.one_hot(tokens[:, :1].expand_as(tokens), self.n_tokens).float()
+
+
+def layer_of_rules(rules: Sequence[Rule], numbers: dict[int, int], n_tokens: int) -> Lorsa:
+    """One head a rule, on op1 or op2: it looks at its operand, and reads there whether the rule holds."""
+    n = len(rules)
+    lorsa = Lorsa(LorsaConfig(d_model=n_tokens + 2, n_ov_heads=n, n_qk_heads=n, d_qk=1, k=n, attn_scale=1.0))
+    with torch.no_grad():
+        lorsa.b_Q.fill_(50.0)
+        for head, rule in enumerate(rules):
+            lorsa.W_K[head, -2 if rule.variable == "op1" else -1, 0] = 1
+            for number, token in numbers.items():
+                holds = rule.holds(np.array(number), np.array(number), "+")
+                lorsa.W_V[head, token] = float(holds)
+            lorsa.W_O[head, head] = 1
+    return lorsa
+
+
+def test_a_layer_of_known_rules_identifies_the_operand_of_36_plus_62() -> None:
+    vocabulary = prompts.Vocabulary(word_tokenizer(numbers=True), None)
+    grid = prompts.arithmetic_grid(vocabulary, "+", 10, 99)
+    numbers = {number: vocabulary.encode(str(number))[0] for number in range(10, 100)}
+    n_tokens = max(vocabulary.tokenizer.get_vocab().values()) + 1
+    known = [RULES[0], RULES[2], RULES[3], RULES[4], Rule("op2", 0, tuple(range(60, 70)))]
+    model: Any = NumberModel(n_tokens)
+    lorsa = layer_of_rules(known, numbers, n_tokens)
+    found = arithmetic.grid_activations(model, 0, lorsa, grid, answers=True, batch_size=1000, progress=False)
+    assert found.z.shape == (5, 90, 90)
+    assert found.correct.shape == (90, 90)
+    assert not found.correct[:40, :40].any(), "op1 is never the sum"
+    assert found.correct[0, 90 - 10], "10 begins 100"
+    rules = arithmetic.rule_table(found).set_index("unit").sort_index()
+    assert rules["rule"].tolist() == [str(rule) for rule in known]
+    assert np.allclose(rules["explained"], 1)
+    assert rules["named"].all()
+    picture = arithmetic.joint_picture(found, rules.reset_index(), 36, 62)
+    assert set(picture["unit"]) == {0, 1, 2}
+    assert picture["left"].iloc[-1] == [36]
+    assert picture["n_left"].is_monotonic_decreasing
+    other = arithmetic.joint_picture(found, rules.reset_index(), 36, 62, "op2")
+    assert other["left"].iloc[-1] == list(range(60, 70))
+    with pytest.raises(UserError, match="from 10 to 99"):
+        arithmetic.joint_picture(found, rules.reset_index(), 5, 62)

@@ -1,0 +1,242 @@
+"""Shares against plain loops and against layers in which the answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import save_tiny_model
+from toys import random_sequences
+
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads import origins, units
+from lorsa_utils.heads.origins import Shares
+from lorsa_utils.heads.prompts import PromptSet
+from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.models import AttentionSite, LanguageModel, load_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_model(save_tiny_model(tmp_path_factory.mktemp("model"), "llama"))
+
+
+@pytest.fixture(scope="module")
+def lorsa(model: LanguageModel) -> Lorsa:
+    module = Lorsa(Lorsa.config_for_site(model.site(1), 24, 6, 4))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module.requires_grad_(False)
+
+
+SEQUENCES = random_sequences(6, 16)
+
+
+def mean_of(model: LanguageModel) -> torch.Tensor:
+    x, _ = model.capture(SEQUENCES.tokens.long(), [1])[1]
+    return units.mean_head_values(model.site(1), x, SEQUENCES.mask).float()
+
+
+def test_shares_by_hand(model: LanguageModel, lorsa: Lorsa) -> None:
+    mean, site = mean_of(model), model.site(1)
+    found = origins.mhsa_shares(model, 1, lorsa, mean, SEQUENCES, batch_size=4, progress=False)
+    x, _ = model.capture(SEQUENCES.tokens.long(), [1])[1]
+    output = lorsa(x)
+    outputs = site.head_outputs(x) - torch.einsum("he,hed->hd", mean, site.W_O)
+    parts, tokens, squares = np.zeros((24, 4)), np.zeros(24), np.zeros(24)
+    for i, j in SEQUENCES.mask.nonzero().tolist():
+        for head, z in zip(output.indices[i, j].tolist(), output.values[i, j].tolist(), strict=True):
+            tokens[head] += z > 0
+            squares[head] += (z * float(lorsa.W_O[head].norm())) ** 2
+            for m in range(4):
+                parts[head, m] += z * float(outputs[i, j, m] @ lorsa.W_O[head])
+    positive = parts.clip(0)
+    alive = (tokens > 0) & (positive.sum(axis=1) > 0)
+    assert alive.sum() > 12
+    assert np.allclose(found.shares[alive], positive[alive] / positive[alive].sum(axis=1, keepdims=True), atol=1e-4)
+    assert np.allclose(found.shares[alive].sum(axis=1), 1)
+    assert np.allclose(found.captured[alive], parts.sum(axis=1)[alive] / squares[alive], atol=1e-4)
+    assert found.n_active.tolist() == tokens.tolist()
+    exchanged = origins.mhsa_shares(model, 1, lorsa, mean, SEQUENCES, exchanged=0, progress=False)
+    assert not torch.allclose(exchanged.shares[alive], found.shares[alive], atol=0.1)
+    assert torch.equal(exchanged.n_active, found.n_active)
+
+
+def test_heads_that_write_along_one_mhsa_head_come_from_it(model: LanguageModel, lorsa: Lorsa) -> None:
+    """Only head 2 of this layer writes anything."""
+    alone = load_model(model.name)
+    with torch.no_grad():
+        weight = alone.attention_module(1).o_proj.weight
+        keep = torch.zeros(weight.shape[1], dtype=torch.bool)
+        keep[32:48] = True
+        weight[:, ~keep] = 0
+    found = origins.mhsa_shares(alone, 1, lorsa, mean_of(alone), SEQUENCES, progress=False)
+    alive = ~found.shares.isnan().any(dim=1)
+    assert alive.any()
+    assert (found.shares[alive][:, 2] == 1).all()
+    assert (origins.heads_needed(found.shares[alive], 0.9) == 1).all()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.floats(0.05, 1))
+def test_heads_needed_is_the_smallest_number(weights: list[int], threshold: float) -> None:
+    shares = torch.tensor([weights]).double() / sum(weights)
+    needed = int(origins.heads_needed(shares, threshold))
+    ordered = sorted(shares[0].tolist(), reverse=True)
+    assert sum(ordered[:needed]) >= threshold - 1e-6
+    assert sum(ordered[: needed - 1]) < threshold
+
+
+def test_needed_table() -> None:
+    shares = torch.tensor([[1.0, 0, 0], [0.6, 0.4, 0], [0.4, 0.3, 0.3], [float("nan")] * 3, [1.0, 0, 0]]).double()
+    found = Shares(shares, torch.zeros(5), torch.ones(5), torch.tensor([50, 50, 50, 0, 3]))
+    table = origins.needed_table({"trained": found}, (0.5, 0.9)).set_index("threshold")
+    assert table.loc[0.5, ["one", "two", "three or more"]].tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+    assert table.loc[0.9, ["one", "two", "three or more"]].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+    assert table.loc[0.9, "n"] == 3
+    with pytest.raises(UserError, match="longer text"):
+        origins.needed_table({"trained": found}, (0.5,), min_active=100)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        origins.heads_needed(shares, 0)
+
+
+def test_unit_effects(model: LanguageModel, lorsa: Lorsa) -> None:
+    mean = mean_of(model)
+    found = origins.mhsa_shares(model, 1, lorsa, mean, SEQUENCES, progress=False)
+    head = int(found.n_active.argmax())
+    table = origins.unit_effects(model, 1, lorsa, head, [0, 3], mean, SEQUENCES, batch_size=4).set_index("removed")
+    assert table.index.tolist() == ["MHSA 0", "MHSA 3", "MHSA 0 + 3", "all MHSA heads", "the Lorsa head"]
+    written: Any = table["written"]
+    assert written["MHSA 0"] + written["MHSA 3"] == pytest.approx(written["MHSA 0 + 3"], rel=1e-3)
+    assert (table["n"] == table["n"].iloc[0]).all()
+    x, _ = model.capture(SEQUENCES.tokens.long(), [1])[1]
+    output = lorsa(x)
+    z = (output.values * (output.indices == head)).sum(dim=-1) * lorsa.W_O[head].norm() * SEQUENCES.mask
+    followed = torch.cat([SEQUENCES.mask[:, 1:], torch.zeros(6, 1, dtype=torch.bool)], dim=1)
+    active = (z > 0) & followed
+    assert table["n"].iloc[0] == int(active.sum())
+    assert written["the Lorsa head"] == pytest.approx(float(z[active].mean()), rel=1e-4)
+    without = units.LorsaHeads(lorsa)
+    losses, _ = model.loss(SEQUENCES.tokens.long(), SEQUENCES.mask)
+    with model.splice({1: lambda a, b: b - without.written(a, b, torch.tensor([head])) * SEQUENCES.mask[..., None]}):
+        changed, _ = model.loss(SEQUENCES.tokens.long(), SEQUENCES.mask)
+    assert table["effect"]["the Lorsa head"] == pytest.approx(
+        float((changed - losses)[active[:, :-1]].mean()), abs=1e-4
+    )
+    never = torch.nonzero(found.n_active == 0)
+    if len(never):
+        with pytest.raises(UserError, match="not active"):
+            origins.unit_effects(model, 1, lorsa, int(never[0]), [0], mean, SEQUENCES)
+
+
+def test_labelled_positions_count_and_the_token_after_each() -> None:
+    tokens = torch.arange(18).view(3, 6)
+    sources = torch.zeros(4, 6, dtype=torch.bool)
+    row, position, positive = (
+        torch.tensor([0, 0, 1, 2]),
+        torch.tensor([2, 5, 3, 1]),
+        torch.tensor([True, True, False, True]),
+    )
+    made = PromptSet("induction", tokens, row, position, positive, sources, torch.arange(4), ("a", "b", "c"))
+    labelled = origins.on_labelled(made)
+    assert torch.equal(labelled.tokens.long(), tokens[[0, 2]]), (
+        "a prompt without a labelled position has nothing to show"
+    )
+    assert labelled.mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
+
+
+def test_unit_effects_without_text(model: LanguageModel, lorsa: Lorsa) -> None:
+    nothing = dataclasses.replace(SEQUENCES, tokens=SEQUENCES.tokens[:0], mask=SEQUENCES.mask[:0])
+    with pytest.raises(UserError, match="not active in this text"):
+        origins.unit_effects(model, 1, lorsa, 0, [0], mean_of(model), nothing)
+
+
+def test_family_shares() -> None:
+    shares = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.2], [float("nan")] * 2, [0.5, 0.5]]).double()
+    table = origins.family_shares(["induction", "induction", "sink", "sink", ""], shares).set_index("family")
+    assert table.loc["induction", [0, 1]].tolist() == [0.5, 0.5]
+    assert table.loc["induction", "mhsa_heads"] == pytest.approx(2)
+    assert table.loc["sink", "lorsa_heads"] == 1
+    turned = origins.families_of_mhsa_heads(table.reset_index(), 0.3)
+    assert turned["families"].tolist() == ["sink; induction", "induction"]
+
+
+# ---- patterns
+
+
+def random_pattern(n: int, length: int, seed: int) -> torch.Tensor:
+    scores = torch.randn(n, length, length, generator=torch.Generator().manual_seed(seed))
+    return scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf).softmax(dim=-1)
+
+
+@given(seed=st.integers(0, 50), without_first=st.booleans())
+def test_overlap(seed: int, without_first: bool) -> None:
+    one, counted = random_pattern(3, 7, seed), torch.tensor([False, False, True, True, True, False, True])
+    found = origins.overlap(one, one, counted, without_first)
+    assert torch.allclose(found.diagonal(), torch.ones(3))
+    assert torch.allclose(found, found.T)
+    assert ((found >= 0) & (found <= 1 + 1e-6)).all()
+    i, j = torch.eye(7)[None], torch.eye(7).roll(-1, 1)[None]
+    assert origins.overlap(i, j, torch.tensor([False] + 6 * [True]))[0, 0] == 0
+
+
+def copied_groups(site: AttentionSite) -> Lorsa:
+    """Two QK groups for each MHSA head, with its queries and keys."""
+    copied = Lorsa(Lorsa.config_for_site(site, 24, 8, 4))
+    with torch.no_grad():
+        for target, source in ((copied.W_Q, site.W_Q), (copied.b_Q, site.b_Q)):
+            target.copy_(torch.cat([source, source]))
+        for target, source in ((copied.W_K, site.expand_kv(site.W_K)), (copied.b_K, site.expand_kv(site.b_K))):
+            target.copy_(torch.cat([source, source]))
+    return copied
+
+
+def test_a_copied_group_overlaps_with_its_head(model: LanguageModel) -> None:
+    site = model.site(1)
+    copied = copied_groups(site)
+    within = origins.pattern_overlaps(model, 1, copied, 1, SEQUENCES)
+    other = origins.pattern_overlaps(model, 1, copied, 0, SEQUENCES)
+    table = origins.pattern_table(within, other, site.n_heads)
+    assert (table["best"] == table["start"]).all()
+    assert np.allclose(table["overlap"], 1, atol=1e-5)
+    assert (table["baseline"] < 1).all()
+    assert (table["baseline_mean"] <= table["baseline"]).all()
+    own = origins.pattern_overlaps(model, 1, site, 1, SEQUENCES, without_first=True)
+    assert torch.allclose(own.diagonal(), torch.ones(4), atol=1e-5)
+    assert np.allclose(table["others"][0], (within[0].sum() - 1) / 3, atol=1e-5)
+
+
+def test_attention_on_sources(model: LanguageModel) -> None:
+    site = model.site(1)
+    tokens = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    sources = torch.zeros(3, 9, dtype=torch.bool)
+    sources[0, 2] = sources[1, [1, 4]] = True
+    row, position = torch.tensor([0, 1, 1]), torch.tensor([5, 8, 3])
+    found = PromptSet("x", tokens, row, position, sources.any(dim=1), sources, row, ("a", "a"))
+    pattern = site.pattern(model.capture(tokens, [1])[1][0])
+    by_hand = (pattern[0, :, 5, 2] + pattern[1, :, 8, 1] + pattern[1, :, 8, 4]) / 2
+    assert torch.allclose(origins.attention_on_sources(model, 1, site, found), by_hand, atol=1e-6)
+    of_copies = origins.attention_on_sources(model, 1, copied_groups(site), found)
+    assert torch.allclose(of_copies, by_hand.repeat(2), atol=1e-5)
+
+
+def test_qk_singular_values_are_those_of_the_whole_product(model: LanguageModel, lorsa: Lorsa) -> None:
+    for part in (lorsa, model.site(1)):
+        W_K = part.W_K if isinstance(part, Lorsa) else part.expand_kv(part.W_K)
+        found = origins.qk_singular_values(part)
+        assert found.shape == part.W_Q.shape[::2]
+        for circuit, (w_q, w_k) in enumerate(zip(part.W_Q.double(), W_K.double(), strict=True)):
+            whole = torch.linalg.svdvals(w_q @ w_k.T)
+            torch.testing.assert_close(found[circuit], whole[: found.shape[1]])
+            assert (whole[found.shape[1] :] < 1e-9).all()
+
+
+def test_effective_rank_by_hand() -> None:
+    ranks = origins.effective_rank(torch.tensor([[3.0, 3.0, 3.0, 0.0], [5.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(ranks, torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64))

@@ -1,0 +1,103 @@
+"""Text statistics against the module's own methods, and the table of a layer built by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hand_model import KNOWN, known_lorsa
+from test_heads import found, made, model, texts
+from toys import sequences_of
+
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads import prompts, survey, units
+from lorsa_utils.heads.families import Discovery
+
+__all__ = ["found", "made", "model", "texts"]  # fixtures
+
+
+def test_survey_and_table(model: Any, found: Discovery, texts: list[prompts.Passage]) -> None:
+    lorsa = known_lorsa(model, k=6)
+    with torch.no_grad():
+        lorsa.W_V[23], lorsa.b_V[23] = 0, 0
+    each = units.LorsaHeads(lorsa)
+    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts[:20]])
+    sequences = sequences_of(tokens, tokens != model.vocabulary.bos_id)
+    seen = survey.survey(model, 0, each, sequences, n_contexts=3, batch_size=3, progress=False)
+    facts = seen.facts
+    assert facts.loc[1, "distance"] == pytest.approx(1, abs=1e-3)
+    assert facts.loc[1, "previous_share"] == pytest.approx(1, abs=1e-3)
+    assert facts.loc[2, "first_share"] == pytest.approx(1, abs=1e-3)
+    assert facts.loc[23, "frequency"] == 0
+    x = model.stream(tokens)
+    indices, values = lorsa.encode(x)
+    kept = torch.zeros(*x.shape[:2], 24).scatter(2, indices, values)[:, 1:]
+    assert np.allclose(facts["frequency"], (kept > 0).double().mean(dim=(0, 1)), atol=1e-6)
+    assert np.allclose(facts["max_activation"], kept.amax(dim=(0, 1)), atol=1e-5)
+    assert torch.allclose(seen.peaks[:, 0], kept.amax(dim=(0, 1)), atol=1e-5)
+    for unit in range(23):
+        for (row, position), peak in zip(seen.places[unit].tolist(), seen.peaks[unit].tolist(), strict=True):
+            assert row == -1 or kept[row, position - 1, unit] == pytest.approx(peak, abs=1e-5)
+        for (row, position), value in zip(seen.sampled[unit].tolist(), seen.samples[unit].tolist(), strict=True):
+            assert (row == -1) == (value == 0)
+            assert row == -1 or kept[row, position - 1, unit] == pytest.approx(value, abs=1e-5)
+    assert int((seen.sampled[23, :, 0] >= 0).sum()) == 0, "a dead head has no active token to draw"
+    drawn = seen.sampled[0, :, 0][seen.sampled[0, :, 0] >= 0].tolist()
+    assert len(set(drawn)) == len(drawn) == int((kept[:, :, 0] > 0).any(dim=1).sum()), (
+        "one token of every text where it is active"
+    )
+    rows = survey.table(found, seen, each, model, sequences)
+    assert rows["head"].tolist() == list(range(24))
+    assert rows["family"].tolist()[:4] == list(KNOWN)
+    assert (rows["family"][4:] == "").all()
+    assert rows["dead"].tolist() == [head == 23 for head in range(24)]
+    assert rows.loc[23, "contexts"] == []
+    assert all("«" in text for text in rows.loc[0, "contexts"])
+    days = {" " + day for day in prompts.SERIES["days"]}
+    assert len(days & set(rows.loc[3, "top_logits"])) >= 4, "codes of tokens are not quite orthogonal"
+    assert rows.loc[0, "induction_share"] > 0.99
+    assert "induction_logit" in rows
+    assert "local_precision" not in rows, "there are no controls"
+
+
+def test_survey_does_not_depend_on_the_batch_size(model: Any, texts: list[prompts.Passage]) -> None:
+    each = units.LorsaHeads(known_lorsa(model, k=6))
+    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts[:5]])
+    sequences = sequences_of(tokens, tokens != model.vocabulary.bos_id)
+    one, other = (survey.survey(model, 0, each, sequences, batch_size=size, progress=False) for size in (1, 4))
+    assert np.allclose(one.facts, other.facts, equal_nan=True, atol=1e-5)
+    assert torch.equal(one.places, other.places)
+    nothing = sequences_of(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+    with pytest.raises(UserError, match="longer text"):
+        survey.survey(model, 0, each, nothing)
+
+
+def test_describe_is_the_whole_way(model: Any, texts: list[prompts.Passage], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts])
+    sequences = sequences_of(tokens, tokens != model.vocabulary.bos_id)
+    documents = [(passage.document, model.tokenizer.decode(passage.ids)) for passage in texts]
+    found = survey.describe(model, 0, known_lorsa(model), sequences, documents, removed=2, scale=0.75, progress=False)
+    assert found.table["family"].tolist()[0] == "induction"
+    assert found.table["family"].tolist()[3] == "successor"
+    assert found.table.loc[3, "effect"] > 0.1
+    assert found.table["effect"].notna().sum() == 2, (
+        "induction and successor predict a token, previous token and sink do not"
+    )
+    assert set(found.discovery.skipped) == {"previous_token", "attention_sink", "local", "thematic_anchor"}, (
+        "no passage is 96 tokens long"
+    )
+    dead = known_lorsa(model)
+    with torch.no_grad():
+        dead.W_V.zero_()
+        dead.b_V.zero_()
+    with pytest.raises(UserError, match="all are dead"):
+        survey.describe(model, 0, dead, sequences, documents, progress=False)
+
+
+def test_thinned_keeps_pairs_from_everywhere(made: prompts.Prompts) -> None:
+    few = survey._thinned(made.sets["successor"], 14)
+    assert len(few.pair.unique()) == 14
+    assert set(few.kind) == set(made.sets["successor"].kind)
+    assert len(survey._thinned(few, 100).pair.unique()) == 14

@@ -1,0 +1,124 @@
+"""Pairs have equal length and differ in what decides the answer; metrics against plain formulas; bad prompts are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_prompts import word_tokenizer
+from tiny_models import byte_tokenizer
+
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads import tasks
+from lorsa_utils.heads.prompts import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def words() -> Vocabulary:
+    tokenizer = word_tokenizer()
+    return Vocabulary(tokenizer, tokenizer.bos_token_id)
+
+
+@pytest.mark.parametrize("name", ["induction", "indirect_object", "successor", "greater_than"])
+def test_pairs_differ_and_end_at_the_same_place(words: Vocabulary, name: str) -> None:
+    task = tasks.make(name, words, 12, seed=3)
+    assert len(task) == 12
+    assert task.clean.shape == task.corrupted.shape
+    inside = torch.arange(task.clean.shape[1]) <= task.position[:, None]
+    assert bool(((task.clean != task.corrupted) & inside).any(dim=1).all())
+    assert set(task.clean[:, 0].tolist()) == {words.bos_id}
+    for right, wrong in zip(task.answers.tolist(), task.wrong.tolist(), strict=True):
+        assert not {i for i in right if i >= 0} & {i for i in wrong if i >= 0}
+    again = tasks.make(name, words, 12, seed=3)
+    assert torch.equal(task.clean, again.clean), "seeded"
+    discovery, held_out = task.split()
+    assert len(discovery) == len(held_out) == 6
+    assert torch.equal(discovery.clean[1], task.clean[2])
+
+
+def test_induction_asks_for_what_followed(words: Vocabulary) -> None:
+    task = tasks.make("induction", words, 20, seed=1)
+    for side, answers in ((task.clean, task.answers), (task.corrupted, task.wrong)):
+        for row, position, answer in zip(side, task.position, answers[:, 0], strict=True):
+            earlier = (row[:position] == row[position]).nonzero()[0, 0]
+            assert row[earlier + 1] == answer
+    moved = [
+        int((clean[:-1] == clean[-1]).nonzero()[0, 0]) != int((other[:-1] == other[-1]).nonzero()[0, 0])
+        for clean, other in zip(task.clean, task.corrupted, strict=True)
+    ]
+    assert all(moved), "the place that is looked up differs as well"
+
+
+def test_indirect_object_is_the_other_name(words: Vocabulary) -> None:
+    task = tasks.make("indirect_object", words, 20, seed=2)
+    for row, right, wrong, end in zip(
+        task.clean.tolist(), task.answers[:, 0], task.wrong[:, 0], task.position, strict=True
+    ):
+        assert row[: end + 1].count(int(right)) == 1
+        assert row[: end + 1].count(int(wrong)) == 2
+    assert ((task.clean != task.corrupted).sum(dim=1) == 1).all(), "one name differs"
+
+
+def test_greater_than_splits_the_digits(words: Vocabulary) -> None:
+    task = tasks.make("greater_than", words, 8, seed=0)
+    texts = [
+        words.tokenizer.decode(row[: end + 1]) for row, end in zip(task.clean.tolist(), task.position, strict=True)
+    ]
+    for text, right, wrong in zip(texts, task.answers.tolist(), task.wrong.tolist(), strict=True):
+        third = int(text.split("year ")[1][2])
+        assert [words.texts[i] for i in right if i >= 0] == [str(digit) for digit in range(third + 1, 10)]
+        assert [words.texts[i] for i in wrong if i >= 0] == [str(digit) for digit in range(third)]
+
+
+@given(seed=st.integers(0, 100), n=st.integers(1, 4))
+def test_metrics_are_their_formulas(seed: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, reference = torch.randn(2, n, 9, generator=generator, dtype=torch.float64).unbind()
+    tokens = torch.zeros(n, 2, dtype=torch.long)
+    task = tasks.Task(
+        "t", tokens, tokens, torch.ones(n, dtype=torch.long), torch.tensor([[1, 2]] * n), torch.tensor([[4, -1]] * n)
+    )
+    odds = logits.exp()
+    wanted = ((odds[:, 1] + odds[:, 2]) / odds[:, 4]).log()
+    assert torch.allclose(tasks.metric("logit_difference", logits, task), wanted)
+    assert torch.allclose(tasks.metric("loss", logits, task), ((odds[:, 1] + odds[:, 2]) / odds.sum(dim=1)).log())
+    p = reference.softmax(dim=1)
+    assert torch.allclose(
+        tasks.metric("kl", logits, task, reference), -(p * (p / logits.softmax(dim=1)).log()).sum(dim=1)
+    )
+    assert torch.allclose(tasks.metric("kl", logits, task, logits), torch.zeros(n, dtype=torch.float64), atol=1e-12)
+    assert tasks.accuracy(logits, task) == float((wanted > 0).double().mean())
+
+
+def test_own_prompts(words: Vocabulary) -> None:
+    pair = {"clean": " Mary, John,", "corrupted": " John, Mary,", "answer": " Mary", "wrong": " John"}
+    task = tasks.from_texts(words, "mine", [pair])
+    assert words.tokenizer.decode(task.clean[0]) == "<bos> Mary, John,"
+    with pytest.raises(UserError, match="' Mary and John' of pair 1 of mine is 3 tokens"):
+        tasks.from_texts(words, "mine", [pair | {"answer": " Mary and John"}])
+    with pytest.raises(UserError, match=r"has \d+ tokens and its corrupted one \d+; .* equal length"):
+        tasks.from_texts(words, "mine", [pair | {"corrupted": " John, Mary, John,"}])
+    with pytest.raises(UserError, match="both a right and a wrong answer"):
+        tasks.from_texts(words, "mine", [pair | {"wrong": " Mary"}])
+    with pytest.raises(UserError, match="no text under 'wrong'"):
+        tasks.from_texts(words, "mine", [{key: value for key, value in pair.items() if key != "wrong"}])
+    with pytest.raises(UserError, match="has no prompt"):
+        tasks.from_texts(words, "mine", [])
+
+
+def test_bad_input_is_refused_in_one_sentence(words: Vocabulary) -> None:
+    with pytest.raises(UserError, match="no task 'juggling'; choose one of induction"):
+        tasks.make("juggling", words)
+    bytes_only = Vocabulary(byte_tokenizer(), 256)
+    for name in ("indirect_object", "subtoken_induction", "agreement"):
+        with pytest.raises(UserError, match=f"Task {name} needs"):
+            tasks.make(name, bytes_only)
+    with pytest.raises(UserError, match="only 60% of the prompts of juggling"):
+        tasks.require_able("juggling", 0.6)
+    tasks.require_able("walking", 0.9)
+    task = tasks.make("induction", words, 2)
+    with pytest.raises(UserError, match="not one of logit_difference"):
+        tasks.metric("charm", torch.zeros(2, 9), task)
+    with pytest.raises(UserError, match="needs the untouched"):
+        tasks.metric("kl", torch.zeros(2, 9), task)

@@ -1,0 +1,125 @@
+"""Topic words by hand; prompts checked against the text; a planted anchor is found first, and is worth something."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hand_model import CODE, FIRST, PLACE, SHARP, WRITTEN, HandModel, known_lorsa
+from test_prompts import word_tokenizer
+from torch import Tensor
+
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads import prompts, topics, units
+from lorsa_utils.heads.prompts import FAR, Passage, Vocabulary
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    tokenizer = word_tokenizer()
+    return Vocabulary(tokenizer, tokenizer.bos_token_id)
+
+
+@pytest.fixture(scope="module")
+def texts(vocabulary: Vocabulary) -> list[Passage]:
+    """Each passage has two topic words of its own, a dozen times each, among common words."""
+    rng = random.Random(0)
+    long = [token for token in vocabulary.words if len(vocabulary.texts[token]) > 4]
+    common, own = long[:20], long[20:]
+    found = []
+    for number in range(20):
+        topic = own[2 * number : 2 * number + 2]
+        found.append(Passage(f"d{number}", tuple(rng.choices([*common, *topic * 2], k=120))))
+    return found
+
+
+def test_topic_words(vocabulary: Vocabulary) -> None:
+    window, river, a = (vocabulary.single(text) for text in (" window", " river", "a"))
+    assert window is not None
+    assert river is not None
+    assert a is not None
+    texts = [
+        Passage("x", (window, window, river, a, a)),
+        Passage("y", (window,)),
+        *(Passage(f"z{i}", (river, river)) for i in range(8)),
+    ]
+    found = topics.topic_words(texts, vocabulary, rare=0.2)
+    assert found[0] == {window}, "river is in most documents and once here, a is no word"
+    assert found[1] == set()
+    assert topics.topic_words(texts, vocabulary, rare=1.0)[2] == {river}
+
+
+@pytest.mark.parametrize("scrambled", [False, True])
+def test_topic_prompts(vocabulary: Vocabulary, texts: list[Passage], scrambled: bool) -> None:
+    found = topics.topic_prompts(texts, vocabulary, scrambled=scrambled)
+    words = topics.topic_words(texts, vocabulary)
+    assert found.predicts
+    assert found.has_controls
+    for query in range(len(found.row)):
+        row, position = found.tokens[found.row[query]], int(found.position[query])
+        topic = words[int(found.row[query])]
+        sources = found.sources[query].nonzero()[:, 0].tolist()
+        if found.positive[query]:
+            assert int(row[position + 1]) in topic
+            assert sources == [j for j in range(1, position - FAR) if int(row[j]) in topic]
+            assert int(row[position + 1]) in row[sources]
+        else:
+            assert int(row[position + 1]) not in topic
+            assert not sources
+    for number, passage in enumerate(texts[: len(found.tokens)]):
+        row = found.tokens[number, 1:].tolist()
+        assert sorted(row) == sorted(passage.ids)
+        assert (row == list(passage.ids)) != scrambled
+    with pytest.raises(UserError, match="No passage has a topic word"):
+        topics.topic_prompts([Passage("x", tuple(range(50, 150)))], vocabulary)
+
+
+class TopicModel(HandModel):
+    """Marks topic words of the passages in its stream, as a model that knows topics would: on the place block's last dimension."""
+
+    topic: set[int] = set()
+
+    def stream(self, tokens: Tensor) -> Tensor:
+        x = super().stream(tokens)
+        x[..., PLACE] = 0
+        x[..., PLACE.start] = torch.isin(tokens, torch.tensor(sorted(self.topic))).float()
+        return x
+
+
+def test_a_planted_anchor(vocabulary: Vocabulary, texts: list[Passage]) -> None:
+    model: Any = TopicModel(vocabulary)
+    model.topic = set().union(*topics.topic_words(texts, vocabulary))
+    lorsa = known_lorsa(model)
+    anchor = 10
+    with torch.no_grad():
+        for weight in (lorsa.W_Q, lorsa.W_K, lorsa.W_V):
+            weight[anchor] = 0
+        lorsa.b_Q[anchor] = 0
+        lorsa.b_Q[anchor, 0], lorsa.b_Q[anchor, CODE] = SHARP, 0.5 * SHARP
+        lorsa.W_K[anchor, PLACE.start, 0] = lorsa.W_K[anchor, FIRST, CODE] = 1
+        lorsa.W_V[anchor, PLACE.start] = 1
+        lorsa.W_O[anchor] = 0
+        lorsa.W_O[anchor, WRITTEN] = model.codes[sorted(model.topic)].sum(dim=0)
+    each = units.LorsaHeads(lorsa)
+    found = topics.topic_prompts(texts, vocabulary)
+    scrambled = topics.topic_prompts(texts, vocabulary, scrambled=True)
+    table = topics.anchors(model, 0, each, found, scrambled, n=5)
+    assert table["unit"].iloc[0] == anchor
+    best = table.iloc[0]
+    assert best["share"] > 0.5, "near topic words take the rest"
+    assert best["share"] > 2 * best["random_share"]
+    assert best["scrambled_share"] > 0.5
+    effects = topics.anchor_effects(model, 0, each, [anchor], range(11, 24), found, n_draws=2).set_index("removed")
+    assert effects.index.tolist() == ["anchors", "random 1", "random 2"]
+    assert effects.loc["anchors", "labelled"] > 5 * effects["labelled"].iloc[1:].abs().max()
+    assert effects.loc["anchors", "controls"] < 0, "it makes other words less likely"
+
+
+def test_passages_long_enough_for_topics_come_from_real_text(vocabulary: Vocabulary) -> None:
+    text = " ".join(["window river garden bottle mountain"] * 60)
+    found = prompts.passages([("a", " " + text), ("b", " " + text)], vocabulary, 4, 192)
+    assert topics.topic_words(found, vocabulary, rare=0.5) == [set()] * len(found), (
+        "words of every document are no topic"
+    )

@@ -1,0 +1,292 @@
+"""Units read row by row against the modules' own methods; shares sum to one; removing nothing changes nothing, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import byte_tokenizer, random_tokens, save_tiny_model
+from torch import Tensor
+from toys import D_MODEL, random_inputs, random_lorsa, random_sae, toy_site
+
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads import prompts, units
+from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.models import LanguageModel, load_model
+
+LENGTH = 9
+
+
+def layer_output(x: Tensor) -> Tensor:
+    return toy_site().head_outputs(x).sum(dim=2) + toy_site().b_O
+
+
+def kinds() -> dict[str, units.Units]:
+    return {
+        "lorsa": units.LorsaHeads(random_lorsa(score="relu")),
+        "signed": units.LorsaHeads(random_lorsa(score="abs")),
+        "sae": units.SAEFeatures(random_sae(), toy_site()),
+        "mhsa": units.MHSAHeads(toy_site()),
+    }
+
+
+@given(kind=st.sampled_from(sorted(kinds())), seed=st.integers(0, 20))
+def test_masses_split_over_all_sources(kind: str, seed: int) -> None:
+    each, x = kinds()[kind], random_inputs(2, LENGTH, seed=seed)
+    batch = each.prepare(x, layer_output(x))
+    positions = torch.tensor([0, 3, LENGTH - 1])
+    one_by_one = torch.eye(LENGTH)[:, None].expand(-1, 3, -1)
+    rows = each.rows(batch, 1, positions, one_by_one)
+    assert torch.allclose(rows.mass.sum(dim=0), rows.total, atol=1e-4)
+    for number, position in enumerate(positions.tolist()):
+        assert float(rows.mass[position + 1 :, number].detach().abs().sum()) == 0, "nothing comes from later tokens"
+    assert ((rows.activation > 0) == (rows.total > 0)).all()
+
+
+def test_lorsa_heads_are_the_modules(request: pytest.FixtureRequest) -> None:
+    module, x = random_lorsa(), random_inputs(1, LENGTH)
+    each = units.LorsaHeads(module)
+    batch, positions = each.prepare(x, x), torch.arange(LENGTH)
+    source = torch.zeros(1, LENGTH, LENGTH)
+    source[0, :, 2] = 1
+    rows = each.rows(batch, 0, positions, source)
+    indices, values = module.encode(x)
+    kept = torch.zeros(LENGTH, 24).scatter(1, indices[0], values[0])
+    assert torch.allclose(rows.value, kept, atol=1e-5)
+    assert torch.allclose(rows.activation, kept * module.W_O.norm(dim=1), atol=1e-5)
+    for head in range(24):
+        pattern = module.z_pattern(x, head)[0]
+        active = kept[:, head] > 0
+        assert torch.allclose(pattern.sum(dim=1)[active], kept[active, head], atol=1e-5)
+        assert torch.allclose(rows.mass[0, active, head], pattern[active, 2].abs(), atol=1e-5)
+        assert torch.allclose(rows.total[active, head], pattern[active].abs().sum(dim=1), atol=1e-5)
+
+
+def test_patterns_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    each, x = units.LorsaHeads(random_lorsa()), random_inputs(1, LENGTH)
+    arguments = (each.prepare(x, x), 0, torch.arange(LENGTH), torch.rand(2, LENGTH, LENGTH))
+    whole = each.rows(*arguments)
+    monkeypatch.setattr(units, "_PATTERN_VALUES_AT_ONCE", LENGTH**2)
+    for one, other in zip(whole, each.rows(*arguments), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_attribution_of_sae_features_is_exact() -> None:
+    sae, site, x = random_sae(), toy_site(), random_inputs(1, LENGTH)
+    y = layer_output(x)
+    pre = sae.pre_activations(y)[0]
+    each = units.SAEFeatures(sae, site)
+    rows = each.rows(each.prepare(x, y), 0, torch.arange(LENGTH), torch.zeros(0, LENGTH, LENGTH))
+    pattern, moved = site.pattern(x)[0], site.values(x)[0] @ site.W_O
+    parts = torch.einsum("hij,hjd,nd->ijn", pattern, moved, sae.W_E)
+    constant = sae.W_E @ site.b_O + sae.b_E
+    assert torch.allclose(parts.sum(dim=1) + constant, pre, atol=1e-4)
+    active = rows.value > 0
+    assert torch.allclose(rows.total[active], parts.abs().sum(dim=1)[active], atol=1e-4)
+    with pytest.raises(UserError, match="transcoder"):
+        units.SAEFeatures(random_sae(kind="transcoder"), site)
+
+
+def test_mhsa_heads() -> None:
+    site, x = toy_site(), random_inputs(3, LENGTH)
+    mask = torch.ones(3, LENGTH, dtype=torch.bool)
+    mask[:, 0] = False
+    mean = units.mean_head_values(site, x, mask)
+    assert torch.allclose(mean, site.head_values(x)[mask].mean(dim=0).double(), atol=1e-6)
+    each = units.MHSAHeads(site, mean)
+    rows = each.rows(each.prepare(x, x), 2, torch.tensor([4]), torch.ones(1, 1, LENGTH))
+    expected = torch.einsum("he,hed->hd", site.head_values(x)[2, 4] - mean.float(), site.W_O)
+    assert torch.allclose(rows.activation[0], expected.norm(dim=1), atol=1e-5)
+    norms = (site.values(x)[2] @ site.W_O).norm(dim=2)
+    assert torch.allclose(rows.total[0], (site.pattern(x)[2, :, 4] * norms).sum(dim=1), atol=1e-5)
+    with pytest.raises(UserError, match="longer text"):
+        units.mean_head_values(site, x, torch.zeros_like(mask))
+
+
+@pytest.mark.parametrize("kind", sorted(kinds()))
+def test_what_all_units_write_is_what_the_module_writes(kind: str) -> None:
+    each, x = kinds()[kind], random_inputs(2, LENGTH)
+    y = layer_output(x)
+    written = each.written(x, y, torch.arange(each.n))
+    whole = {
+        "mhsa": lambda: y - toy_site().b_O,
+        "sae": lambda: random_sae()(y).y - random_sae().b_O,
+        "lorsa": lambda: random_lorsa()(x).y - random_lorsa().b_O,
+        "signed": lambda: random_lorsa(score="abs")(x).y - random_lorsa().b_O,
+    }[kind]()
+    assert torch.allclose(written, whole, atol=1e-4)
+    directions = torch.randn(LENGTH, D_MODEL, generator=torch.Generator().manual_seed(0))
+    batch, positions = each.prepare(x, y), torch.arange(LENGTH)
+    value = each.rows(batch, 1, positions, torch.zeros(0, LENGTH, LENGTH)).value
+    along = each.along(batch, 1, positions, value, directions)
+    for unit in (0, each.n - 1):
+        alone = each.written(x, y, torch.tensor([unit]))[1]
+        assert torch.allclose(along[:, unit], (alone * directions).sum(dim=1), atol=1e-4)
+    assert float(each.written(x, y, torch.tensor([], dtype=torch.long)).detach().abs().sum()) == 0
+
+
+def test_no_such_unit() -> None:
+    with pytest.raises(UserError, match="choose one from 0 to 23"):
+        kinds()["lorsa"].check([3, 24])
+
+
+# ---- in a whole model
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2", "qwen3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_model(save_tiny_model(tmp_path_factory.mktemp("model"), request.param))
+
+
+def lorsa_for(model: LanguageModel, seed: int = 0) -> Lorsa:
+    lorsa = Lorsa(Lorsa.config_for_site(model.site(1), 24, 6, 4))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lorsa.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return lorsa.requires_grad_(False)
+
+
+def test_direct_effect_on_logits_is_the_models(model: LanguageModel) -> None:
+    """With the norm's scale frozen, adding a vector to what the norm reads changes centred logits by its dot product."""
+    found: dict[str, Tensor] = {}
+    norm = units.final_norm(model)
+    handle = norm.register_forward_pre_hook(lambda module, arguments: found.update(residual=arguments[0]))
+    logits = model.logits(random_tokens(2, 7))
+    handle.remove()
+    residual, tokens = found["residual"][0], torch.tensor([5, 9, 200, 31, 7, 7, 0])
+    unembedding = units.Unembedding(model)
+    directions = unembedding.directions(residual, tokens)
+    bias = getattr(norm, "bias", None)
+    constant = 0.0 if bias is None else unembedding.weight[tokens] @ bias
+    centred = logits[0] - logits[0].mean(dim=-1, keepdim=True)
+    whole = (directions * residual).sum(dim=1) + constant
+    assert torch.allclose(whole, centred.gather(1, tokens[:, None])[:, 0], atol=1e-3)
+
+
+def test_top_tokens(model: LanguageModel) -> None:
+    unembedding = units.Unembedding(model)
+    write = lorsa_for(model).W_O
+    top, bottom = (unembedding.top_tokens(write, 3, largest) for largest in (True, False))
+    logits = unembedding.logits(write)
+    assert torch.equal(top[:, 0], logits.argmax(dim=1))
+    assert torch.equal(bottom[:, 0], logits.argmin(dim=1))
+
+
+def test_removing_nothing_changes_nothing(model: LanguageModel) -> None:
+    tokens = random_tokens(3, 20)
+    each = units.LorsaHeads(lorsa_for(model))
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
+    logits = model.logits(tokens)
+    with model.splice({1: lambda x, y: y - each.written(x, y, each.check([]))}):
+        assert torch.equal(model.logits(tokens), logits)
+    untouched, _ = model.loss(found.tokens)
+    removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
+    assert torch.equal(removals.untouched, untouched[found.row, found.position])
+    assert torch.equal(removals.losses(each, []), removals.untouched)
+
+
+def test_removal_is_the_splice_without_those_heads(model: LanguageModel) -> None:
+    lorsa = lorsa_for(model)
+    each = units.LorsaHeads(lorsa)
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=8)
+    chosen = [int(unit) for unit in lorsa(model.capture(found.tokens, [1])[1][0]).indices[0, 12]]
+
+    def by_hand(x: Tensor, y: Tensor) -> Tensor:
+        output = lorsa(x)
+        error = y - output.y
+        gone = torch.isin(output.indices, torch.tensor(chosen))
+        return lorsa.decode(output.indices, output.values.masked_fill(gone, 0.0)) + error
+
+    with model.splice({1: by_hand}):
+        expected, _ = model.loss(found.tokens)
+    removals = units.Removals(model, 1, found, batch_size=3)
+    values = removals.losses(each, chosen)
+    assert torch.allclose(values, expected[found.row, found.position], atol=1e-4)
+    table = removals.effects(each, {"none": [], "some": chosen})
+    assert table["n"].tolist() == [0, len(chosen)]
+    assert table.loc[0, ["labelled", "controls"]].tolist() == [0.0, 0.0]
+    difference = (values - removals.untouched)[found.positive]
+    assert table.loc[1, "labelled"] == pytest.approx(float(difference.mean()), abs=1e-4)
+
+
+def test_by_pair() -> None:
+    values = torch.tensor([[1.0], [3.0], [10.0]])
+    assert units.by_pair(values, torch.tensor([7, 7, 2])).tolist() == [[10.0], [2.0]]
+
+
+def test_effect_error_is_over_pairs() -> None:
+    found: Any = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
+    changed = torch.where(found.pair == 0, 1.0, 3.0)
+    effect = units.effect(changed, torch.zeros(len(found.row)), found, found.pair == 1)
+    assert effect.labelled == 2.0
+    assert effect.labelled_error == pytest.approx(1.0)
+    assert effect.p == pytest.approx(0.25, abs=0.02), "of four ways to flip two pairs one gives as much"
+    assert (effect.where_active, effect.active) == (3.0, 0.5)
+    assert effect.controls == 2.0
+
+
+def test_prompts_where_no_removed_unit_is_active_are_not_run(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = units.LorsaHeads(lorsa_for(model))
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
+    removals = units.Removals(model, 1, found)
+    whole = {unit: removals.losses(each, [unit]) for unit in range(each.n)}
+    active = each.active(*model.capture(found.tokens, [1])[1]).any(dim=1)
+    some = [unit for unit in range(each.n) if 0 < int(active[:, unit].sum()) < len(found.tokens)]
+    ran: list[int] = []
+    untouched = removals.untouched
+    real = model.loss
+    monkeypatch.setattr(model, "loss", lambda tokens, *rest: (ran.append(len(tokens)), real(tokens, *rest))[1])
+    table = removals.effects(each, {str(unit): [unit] for unit in some})
+    assert some
+    assert sum(ran) == int(active[:, some].sum())
+    for unit, measured in zip(some, table["labelled"], strict=True):
+        assert measured == pytest.approx(float((whole[unit] - untouched)[found.positive].mean()), abs=1e-6)
+
+
+def test_losses_at_some_queries_run_their_prompts_only(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = units.LorsaHeads(lorsa_for(model))
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
+    removals = units.Removals(model, 1, found, batch_size=2)
+    everywhere = removals.losses(each, [0, 1, 2])
+    few = (found.row % 3 == 1) & (torch.arange(len(found.row)) % 2 == 0)
+    ran: list[torch.Tensor] = []
+    real = model.loss
+    monkeypatch.setattr(model, "loss", lambda tokens, *rest: (ran.append(tokens), real(tokens, *rest))[1])
+    at_few = removals.losses(each, [0, 1, 2], few)
+    assert torch.equal(torch.cat(ran), found.tokens[1::3])
+    assert torch.allclose(at_few[few], everywhere[few], atol=1e-5)
+    assert at_few[~few].isnan().all()
+
+
+def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(model: LanguageModel) -> None:
+    site = model.site(1)
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
+    kinds = {"lorsa": units.LorsaHeads(lorsa_for(model)), "mhsa": units.MHSAHeads(site)}
+    passes: list[int] = []
+    hook = model.attention_module(0).register_forward_hook(lambda module, args, output: passes.append(1))
+    removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
+    tables = {name: removals.effects(each, {"first": [0], "all": range(each.n)}) for name, each in kinds.items()}
+    hook.remove()
+    assert len(passes) == 1
+    with model.splice({1: lambda x, y: y - kinds["mhsa"].written(x, y, torch.arange(site.n_heads))}):
+        changed, _ = model.loss(found.tokens)
+    difference = changed - model.loss(found.tokens)[0]
+    expected = difference[found.row, found.position][found.positive]
+    assert tables["mhsa"].loc[1, "labelled"] == pytest.approx(float(expected.mean()), abs=1e-5)
+    assert (tables["lorsa"]["labelled"] != tables["mhsa"]["labelled"]).all()
+
+
+def test_removing_a_unit_that_does_not_exist_is_refused(model: LanguageModel) -> None:
+    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
+    removals = units.Removals(model, 1, found)
+    each = units.LorsaHeads(lorsa_for(model))
+    with pytest.raises(UserError, match="There is no unit"):
+        removals.losses(each, [each.n])
+    with pytest.raises(UserError, match="There is no unit"):
+        removals.effects(each, {"wrong": [-1]})

@@ -1,0 +1,245 @@
+"""Small checkpoints lose little, travel whole, say where they come from, and open like any run folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import random_inputs, random_lorsa, random_sae, randomized
+
+from lorsa_utils import store
+from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit import checkpoints, cli
+from lorsa_utils.lorsa import SAE, Lorsa, load
+
+SOURCE = {
+    "text": "embedded",
+    "model": "smollm2",
+    "revision": None,
+    "model_sha256": "a" * 64,
+    "tokenizer_sha256": "b" * 64,
+    "text_sha256": "c" * 64,
+    "bos_policy": "prepend",
+    "context": 256,
+    "dtype": "float32",
+}
+MODEL: Any = SimpleNamespace(name="smollm2", fingerprint="a" * 64, tokenizer_fingerprint="b" * 64)
+
+
+def save_run(folder: Path, module: Lorsa | SAE, layer: int = 17, rows: int = 200, **train: Any) -> Path:
+    """A finished run of random weights."""
+    module.save(folder)
+    config = store.read_json(folder / "config.json")
+    config |= {"layer": layer, "train": TrainConfig(**train).to_dict(), "processes": 1, "source": SOURCE}
+    store.write_json(folder / "config.json", config)
+    lines = [
+        json.dumps({"step": 10 * row, "tokens": 1000 * row, "fvu": 1 / (1 + row)}) + "\n" for row in range(1, rows + 1)
+    ]
+    store.write_text(folder / "metrics.jsonl", "".join(lines))
+    store.write_json(folder / "results.json", {"fvu": 0.125, "l0": 7.5, "n_tokens": 100})
+    return folder
+
+
+@pytest.fixture(params=["lorsa", "sae"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return save_run(tmp_path / "run", random_lorsa() if request.param == "lorsa" else random_sae())
+
+
+@settings(max_examples=30)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    seed=st.integers(0, 2**20),
+    size=st.sampled_from([1e-6, 1.0, 1e6]),
+)
+def test_int8_is_within_half_a_step(shape: list[int], seed: int, size: float) -> None:
+    weight = size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    parts = store.compact("w", weight)
+    assert set(parts) == {"w", "w.scale"}
+    assert (parts["w"].dtype, parts["w.scale"].dtype) == (torch.int8, torch.float32)
+    back = parts["w"].double() * parts["w.scale"].double()[..., None]
+    step = weight.abs().amax(dim=-1, keepdim=True) / 127
+    assert ((back - weight).abs() <= step / 2 * (1 + 1e-4)).all()
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    parts = store.compact("w", torch.zeros(2, 3))
+    assert (parts["w"].float() * parts["w.scale"][:, None] == 0).all()
+
+
+def test_a_packed_module_opens_as_it_is_and_computes_nearly_the_same(run: Path, tmp_path: Path) -> None:
+    folder = checkpoints.pack(run, tmp_path / "small")
+    before, after = load(run), load(folder)
+    assert after.config == before.config
+    for name, weight in before.state_dict().items():
+        loaded = after.state_dict()[name]
+        assert loaded.dtype == torch.float32
+        allowed = 2**-10 if name in checkpoints.FLOAT16 else 1 / 127 if name in checkpoints.INT8 else 0
+        assert ((loaded - weight).abs() <= allowed * weight.abs().amax(dim=-1, keepdim=True)).all(), name
+    x = random_inputs(2, 9)
+    change = after.pre_activations(x) - before.pre_activations(x)
+    assert change.norm() < 0.02 * before.pre_activations(x).norm()
+    stored = {path.name for path in folder.iterdir()}
+    assert stored == {
+        "config.json",
+        "model.safetensors",
+        "metrics.jsonl",
+        "results.json",
+        "checkpoint.json",
+        "README.md",
+    }
+
+
+def test_a_lorsa_and_an_sae_of_the_laptop_profile_fit_into_25_megabytes(tmp_path: Path) -> None:
+    lorsa = randomized(
+        Lorsa(LorsaConfig(d_model=576, n_ov_heads=4608, n_qk_heads=72, d_qk=64, k=64)), dtype=torch.float32
+    )
+    sae = randomized(SAE(SAEConfig(d_model=576, n_features=4608, k=64)), dtype=torch.float32)
+    runs = [save_run(tmp_path / "lorsa", lorsa), save_run(tmp_path / "sae", sae)]
+    folders = [checkpoints.pack(run, tmp_path / f"small_{run.name}") for run in runs]
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    assert sizes[0] < 16.2e6
+    assert sizes[1] < 5.5e6
+
+
+def test_unpack_gives_an_ordinary_run_folder(run: Path, tmp_path: Path) -> None:
+    small = checkpoints.pack(run, tmp_path / "small")
+    folder = checkpoints.unpack(small, tmp_path / "full")
+    assert folder == checkpoints.unpack(small, tmp_path / "full"), "a second time changes nothing"
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    for name, weight in load(small).state_dict().items():
+        assert torch.equal(weights[name], weight)
+    with pytest.raises(UserError, match="holds another run; choose an empty folder"):
+        checkpoints.unpack(small, save_run(tmp_path / "other", random_sae(), layer=3))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_cut_checkpoint_is_refused(run: Path, tmp_path: Path, share: float) -> None:
+    file = checkpoints.pack(run, tmp_path / "small") / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="is not the file that was packed"):
+        checkpoints.check(tmp_path / "small")
+    with pytest.raises(UserError, match="is not the file that was packed"):
+        checkpoints.unpack(tmp_path / "small", tmp_path / "full")
+    with pytest.raises(UserError, match="is damaged"):
+        load(tmp_path / "small")
+
+
+def test_a_flipped_bit_is_found(run: Path, tmp_path: Path) -> None:
+    file = checkpoints.pack(run, tmp_path / "small") / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 16
+    file.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="is not the file that was packed"):
+        checkpoints.check(tmp_path / "small")
+
+
+def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
+    folder = checkpoints.pack(save_run(tmp_path / "run", random_sae()), tmp_path / "small")
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    store.write_tensors(folder / "model.safetensors", tensors | {"W_O.scale": tensors["W_O.scale"][:-1]})
+    with pytest.raises(UserError, match=r"W_O.scale does not belong to W_O; restore a copy"):
+        load(folder)
+
+
+def test_weights_that_would_lose_too_much_are_not_packed(tmp_path: Path) -> None:
+    module = random_lorsa()
+    with torch.no_grad():
+        module.W_Q.mul_(1e-9)  # below what float16 can tell apart
+    with pytest.raises(UserError, match=r"W_Q would lose \d+.\d% of its norm"):
+        checkpoints.pack(save_run(tmp_path / "run", module), tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_other_folders_are_left_alone(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds files that are no checkpoint; choose an empty folder"):
+        checkpoints.pack(run, tmp_path / "mine")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoints.unpack(run, tmp_path / "full")
+    checkpoints.pack(run, tmp_path / "small")
+    checkpoints.pack(run, tmp_path / "small")
+
+
+def test_the_log_is_thinned_and_ends_where_the_run_ended(run: Path, tmp_path: Path) -> None:
+    folder = checkpoints.pack(run, tmp_path / "small")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert 20 <= len(rows) <= checkpoints.LOG_ROWS + 1
+    assert (rows[0]["step"], rows[-1]["step"]) == (10, 2000)
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+
+
+def test_find_takes_the_longest_trained_of_the_right_kind(tmp_path: Path) -> None:
+    shipped = tmp_path / "checkpoints"
+    assert checkpoints.find(MODEL, 17, "lorsa", folder=shipped) is None
+    for name, module, layer, tokens in (
+        ("short", random_lorsa(), 17, 1000),
+        ("long", random_lorsa(), 17, 2000),
+        ("sae", random_sae(), 17, 9000),
+        ("below", random_lorsa(), 16, 9000),
+    ):
+        checkpoints.pack(save_run(tmp_path / name, module, layer, tokens=tokens), shipped / name)
+    assert checkpoints.find(MODEL, 17, "lorsa", folder=shipped) == shipped / "long"
+    assert checkpoints.find(MODEL, 17, "lorsa", random_lorsa().config, shipped) == shipped / "long"
+    assert checkpoints.find(MODEL, 17, "lorsa", random_lorsa(k=3).config, shipped) is None
+    assert checkpoints.find(MODEL, 17, "sae", folder=shipped) == shipped / "sae"
+    assert checkpoints.find(MODEL, 17, "transcoder", folder=shipped) is None
+    other: Any = SimpleNamespace(name="smollm2", fingerprint="d" * 64, tokenizer_fingerprint="e" * 64)
+    assert checkpoints.find(other, 17, "lorsa", folder=shipped) is None
+    in_bfloat16: Any = SimpleNamespace(name="smollm2", fingerprint="d" * 64, tokenizer_fingerprint="b" * 64)
+    assert checkpoints.find(in_bfloat16, 17, "lorsa", folder=shipped) == shipped / "long"
+    (shipped / "long" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="is not the file that was packed"):
+        checkpoints.find(MODEL, 17, "lorsa", folder=shipped)
+
+
+def test_the_command_makes_a_run_with_the_same_settings(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", random_lorsa(k=5), layer=3, tokens=5000, lr=5e-3, freeze_qk=True, aux_k=0)
+    words = shlex.split(checkpoints.train_command(store.read_json(run / "config.json")))
+    assert words[:2] == ["lorsa", "train"]
+    arguments = cli.build_parser().parse_args(words[1:])
+    assert (arguments.layer, arguments.k, arguments.tokens, arguments.context) == ([3], 5, 5000, 256)
+    assert (arguments.lr, arguments.freeze_qk, arguments.aux_k, arguments.model) == (5e-3, True, 0, "smollm2")
+    assert (arguments.n_heads, arguments.n_qk) == (random_lorsa().config.n_ov_heads, random_lorsa().config.n_qk_heads)
+    assert not hasattr(arguments, "warmup"), "defaults are left out"
+
+
+def test_the_card_says_what_it_is_and_names_no_place(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", random_lorsa())
+    config = store.read_json(run / "config.json")
+    place = str(tmp_path.absolute())
+    store.write_json(
+        run / "config.json", config | {"source": SOURCE | {"text": [f"{place}/prose.txt"], "model": f"{place}/tiny"}}
+    )
+    store.write_json(run / "results_speeches.json", {"fvu": 0.25})
+    folder = checkpoints.pack(run, tmp_path / "small", command="lorsa train --everything")
+    for file in ("config.json", "README.md", "checkpoint.json"):
+        assert place not in (folder / file).read_text()
+    card = (folder / "README.md").read_text()
+    parts = (
+        "license: other",
+        "# Lorsa for layer 17 of tiny",
+        "| 0.125 |",
+        "| speeches | 0.25 |",
+        "prose.txt",
+        "--everything",
+    )
+    for part in (*parts, "lu.load"):
+        assert part in card
+    assert "license: apache-2.0" in checkpoints.model_card(save_run(tmp_path / "known", random_sae()))
+    facts = store.read_json(folder / "checkpoint.json")
+    assert facts["source_sha256"] == store.sha256_file(run / "model.safetensors")

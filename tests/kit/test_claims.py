@@ -1,0 +1,191 @@
+"""Claims: rows that say all they must, verdicts that follow the stated rule, and README's table equal to what the files give."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lorsa_utils import store
+from lorsa_utils.config import PROFILES
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit import claims, notebook, reproduce
+from lorsa_utils.kit.claims import FAILS, HOLDS, UNTESTED, Claim, Number
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADER = "id,claim,source,trust,measure,at,bound,why\n"
+
+
+@pytest.fixture(autouse=True)
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
+
+
+def test_every_item_has_a_claim_and_numbers_come_from_notebooks_that_are_there() -> None:
+    rows = claims.read_claims()
+    assert list(dict.fromkeys(row.id for row in rows)) == [*claims.ITEMS]
+    assert [*claims.ITEMS] == [*(f"P{n}" for n in range(1, 19)), "T1", "T2", "T3"]
+    names = {path.stem for path in reproduce.notebooks_dir().glob("*.ipynb")}
+    assert {place.split("/")[0] for row in rows for place in claims._places(row.at)} <= names
+    assert len({(row.id, row.claim) for row in rows}) == len(rows)
+
+
+def test_recorded_keys_of_claims_stand_in_their_notebooks() -> None:
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in reproduce.notebooks_dir().glob("*.ipynb")}
+    for row in claims.read_claims():
+        for place in claims._places(row.at):
+            name, key = place.split("/", 1)
+            first = key.split("_")[0].split("{")[0]
+            assert first in sources[name], f"{name} records nothing like {key}"
+
+
+def test_unverified_statements_are_never_called_the_papers() -> None:
+    for row in claims.read_claims():
+        if row.trust == "U":
+            assert "paper says" not in row.claim.lower()
+            assert not row.at, "what nobody verified gets no verdict"
+
+
+@pytest.mark.parametrize(
+    ("number", "bound", "verdict"),
+    [
+        (Number(0.2), "> 0.1", HOLDS),
+        (Number(0.1), "> 0.1", FAILS),
+        (Number(0.1), ">= 0.1", HOLDS),
+        (Number(3), "< 4", HOLDS),
+        (Number(4), "<= 4", HOLDS),
+        (Number(4), "< 4", FAILS),
+        (Number(0.2, 0.15, 0.3), "> 0.1", HOLDS),
+        (Number(0.2, 0.05, 0.3), "> 0.1", None),
+        (Number(0.02, -0.05, 0.1), "> 0.1", FAILS),
+        (Number(0.02, -0.05, 0.11), "> 0.1", None),
+        (Number(0.2), "0.1 .. 0.3", HOLDS),
+        (Number(0.3), "0.1 .. 0.3", HOLDS),
+        (Number(0.31), "0.1 .. 0.3", FAILS),
+        (Number(0.2, 0.05, 0.25), "0.1 .. 0.3", None),
+        (Number(0.2, 0.05, 0.35), "0.1 .. 0.3", None),
+        (Number(0.5, 0.4, 0.6), "0.1 .. 0.3", FAILS),
+        (Number(-0.1), "-0.2 .. 1e-3", HOLDS),
+    ],
+)
+def test_verdicts_follow_the_rule(number: Number, bound: str, verdict: str | None) -> None:
+    assert claims.judge(number, bound) == verdict
+
+
+def test_numbers_are_read_with_intervals_layers_and_sums() -> None:
+    results = {
+        "03_a": {
+            "fvu_layer17_x": 0.4,
+            "fvu_layer01_x": 0.1,
+            "r": {"r": 0.9, "low": 0.8, "high": 0.95, "n": 4},
+            "words": "none",
+            "yes": True,
+        },
+        "04_b": {"zero": 0, "effect": 3, "effect_low": 1.5, "effect_high": 4, "ratio_k64": 1.1},
+    }
+    places = {
+        "03_a/r": Number(0.9, 0.8, 0.95),
+        "03_a/yes": Number(1.0),
+        "04_b/effect": Number(3.0, 1.5, 4),
+        "04_b/ratio_k{k}": Number(1.1),
+        "03_a/fvu_layer{layer}_x": Number(0.4),
+        "03_a/fvu_layer{layer}_x - 03_a/fvu_layer{first}_x": Number(pytest.approx(0.3)),  # type: ignore[arg-type]
+        "03_a/fvu_layer{layer}_x + 03_a/fvu_layer{first}_x": Number(pytest.approx(0.5)),  # type: ignore[arg-type]
+        "03_a/fvu_layer{layer}_x / 03_a/fvu_layer{first}_x": Number(pytest.approx(4)),  # type: ignore[arg-type]
+    }
+    absent = ["03_a/words", "03_a/gone", "05_c/x", "03_a/fvu_layer{layer}_x / 04_b/zero", "03_a/r - 03_a/gone"]
+    rows = [Claim("P4", at, "abstract", "S", "x", at, "> 0", "") for at in [*places, *absent]]
+    assert claims.numbers(rows, results, PROFILES["laptop"]) == places
+
+
+def test_findings_say_why_there_is_no_verdict() -> None:
+    rows = [
+        Claim("P1", "one", "abstract", "S", "x", "00_a/x", "> 0", "our bar"),
+        Claim("P1", "two", "abstract", "S", "x", "00_a/y", "> 0", ""),
+        Claim("P1", "three", "abstract", "S", "x", "00_a/z", "> 0", ""),
+        Claim("P1", "four", "abstract", "S", "", "", "", "no GPU"),
+        Claim("P1", "five", "abstract", "S", "x", "00_a/x", "", "another device"),
+    ]
+    found = claims.findings(rows, {"00_a/x": Number(1.0), "00_a/y": Number(0.1, -0.1, 0.2)})
+    assert [(row.verdict, row.why) for row in found] == [
+        (HOLDS, "asked: > 0; our bar"),
+        (UNTESTED, "the interval reaches across: > 0"),
+        (UNTESTED, "not run in this profile"),
+        (UNTESTED, "no GPU"),
+        (UNTESTED, "another device"),
+    ]
+    table = claims.table(found, "smoke")
+    assert tuple(table.columns) == claims.COLUMNS
+    assert (table != "").all().all(), "no empty cell"
+    assert list(table["interval"]) == ["one value", "-0.1 to 0.2", "none", "none", "one value"]
+    assert claims.count(found) == "5 statements: holds 1, does not hold 0, not tested 4."
+    assert claims.as_json(found)[1]["high"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("P19,a claim,abstract,S,,,,why", "the id 'P19'"),
+        ("P1,a claim,abstract,X,,,,why", "the trust 'X'"),
+        ("P1,,abstract,S,,,,why", "no claim or no source"),
+        ("P1,a claim,abstract,S,,,,", "does not say why"),
+        ("P1,a claim,abstract,S,x,00_a/x,,", "does not say why"),
+        ("P1,a claim,abstract,S,,00_a/x,> 0,", "must say both"),
+        ("P1,a claim,abstract,S,x,00_a/x,more than 0,", "which is none"),
+        ("P1,a claim,abstract,S,x,00_a/x,__import__('os'),", "which is none"),
+        ("P1,a claim", "must have the columns"),
+    ],
+)
+def test_half_rows_are_refused(tmp_path: Path, line: str, problem: str) -> None:
+    file = tmp_path / "claims.csv"
+    file.write_text(HEADER + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=problem):
+        claims.read_claims(file)
+    with pytest.raises(UserError, match="is missing"):
+        claims.read_claims(tmp_path / "nowhere.csv")
+
+
+def test_publishing_writes_numbers_and_table_and_nothing_else(tmp_path: Path) -> None:
+    paper = tmp_path / "data" / "paper"
+    paper.mkdir(parents=True)
+    (paper / "claims.csv").write_text(
+        HEADER + "P4,FVU | size,abstract,S,FVU,03_a/fvu,< 0.3,\nP9,sums,Sec. 6,S,,,,no GPU\n", encoding="utf-8"
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{claims._BEGIN}\nyesterday\n{claims._END}\nafter\n", encoding="utf-8")
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match="run `lorsa reproduce` first"):
+        claims.publish(folder, "smoke", readme)
+    store.write_json(folder / "results.json", {"03_a": {"fvu": {"value": 0.25, "low": 0.2, "high": 0.27}}})
+    rows = claims.publish(folder, "smoke", readme)
+    assert [row.verdict for row in rows] == [HOLDS, UNTESTED]
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "yesterday" not in text
+    assert "| P4 | FVU \\| size | abstract (S) | FVU: 0.25 (0.2 to 0.27) | 03 | **holds** | asked: < 0.3 |" in text
+    assert claims.publish(folder, "smoke", readme) == rows
+    assert readme.read_text(encoding="utf-8") == text
+    readme.write_text("no marks", encoding="utf-8")
+    with pytest.raises(UserError, match="has no place for the table"):
+        claims.publish(folder, "smoke", readme)
+
+
+def test_readme_shows_what_the_files_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORSA_DATA", str(ROOT / "data"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text.split(claims._BEGIN)[1].split(claims._END)[0].strip()
+    assert shown == claims.published_table(), "run `lorsa claims --publish` after `make reproduce`"
+    assert "| |" not in shown
+    with open(ROOT / "data" / "paper" / "results.csv", encoding="utf-8") as handle:
+        known = {row["at"] for row in csv.DictReader(handle)}
+    assert known <= {row.at for row in claims.read_claims()}, (
+        "results.csv has numbers that no claim asks for; publish again"
+    )
+
+
+def test_claims_of_a_run(tmp_path: Path) -> None:
+    run = notebook.start("03_reconstruction", "smoke", tmp_path / "run")
+    run.record("fvu_lorsa_mean", 0.25)
+    found = {row.claim.at: row for row in claims.of_run(run.folder, "smoke")}
+    assert found["03_reconstruction/fvu_lorsa_mean"].verdict == HOLDS
+    assert found["02_train_lorsa/spliced_ce_recovered"].why == "not run in this profile"

@@ -1,0 +1,214 @@
+"""Error statistics against planted errors, of which the shared part is known."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import byte_tokenizer, save_tiny_model
+from torch import Tensor
+from toys import ToySource, random_sequences
+
+from lorsa_utils import metrics
+from lorsa_utils.config import LorsaConfig, SAEConfig
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit import dark_matter
+from lorsa_utils.kit.dark_matter import LayerErrors
+from lorsa_utils.lorsa import SAE, Lorsa
+from lorsa_utils.models import load_model
+
+D, N_SEQUENCES, LENGTH = 24, 60, 100
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def planted(shared: float, **more: Tensor) -> LayerErrors:
+    """Errors a and b of energy 1 with the part `shared` of it in common, and sizes that differ from token to token."""
+    n = N_SEQUENCES * LENGTH
+    common, own_a, own_b = (normal(n, D, seed=seed) / math.sqrt(D) for seed in (1, 2, 3))
+    size = 1 + normal(n, 1, seed=4).abs()
+    a, b = (size * (math.sqrt(shared) * common + math.sqrt(1 - shared) * own) for own in (own_a, own_b))
+    sequence = torch.arange(N_SEQUENCES).repeat_interleave(LENGTH)
+    positions = torch.arange(1, LENGTH + 1).repeat(N_SEQUENCES)
+    deviations = size * torch.nn.functional.normalize(normal(n, D, seed=6))
+    return LayerErrors(
+        3,
+        normal(n, D, seed=5),
+        deviations,
+        torch.zeros(D),
+        {"a": a, "b": b} | more,
+        torch.zeros(n).long(),
+        positions,
+        sequence,
+    )
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.3, 0.8])
+def test_planted_shared_part_is_found_and_the_control_finds_none(shared: float) -> None:
+    data = planted(shared)
+    found = dark_matter.compare(data, "a", "b")
+    assert found["cosine"].value == pytest.approx(shared, abs=0.02)
+    assert found["shared_energy"].low - 0.01 <= shared <= found["shared_energy"].high + 0.01
+    control = dark_matter.compare(data, "a", "b", elsewhere=True)
+    for name in ("cosine", "shared_energy", "norm_correlation", "correlation_at_equal_size"):
+        assert abs(control[name].value) < 0.05
+        assert control[name].low < control[name].value < control[name].high
+
+
+def test_size_of_targets_explains_the_norms() -> None:
+    found = dark_matter.compare(planted(0.0), "a", "b")
+    assert found["norm_correlation"].value > 0.8
+    assert abs(found["correlation_at_equal_size"].value) < 0.05
+    assert dark_matter.compare(planted(0.8), "a", "b")["correlation_at_equal_size"].low > 0.3
+
+
+def test_statistics_equal_their_formulas() -> None:
+    data = planted(0.4)
+    a, b, y = data.errors["a"], data.errors["b"], data.deviations
+    found = dark_matter.compare(data, "a", "b")
+    stacked = torch.stack([a.norm(dim=1), b.norm(dim=1)])
+    assert found["cosine"].value == pytest.approx(float(torch.cosine_similarity(a, b).mean()), abs=1e-12)
+    assert found["shared_energy"].value == pytest.approx(float((a * b).sum() / (a * a).sum()), abs=1e-12)
+    assert found["norm_correlation"].value == pytest.approx(float(torch.corrcoef(stacked)[0, 1]), abs=1e-10)
+    # A partial correlation is the correlation of what a regression on the third variable leaves.
+    third = torch.stack([torch.ones(len(y), dtype=y.dtype), y.norm(dim=1).log()], dim=1)
+    logs = stacked.log().T
+    rest = logs - third @ torch.linalg.lstsq(third, logs).solution
+    assert found["correlation_at_equal_size"].value == pytest.approx(float(torch.corrcoef(rest.T)[0, 1]), abs=1e-8)
+
+
+def test_intervals_are_those_of_sequences() -> None:
+    # Every token of a sequence says the same, so 60 sequences are 60 observations, not 6000.
+    level = normal(N_SEQUENCES, seed=0)
+    sequence = torch.arange(N_SEQUENCES).repeat_interleave(LENGTH)
+    sums = dark_matter.resampled(
+        {"x": level.repeat_interleave(LENGTH), "n": torch.ones(len(sequence))}, sequence, n_draws=4000
+    )
+    means = sums["x"] / sums["n"]
+    assert float(means[0]) == pytest.approx(float(level.mean()), abs=1e-12)
+    assert float(means[1:].std()) == pytest.approx(float(level.std()) / math.sqrt(N_SEQUENCES), rel=0.1)
+
+
+def test_tokens_elsewhere_are_of_other_sequences() -> None:
+    sequence = torch.tensor([7, 7, 7, 7, 2])
+    found = dark_matter.tokens_elsewhere(sequence)
+    assert (sequence[found] != sequence).all()
+
+
+def test_ridge_finds_a_linear_part_and_nothing_in_noise() -> None:
+    data = planted(0.0)
+    linear = data.inputs @ normal(D, D, seed=8) / math.sqrt(D)
+    found = dark_matter.predictability(data.inputs, linear + normal(len(linear), D, seed=9), data.sequence)
+    assert found.r2.low < 0.5 < found.r2.high + 0.02
+    assert abs(found.r2.value - 0.5) < 0.03
+    assert abs(dark_matter.predictability(data.inputs, normal(len(linear), seed=10), data.sequence).r2.value) < 0.02
+    exact = dark_matter.predictability(data.inputs, linear + 3, data.sequence)
+    assert exact.r2.value > 0.999
+    assert exact.penalty == min(dark_matter.PENALTIES)
+    with pytest.raises(UserError, match="at least 10 sequences, and there are 3"):
+        dark_matter.predictability(data.inputs[:300], linear[:300], data.sequence[:300])
+
+
+def test_a_larger_dictionary_recovers_what_was_planted() -> None:
+    n = N_SEQUENCES * LENGTH
+    found, rest, own = (normal(n, D, seed=seed) for seed in (11, 12, 13))
+    data = planted(0.0, small=found + rest, large=rest, other=found + own)
+    result = dark_matter.recovered(data, "small", "large", "other")
+    assert result["own"].value == pytest.approx(0.5, abs=0.02)
+    assert result["other"].value == pytest.approx(0.5, abs=0.02)
+    assert dark_matter.recovered(data, "small", "large", "a")["other"].value < 0.001
+    assert dark_matter.recovered(data, "small", "large", "other", elsewhere=True)["other"].value < 0.001
+    assert dark_matter.recovered(data, "large", "small", "other")["own"].value == pytest.approx(-1.0, abs=0.05)
+
+
+def test_classes_of_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    tokens = torch.tensor([tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "a7. zb"])
+    assert dark_matter.token_classes(tokens, torch.tensor([1, 2, 3, 4, 5, 6]), tokenizer) == [
+        "after BOS", "digit", "punctuation", "punctuation", "word piece", "word piece",
+    ]  # fmt: skip
+    assert [dark_matter._kind(text) for text in (" the", "ing", " 19", "\n", " (")] == [
+        "word start", "word piece", "digit", "punctuation", "punctuation",
+    ]  # fmt: skip
+    text = torch.tensor([5] * 6 + [4] * 2 + [1, 2, 3, 0])
+    assert dark_matter.token_frequency(torch.tensor([5, 4, 0]), text) == ["frequent", "rare", "rare"]
+    assert dark_matter.position_bins(torch.tensor([1, 2, 7, 8, 31, 32, 127, 128, 200])) == [
+        "1", "2-7", "2-7", "8-31", "8-31", "32-127", "32-127", "128-200", "128-200",
+    ]  # fmt: skip
+
+
+def test_groups_add_up_to_the_whole() -> None:
+    data = planted(0.5)
+    groups = ["early" if position < 30 else "late" for position in data.positions.tolist()]
+    groups[0] = "lonely"
+    table = dark_matter.by_group(data, groups, "a", "b").set_index("group")
+    assert list(table.index) == ["early", "late"], "a group of one token says nothing"
+    assert table["tokens"].sum() == pytest.approx(1, abs=1e-3)
+    assert table["error_a"].sum() == pytest.approx(1, abs=1e-3)
+    late = data.positions >= 30
+    fvu = data.errors["b"][late].square().sum() / data.deviations[late].square().sum()
+    assert table.loc["late", "fvu_b"] == pytest.approx(float(fvu), abs=1e-10)
+    assert (table["cosine_low"] < table["cosine"]).all()
+    assert (table["cosine"] < table["cosine_high"]).all()
+
+
+def modules(d: int) -> dict[str, Lorsa | SAE]:
+    lorsa = Lorsa(LorsaConfig(d_model=d, n_ov_heads=8, n_qk_heads=2, d_qk=4, k=3))
+    sae = SAE(SAEConfig(d_model=d, n_features=10, k=3))
+    for number, module in enumerate((lorsa, sae)):
+        for parameter in module.parameters():
+            parameter.data = 0.3 * normal(*parameter.shape, seed=number).float()
+    return {"a": lorsa.requires_grad_(False), "b": sae.requires_grad_(False)}
+
+
+def test_collected_errors_are_those_of_the_evaluation() -> None:
+    source = ToySource(12, 9, layers=(0, 1))
+    pair = modules(16)
+    data = dark_matter.collect(pair, source, 1, 10**6, batch_size=5)
+    whole = metrics.evaluate_activations({name: (1, module) for name, module in pair.items()}, source)
+    for name, result in whole.items():
+        fvu = data.errors[name].square().sum() / data.deviations.square().sum()
+        assert float(fvu) == pytest.approx(result["fvu"], rel=1e-4)
+    assert len(data.tokens) == source.n_tokens
+    assert torch.equal(data.sequence.unique(), torch.arange(12))
+    assert data.positions.min() >= 1
+    part = dark_matter.collect(pair, source, 1, 10, batch_size=5)
+    assert torch.equal(part.sequence.unique(), torch.arange(5))
+    assert torch.allclose(part.errors["a"], data.errors["a"][: len(part.tokens)], atol=1e-6)
+    with pytest.raises(UserError, match="fewer than two"):
+        dark_matter.collect(pair, ToySource(1, 9, layers=(1,)), 1, 10)
+
+
+def test_shared_part_and_its_remainder_split_the_error() -> None:
+    a, b = normal(50, D, seed=1), normal(50, D, seed=2)
+    shared = dark_matter.shared_part(a, b)
+    assert torch.allclose(((a - shared) * b).sum(dim=1), torch.zeros(50, dtype=a.dtype), atol=1e-12)
+    cosine = torch.cosine_similarity(a, b)
+    assert torch.allclose(shared.square().sum(dim=1) / a.square().sum(dim=1), cosine**2, atol=1e-12)
+    left = a * dark_matter._left(a, b)
+    assert torch.allclose(left.norm(dim=1), (a - shared).norm(dim=1), atol=1e-12)
+    assert torch.equal(dark_matter.shared_part(a, torch.zeros_like(b)), torch.zeros_like(a))
+
+
+def test_replaced_losses_equal_those_of_the_evaluation(tmp_path: Path) -> None:
+    model = load_model(str(save_tiny_model(tmp_path / "model")))
+    sequences = random_sequences(5, 20)
+    pair = modules(model.d_model)
+    _, output = model.capture(sequences.tokens, [1])[1]
+    mean = output[sequences.mask].mean(dim=0)
+    losses = dark_matter.replaced_losses(model, 1, pair["a"], pair["b"], mean, sequences, batch_size=2)
+    assert set(losses) == {"original", "counted", *dark_matter.VARIANTS}
+    for name, key in (("a", "ce_spliced"), ("original", "ce"), ("mean output", "ce_mean_ablated")):
+        expected = metrics.evaluate_spliced(model, 1, pair["a"], sequences)[key]
+        assert float(losses[name].sum() / losses["counted"].sum()) == pytest.approx(expected, rel=1e-5)
+    table = dark_matter.loss_increases(losses).set_index("variant")
+    assert table.loc["a", "against_a"] == 0
+    whole = {name: float(values.sum() / losses["counted"].sum()) for name, values in losses.items()}
+    assert table.loc["b", "increase"] == pytest.approx(whole["b"] - whole["original"], abs=1e-9)
+    assert (table["low"] <= table["increase"]).all()
+    same = dark_matter.replaced_losses(model, 1, pair["a"], pair["a"], mean, sequences)
+    for name in ("a with the shared part", "a, shrunk as much"):
+        assert torch.allclose(same[name], same["original"], rtol=1e-4), "all of its error is shared with itself"
+    assert torch.allclose(same["a without the shared part only"], same["a"], rtol=1e-4)

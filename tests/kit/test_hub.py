@@ -1,0 +1,752 @@
+"""Published weights compute here what they compute there, are read the way that works, and nothing in them is run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import random_tokens, save_tiny_model
+from torch import Tensor
+from toys import random_inputs, random_lorsa, random_sae
+
+from lorsa_utils import store
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.initialize import initialize
+from lorsa_utils.kit import checkpoints, cli, hub
+from lorsa_utils.lorsa import Lorsa, load
+from lorsa_utils.models import LanguageModel, load_model
+from lorsa_utils.text import Sequences
+
+D, N_QK, D_QK, N_OV, LENGTH = 8, 2, 4, 6, 7
+
+
+# ---- what the formats compute, in loops and float64
+
+
+def angle(config: Mapping[str, Any], pair: int) -> float:
+    """Radians a token by which one pair of dimensions turns."""
+    frequency = config["rotary_base"] ** (-2 * pair / config["rotary_dim"])
+    if config.get("use_NTK_by_parts_rope"):
+        low, high, factor = (
+            config[f"NTK_by_parts_{name}"] for name in ("low_freq_factor", "high_freq_factor", "factor")
+        )
+        wavelength, old = 2 * math.pi / frequency, config["old_context_len"]
+        if wavelength > old / low:
+            return frequency / factor
+        if wavelength >= old / high:
+            smooth = (old / wavelength - low) / (high - low)
+            return (1 - smooth) * frequency / factor + smooth * frequency
+    return frequency
+
+
+def rotated(vector: list[float], position: int, config: Mapping[str, Any]) -> list[float]:
+    if config["positional_embedding_type"] != "rotary":
+        return vector
+    out, half = list(vector), config["rotary_dim"] // 2
+    for pair in range(half):
+        a, b = (2 * pair, 2 * pair + 1) if config["rotary_adjacent_pairs"] else (pair, pair + half)
+        turn = position * angle(config, pair)
+        out[a] = vector[a] * math.cos(turn) - vector[b] * math.sin(turn)
+        out[b] = vector[b] * math.cos(turn) + vector[a] * math.sin(turn)
+    return out
+
+
+def side(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor | None, config: Mapping[str, Any]) -> list[list[float]]:
+    """Queries or keys of one group at every position."""
+    rows = []
+    for position, row in enumerate(x):
+        vector = [float(row @ weight[:, i] + bias[i]) for i in range(weight.shape[1])]
+        if gain is not None:
+            root = math.sqrt(sum(value**2 for value in vector) / len(vector) + config["eps"])
+            vector = [value / root * float(gain[i]) for i, value in enumerate(vector)]
+        rows.append(rotated(vector, position, config))
+    return rows
+
+
+def head_activations(x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """z [length, n_ov] of both formats for inputs in the space of the weights."""
+    z = torch.zeros(len(x), N_OV, dtype=torch.float64)
+    for head in range(N_OV):
+        group = head // (N_OV // N_QK)
+        stored = group * t["W_Q"].shape[0] // N_QK
+        gains = (t["ln_q.w"][stored], t["ln_k.w"][stored]) if config.get("use_post_qk_ln") else (None, None)
+        q = side(x, t["W_Q"][stored], t["b_Q"][stored], gains[0], config)
+        k = side(x, t["W_K"][stored], t["b_K"][stored], gains[1], config)
+        v = [float(row @ t["W_V"][head].flatten() + t["b_V"][head]) for row in x]
+        for i in range(len(x)):
+            scores = [
+                math.exp(sum(a * b for a, b in zip(q[i], k[j], strict=True)) / config["attn_scale"])
+                for j in range(i + 1)
+            ]
+            z[i, head] = sum(score * value for score, value in zip(scores, v, strict=False)) / sum(scores)
+    return z
+
+
+def decoded(z: Tensor, scores: Tensor, k: int, t: Mapping[str, Tensor], bias: Tensor) -> Tensor:
+    y = torch.zeros(len(z), D, dtype=torch.float64)
+    for i in range(len(z)):
+        kept = sorted(range(N_OV), key=lambda head: -float(scores[i, head]))[:k]
+        y[i] = sum((z[i, head] * t["W_O"][head].flatten() for head in kept), start=bias.clone())
+    return y
+
+
+def llamascopium_forward(x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    norms = {name: t.get(f"dataset_average_activation_norm.{config[f'hook_point_{name}']}") for name in ("in", "out")}
+    scaled = config["norm_activation"] == "dataset-wise"
+    factor = {name: math.sqrt(D) / float(norm) if scaled and norm is not None else 1.0 for name, norm in norms.items()}
+    z = head_activations(x * factor["in"], t, config).relu()
+    k = config["top_k"] if config["act_fn"] == "topk" else N_OV
+    bias = t["b_D"] if config["use_decoder_bias"] else torch.zeros(D, dtype=torch.float64)
+    return decoded(z, z * t["W_O"].norm(dim=1), k, t, bias) / factor["out"]
+
+
+def openmoss_forward(x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    z = head_activations(x * math.sqrt(D) / config["avg_norm"]["in"], t, config)
+    scores = (z.relu() if config["use_z_relu"] else z.abs()) * t["W_O"].norm(dim=2).flatten()
+    k = config["top_k"] if config["mode"] == "top_k" else N_OV
+    if config["mode"] == "top_k" and config["use_z_relu"]:
+        z = z.relu()
+    return decoded(z, scores, k, t, t["b_O"]) / (math.sqrt(D) / config["avg_norm"]["out"])
+
+
+# ---- random checkpoints
+
+
+def draws(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) * 0.7 for name, shape in shapes.items()}
+
+
+def llamascopium(**changes: Any) -> dict[str, Any]:
+    config = {
+        "sae_type": "lorsa",
+        "d_model": D,
+        "expansion_factor": N_OV / D,
+        "use_decoder_bias": True,
+        "act_fn": "topk",
+        "norm_activation": "inference",
+        "sparsity_include_decoder_norm": True,
+        "top_k": 2,
+        "hook_point_in": "blocks.1.ln1.hook_normalized",
+        "hook_point_out": "blocks.1.hook_attn_out",
+        "n_qk_heads": N_QK,
+        "d_qk_head": D_QK,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": D_QK,
+        "rotary_base": 100,
+        "rotary_adjacent_pairs": False,
+        "n_ctx": 32,
+        "attn_scale": 2.0,
+        "use_post_qk_ln": False,
+        "eps": 1e-6,
+        "skip_bos": True,
+    }
+    return config | changes
+
+
+def llamascopium_weights(config: Mapping[str, Any], seed: int = 0, stored_groups: int = N_QK) -> dict[str, Tensor]:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("W_Q", "W_K"), (stored_groups, D, D_QK))
+    shapes |= {
+        "W_V": (N_OV, D),
+        "W_O": (N_OV, D),
+        "b_Q": (stored_groups, D_QK),
+        "b_K": (stored_groups, D_QK),
+        "b_V": (N_OV,),
+    }
+    shapes |= {"b_D": (D,)} if config["use_decoder_bias"] else {}
+    shapes |= {"ln_q.w": (stored_groups, D_QK), "ln_k.w": (stored_groups, D_QK)} if config["use_post_qk_ln"] else {}
+    tensors = draws(shapes, seed)
+    if config["norm_activation"] == "dataset-wise":
+        for name, norm in (("in", 5.0), ("out", 0.7)):
+            tensors["dataset_average_activation_norm." + config[f"hook_point_{name}"]] = torch.tensor(
+                norm, dtype=torch.float64
+            )
+    return tensors
+
+
+def write_llamascopium(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    stored = {name: tensor.float() for name, tensor in tensors.items()}
+    stored |= {
+        "mask": torch.ones(4, 4).tril().bool(),
+        "IGNORE": torch.tensor(-torch.inf),
+        "rotary_sin": torch.zeros(4, D_QK),
+    }
+    store.write_tensors(folder / "sae_weights.safetensors", stored)
+    store.write_json(folder / "config.json", config)
+    return folder
+
+
+def openmoss(**changes: Any) -> dict[str, Any]:
+    config = {
+        name: value
+        for name, value in llamascopium().items()
+        if name.startswith(("n_", "d_", "rotary", "positional", "attn"))
+    }
+    config |= {
+        "n_ov_heads": N_OV,
+        "d_ov_head": 1,
+        "avg_norm": {"in": 4.0, "out": 0.5},
+        "mode": "top_k",
+        "top_k": 2,
+        "use_z_relu": False,
+    }
+    return config | {"virtual_kv_num": 0, "layer": 1, "dtype": "torch.float32", "device": "cuda"} | changes
+
+
+def openmoss_weights(seed: int = 0) -> dict[str, Tensor]:
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("W_Q", "W_K"), (N_QK, D, D_QK))
+    shapes |= {
+        "W_V": (N_OV, D, 1),
+        "W_O": (N_OV, 1, D),
+        "b_Q": (N_QK, D_QK),
+        "b_K": (N_QK, D_QK),
+        "b_V": (N_OV, 1),
+        "b_O": (D,),
+    }
+    return draws(shapes, seed)
+
+
+def write_openmoss(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({**tensors, "mask": torch.ones(4, 4), "IGNORE": torch.tensor(-torch.inf)}, folder / "final.pth")
+    store.write_json(folder / "config.json", config)
+    return folder
+
+
+def as_here(folder: Path) -> Lorsa:
+    checkpoint = hub.read(folder)
+    return hub.as_read(checkpoint, checkpoint.reading).double()
+
+
+def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float().double() for name, tensor in tensors.items()}
+
+
+# ---- same outputs
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    options=st.fixed_dictionaries(
+        {
+            "positional_embedding_type": st.sampled_from(("rotary", "rotary", "none")),
+            "rotary_dim": st.sampled_from((2, D_QK)),
+            "rotary_adjacent_pairs": st.booleans(),
+            "use_NTK_by_parts_rope": st.booleans(),
+            "use_post_qk_ln": st.booleans(),
+            "norm_activation": st.sampled_from(("inference", "dataset-wise")),
+            "act_fn": st.sampled_from(("topk", "topk", "relu")),
+            "use_decoder_bias": st.booleans(),
+            "attn_scale": st.sampled_from((2.0, 0.8)),
+            "top_k": st.integers(1, N_OV),
+        }
+    ),
+    stored_groups=st.sampled_from((1, N_QK)),
+)
+def test_llamascopium_weights_compute_the_same(seed: int, options: dict[str, Any], stored_groups: int) -> None:
+    config = llamascopium(**options, normalization_type="RMS" if options["use_post_qk_ln"] else None)
+    config |= {
+        "NTK_by_parts_factor": 8.0,
+        "NTK_by_parts_low_freq_factor": 1.0,
+        "NTK_by_parts_high_freq_factor": 4.0,
+        "old_context_len": 24,
+    }
+    tensors = llamascopium_weights(config, seed, stored_groups)
+    x = random_inputs(1, LENGTH, D, seed + 1, torch.float64)
+    with tempfile.TemporaryDirectory() as place:
+        lorsa = as_here(write_llamascopium(Path(place), config, tensors))
+    expected = llamascopium_forward(x[0], in_float32(tensors), config)
+    assert (lorsa(x).y[0] - expected).abs().max() < 1e-5
+    assert (
+        lorsa.config.rotary.adjacent_pairs == options["rotary_adjacent_pairs"]
+        or options["positional_embedding_type"] == "none"
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    options=st.fixed_dictionaries(
+        {
+            "rotary_adjacent_pairs": st.booleans(),
+            "rotary_dim": st.sampled_from((2, D_QK)),
+            "mode": st.sampled_from(("top_k", "top_k", "default")),
+            "use_z_relu": st.booleans(),
+            "top_k": st.integers(1, 2),
+        }
+    ),
+)
+def test_openmoss_weights_compute_the_same(seed: int, options: dict[str, Any]) -> None:
+    config, tensors = openmoss(**options), openmoss_weights(seed)
+    x = random_inputs(1, LENGTH, D, seed + 1, torch.float64)
+    with tempfile.TemporaryDirectory() as place:
+        lorsa = as_here(write_openmoss(Path(place), config, tensors))
+    assert (lorsa(x).y[0] - openmoss_forward(x[0], tensors, config)).abs().max() < 1e-5
+
+
+def test_the_reference_rotates_by_position() -> None:
+    """The references would agree with anything if scores did not depend on positions."""
+    config = llamascopium()
+    x = random_inputs(1, LENGTH, D, 3, torch.float64)[0]
+    tensors = llamascopium_weights(config)
+    plain = head_activations(x, tensors, config | {"positional_embedding_type": "none"})
+    assert (head_activations(x, tensors, config) - plain).abs().max() > 1e-2
+    assert (
+        head_activations(x, tensors, config) - head_activations(x, tensors, config | {"rotary_adjacent_pairs": True})
+    ).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"qk_norm": True}, {"k": 24}, {"attn_scale": 0.3}, {"adjacent": True}, {"llama3": True}]
+)
+def test_what_is_exported_computes_the_same_there_and_here(tmp_path: Path, changes: dict[str, Any]) -> None:
+    base = random_lorsa().config
+    rotary = base.rotary.replace(adjacent_pairs=bool(changes.pop("adjacent", False)))
+    if changes.pop("llama3", False):
+        rotary = rotary.replace(rope_type="llama3", factor=4.0, original_context=16)
+    lorsa = random_lorsa(rotary=rotary, **changes)
+    lorsa.save(tmp_path / "run")
+    answer = hub.export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert answer["keys"]["b_O"] == "b_D"
+    config = store.read_json(tmp_path / "out" / "config.json")
+    assert int(config["d_model"] * config["expansion_factor"]) == lorsa.n_units
+    assert config["attn_scale"] == pytest.approx(1 / lorsa.attn_scale)
+    back = as_here(tmp_path / "out")
+    x = random_inputs(2, 9, dtype=torch.float64)
+    assert (back(x).y - lorsa.double()(x).y).abs().max() < 1e-6
+    assert {name: value.shape for name, value in back.state_dict().items()} == {
+        n: v.shape for n, v in lorsa.state_dict().items()
+    }
+    assert "Language-Model-SAEs" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_export_refuses_what_the_format_lacks(tmp_path: Path) -> None:
+    linear = random_lorsa().config.rotary.replace(rope_type="linear", factor=2.0)
+    cases = {
+        "score abs": random_lorsa(score="abs"),
+        "scaling 'linear'": random_lorsa(rotary=linear),
+        "whole number": random_lorsa(rotary=random_lorsa().config.rotary.replace(theta=10.5)),
+        "holds a sae": random_sae(),
+    }
+    for number, (sentence, module) in enumerate(cases.items()):
+        module.save(tmp_path / str(number))
+        with pytest.raises(UserError, match=sentence):
+            hub.export_checkpoint(tmp_path / str(number), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("n_ov", range(1, 200, 7))
+def test_the_expansion_factor_gives_back_the_number_of_heads(n_ov: int) -> None:
+    config = random_lorsa().config.replace(n_ov_heads=n_ov, n_qk_heads=1, k=1)
+    written = hub._llamascopium_config(config, {})
+    assert int(config.d_model * written["expansion_factor"]) == n_ov
+
+
+# ---- refusals
+
+
+REFUSED = {
+    "a sae, not a Lorsa": {"sae_type": "sae"},
+    "act_fn 'jumprelu'": {"act_fn": "jumprelu"},
+    "act_fn 'batchtopk'": {"act_fn": "batchtopk"},
+    "norm_activation 'token-wise'": {"norm_activation": "token-wise"},
+    "sparsity_include_decoder_norm false": {"sparsity_include_decoder_norm": False},
+    "normalization_type": {"use_post_qk_ln": True, "normalization_type": "LN"},
+    "rotary_scale 2": {"rotary_scale": 2},
+    "NTK_by_parts_low_freq_factor": {"use_NTK_by_parts_rope": True, "NTK_by_parts_factor": 8.0},
+    "expansion_factor 4": {"expansion_factor": 4},
+    "asks for": {"d_qk_head": 8},
+    "n_heads": {"n_qk_heads": 4},
+    "must not exceed the number of heads": {"top_k": 99},
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_options_that_lorsa_lacks_are_refused_by_name(sentence: str, tmp_path: Path) -> None:
+    config = llamascopium() | REFUSED[sentence]
+    write_llamascopium(tmp_path, config, llamascopium_weights(llamascopium(use_post_qk_ln=config["use_post_qk_ln"])))
+    with pytest.raises(UserError, match=sentence) as caught:
+        hub.read(tmp_path)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+def test_selection_without_lengths_is_the_same_where_all_lengths_are_equal(tmp_path: Path) -> None:
+    config = llamascopium(sparsity_include_decoder_norm=False)
+    tensors = llamascopium_weights(config)
+    tensors["W_O"] /= tensors["W_O"].norm(dim=1, keepdim=True)
+    x = random_inputs(1, LENGTH, D, 1, torch.float64)
+    lorsa = as_here(write_llamascopium(tmp_path, config, tensors))
+    assert (lorsa(x).y[0] - llamascopium_forward(x[0], in_float32(tensors), config)).abs().max() < 1e-5
+
+
+def test_virtual_keys_and_wide_heads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"4 virtual keys \(virtual_kv_num\)"):
+        hub.read(write_openmoss(tmp_path / "a", openmoss(virtual_kv_num=4), openmoss_weights()))
+    with pytest.raises(UserError, match="virtual keys"):
+        hub.read(
+            write_openmoss(tmp_path / "b", openmoss(), openmoss_weights() | {"virtual_k": torch.zeros(1, N_QK, D_QK)})
+        )
+    with pytest.raises(UserError, match=r"width 2 \(d_ov_head\)"):
+        hub.read(write_openmoss(tmp_path / "c", openmoss(), openmoss_weights() | {"W_V": torch.zeros(N_OV, D, 2)}))
+    with pytest.raises(UserError, match="mode top_k but no top_k"):
+        hub.read(write_openmoss(tmp_path / "d", openmoss(top_k=None), openmoss_weights()))
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    folder = write_openmoss(tmp_path / "bad", openmoss(), openmoss_weights() | {"x": Malicious(tmp_path / "was_run")})
+    with pytest.raises(UserError, match="wants to run code when it is read, which is refused") as caught:
+        hub.read(folder)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("file", ["final.pth", "sae_weights.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.98])
+def test_cut_files_are_refused(file: str, share: float, tmp_path: Path) -> None:
+    is_new = file != "final.pth"
+    folder = write_llamascopium(tmp_path, llamascopium(), llamascopium_weights(llamascopium())) if is_new else None
+    folder = folder or write_openmoss(tmp_path, openmoss(), openmoss_weights())
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="is damaged") as caught:
+        hub.read(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_folders_and_tensors_are_refused(tmp_path: Path) -> None:
+    config = llamascopium()
+    with pytest.raises(UserError, match=r"has no config.json"):
+        hub.read(tmp_path)
+    store.write_json(tmp_path / "config.json", config)
+    with pytest.raises(UserError, match="neither sae_weights.safetensors nor final.pth"):
+        hub.read(tmp_path)
+    tensors = llamascopium_weights(config)
+    for change, sentence in (
+        ({"W_X": torch.zeros(2)}, "holds W_X, which Lorsa here does not have"),
+        ({"ln_q.w": torch.ones(N_QK, D_QK)}, "holds q_norm, but its config says that there is none"),
+        ({"b_V": torch.zeros(N_OV + 1)}, "b_V is of shape"),
+        ({"W_V": torch.full((N_OV, D), torch.nan)}, "values that are not finite"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            hub.read(write_llamascopium(tmp_path, config, tensors | change))
+    del tensors["W_K"]
+    with pytest.raises(UserError, match="has no W_K"):
+        hub.read(write_llamascopium(tmp_path, config, tensors))
+
+
+# ---- readings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return load_model(save_tiny_model(tmp_path_factory.mktemp("model"), "llama"), device="cpu")
+
+
+def sequences(context: int) -> Sequences:
+    tokens = random_tokens(12, context)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] = False
+    return Sequences(tokens, mask, "none", int(mask.sum()), "0" * 64)
+
+
+@pytest.fixture(scope="module")
+def good(model: LanguageModel) -> Lorsa:
+    """An untrained Lorsa from the model's own heads, better than the mean."""
+    tokens = sequences(24)
+    x, y = model.capture(tokens.tokens, [1])[1]
+    lorsa = Lorsa(Lorsa.config_for_site(model.site(1), 512, 32, 256))
+    scaling = initialize(lorsa, model.site(1), x, y, tokens.mask, "mhsa", 0)
+    lorsa.fold(scaling)
+    return lorsa.requires_grad_(False)
+
+
+def exported(folder: Path, lorsa: Lorsa, **settings: Any) -> Path:
+    lorsa.save(folder / "run")
+    config = store.read_json(folder / "run" / "config.json") | {"layer": 1, "source": {"context": 24}}
+    store.write_json(folder / "run" / "config.json", config)
+    hub.export_checkpoint(folder / "run", folder / "out")
+    store.write_json(folder / "out" / "config.json", store.read_json(folder / "out" / "config.json") | settings)
+    return folder / "out"
+
+
+def with_norms(folder: Path, norm_in: float, norm_out: float) -> None:
+    tensors = store.read_tensors(folder / "sae_weights.safetensors")
+    for name, value in (("ln1.hook_normalized", norm_in), ("hook_attn_out", norm_out)):
+        tensors[f"dataset_average_activation_norm.blocks.1.{name}"] = torch.tensor(value)
+    store.write_tensors(folder / "sae_weights.safetensors", tensors)
+
+
+def imported(folder: Path, model: LanguageModel) -> dict[str, Any]:
+    return hub.import_checkpoint(folder, folder.parent / "here", model, sequences=sequences, text="random")
+
+
+def test_an_exported_lorsa_comes_back_without_a_word(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
+    answer = imported(exported(tmp_path, good), model)
+    assert answer["warning"] is None
+    assert answer["reading"] == "raw activations"
+    assert answer["fvu"]["raw activations"] < 0.9
+    back = load(tmp_path / "here")
+    for name, weight in good.state_dict().items():
+        assert torch.allclose(back.state_dict()[name], weight, rtol=1e-6)
+    config = store.read_json(tmp_path / "here" / "config.json")
+    assert config["layer"] == 1
+    assert config["source"]["model_sha256"] == model.fingerprint
+    assert config["imported"]["format"] == "llamascopium"
+
+
+def test_folded_weights_whose_config_says_otherwise_are_found_out(
+    tmp_path: Path, model: LanguageModel, good: Lorsa
+) -> None:
+    folder = exported(tmp_path, good, norm_activation="dataset-wise")
+    with_norms(folder, 1.0, 30.0)
+    answer = imported(folder, model)
+    assert answer["reading"] == "raw activations"
+    assert answer["fvu"]["normalised activations"] > answer["fvu"]["raw activations"]
+    assert "The config asks for normalised activations, but the weights work on raw activations" in answer["warning"]
+
+
+def test_weights_for_normalised_activations_are_folded(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
+    folder = exported(tmp_path, good, norm_activation="dataset-wise")
+    with_norms(folder, 1.0, 30.0)
+    size = math.sqrt(good.config.d_model)
+    tensors = store.read_tensors(folder / "sae_weights.safetensors")
+    for name, factor in (
+        ("W_Q", 1 / size),
+        ("W_K", 1 / size),
+        ("W_V", 1 / size),
+        ("W_O", size / 30),
+        ("b_D", size / 30),
+    ):
+        tensors[name] *= factor
+    store.write_tensors(folder / "sae_weights.safetensors", tensors)
+    answer = imported(folder, model)
+    assert (answer["reading"], answer["warning"]) == ("normalised activations", None)
+    back = load(tmp_path / "here")
+    assert torch.allclose(back.state_dict()["W_Q"], good.W_Q, rtol=1e-5)
+    assert torch.allclose(back.b_O, good.b_O, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_weights_for_the_input_before_the_gain_are_found_out(tmp_path: Path, kind: str) -> None:
+    model = load_model(save_tiny_model(tmp_path / "model", kind), device="cpu")
+    tokens = sequences(24)
+    x, y = model.capture(tokens.tokens, [1])[1]
+    lorsa = Lorsa(Lorsa.config_for_site(model.site(1), 512, 32, 256))
+    lorsa.fold(initialize(lorsa, model.site(1), x, y, tokens.mask, "mhsa", 0))
+    lorsa.requires_grad_(False)
+    gain = hub.norm_gain(model, 1)
+    assert gain is not None
+    before = Lorsa(lorsa.config)
+    before.load_state_dict(lorsa.state_dict())
+    before.requires_grad_(False)
+    before.shift_inputs(-gain[1])  # the same layer for u = (x - bias) / gain
+    for name in ("W_Q", "W_K"):
+        getattr(before, name).mul_(gain[0][:, None])
+    before.W_V.mul_(gain[0])
+    answer = imported(exported(tmp_path, before), model)
+    assert answer["reading"] == "raw activations, before the gain of the norm"
+    assert "work on raw activations, before the gain" in answer["warning"]
+    assert torch.allclose(load(tmp_path / "here")(x).y, lorsa(x).y, atol=1e-3)
+
+
+def test_random_weights_are_imported_with_a_warning(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
+    noise = Lorsa(good.config)
+    with torch.no_grad():
+        for parameter in noise.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    answer = imported(exported(tmp_path, noise), model)
+    assert "worse than predicting the mean" in answer["warning"]
+
+
+def test_without_a_model_the_config_is_believed_and_nothing_is_claimed(tmp_path: Path) -> None:
+    config = llamascopium(norm_activation="dataset-wise", sparkle=3)
+    folder = write_llamascopium(tmp_path / "there", config, llamascopium_weights(config))
+    answer = hub.import_checkpoint(folder, tmp_path / "here")
+    assert (answer["layer"], answer["fvu"], answer["ignored"]) == (1, {}, ["sparkle"])
+    assert "Nothing was measured" in answer["warning"]
+    assert "sparkle" in answer["warning"]
+    assert answer["keys"]["b_D"] == "b_O"
+    with pytest.raises(UserError, match="is not empty; choose a new folder"):
+        hub.import_checkpoint(folder, tmp_path / "here")
+    unnormed = write_llamascopium(tmp_path / "unnormed", config, llamascopium_weights(llamascopium()))
+    with pytest.raises(UserError, match="does not state their norms; give --model"):
+        hub.import_checkpoint(unnormed, tmp_path / "other")
+
+
+def test_a_model_of_another_width_or_an_unknown_layer_is_refused(
+    tmp_path: Path, model: LanguageModel, good: Lorsa
+) -> None:
+    folder = write_llamascopium(tmp_path / "there", llamascopium(), llamascopium_weights(llamascopium()))
+    with pytest.raises(UserError, match="has width 64, the checkpoint 8"):
+        imported(folder, model)
+    nameless = exported(tmp_path, good, hook_point_in="somewhere")
+    with pytest.raises(UserError, match="does not say which layer it is for; give --layer"):
+        imported(nameless, model)
+    assert not (tmp_path / "here").exists()
+
+
+# ---- commands and the Hub
+
+
+def lorsa_command(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_commands_export_and_import(
+    tmp_path: Path, model: LanguageModel, good: Lorsa, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported(tmp_path, good)
+    shutil.rmtree(tmp_path / "out")
+    assert lorsa_command("export", tmp_path / "run", tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["keys"]["W_V"] == "W_V"
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n\n".join(
+            f"Paragraph {i} of a text that is long enough to be cut into sequences, {i * i}." for i in range(60)
+        )
+    )
+    options = ("--model", model.name, "--text", text, "--tokens", 500, "--json")
+    assert lorsa_command("import", tmp_path / "out", tmp_path / "here", *options) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["keys"]["b_D"] == "b_O"
+    assert lorsa_command("eval", tmp_path / "here", "--text", text, "--tokens", 500, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["n_tokens"] > 400
+    assert lorsa_command("import", tmp_path / "out", tmp_path / "bare") == 0
+    assert "Nothing was measured" in capsys.readouterr().err
+    assert lorsa_command("eval", tmp_path / "bare") == 1
+    assert "does not say which model and layer it is for; import it again with --model" in capsys.readouterr().err
+    assert lorsa_command("import", tmp_path / "nowhere", tmp_path / "x") == 1
+    assert "There is no checkpoint at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "pattern", "inside"),
+    [("someone/lorsas:layer_3/k64", "layer_3/k64/config.json", "layer_3/k64"), ("someone/lorsas", "config.json", "")],
+)
+def test_the_hub_is_asked_for_one_folder(
+    source: str, pattern: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        write_llamascopium(tmp_path / inside, llamascopium(), llamascopium_weights(llamascopium()))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hub.locate(source) == tmp_path / inside
+    assert asked[0][0] == "someone/lorsas"
+    assert pattern in asked[0][1]
+
+
+def test_without_a_network_the_hub_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*arguments: Any, **options: Any) -> str:
+        raise ConnectionError("Cannot reach the server\nmore lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError, match="cannot be downloaded: Cannot reach the server; check the network") as caught:
+        hub.locate("someone/lorsas:layer_3")
+    assert "\n" not in str(caught.value)
+    for impossible in ("someone/lorsas:../secrets", "a b/c:d", "https://example.org/x"):
+        with pytest.raises(UserError, match="There is no checkpoint at"):
+            hub.locate(impossible)
+
+
+class FakeHub:
+    """What huggingface_hub's API does, on the local disk."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.private = place, False
+
+    def create_repo(self, repo_id: str, exist_ok: bool, private: bool) -> None:
+        (self.place / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+        self.private = private
+
+    def upload_folder(
+        self, repo_id: str, folder_path: str, path_in_repo: str | None, ignore_patterns: list[str]
+    ) -> str:
+        kept_back = shutil.ignore_patterns(*(pattern.split("/")[0] for pattern in ignore_patterns))
+        shutil.copytree(folder_path, self.place / repo_id / (path_in_repo or ""), ignore=kept_back, dirs_exist_ok=True)
+        return f"https://hub.example/{repo_id}"
+
+
+def test_push_uploads_the_folder_with_its_card_and_no_token(
+    tmp_path: Path, good: Lorsa, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    exported(tmp_path, good)
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "run" / "state").mkdir()
+    (tmp_path / "run" / "state" / "state.safetensors").write_bytes(b"large")
+    options = ("--push", "someone/lorsas", "--path-in-repo", "layer_1", "--private", "--json")
+    assert lorsa_command("export", tmp_path / "run", tmp_path / "out", *options) == 0
+    assert json.loads(capsys.readouterr().out)["url"] == "https://hub.example/someone/lorsas"
+    uploaded = tmp_path / "hub" / "someone" / "lorsas" / "layer_1"
+    assert {file.name for file in uploaded.iterdir()} == {"config.json", "sae_weights.safetensors", "README.md"}
+    assert hub.private
+    assert hub.read(uploaded).layer == 1
+    hub.push_to_hub(tmp_path / "run", "someone/runs")
+    assert "# Lorsa for layer 1" in (tmp_path / "hub" / "someone" / "runs" / "README.md").read_text()
+    assert not (tmp_path / "hub" / "someone" / "runs" / "state").exists()
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or b"hf_secretsecret" not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [
+        (401, "you are not logged in; check the name and run `hf auth login`"),
+        (403, "access is restricted"),
+        (404, "it does not exist"),
+    ],
+)
+def test_a_refused_upload_says_what_to_do(
+    status: int, sentence: str, tmp_path: Path, good: Lorsa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(FakeHub):
+        def upload_folder(self, *arguments: Any, **options: Any) -> str:
+            error = RuntimeError("no")
+            error.response = type("Response", (), {"status_code": status})()  # type: ignore[attr-defined]
+            raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Refusing(tmp_path / "hub"))
+    good.save(tmp_path / "run")
+    with pytest.raises(UserError, match=sentence):
+        hub.push_to_hub(tmp_path / "run", "someone/lorsas")
+    with pytest.raises(UserError, match="is no repository on the Hub; give <user>/<name>"):
+        hub.push_to_hub(tmp_path / "run", "lorsas")
+
+
+def test_a_small_checkpoint_is_written_and_imported_by_command(
+    tmp_path: Path, good: Lorsa, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported(tmp_path, good)
+    assert lorsa_command("export", tmp_path / "run", tmp_path / "small", "--format", "small", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] < 0.5 * (tmp_path / "run" / "model.safetensors").stat().st_size
+    assert lorsa_command("import", tmp_path / "small", tmp_path / "full", "--json") == 0
+    assert torch.allclose(load(tmp_path / "full").W_O, good.W_O, atol=float(good.W_O.abs().max()) / 127)
+    assert checkpoints.check(tmp_path / "small")["kit"]

@@ -1,0 +1,327 @@
+import functools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
+
+from lorsa_utils import activations, store, train
+from lorsa_utils.config import PRESETS, PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit import checkpoints, notebook
+from lorsa_utils.view import figures
+
+
+@pytest.fixture(autouse=True)
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(figures, "can_draw_png", lambda: False)
+    monkeypatch.setattr("lorsa_utils.models.require_available", lambda name: None)
+
+
+def begin(tmp_path: Path, profile: str = "smoke") -> notebook.Context:
+    return notebook.start("02_test", profile, tmp_path / "run")
+
+
+def expect(tmp_path: Path, **rules: object) -> None:
+    store.write_json(tmp_path / "data" / "expected" / "02_test.json", {"smoke": rules})
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
+def test_profiles_are_possible_shapes(profile: Profile) -> None:
+    d_qk = PRESETS[profile.name].d_head if profile.name in PRESETS else 64
+    lorsa = LorsaConfig(d_model=576, n_ov_heads=profile.n_heads, n_qk_heads=profile.n_qk, d_qk=d_qk, k=profile.k)
+    equal = SAEConfig(d_model=576, n_features=profile.sae_features_equal_parameters, k=profile.k)
+    assert equal.n_parameters == lorsa.n_parameters
+    assert profile.sae_features == profile.n_heads
+    assert profile.name in PROFILES
+    assert profile.layer in (*profile.layers, 1)
+
+
+def test_unknown_profile_is_named() -> None:
+    with pytest.raises(UserError, match="no profile 'huge'; choose one of smoke, laptop, paper"):
+        get_profile("huge")
+
+
+def test_start_tells_where_numbers_come_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = notebook.start("02_test", "smoke", tmp_path / "run", seed=3)
+    text = capsys.readouterr().out
+    for word in ("kit", "commit", "python", "torch", "transformers", "device", "profile smoke", "seed 3", "02_test"):
+        assert word in text
+    assert (run.profile, run.folder, run.seed) == (PROFILES["smoke"], tmp_path / "run", 3)
+
+
+def test_run_folder_is_data_runs_profile_unless_given(tmp_path: Path) -> None:
+    assert notebook.start("02_test", "smoke").folder == tmp_path / "data" / "runs" / "smoke"
+
+
+def test_modules_at_hand_are_the_checkpoint_alone_until_notebook_03_has_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped: dict[str, Path | None] = {"lorsa": tmp_path / "shipped lorsa", "sae": tmp_path / "shipped sae"}
+    own = {"lorsa": tmp_path / "own lorsa", "sae_equal_features": tmp_path / "own sae"}
+    for folder, tokens in ((shipped["lorsa"], 2000), (own["lorsa"], 100)):
+        store.write_json(cast(Path, folder) / "config.json", {"train": {"tokens": tokens}})
+    monkeypatch.setattr(checkpoints, "find", lambda model, layer, kind: shipped[kind])
+    monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
+    monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
+    monkeypatch.setattr(
+        notebook, "layer_modules", lambda run, model, source, kinds: dict.fromkeys(run.profile.layers, own)
+    )
+    store.write_json(
+        tmp_path / "data" / "expected" / "02_test.json",
+        {"smoke": {"fvu": {"min": 0.5}}, "smoke_checkpoint": {"fvu": {"max": 0.5}}},
+    )
+    layers, model = PROFILES["smoke"].layers, cast(Any, None)
+    all_of_them = {layer: {"lorsa": own["lorsa"], "sae": own["sae_equal_features"]} for layer in layers}
+
+    def opened(train: bool, fvu: float) -> dict[int, dict[str, Path]]:
+        run = begin(tmp_path)
+        folders = notebook.modules_at_hand(run, model, {}, train)
+        run.record("fvu", fvu)
+        run.finish()  # each way has expected values of its own
+        assert (run.layers, run.about["layer"]) == (tuple(folders), list(folders))
+        assert run.about["tokens"] == (2000 if run.checkpoint_alone else 100)
+        return folders
+
+    assert opened(False, 0.1) == {PROFILES["smoke"].layer: shipped}
+    assert "looks at layer 1 alone" in capsys.readouterr().out
+    assert opened(True, 0.9) == all_of_them
+    for layer in layers:
+        for kind in own:
+            store.write_text(tmp_path / "run" / "runs" / f"layer{layer:02d}_{kind}-0abc" / "model.safetensors", "")
+    assert opened(False, 0.9) == all_of_them
+    (tmp_path / "run" / "runs" / "layer02_lorsa-0abc" / "model.safetensors").unlink()
+    assert opened(False, 0.1) == {PROFILES["smoke"].layer: shipped}
+    shipped["sae"] = None
+    assert opened(False, 0.9) == all_of_them
+
+
+def test_a_stage_is_done_again_when_its_code_changes(tmp_path: Path) -> None:
+    run, module = begin(tmp_path), tmp_path / "counting.py"
+    made: list[Path] = []
+    code = [cast(Any, SimpleNamespace(__file__=str(module)))]
+    for source in ("n = 1", "n = 1", "n = 2"):
+        module.write_text(source)
+        run.stage("count", {"layer": 1}, made.append, code)
+    assert len(made) == len(set(made)) == 2
+    run.stage("count", {"layer": 1}, made.append)
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize(
+    ("package", "version"), [("torch", "2.7.1"), ("torch", "3.0"), ("transformers", "4.55.0"), ("transformers", "6.1")]
+)
+def test_untested_versions_are_refused_with_the_command_that_helps(package: str, version: str) -> None:
+    installed = {"torch": "2.13.0+cpu", "transformers": "5.23.0"}
+    notebook.check_versions(installed)
+    with pytest.raises(UserError, match=rf'{package} {version} .* run: pip install -c constraints.txt "{package}>='):
+        notebook.check_versions(installed | {package: version})
+
+
+def test_no_git_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    notebook.git_commit.cache_clear()
+    assert notebook.git_commit() is None
+    notebook.git_commit.cache_clear()
+
+
+def test_records_are_kept_by_notebook_and_start_forgets_only_its_own(tmp_path: Path) -> None:
+    first = notebook.start("01_other", "smoke", tmp_path / "run")
+    first.record("tokens", 7)
+    run = begin(tmp_path)
+    run.record("fvu", np.float32(0.5))
+    run.record("dead", torch.tensor(0.25))
+    run.record("shares", {"a": [torch.tensor(1), 2.0]})
+    assert notebook.read_results(run.folder) == {
+        "01_other": {"tokens": 7},
+        "02_test": {"fvu": 0.5, "dead": 0.25, "shares": {"a": [1, 2.0]}},
+    }
+    begin(tmp_path)
+    assert notebook.read_results(run.folder) == {"01_other": {"tokens": 7}, "02_test": {}}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor(math.nan), object()])
+def test_what_is_no_result_is_refused(tmp_path: Path, value: object) -> None:
+    run = begin(tmp_path)
+    with pytest.raises(UserError, match="fvu is"):
+        run.record("fvu", value)
+    assert notebook.read_results(run.folder)["02_test"] == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "rule", "passed"),
+    [
+        (0.2, {"max": 0.2}, True),
+        (0.21, {"max": 0.2}, False),
+        (0.2, {"min": 0.2, "max": 0.3}, True),
+        (0.1, {"min": 0.2, "max": 0.3}, False),
+        (0.52, {"value": 0.5, "tolerance": 0.05}, True),
+        (0.56, {"value": 0.5, "tolerance": 0.05}, False),
+        (3, {"value": 3}, True),
+        (4, {"value": 3}, False),
+        ("bf16", {"value": "bf16"}, True),
+        ("fp32", {"value": "bf16"}, False),
+        (True, {"value": True, "note": "they agree"}, True),
+        (False, {"value": True}, False),
+        ("text", {"min": 0}, False),
+        (0.3, {"value": 0.3, "tolerance": 0.1, "max": 0.2}, False),
+    ],
+)
+def test_expectations(value: object, rule: dict[str, object], passed: bool) -> None:
+    (check,) = notebook.check_values({"key": value}, {"key": rule})
+    assert check.passed is passed
+
+
+def test_a_rule_without_a_bound_is_refused() -> None:
+    with pytest.raises(UserError, match="neither min, max nor value"):
+        notebook.check_values({"key": 1}, {"key": {"maximum": 2}})
+
+
+def test_finish_returns_the_table_when_all_is_as_expected(tmp_path: Path) -> None:
+    expect(tmp_path, fvu={"max": 0.6, "note": "three seeds"})
+    run = begin(tmp_path)
+    run.record("fvu", 0.5)
+    run.record("seconds", 12)
+    table = run.finish()
+    assert list(table["result"]) == ["PASS", "-"]
+    assert table["expected"][0] == "at most 0.6 (three seeds)"
+
+
+def test_finish_names_what_failed_and_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expect(tmp_path, fvu={"max": 0.4}, dead={"max": 0.1}, fine={"min": 0})
+    run = begin(tmp_path)
+    run.record("fvu", 0.5)
+    run.record("fine", 1)
+    with pytest.raises(AssertionError, match=r"fvu is 0.5, expected at most 0.4; dead is None"):
+        run.finish()
+    assert "PASS" in capsys.readouterr().out
+
+
+def test_finish_without_expected_values_checks_nothing(tmp_path: Path) -> None:
+    run = begin(tmp_path, "laptop")
+    run.record("fvu", 0.5)
+    assert list(run.finish()["result"]) == ["-"]
+
+
+def test_a_stage_is_made_once_and_again_only_when_its_files_or_its_key_change(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def pipeline(tokens: int = 10) -> list[Path]:
+        def make(name: str, folder: Path) -> None:
+            made.append(name)
+            store.write_text(folder / "part" / "result.txt", name)
+
+        return [
+            notebook.stage(tmp_path, name, {"tokens": tokens}, lambda folder, name=name: make(name, folder))
+            for name in ("a", "b", "c")
+        ]
+
+    folders = pipeline()
+    assert made == ["a", "b", "c"]
+    assert pipeline() == folders
+    assert made == ["a", "b", "c"]
+    (folders[1] / "part" / "result.txt").unlink()
+    assert pipeline() == folders
+    assert made == ["a", "b", "c", "b"]
+    assert set(pipeline(tokens=20)).isdisjoint(folders)
+    assert made == ["a", "b", "c", "b", "a", "b", "c"]
+
+
+def test_a_half_made_stage_goes_on_from_what_is_there(tmp_path: Path) -> None:
+    def die(folder: Path) -> None:
+        store.write_text(folder / "first.txt", "1")
+        raise KeyboardInterrupt
+
+    def resume(folder: Path) -> None:
+        assert (folder / "first.txt").read_text() == "1"
+        store.write_text(folder / "second.txt", "2")
+
+    with pytest.raises(KeyboardInterrupt):
+        notebook.stage(tmp_path, "train", {}, die)
+    folder = notebook.stage(tmp_path, "train", {}, resume)
+    assert json.loads((folder / "stage.json").read_text())["files"] == ["first.txt", "second.txt"]
+
+
+def test_shown_figures_say_that_they_are_scaled_down(tmp_path: Path) -> None:
+    for profile, note in (("smoke", " (smoke profile, scaled down)"), ("paper", "")):
+        run = notebook.start("02_test", profile, tmp_path / profile)
+        figure = go.Figure(go.Scatter(x=[1], y=[2]), layout={"title": {"text": "FVU"}})
+        saved = run.show(figure, "P4_fvu", "One point.", layer=9, tokens=None)
+        record = json.loads((tmp_path / profile / "figures" / "P4_fvu.json").read_text())
+        assert f"FVU{note}" in saved.html.read_text(encoding="utf-8")
+        assert figure.layout.title.text == "FVU", "the caller's figure stays as it is"
+        assert record["label"] == "P4_fvu"
+        assert record["caption"] == "One point."
+        assert (record["notebook"], record["profile"], record["model"]) == ("02_test", profile, PROFILES[profile].model)
+        assert (record["layer"], record["tokens"], record["seed"]) == (9, None, 0)
+        assert "commit" in record
+        assert set(record["versions"]) == {"kit", "python", "torch", "transformers", "device"}
+        assert all(record["versions"].values())
+
+
+def test_display_offers_an_image_to_programs_without_plotly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shown: list[dict[str, object]] = []
+    monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: InteractiveShell)
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    monkeypatch.setattr(figures, "draw_png", lambda figure: b"png")
+    begin(tmp_path).show(go.Figure(go.Scatter(x=[1], y=[2])), "P4", "One point.")
+    assert set(shown[0]) == {"text/plain", "application/vnd.plotly.v1+json", "image/png"}
+
+
+def test_trained_goes_on_with_runs_that_stopped_at_different_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, source = begin(tmp_path), ToySource(20, 12, layers=(0, 1))
+    model: Any = SimpleNamespace(device=torch.device("cpu"), site=toy_site)
+    lorsa = LorsaConfig(d_model=D_MODEL, n_ov_heads=16, n_qk_heads=4, d_qk=D_HEAD, k=4, rotary=ROTARY)
+    modules = {"lorsa": (0, lorsa), "sae": (1, SAEConfig(d_model=D_MODEL, n_features=20, k=4))}
+    settings = TrainConfig(tokens=300, batch_size=3, dead_window=50)
+
+    def stop(name: str, steps: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                train, "train_runs", functools.partial(train.train_runs, stop_after_steps=steps, progress=False)
+            )
+            notebook.trained(run, model, source, {name: modules[name]}, settings)
+
+    stop("lorsa", 2)
+    stop("sae", 4)
+    folders = notebook.trained(run, model, source, modules, settings)
+    assert {name: train.read_log(folder)[-1]["tokens"] for name, folder in folders.items()} == {
+        "lorsa": 300,
+        "sae": 300,
+    }
+    fresh = notebook.trained(begin(tmp_path / "fresh"), model, source, modules, settings)
+    for name, folder in folders.items():
+        assert store.sha256_file(folder / "model.safetensors") == store.sha256_file(fresh[name] / "model.safetensors")
+    monkeypatch.setattr(train, "train_runs", None)  # nothing is left to train
+    assert notebook.trained(run, model, source, modules, settings) == folders
+
+
+def test_best_modules_are_the_shipped_ones_when_both_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped: dict[str, Path | None] = {"lorsa": tmp_path / "a", "sae": tmp_path / "b"}
+    monkeypatch.setattr(
+        checkpoints, "find", lambda model, layer, kind: shipped[kind] if layer == get_profile("smoke").layer else None
+    )
+    monkeypatch.setattr(notebook, "sequences", lambda run, model: {})
+    monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
+    monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
+    monkeypatch.setattr(notebook, "main_lorsa", lambda run, model, source: tmp_path / "of notebook 02")
+    own = {"sae_equal_features": tmp_path / "of notebook 03"}
+    monkeypatch.setattr(notebook, "layer_modules", lambda run, model, source, kinds: {run.profile.layer: own})
+    run, model = begin(tmp_path), cast(Any, None)
+    assert notebook.best_modules(run, model) == shipped
+    shipped["sae"] = None
+    assert notebook.best_modules(run, model) == {
+        "lorsa": tmp_path / "of notebook 02",
+        "sae": tmp_path / "of notebook 03",
+    }

@@ -1,0 +1,246 @@
+"""Presets train by the same path as everything else, cost what arithmetic says, and a model out of reach leaves a banner."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny_model
+
+from lorsa_utils import config, models, store
+from lorsa_utils.activations import ActivationCache
+from lorsa_utils.config import PRESETS
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit import cli, notebook, presets
+from lorsa_utils.kit.bench import SHAPES
+from lorsa_utils.lorsa import Lorsa, load
+from lorsa_utils.text import Corpus, Document
+from lorsa_utils.view import figures, gallery
+
+KINDS = {"pythia-160m": "gpt_neox", "llama-3.1-8b": "llama", "qwen3-1.7b": "qwen3"}
+TINY = {"n_heads": 96, "n_qk": 8, "k": 4, "context": 32, "tokens": 600, "batch_size": 4, "layer": 1, "layers": (0, 1)}
+PROSE = [
+    Document(f"doc {i}", "prose", f"Paragraph {i}: attention reads many tokens and writes a few, {i * i}. " * 4)
+    for i in range(40)
+]
+
+
+@pytest.fixture(autouse=True)
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(figures, "can_draw_png", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of every preset's architecture."""
+    return {name: save_tiny_model(tmp_path_factory.mktemp(kind) / "model", kind) for name, kind in KINDS.items()}
+
+
+@pytest.fixture
+def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, config.Preset]:
+    """The presets, each with a tiny model of its architecture and tiny sizes."""
+    small = {name: PRESETS[name].replace(model=str(folder), **TINY) for name, folder in folders.items()}
+    for name, preset in small.items():
+        monkeypatch.setitem(PRESETS, name, preset)
+        profile = preset.profile().replace(cache_tokens=2000, held_out_tokens=400, compare_held_out_tokens=400)
+        monkeypatch.setitem(config.PROFILES, name, profile)
+    corpus = Corpus(PROSE[:32], PROSE[32:], {})
+    monkeypatch.setattr("lorsa_utils.text.load_corpus", lambda *arguments, **options: corpus)
+    monkeypatch.setattr("lorsa_utils.text.embedded_corpus", lambda: corpus)
+    return small
+
+
+# ---- shapes
+
+
+def test_shapes_are_those_that_are_timed() -> None:
+    assert presets.shape(PRESETS["pythia-160m"]) == SHAPES["pythia"]
+    assert presets.shape(PRESETS["llama-3.1-8b"]) == SHAPES["llama"]
+    assert presets.lorsa_parameters(PRESETS["pythia-160m"]) == 18 * 2**20
+    assert presets.lorsa_parameters(PRESETS["llama-3.1-8b"]) == 512 * 2**20
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
+def test_ratios_are_the_papers(preset: config.Preset) -> None:
+    assert preset.n_heads == 8 * preset.d_model
+    assert preset.n_heads // preset.n_qk == preset.d_head
+    assert preset.parameters > preset.multiplied > 0
+    assert preset.tokens == 800_000_000
+    assert max(preset.layers) < preset.n_layers
+
+
+# ---- costs
+
+
+def test_operations_and_bytes_by_hand() -> None:
+    preset = PRESETS["pythia-160m"].replace(
+        d_model=4, n_heads=6, n_qk=2, d_head=2, k=1, context=3, batch_size=1, tokens=3600, n_layers=5
+    )
+    preset = preset.replace(parameters=100.0, multiplied=50.0)
+    weights = 2 * 4 * 2 * 2 + 2 * 4 * 6  # W_Q and W_K of two groups, W_V and W_O of six heads
+    assert presets.lorsa_parameters(preset) == weights
+    # Projections and their weights' gradients over 3 tokens: 2 * 2 operations a weight of W_Q, W_K, W_V; attention
+    # forward over
+    # 6 causal pairs in 2 groups, backward in one of them (one head is kept); decode and its two gradients read one row
+    # a token.
+    projections = 2 * 2 * 3 * 4 * (2 * 2 * 2 + 6)
+    attention = 2 * (2 + 3) * 6 * 2 + 2 * (3 * 2 + 2 * 3) * 6
+    decode = 3 * 2 * 3 * 1 * 4
+    assert presets.step_flops(presets.shape(preset)) == pytest.approx((projections + attention + decode) / 3)
+    found = presets.estimate(preset, rate=1.0, memory=200 + 16 * 1 * 3 * 6 + 2 * 16 * weights)
+    assert found["layers_together"] == 2
+    assert found["hours_training"] == pytest.approx(5 * (projections + attention + decode) / 3, abs=0.01)
+    assert found["hours_model"] == 3 * 2 * 50  # three groups of layers, a pass each
+    assert found["hours"] == pytest.approx(found["hours_training"] + found["hours_model"], abs=0.01)
+
+
+def test_readme_prints_what_doctor_computes() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    for name, preset in PRESETS.items():
+        line = next(row for row in readme.splitlines() if row.startswith(f"| `{name}`"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found = presets.estimate(preset)
+        shown = (found["mflop_per_token_and_layer"], found["model_gflop_per_token"], found["layers_together"])
+        assert [float(cell.split()[0]) for cell in cells[2:5]] == list(shown)
+        assert float(cells[5].split()[0]) == pytest.approx(found["hours"], rel=0.02)
+        assert float(cells[7].split()[0]) == pytest.approx(found["disk_gb"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_doctor_estimates_a_preset(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_matmul_rate", lambda: 1e12)
+    assert cli.main(["doctor", "--preset", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["preset"]
+    assert "not measured" in found["how"]
+    there, here = (value for key, value in found.items() if key.startswith("at "))
+    assert there["hours_training"] == presets.estimate(PRESETS[name])["hours_training"]
+    assert here["hours_training"] == pytest.approx(400 * there["hours_training"], rel=0.02)
+    assert cli.main(["doctor", "--profile", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["estimate"]["memory_gb"] > 1
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_train_fills_in_the_preset_and_explicit_options_win(
+    name: str, tiny: dict[str, config.Preset], tmp_path: Path
+) -> None:
+    options = ["--layer", "1", "--out", str(tmp_path / "run"), "--k", "3", "--held-out-tokens", "300"]
+    assert cli.main(["train", "--preset", name, *options]) == 0
+    saved = store.read_json(tmp_path / "run" / "config.json")
+    module = saved["module"]
+    assert (module["n_ov_heads"], module["n_qk_heads"], module["k"]) == (96, 8, 3)
+    assert (saved["train"]["tokens"], saved["train"]["batch_size"], saved["source"]["context"]) == (600, 4, 32)
+    assert saved["source"]["model"] == tiny[name].model
+    assert saved["source"]["text"] == PRESETS[name].dataset
+    lorsa = load(tmp_path / "run")
+    assert isinstance(lorsa, Lorsa)
+    model = models.load_model(tiny[name].model)
+    assert lorsa.config.rotary == model.site(1).rotary
+    assert lorsa.config.qk_norm == (name == "qwen3-1.7b")
+    assert torch.isfinite(lorsa(torch.randn(1, 8, lorsa.config.d_model)).y).all()
+
+
+def test_text_of_ones_own_takes_the_place_of_the_presets(tmp_path: Path) -> None:
+    parser = cli.build_parser()
+    for given in (["--text", "a.txt"], ["--cache", "c"]):
+        arguments = parser.parse_args(["train", "--preset", "pythia-160m", "--layer", "3", "--out", "x", *given])
+        assert cli._preset_options(arguments)["dataset"] is None
+    arguments = parser.parse_args(["train", "--preset", "pythia-160m", "--layer", "3", "--out", "x"])
+    assert cli._preset_options(arguments)["dataset"] == "cerebras/SlimPajama-627B"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_notebooks_run_in_the_size_of_a_preset(name: str, tiny: dict[str, config.Preset], tmp_path: Path) -> None:
+    run = notebook.start("02_train_lorsa", name, tmp_path / "run")
+    assert run.profile.name == name
+    assert notebook.banners(run.folder) == []
+    model = models.load_model(run.profile.model)
+    cache = notebook.activation_cache(run, model, notebook.sequences(run, model))
+    lorsa = load(notebook.main_lorsa(run, model, ActivationCache(cache, "train", model=model)))
+    assert lorsa.n_units == 96
+
+
+# ---- out of reach
+
+
+class GatedRepoError(Exception):
+    """As huggingface_hub raises it."""
+
+
+def test_gated_weights_leave_a_banner_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def gated(name: str) -> None:
+        raise GatedRepoError(f"403 Client Error. Cannot access {name}.")
+
+    monkeypatch.setattr("huggingface_hub.auth_check", gated)
+    run = notebook.start("02_train_lorsa", "llama-3.1-8b", tmp_path / "run")
+    told = capsys.readouterr().out
+    for part in (
+        "meta-llama/Llama-3.1-8B is gated: accept its licence",
+        "hf auth login",
+        "goes on with smollm2 in the sizes of the laptop",
+    ):
+        assert part in told
+    assert run.profile == config.PROFILES["laptop"]
+    assert "laptop profile, scaled down" in run.title("A figure")
+    page = gallery.write_index(tmp_path / "run", "llama-3.1-8b").read_text(encoding="utf-8")
+    assert '<p class="banner" role="alert">meta-llama/Llama-3.1-8B is gated' in page
+    assert "results of the laptop profile" in page
+    assert notebook.profile_of_run(tmp_path / "run", "llama-3.1-8b") == "laptop"
+
+    monkeypatch.setattr("huggingface_hub.auth_check", lambda name: None)
+    again = notebook.start("02_train_lorsa", "llama-3.1-8b", tmp_path / "run")
+    assert again.profile.name == "llama-3.1-8b"
+    assert 'role="alert"' not in gallery.write_index(tmp_path / "run", "llama-3.1-8b").read_text(encoding="utf-8")
+
+
+def test_the_banner_is_shown_inside_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(notebook, "_display_bundle", lambda bundle: not shown.append(bundle))
+    notebook.start("04_heads", "paper", tmp_path / "run")
+    assert "This run goes on with smollm2" in shown[0]["text/plain"]
+    assert 'role="alert"' in shown[0]["text/html"]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("No route to host"), OSError("We couldn't connect")])
+def test_no_network_is_told_in_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def absent(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.auth_check", absent)
+    with pytest.raises(UserError, match="cannot be loaded .*check the name and the network, or use smollm2") as caught:
+        models.require_available("EleutherAI/pythia-160m")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_here_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        models.require_available("EleutherAI/pythia-160m")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(tmp_path / file))
+    models.require_available("EleutherAI/pythia-160m")
+    models.require_available("smollm2")
+    monkeypatch.undo()
+
+
+def test_smoke_and_laptop_never_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(name: str) -> None:
+        raise AssertionError(name)
+
+    monkeypatch.setattr(models, "require_available", asked)
+    for profile in ("smoke", "laptop"):
+        assert notebook.start("00_test", profile, tmp_path / profile).profile.name == profile
+        assert not (tmp_path / profile / notebook.BANNERS_FILE).exists()

@@ -1,0 +1,226 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from lorsa_utils import store
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit import reproduce
+from lorsa_utils.view import figures
+
+
+@pytest.fixture(autouse=True)
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("LORSA_STATIC_IMAGES", "0")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+
+
+def write_notebook(
+    tmp_path: Path, name: str, *cells: str, minutes: float | None = None, reads_run: bool = False
+) -> Path:
+    parameters = nbformat.v4.new_code_cell('PROFILE = "laptop"\nRUN_DIR = ""')
+    parameters.metadata["tags"] = ["parameters"]
+    begin = nbformat.v4.new_code_cell(
+        f'from lorsa_utils import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)'
+    )
+    code = [parameters, begin, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A lesson"), *code])
+    book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
+    if minutes is not None:
+        book.metadata["lorsa"] = {"minutes": {"smoke": minutes}}
+    if reads_run:
+        book.metadata["lorsa"] = {"reads_run": True}
+    path = tmp_path / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(book, path)
+    return path
+
+
+def run(tmp_path: Path, **options: Any) -> dict[str, str]:
+    statuses = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run", **options)
+    return {status.name: status.status for status in statuses}
+
+
+def test_notebooks_run_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("10_last", "02_second", "01_first"):
+        write_notebook(tmp_path, name)
+    (tmp_path / "notebooks" / "draft.ipynb").write_text("{}")
+    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks")] == [
+        "01_first",
+        "02_second",
+        "10_last",
+    ]
+    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks", ["10", "1"])] == [
+        "01_first",
+        "10_last",
+    ]
+    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks", ["02_second"])] == ["02_second"]
+
+
+def test_bad_requests_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no notebooks in"):
+        reproduce.find_notebooks(tmp_path / "nowhere")
+    write_notebook(tmp_path, "01_first")
+    with pytest.raises(UserError, match="no notebook '07'; choose among 01_first"):
+        run(tmp_path, only=["07"])
+    with pytest.raises(UserError, match="no profile 'huge'"):
+        reproduce.reproduce("huge", source=tmp_path / "notebooks")
+
+
+def test_plan_adds_up_what_is_known(tmp_path: Path) -> None:
+    paths = [write_notebook(tmp_path, "01_first", minutes=2), write_notebook(tmp_path, "02_second", minutes=3)]
+    assert "2 of 2 notebooks to run (profile smoke): about 5.0 minutes" in reproduce._plan(paths, 2, "smoke", {})
+    assert "about 2.5 minutes" in reproduce._plan(paths, 2, "smoke", {"02_second": {"seconds": 30}})
+    assert "time not known yet" in reproduce._plan([*paths, write_notebook(tmp_path, "03_third")], 3, "smoke", {})
+    assert "up to date" in reproduce._plan([], 3, "smoke", {})
+
+
+@pytest.mark.slow
+def test_a_reproduction_trains_what_a_reader_need_not(tmp_path: Path) -> None:
+    path = write_notebook(tmp_path, "01_first", "assert TRAIN", "run.record('train', TRAIN)")
+    write_notebook(tmp_path, "02_second", "assert 'TRAIN' not in globals()")
+    book = nbformat.read(path, as_version=4)
+    book.cells[1].source += "\nTRAIN = False"
+    nbformat.write(book, path)
+    assert run(tmp_path) == {"01_first": "done", "02_second": "done"}
+
+
+@pytest.mark.slow
+def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = 'import plotly.graph_objects as go\nrun.show(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), "P4_test", "Is <b> & bold?")'
+    write_notebook(tmp_path, "01_first", figure, 'run.record("fvu", 0.25)\nrun.record("<script>", 1)', "run.finish()")
+    second = write_notebook(
+        tmp_path, "02_second", 'from pathlib import Path\nassert (Path(RUN_DIR) / "01_first.ipynb").exists()'
+    )
+    store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"smoke": {"fvu": {"max": 0.3}}})
+    folder = tmp_path / "run"
+
+    assert run(tmp_path) == {"01_first": "done", "02_second": "done"}
+    output = nbformat.read(folder / "01_first.ipynb", as_version=4)
+    nbformat.validate(output)
+    assert "widgets" not in output.metadata
+    page = (folder / "01_first.html").read_text(encoding="utf-8")
+    assert "P4_test" in page
+    assert not re.search(r'src="https?:', page)
+    assert not list(folder.glob(".*.tmp*"))
+
+    assert run(tmp_path) == {"01_first": "up to date", "02_second": "up to date"}
+    assert "All 2 notebooks are up to date" in capsys.readouterr().err
+
+    write_notebook(tmp_path, "02_second", "1 + 1")
+    assert run(tmp_path) == {"01_first": "up to date", "02_second": "done"}
+    (folder / "01_first.ipynb").unlink()
+    assert run(tmp_path, only=["01"]) == {"01_first": "done"}
+    assert run(tmp_path, only=["02"], force=True) == {"02_second": "done"}
+    assert second.is_file()
+    check_index(folder)
+
+
+def check_index(folder: Path) -> None:
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert "Is &lt;b&gt; &amp; bold?" in page
+    assert "&lt;script&gt;" in page
+    assert "<script" not in page
+    assert "://" not in page, "it asks nobody"
+    assert re.search(r"<td>fvu</td><td>0.25</td><td>at most 0.3</td><td class=\"PASS\">PASS</td>", page)
+    for target in set(re.findall(r'(?:src|href)="([^"#]+)"', page)) - {"data:,"}:
+        assert (folder / target).is_file(), target
+    assert 'src="figures/P4_test.html"' in page, "without an image the interactive figure is shown in a frame"
+    (folder / "figures" / "P4_test.png").write_bytes(b"png")
+    assert 'src="figures/P4_test.png"' in reproduce.write_index(folder, "smoke").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+    write_notebook(tmp_path, "01_first")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".01_first.0123abcd.tmp.ipynb").write_text('{"cells": [')
+    assert run(tmp_path) == {"01_first": "done"}
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_notebook(tmp_path, "01_first", "x = 1")
+    write_notebook(tmp_path, "02_second", "x = 1", 'raise ValueError("the head is dead\\nlong story")', "never = 1")
+    write_notebook(tmp_path, "03_third")
+    folder = tmp_path / "run"
+    assert run(tmp_path) == {"01_first": "done", "02_second": "failed", "03_third": "not run"}
+    # parameters, injected parameters, start, x = 1, then the one that fails
+    assert "02_second failed in cell [5] (ValueError: the head is dead); see" in capsys.readouterr().err
+    assert not (folder / "02_second.ipynb").exists()
+    partial = nbformat.read(folder / "02_second.failed.ipynb", as_version=4)
+    assert any("the head is dead" in str(cell.get("outputs")) for cell in partial.cells)
+    assert (folder / "index.html").is_file()
+    write_notebook(tmp_path, "02_second", "x = 1")
+    assert run(tmp_path) == {"01_first": "up to date", "02_second": "done", "03_third": "done"}
+    assert not (folder / "02_second.failed.ipynb").exists()
+
+
+@pytest.mark.slow
+def test_a_cell_that_hangs_or_a_kernel_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(reproduce.CELL_TIMEOUT_SECONDS, "smoke", 30)
+    write_notebook(tmp_path, "01_dies", "import os\nos._exit(3)")
+    (status,) = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run")
+    assert status.error
+    assert status.error.startswith("01_dies failed in cell [4] (")
+    write_notebook(tmp_path, "01_dies", "import time\ntime.sleep(600)")
+    (status,) = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run")
+    assert status.error
+    assert "in cell [4] (it ran longer than allowed)" in status.error
+
+
+def test_changes_of_package_profile_or_expected_values_make_a_run_stale(tmp_path: Path) -> None:
+    path = write_notebook(tmp_path, "01_first")
+    smoke, laptop = reproduce.get_profile("smoke"), reproduce.get_profile("laptop")
+    before = reproduce._hash(path, smoke, tmp_path)
+    assert reproduce._hash(path, laptop, tmp_path) != before
+    assert reproduce._hash(path, smoke.replace(k=16), tmp_path) != before
+    store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"laptop": {"fvu": {"max": 1}}})
+    assert reproduce._hash(path, smoke, tmp_path) == before
+    store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"smoke": {"fvu": {"max": 1}}})
+    assert reproduce._hash(path, smoke, tmp_path) != before
+    before = reproduce._hash(path, smoke, tmp_path)
+    store.write_text(store.data_dir() / "benchmarks.csv", "shape\nA\n")
+    assert reproduce._hash(path, smoke, tmp_path) != before
+    outputs = json.loads(path.read_text(encoding="utf-8"))
+    outputs["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
+    after = reproduce._hash(path, smoke, tmp_path)
+    path.write_text(json.dumps(outputs), encoding="utf-8")
+    assert reproduce._hash(path, smoke, tmp_path) == after, "outputs saved in the source do not matter"
+
+
+@pytest.mark.slow
+def test_a_notebook_that_shows_the_run_follows_what_the_others_made(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.25)')
+    write_notebook(tmp_path, "02_book", reads_run=True)
+    assert run(tmp_path) == {"01_first": "done", "02_book": "done"}
+    assert run(tmp_path) == {"01_first": "up to date", "02_book": "up to date"}
+    assert run(tmp_path, only=["01"], force=True) == {"01_first": "done"}
+    assert run(tmp_path) == {"01_first": "up to date", "02_book": "up to date"}, "the same numbers came out"
+    write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.3)')
+    assert run(tmp_path, only=["01"]) == {"01_first": "done"}
+    assert run(tmp_path) == {"01_first": "up to date", "02_book": "done"}
+    write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.3)', "1")
+    assert run(tmp_path) == {"01_first": "done", "02_book": "done"}, "one run brings both up to date"
+    store.write_json(
+        folder / "figures" / "P4_x.json", {"label": "P4_x", "notebook": "01_first", "caption": "", "profile": "smoke"}
+    )
+    (folder / "figures" / "P4_x.html").write_text("x")
+    assert run(tmp_path) == {"01_first": "up to date", "02_book": "done"}
+
+
+def test_empty_results_make_a_page_too(tmp_path: Path) -> None:
+    page = reproduce.write_index(tmp_path, "paper").read_text(encoding="utf-8")
+    assert "paper" in page
+    assert "scaled down" not in page
+    assert figures.PALETTE

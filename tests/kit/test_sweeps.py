@@ -1,0 +1,435 @@
+"""A sweep goes on where it was killed and gives what it would have given; starts hold what they say; bad input is a sentence."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
+
+from lorsa_utils import metrics, ops, store
+from lorsa_utils.activations import ActivationBatch
+from lorsa_utils.config import LorsaConfig, RotaryConfig, SAEConfig, TrainConfig
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.initialize import CALIBRATION_SEQUENCES
+from lorsa_utils.kit import sweeps
+from lorsa_utils.kit.sweeps import HeldTokens, Sweep, Trial, kept_dimensions, lorsa_shape, mean_interval, start_run
+from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.train import Run, RunSpec, train_runs
+
+SITE = toy_site(0)
+SOURCE = ToySource(40, 12, layers=(0, 1))
+TRAIN = TrainConfig(tokens=120, batch_size=3, lr=3e-3, aux_k=4, dead_window=30)
+LORSA = lorsa_shape(SITE, 16, 4, 4)
+SAE = SAEConfig(d_model=D_MODEL, n_features=24, k=4)
+
+
+def trials() -> list[Trial]:
+    base = Trial("base", "base", LORSA, TRAIN)
+    levels = [
+        Trial("start", "random", LORSA, TRAIN, start="random"),
+        Trial("D_QK", "2", lorsa_shape(SITE, 16, 4, 4, 2), TRAIN),
+        Trial("biases", "none", LORSA, TRAIN, biases=False),
+        Trial("kind", "SAE", SAE, TRAIN),
+    ]
+    return [one for trial in [base, *levels] for one in trial.over_seeds(2)]
+
+
+def sweep(file: Path, wanted: list[Trial] | None = None, **options: Any) -> Sweep:
+    data = HeldTokens(SOURCE, 0, 150)
+    return Sweep(
+        trials() if wanted is None else wanted,
+        SITE,
+        data,
+        HeldTokens(ToySource(16, 12, seed=9), 0, 40),
+        file,
+        **options,
+    )
+
+
+def without_times(table: pd.DataFrame) -> pd.DataFrame:
+    return table.drop(columns="seconds")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    return sweep(tmp_path_factory.mktemp("sweep") / "results.parquet").run(progress=False)
+
+
+# ---- data
+
+
+def test_held_tokens_are_those_of_the_source() -> None:
+    held = HeldTokens(SOURCE, 1, 100)
+    ours, theirs = list(held.batches(5)), list(SOURCE.batches(5, layers=(1,)))
+    assert sum(int(batch.mask.sum()) for batch in ours) == 100
+    assert held.n_bytes == 2 * held.n_sequences * 12 * D_MODEL * 4
+    for mine, other in zip(ours, theirs, strict=False):
+        assert torch.equal(mine.inputs[1], other.inputs[1][: len(mine.mask)])
+        assert torch.equal(mine.outputs[1], other.outputs[1][: len(mine.mask)])
+        assert torch.equal(mine.tokens, other.tokens[: len(mine.mask)])
+        assert not (mine.mask & ~other.mask[: len(mine.mask)]).any()
+
+
+def test_what_does_not_fit_in_memory_is_read_again_and_is_the_same() -> None:
+    held, read = HeldTokens(SOURCE, 0, 100), HeldTokens(SOURCE, 0, 100, memory_share=0.0)
+    assert held.n_bytes
+    assert read.n_bytes == 0
+    for mine, other in zip(held.first(70).batches(4), read.first(70).batches(4), strict=True):
+        keep = mine.mask
+        assert torch.equal(keep, other.mask[: len(keep)])
+        assert not other.mask[len(keep) :].any()
+        assert torch.equal(mine.inputs[0][keep], other.inputs[0][: len(keep)][keep])
+
+
+def test_more_tokens_than_there_are_is_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"9,999 tokens are asked for and .* are cached"):
+        HeldTokens(SOURCE, 0, 9_999)
+    with pytest.raises(UserError, match=r"layers \[0, 1\], not 7"):
+        HeldTokens(SOURCE, 7, 10)
+    with pytest.raises(UserError, match="asks for 200 tokens and the sweep holds 150"):
+        sweep(Path("unused"), [Trial("a", "b", LORSA, TRAIN.replace(tokens=200))])
+
+
+# ---- sweep
+
+
+def test_table_has_a_row_for_every_trial_in_order(finished: pd.DataFrame) -> None:
+    assert list(zip(finished["factor"], finished["level"], finished["seed"], strict=True)) == [
+        (trial.factor, trial.level, trial.train.seed) for trial in trials()
+    ]
+    assert (finished["status"] == "done").all()
+    assert (finished["tokens"] == 120).all()
+    assert finished["fvu"].between(0, 2).all()
+    assert finished.loc[finished["level"] == "SAE", "units"].tolist() == [24, 24]
+    assert finished["fvu"].nunique() == len(finished), "every run is another one"
+
+
+@pytest.mark.parametrize("module", [LORSA, SAE], ids=["lorsa", "sae"])
+def test_a_run_is_what_training_it_alone_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: LorsaConfig | SAEConfig
+) -> None:
+    monkeypatch.setattr(sweeps, "CALIBRATION_SEQUENCES", CALIBRATION_SEQUENCES)
+    table = sweep(tmp_path / "r.parquet", [Trial("a", "b", module, TRAIN)]).run(progress=False)
+    with sweeps.one_thread_each(1, torch.device("cpu")):
+        spec = RunSpec("alone", 0, module, TRAIN, tmp_path / "alone")
+        (run,) = train_runs([spec], HeldTokens(SOURCE, 0, 150), {0: SITE}, progress=False)
+        held_out = HeldTokens(ToySource(16, 12, seed=9), 0, 40)
+        alone = metrics.evaluate_activations({"m": (0, run.finished_module())}, held_out)["m"]
+    assert table.loc[0, "fvu"] == alone["fvu"]
+    assert table.loc[0, "dead_fraction"] == alone["dead_fraction"]
+
+
+def test_runs_at_once_are_the_same_as_one_by_one(tmp_path: Path, finished: pd.DataFrame) -> None:
+    alone = sweep(tmp_path / "results.parquet", workers=1).run(progress=False)
+    several = sweep(tmp_path / "others.parquet", workers=3).run(progress=False)
+    pd.testing.assert_frame_equal(without_times(alone), without_times(several), check_exact=True)
+    pd.testing.assert_frame_equal(without_times(alone), without_times(finished), check_exact=True)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sweep(tmp_path / "r.parquet", trials()[:4]).run(progress=False)
+    steps: list[str] = []
+    whole = Run.train_step
+
+    def counted(run: Run, batch: Any) -> None:
+        steps.append(run.spec.name)
+        whole(run, batch)
+
+    monkeypatch.setattr(Run, "train_step", counted)
+    again = sweep(tmp_path / "r.parquet", trials()[:4])
+    assert again.plan().done == again.plan().runs == 4
+    pd.testing.assert_frame_equal(again.run(progress=False), first, check_exact=True)
+    assert not steps
+    more = sweep(tmp_path / "r.parquet", trials()[2:6]).run(progress=False)
+    assert set(steps) == {"D_QK 2"}
+    pd.testing.assert_frame_equal(
+        more.iloc[:2].reset_index(drop=True), first.iloc[2:].reset_index(drop=True), check_exact=True
+    )
+
+
+def test_labels_do_not_make_another_run(tmp_path: Path) -> None:
+    twice = [Trial("a", "1", LORSA, TRAIN), Trial("b", "2", LORSA, TRAIN.replace(log_every=7, init="random"))]
+    one = sweep(tmp_path / "r.parquet", twice)
+    assert len(one.pending()) == 1
+    table = one.run(progress=False)
+    assert table["level"].tolist() == ["1", "2"]
+    assert table["fvu"].nunique() == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        Trial("a", "1", LORSA, TRAIN.replace(seed=5)),
+        Trial("a", "1", LORSA, TRAIN.replace(lr=1e-4)),
+        Trial("a", "1", LORSA.replace(k=3), TRAIN),
+        Trial("a", "1", LORSA, TRAIN, start="qk"),
+        Trial("a", "1", LORSA, TRAIN, biases=False),
+    ],
+)
+def test_every_setting_makes_another_run(changed: Trial) -> None:
+    (key,), (other,) = (
+        sweep(Path("unused"), [Trial("a", "1", LORSA, TRAIN)]).keys,
+        sweep(Path("unused"), [changed]).keys,
+    )
+    assert key != other
+
+
+def test_other_text_makes_another_run() -> None:
+    wanted = [Trial("a", "1", LORSA, TRAIN)]
+    data = HeldTokens(SOURCE, 0, 150)
+    keys = {
+        Sweep(wanted, SITE, data, HeldTokens(ToySource(16, 12, seed=seed), 0, 40), "unused").keys[0] for seed in (1, 2)
+    }
+    assert len(keys) == 2
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import test_sweeps
+from lorsa_utils.kit import sweeps
+from lorsa_utils.train import Run
+
+writes, write, step = [], sweeps.write_results, Run.train_step
+def counted(*arguments):
+    write(*arguments)
+    writes.append(1)
+def killed(run, batch):
+    if len(writes) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(run, batch)
+sweeps.write_results, Run.train_step = counted, killed
+test_sweeps.sweep(Path(sys.argv[1]), workers=1).run(progress=False)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
+def test_kill_9_and_go_on(tmp_path: Path, finished: pd.DataFrame) -> None:
+    file, here = tmp_path / "results.parquet", Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(folder) for folder in (here, here.parent, here.parents[1]))
+    }
+    command = [sys.executable, "-c", KILLED, str(file), "3"]
+    assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
+    saved = pd.read_parquet(file)
+    assert 3 <= len(saved) < len(trials())
+    (tmp_path / ".results.parquet.0123abcd.tmp").touch()  # as a kill in the middle of writing leaves it
+    stamp = saved.set_index("key")["seconds"]
+    table = sweep(file).run(progress=False)
+    pd.testing.assert_frame_equal(without_times(table), without_times(finished), check_exact=True)
+    whole = pd.read_parquet(file).set_index("key")["seconds"]
+    assert whole[stamp.index].tolist() == stamp.tolist(), "what was finished was not run again"
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, count = sweeps.write_results, []
+
+    def interrupted(*arguments: Any) -> None:
+        write(*arguments)
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps, "write_results", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tmp_path / "r.parquet").run(progress=False)
+    assert len(pd.read_parquet(tmp_path / "r.parquet")) == 3
+
+
+def test_a_diverged_run_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Run.train_step
+
+    def diverging(run: Run, batch: Any) -> None:
+        if run.spec.train.lr > 1:
+            with torch.no_grad():
+                run.module.b_O.fill_(math.inf)
+        whole(run, batch)
+
+    monkeypatch.setattr(Run, "train_step", diverging)
+    wanted = [Trial("lr", "1e-3", LORSA, TRAIN), Trial("lr", "9", LORSA, TRAIN.replace(lr=9.0))]
+    table = sweep(tmp_path / "r.parquet", wanted).run(progress=False)
+    assert table["status"].tolist() == ["done", "diverged"]
+    assert math.isnan(table["fvu"][1])
+    changes = sweeps.effects(table, table[table["level"] == "1e-3"])
+    assert changes["verdict"].tolist() == ["no difference shown", "diverged"]
+    assert len(sweep(tmp_path / "r.parquet", wanted).pending()) == 0
+
+
+def test_damaged_data_is_no_divergence(tmp_path: Path) -> None:
+    class Damaged(ToySource):
+        asked = 0
+
+        def batches(self, *arguments: Any, **options: Any) -> Iterator[ActivationBatch]:
+            self.asked += 1
+            if self.asked > 2:  # the first batches were for the size and for the start
+                raise UserError("a shard is damaged")
+            return super().batches(*arguments, **options)
+
+    data = HeldTokens(Damaged(40, 12), 0, 150, memory_share=0.0)
+    one = Sweep(
+        [Trial("a", "b", SAE, TRAIN)], SITE, data, HeldTokens(ToySource(16, 12, seed=9), 0, 40), tmp_path / "r.parquet"
+    )
+    with pytest.raises(UserError, match="a shard is damaged"):
+        one.run(progress=False)
+    assert not (tmp_path / "r.parquet").exists()
+
+
+def test_plan_counts_and_estimates(tmp_path: Path) -> None:
+    one = sweep(tmp_path / "r.parquet", workers=2)
+    plan = one.plan()
+    assert (plan.runs, plan.done, plan.workers) == (10, 0, 2)
+    assert plan.seconds > 0
+    assert plan.n_bytes == one.data.n_bytes + one.held_out.n_bytes
+    assert "10 runs, 0 of them finished before" in str(plan)
+    assert "2 at a time" in str(plan)
+    assert torch.get_num_threads() >= 1
+    one.run(progress=False)
+    assert str(one.plan()).endswith("in memory")
+
+
+def test_estimate_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A machine that takes a millisecond a step and a second for a GFLOP.
+    monkeypatch.setattr(Sweep, "_time_step", lambda self, trial: 1e-3 + self._step_operations(trial) / 1e9)
+    wide = [Trial("heads", str(n), lorsa_shape(SITE, n, 4, 4), TRAIN) for n in (16, 64, 256)]
+    one = sweep(tmp_path / "r.parquet", wide, workers=2)
+    steps = [one._operations(trial) / one._step_operations(trial) for trial in wide]
+    by_hand = sum(n * 1e-3 + one._operations(trial) / 1e9 for n, trial in zip(steps, wide, strict=True)) / 2
+    assert one.plan().seconds == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="x"), sweeps.one_thread_each(2, torch.device("cpu")):
+        raise ValueError("x")
+    assert torch.get_num_threads() == before
+
+
+# ---- starts
+
+
+def started(trial: Trial) -> Lorsa:
+    run = Run(RunSpec("r", 0, trial.module, trial.train, Path("unused")), {}, torch.device("cpu"))
+    start_run(run, trial, SITE, next(iter(SOURCE.batches(16, layers=(0,)))))
+    assert isinstance(run.module, Lorsa)
+    return run.module
+
+
+def test_starts_take_what_they_say() -> None:
+    modules = {start: started(Trial("s", start, LORSA, TRAIN, start=start)) for start in sweeps.STARTS}
+    for name in ("W_Q", "W_K", "b_Q", "b_K"):
+        of = {start: module.get_parameter(name) for start, module in modules.items()}
+        assert torch.equal(of["qk"], of["both"])
+        assert torch.equal(of["ov"], of["random"])
+        assert not torch.equal(of["qk"], of["ov"])
+    writes = {start: module.W_O for start, module in modules.items()}
+    assert torch.equal(writes["ov"], writes["both"])
+    assert torch.equal(writes["qk"], writes["random"])
+    assert not torch.equal(writes["ov"], writes["qk"])
+
+
+def test_without_biases_they_stay_zero(tmp_path: Path) -> None:
+    trial = Trial("biases", "none", LORSA, TRAIN, biases=False)
+    run = Run(RunSpec("r", 0, LORSA, TRAIN, tmp_path), {}, torch.device("cpu"))
+    start_run(run, trial, SITE, next(iter(SOURCE.batches(16, layers=(0,)))))
+    before = run.module.get_parameter("W_V").detach().clone()
+    for batch in SOURCE.batches(3, layers=(0,)):
+        run.train_step(batch)
+    for name in ("b_Q", "b_K", "b_V"):
+        assert not run.module.get_parameter(name).any()
+    assert not torch.equal(before, run.module.get_parameter("W_V"))
+    assert run.module.b_O.any()
+
+
+@pytest.mark.parametrize(
+    "rotary", [ROTARY, ROTARY.replace(adjacent_pairs=True), ROTARY.replace(rope_type="linear", factor=3.0)]
+)
+def test_narrow_copies_are_a_part_of_the_scores(rotary: RotaryConfig) -> None:
+    rotary, wide, narrow = rotary.replace(rotary_dim=16), 24, 12
+    thin = rotary.replace(rotary_dim=8)
+    kept = kept_dimensions(rotary, wide, narrow)
+    assert sorted(set(kept.tolist())) == sorted(kept.tolist())
+    assert len(kept) == narrow
+    x = torch.randn(1, 1, 6, wide, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = ops.apply_rotary(x, *ops.rotary_tables(rotary, 6, dtype=torch.float64), rotary.adjacent_pairs)
+    part = ops.apply_rotary(x[..., kept], *ops.rotary_tables(thin, 6, dtype=torch.float64), rotary.adjacent_pairs)
+    torch.testing.assert_close(part, whole[..., kept])
+
+
+def test_a_narrow_start_copies_a_part_of_the_whole_one() -> None:
+    whole = started(Trial("s", "wide", LORSA, TRAIN))
+    narrow = started(Trial("s", "narrow", lorsa_shape(SITE, 16, 4, 4, D_HEAD // 2), TRAIN))
+    kept = kept_dimensions(SITE.rotary, D_HEAD, D_HEAD // 2)
+    assert torch.equal(narrow.W_Q, whole.W_Q[..., kept])
+    assert narrow.attn_scale == pytest.approx(SITE.attn_scale * math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    ("trial", "sentence"),
+    [
+        # type: ignore[arg-type]
+        (Trial("a", "b", LORSA, TRAIN, start="copy"), "start must be one of both, qk, ov, random, not 'copy'"),
+        (Trial("a", "b", LORSA, TRAIN.replace(k_start=17)), r"k_start \(17\) must not exceed"),
+        (Trial("a", "b", SAE.replace(d_model=8), TRAIN), "for a width of 8, the layer has 16"),
+        (Trial("a", "b", LORSA.replace(rotary=RotaryConfig()), TRAIN), "another rotation"),
+        (Trial("a", "b", LorsaConfig(D_MODEL, 16, 4, 3, 4), TRAIN), "width 3 cannot be cut from heads of width 4"),
+    ],
+)
+def test_trials_that_cannot_be_run_are_refused(trial: Trial, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        sweep(Path("unused"), [trial])
+
+
+def test_an_empty_sweep_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least one trial"):
+        sweep(tmp_path / "r.parquet", [])
+    (tmp_path / "r.parquet").write_text("something else")
+    with pytest.raises(UserError, match="is not the results file of a sweep"):
+        sweep(tmp_path / "r.parquet")
+    with store.atomic_path(tmp_path / "r.parquet") as temporary:
+        pd.DataFrame({"a": [1]}).to_parquet(temporary)
+    with pytest.raises(UserError, match="is not the results file of a sweep"):
+        sweep(tmp_path / "r.parquet")
+
+
+# ---- intervals
+
+
+def test_mean_interval_by_hand() -> None:
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert high - mean == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert mean - low == pytest.approx(high - mean)
+    assert math.isnan(mean_interval([1.0])[1])
+    assert math.isnan(mean_interval([1.0, math.nan])[0])
+
+
+@pytest.mark.parametrize("n", [2, 5, 11, 12, 30, 200])
+def test_mean_interval_is_that_of_students_t(n: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = [math.sin(i) for i in range(n)]
+    low, high = stats.t.interval(0.95, n - 1, sum(values) / n, stats.sem(values))
+    assert mean_interval(values)[1:] == pytest.approx((low, high), rel=5e-3)
+
+
+def test_effects_are_paired_by_seed() -> None:
+    base = pd.DataFrame({"factor": "base", "level": "base", "seed": [0, 1, 2], "fvu": [0.30, 0.40, 0.50]})
+    up = pd.DataFrame({"factor": "f", "level": "up", "seed": [2, 1, 0], "fvu": [0.561, 0.46, 0.359]})
+    same = pd.DataFrame({"factor": "f", "level": "same", "seed": [0, 1, 2], "fvu": [0.31, 0.39, 0.50]})
+    down = pd.DataFrame({"factor": "f", "level": "down", "seed": [0, 1, 2], "fvu": [0.299, 0.399, 0.499]})
+    found = sweeps.effects(pd.concat([up, same, down]), base, least=0.01).set_index("level")
+    assert found["verdict"].to_dict() == {"up": "worse", "same": "no difference shown", "down": "small"}
+    assert found.loc["up", "change"] == pytest.approx(0.06)
+    assert found.loc["up", "low"] == pytest.approx(0.06 - 4.303 * 0.001 / math.sqrt(3), rel=1e-3)
+    with pytest.raises(UserError, match="has seed 2, which the base has not"):
+        sweeps.effects(up, base[base["seed"] < 2])

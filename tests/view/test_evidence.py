@@ -1,0 +1,194 @@
+"""What a page shows, against the module's own methods in plain form."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_heads import DEAD, LAYER, LENGTH, Tiny, tiny_heads
+from tiny_models import byte_tokenizer
+
+from lorsa_utils.config import SAEConfig
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads import families
+from lorsa_utils.lorsa import SAE
+from lorsa_utils.view import evidence
+from lorsa_utils.view.evidence import Head
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_heads(tmp_path_factory.mktemp("model"))
+
+
+def collected(tiny: Tiny, *chosen: int, **options: object) -> list[Head]:
+    return list(
+        # type: ignore[arg-type]
+        evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False, **options)
+    )
+
+
+def test_contexts_are_exact(tiny: Tiny) -> None:
+    (head,) = collected(tiny, 5, batch_size=3)
+    assert {context.place.kind for context in head.contexts} == {"top", "sample", "random"}
+    norm, group = tiny.lorsa.W_O[5].norm(), 5 // 4
+    cut = 0
+    for context in head.contexts:
+        row, position = context.place.row, context.place.position
+        x, _ = tiny.model.capture(tiny.sequences.tokens[row : row + 1].long(), [LAYER])[LAYER]
+        z, attention = tiny.lorsa.z_pattern(x, 5)[0] * norm, tiny.lorsa.attention_pattern(x, group)[0]
+        n, before = len(context.activation), context.n_before
+        start = context.positions[before]
+        assert context.positions[before:] == list(range(start, start + n))
+        assert position == start + context.peak
+        assert start == max(0, position - evidence.BEFORE)
+        last = 149 if row == 0 else LENGTH - 1
+        assert start + n - 1 == min(last, position + evidence.AFTER), "padding is not shown"
+        for found, full in ((context.z_pattern, z), (context.attention, attention)):
+            window = full[start : start + n]
+            apart = [column for column, place in enumerate(context.positions) if place >= 0]
+            assert torch.allclose(
+                found[:, apart], window[:, [context.positions[column] for column in apart]], atol=1e-5
+            )
+            assert torch.allclose(found.sum(dim=1), window.sum(dim=1), atol=1e-4), (
+                "nothing is lost in the column of the rest"
+            )
+        assert torch.allclose(context.attention * context.v, context.z_pattern, atol=1e-5) or -1 in context.positions
+        indices, values = tiny.lorsa.encode(x)
+        kept = ((indices == 5) * values).sum(dim=-1)[0] * norm
+        assert torch.allclose(context.activation, kept[start : start + n], atol=1e-5)
+        cut += -1 in context.positions
+        assert context.positions[1:2] == [-1] or -1 not in context.positions
+    assert cut, "some window begins late enough for sources to be added up"
+
+
+def test_places_are_what_they_say(tiny: Tiny) -> None:
+    (head,) = collected(tiny, 2)
+    sizes = {
+        kind: [float(c.activation[c.peak]) for c in head.contexts if c.place.kind == kind]
+        for kind in ("top", "sample", "random")
+    }
+    assert sizes["top"] == sorted(sizes["top"], reverse=True)
+    assert sizes["top"][0] == pytest.approx(head.facts["max_activation"], rel=1e-4)
+    assert sizes["sample"] == sorted(sizes["sample"], reverse=True)
+    assert min(sizes["sample"]) > 0
+    ranks = [context.place.rank for context in head.contexts if context.place.kind == "sample"]
+    assert ranks == sorted(ranks, reverse=True)
+    assert 0 < min(ranks) < max(ranks) < 1
+    other = collected(tiny, 3)[0]
+    drawn = [[context.place for context in one.contexts if context.place.kind == "random"] for one in (head, other)]
+    assert drawn[0] == drawn[1], "random places are the same for all heads"
+
+
+def test_many_heads_are_those_taken_alone(tiny: Tiny) -> None:
+    together = collected(tiny, *range(24))
+    for index in (0, 7, DEAD):
+        (alone,) = collected(tiny, index, batch_size=2)
+        assert alone.raised == together[index].raised
+        for one, other in zip(alone.contexts, together[index].contexts, strict=True):
+            assert one.tokens == other.tokens
+            assert torch.allclose(one.z_pattern, other.z_pattern, atol=1e-5)
+
+
+def test_dead_head_has_no_context_of_its_own(tiny: Tiny) -> None:
+    (head,) = collected(tiny, DEAD)
+    assert head.dead
+    assert {context.place.kind for context in head.contexts} == {"random"}
+    assert not any(bool(context.activation.any()) for context in head.contexts)
+
+
+def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:
+    sae, transcoder = (SAE(SAEConfig(d_model=64, n_features=16, k=2, kind=kind)) for kind in ("sae", "transcoder"))
+    with torch.no_grad():
+        sae.W_O.copy_(torch.randn(16, 64, generator=torch.Generator().manual_seed(1)))
+        transcoder.W_E.copy_(torch.randn(16, 64, generator=torch.Generator().manual_seed(2)))
+        sae.W_O[11], transcoder.W_E[3] = 5 * tiny.lorsa.W_O[6], 2 * tiny.lorsa.W_V[6]
+    (head,) = collected(tiny, 6, sae=sae, input_sae=transcoder)
+    assert head.written_features is not None
+    assert head.read_features is not None
+    assert head.written_features[0][:2] == (11, pytest.approx(1, abs=1e-5))
+    assert head.read_features[0][:2] == (3, pytest.approx(1, abs=1e-5))
+    assert head.siblings["head"].tolist() == [4, 5, 7]
+    w = tiny.lorsa.W_O
+    assert head.siblings["cos_o"].tolist() == pytest.approx(
+        [float(w[i] @ w[6] / w[i].norm() / w[6].norm()) for i in (4, 5, 7)], abs=1e-5
+    )
+    with pytest.raises(UserError, match="give an SAE of the layer's output"):
+        collected(tiny, 6, sae=transcoder)
+
+
+def test_names_scores_and_explanations(tiny: Tiny) -> None:
+    table = pd.DataFrame({"head": range(24), "families": "", "effect": np.nan, "effect_error": np.nan})
+    table.loc[1, "families"] = "induction; local"
+    table.loc[1, ["induction_share", "induction_auc", "local_share", "effect", "effect_error"]] = [
+        0.9,
+        0.8,
+        0.7,
+        0.02,
+        0.01,
+    ]
+    shares = torch.full((24, 4), 0.25)
+    shares[2] = float("nan")
+    one, two = collected(tiny, 1, 2, table=table, shares=shares, explanations={2: ("colours", 0.75)})
+    assert one.families == [families.FAMILIES["induction"].label, families.FAMILIES["local"].label]
+    assert one.scores["induction"] == {"share": 0.9, "auc": 0.8}
+    assert one.effect == (0.02, 0.01)
+    assert one.shares == [0.25] * 4
+    assert (two.families, two.scores, two.effect, two.shares) == ([], {}, None, None)
+    assert (two.explanation, two.score) == ("colours", 0.75)
+    assert two.named
+
+
+def test_what_does_not_belong_together_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="no unit 24 among 24 Lorsa heads; choose one from 0 to 23"):
+        collected(tiny, 24)
+    with pytest.raises(UserError, match="no unit -1"):
+        collected(tiny, -1)
+    with pytest.raises(UserError, match="belongs to another module"):
+        collected(tiny, 1, table=pd.DataFrame({"head": range(3), "families": ""}))
+    short = dataclasses.replace(tiny.sequences, tokens=tiny.sequences.tokens[:2], mask=tiny.sequences.mask[:2])
+    with pytest.raises(UserError, match="of another text"):
+        list(evidence.collect(tiny.model, LAYER, tiny.lorsa, [1], tiny.found, short, progress=False))
+
+
+def test_a_text_is_read_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = evidence.ReadOnce(tiny.model, LAYER)
+    passes = []
+    hidden = model._hidden
+    monkeypatch.setattr(model, "_hidden", lambda tokens: passes.append(len(tokens)) or hidden(tokens))
+    tokens = tiny.sequences.tokens[:5].long()
+    for batch in (tokens[:3], tokens, tokens[2:]):
+        again, first = model.capture(batch, [LAYER])[LAYER], tiny.model.capture(batch, [LAYER])[LAYER]
+        assert torch.allclose(again[0], first[0], atol=1e-5)
+        assert torch.allclose(again[1], first[1], atol=1e-5)
+    assert passes == [3, 1], "the fifth text is the first one again"
+    with model.splice({LAYER: lambda x, y: 0 * y}):
+        assert not model.capture(tokens, [LAYER])[LAYER][1].any(), "inside splice nothing is remembered"
+    assert model.capture(tokens, [LAYER])[LAYER][1].any()
+    small = evidence.ReadOnce(tiny.model, LAYER, limit=0)
+    assert torch.allclose(small.capture(tokens, [LAYER])[LAYER][0], tiny.model.capture(tokens, [LAYER])[LAYER][0])
+    assert not small._known
+
+
+@given(st.text(max_size=12))
+def test_token_texts_keep_every_character(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(text)
+    texts = evidence.token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert not any("\ufffd" in each for each in texts) or "\ufffd" in text
+    whole = "".join(each for each in texts if not (each.startswith("⟨") and len(each) == 4))
+    if "⟨" not in text:
+        assert whole == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_half_a_character_shows_its_bytes() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("a😀")
+    assert evidence.token_texts(tokenizer, ids) == ["a", "⟨F0⟩", "⟨9F⟩", "⟨98⟩", "😀"]
+    assert evidence.token_texts(tokenizer, ids[:3]) == ["a", "⟨F0⟩", "⟨9F⟩"]

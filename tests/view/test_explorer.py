@@ -1,0 +1,184 @@
+"""The explorer: its numbers against the module, steering against the untouched model, and widgets that react."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_heads import DEAD, LAYER, LENGTH, Tiny, tiny_heads
+
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads import units
+from lorsa_utils.view import evidence
+from lorsa_utils.view.explorer import Explorer, Reader, View
+
+SENTENCE = "The cat sat on the mat. The cat"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_heads(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def view(tiny: Tiny) -> View:
+    table = pd.concat([pd.DataFrame({"head": range(24)}), tiny.found.facts], axis=1)
+    table["family"] = ["induction", "", "local", *[""] * 21]
+    table["families"] = ["induction; local", "", "local", *[""] * 21]
+    table["top_logits"] = [[f"t{head}", "Cat"] if head < 3 else ["x"] for head in range(24)]
+    return View(LAYER, tiny.lorsa, table)
+
+
+@pytest.fixture(scope="module")
+def reader(tiny: Tiny, view: View) -> Reader:
+    return Reader(tiny.model, view, 256, LENGTH)
+
+
+@pytest.fixture
+def explorer(tiny: Tiny, view: View) -> Explorer:
+    other = View(0, tiny.lorsa, view.table.assign(family="", families=""))
+    return Explorer(tiny.model, [view, other], SENTENCE, 256, LENGTH)
+
+
+def test_choose_heads(view: View) -> None:
+    alive = explorer.choose_heads(view.table)
+    assert DEAD not in alive["head"].tolist()
+    assert alive["frequency"].is_monotonic_decreasing
+    assert len(explorer.choose_heads(view.table, dead=True)) == 24
+    assert set(explorer.choose_heads(view.table, "local")["head"]) == {0, 2}
+    assert set(explorer.choose_heads(view.table, "-")["head"]) == set(alive["head"]) - {0, 2}
+    assert explorer.choose_heads(view.table, search="7")["head"].tolist() == [7], (
+        "a number is a head, not a piece of a token"
+    )
+    assert set(explorer.choose_heads(view.table, search=" cat ")["head"]) == {0, 1, 2}
+    assert explorer.choose_heads(view.table, search="nothing like it").empty
+    assert explorer.choose_heads(view.table, order="head")["head"].is_monotonic_increasing
+    assert explorer.choose_heads(view.table, order="max_activation")["max_activation"].is_monotonic_decreasing
+
+
+def test_a_sentence_is_read_as_the_module_reads_it(tiny: Tiny, view: View, reader: Reader) -> None:
+    read = reader.read(SENTENCE)
+    assert "".join(read.tokens[1:]) == SENTENCE
+    x, _ = tiny.model.capture(torch.tensor([read.ids]), [LAYER])[LAYER]
+    indices, values = tiny.lorsa.encode(x)
+    norms = tiny.lorsa.W_O.norm(dim=1)
+    position = 12
+    firing = reader.firing(read, position)
+    kept = {
+        int(head): float(value * norms[head])
+        for head, value in zip(indices[0, position], values[0, position], strict=True)
+        if value > 0
+    }
+    assert dict(zip(firing["head"], firing["activation"], strict=True)) == pytest.approx(kept, abs=1e-5)
+    assert firing["activation"].is_monotonic_decreasing
+    head = int(firing["head"].iloc[0])
+    context = reader.context_of(read, head, position)
+    assert context.tokens == read.tokens
+    assert torch.allclose(context.z_pattern, tiny.lorsa.z_pattern(x, head)[0] * norms[head], atol=1e-5)
+    main = [read.tokens[source] for source in evidence.main_sources(context.z_pattern[position])[:2]]
+    assert firing["looks_at"].iloc[0] == main
+    html = explorer.sentence_html(context, position)
+    assert html.count('class="t') == len(read.ids)
+    assert html.count("here") == 1
+
+
+def test_sentences_that_are_too_long_or_empty_or_strange(reader: Reader, explorer: Explorer) -> None:
+    long = reader.read("word " * 200)
+    assert len(long.ids) == LENGTH
+    assert long.n_cut == 1 + 5 * 200 - LENGTH
+    with pytest.raises(UserError, match="type a sentence"):
+        reader.read("")
+    with pytest.raises(UserError, match="choose one from 0 to 23"):
+        reader.context_of(long, 24, 3)
+    before = explorer.shown.value
+    explorer.sentence.value = ""
+    assert "nothing to read yet" in explorer.shown.value
+    explorer.sentence.value = "word " * 200
+    assert f"Only the first {LENGTH} tokens are read" in explorer.shown.value
+    explorer.sentence.value = "שלום <script>alert(1)</script> 😀"
+    assert "<script" not in explorer.shown.value
+    assert "😀" in explorer.shown.value
+    explorer.sentence.value = SENTENCE
+    assert explorer.shown.value == before
+
+
+def test_scale_one_is_the_untouched_model_and_zero_the_head_removed(tiny: Tiny) -> None:
+    tokens = tiny.sequences.tokens[:2].long()
+    untouched = tiny.model.logits(tokens)
+    with explorer.scaled(tiny.model, LAYER, tiny.lorsa, {3: 1.0, 5: 1.0}):
+        assert torch.equal(tiny.model.logits(tokens), untouched)
+    each, head = units.LorsaHeads(tiny.lorsa), int(tiny.found.facts["frequency"].idxmax())
+    chosen = torch.tensor([head])
+    with tiny.model.splice({LAYER: lambda x, y: y - each.written(x, y, chosen)}):
+        removed = tiny.model.logits(tokens)
+    with explorer.scaled(tiny.model, LAYER, tiny.lorsa, {head: 0.0}):
+        assert torch.allclose(tiny.model.logits(tokens), removed, atol=1e-5)
+    assert not torch.allclose(untouched, removed, atol=1e-3)
+    with explorer.scaled(tiny.model, LAYER, tiny.lorsa, {DEAD: 8.0}):
+        assert torch.equal(tiny.model.logits(tokens), untouched), "a dead head has nothing to scale"
+    with pytest.raises(UserError, match="no unit 99"), explorer.scaled(tiny.model, LAYER, tiny.lorsa, {99: 0.0}):
+        pass
+    assert torch.equal(tiny.model.logits(tokens), untouched), "the model is left as it was"
+
+
+def test_steering_tells_probabilities(tiny: Tiny) -> None:
+    ids, head = tiny.sequences.tokens[1, :40].tolist(), int(tiny.found.facts["frequency"].idxmax())
+    changes = explorer.steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 6.0}, n=5)
+    probabilities = tiny.model.logits(torch.tensor([ids]))[0, -1].softmax(dim=0)
+    assert changes["before"].max() == pytest.approx(float(probabilities.max()), abs=1e-5)
+    assert 5 <= len(changes) <= 10
+    larger = changes[["before", "after"]].max(axis=1)
+    assert larger.is_monotonic_decreasing
+    assert np.abs(changes["after"] - changes["before"]).max() > 1e-3
+    same = explorer.steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 1.0})
+    assert (same["before"] == same["after"]).all()
+    first = explorer.steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 0.0}, position=3)
+    assert first["before"].max() == pytest.approx(
+        float(tiny.model.logits(torch.tensor([ids]))[0, 3].softmax(dim=0).max()), abs=1e-5
+    )
+
+
+def test_widgets_react(explorer: Explorer) -> None:
+    assert explorer.heads.value == explorer.head.value == int(explorer.listed["head"].iloc[0])
+    explorer.family.value = "local"
+    assert {value for _, value in explorer.heads.options} == {0, 2}
+    assert explorer.head.value in (0, 2), "the chosen head is one of those listed"
+    assert "2 of 24 heads" in explorer.count.value
+    explorer.heads.value = 2
+    assert "Head 2 at" in explorer.shown.value
+    assert "Head 2 times 0" in explorer.effect.value
+    shown, effect = explorer.shown.value, explorer.effect.value
+    explorer.token.value = 5
+    assert explorer.shown.value != shown
+    assert explorer.effect.value != effect
+    explorer.scale.value = 1.0
+    changes = explorer.changes
+    assert (changes["before"] == changes["after"]).all()
+    explorer.sentence.value = "Another sentence"
+    assert explorer.token.value == explorer.token.max == len("Another sentence")
+    explorer.search.value = "no such token"
+    assert explorer.heads.options == ()
+    explorer.search.value = ""
+    explorer.family.value = ""
+    explorer.layer.value = 0
+    assert explorer.view.layer == 0
+    assert explorer.context.tokens[1:] == list("Another sentence")
+
+
+def test_no_layer_no_explorer(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="no layer to explore"):
+        Explorer(tiny.model, [], SENTENCE, 256)
+
+
+def test_a_table_of_4608_heads_answers(tmp_path: Path) -> None:
+    tiny = tiny_heads(tmp_path, n_heads=4608, n_qk=72, k=8)
+    table = pd.concat([pd.DataFrame({"head": range(4608)}), tiny.found.facts], axis=1).assign(family="", families="")
+    table["top_logits"] = [["some", "tokens", f"t{head}"] for head in range(4608)]
+    explorer = Explorer(tiny.model, [View(LAYER, tiny.lorsa, table)], SENTENCE, 256, LENGTH)
+    explorer._quiet = True  # the table alone
+    explorer.search.value = "t46"
+    explorer.order.value = "distance"
+    assert "4,608 heads" in explorer.count.value

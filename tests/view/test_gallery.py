@@ -1,0 +1,92 @@
+"""The page of a run: every figure with claim, number and links; nothing that is not there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from lorsa_utils import store
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit import claims, notebook
+from lorsa_utils.view import figures, gallery, pages
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> notebook.Context:
+    monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(figures, "can_draw_png", lambda: False)
+    made = notebook.start("03_reconstruction", "smoke", tmp_path / "run")
+    figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4]))
+    for label in ("P10_anchors", "P4_layer_fvu", "T2_cost", "unlabelled"):
+        made.show(figure, label, f"What <b>{label}</b> shows.", pd.DataFrame({"x": [1]}))
+    made.show(figure, "P4_other", "Another.", number="1.23 ± 0.04")
+    made.record("fvu_lorsa_mean", 0.25)
+    (made.folder / "03_reconstruction.ipynb").write_text("{}")
+    store.write_json(
+        made.folder / "heads" / pages.PAGES_FILE,
+        [{"file": "a.html", "layer": 1, "head": 7, "about": "<i>Sink</i>"}] * 2,
+    )
+    (made.folder / "heads" / "a.html").write_text("x")
+    return made
+
+
+def test_every_figure_is_shown_with_claim_and_number(run: notebook.Context) -> None:
+    page = gallery.write_index(run.folder, "smoke").read_text(encoding="utf-8")
+    labels = [json.loads(file.read_text())["label"] for file in (run.folder / "figures").glob("*.json")]
+    assert len(labels) == 5
+    for label in labels:
+        assert f'src="figures/{label}.html"' in page
+        assert f'href="figures/{label}.csv"' in page
+    assert page.count('href="03_reconstruction.ipynb"') == 6, (
+        "each figure links to its notebook, and the notebook's own section does"
+    )
+    order = [page.index(f'id="{item}"') for item in ("P4", "P10", "T2", "more", "heads", "03_reconstruction")]
+    assert order == sorted(order)
+    assert "FVU, mean over layers: 0.25" in page
+    table = page[page.index('<table class="claims">') : page.index("</table>")]
+    assert table.count("<tr>") == len(claims.read_claims()) + 1
+    assert 'class="PASS">holds<' in table
+    assert "not run in this profile" in table
+    assert not re.search(r"<td[^>]*></td>", table), "no empty cell"
+    assert page.index('id="claims"') < page.index('id="P4"')
+    for part in ("torch", "transformers", "python", "device"):
+        assert re.search(rf"commit \S+.* · {part} \S+", page)
+    assert "1.23 ± 0.04" in page
+    assert "smoke" in page
+    assert "scaled down" in page
+    assert "What &lt;b&gt;" in page
+    assert "&lt;i&gt;Sink" in page
+    assert "18 items without a figure" in page
+    for target in set(re.findall(r'(?:src|href)="([^"#]+)"', page)) - {"data:,"}:
+        assert (run.folder / target).is_file(), target
+    for anchor in re.findall(r'href="#([^"]+)"', page):
+        assert f'id="{anchor}"' in page
+
+
+def test_what_is_half_there_is_left_out_or_named(run: notebook.Context) -> None:
+    (run.folder / "figures" / "T2_cost.html").unlink()
+    (run.folder / "figures" / "P10_anchors.csv").unlink()
+    (run.folder / "heads" / "a.html").unlink()
+    page = gallery.write_index(run.folder, "smoke").read_text(encoding="utf-8")
+    assert "T2_cost" not in page, "a figure without its file, as in a folder half copied"
+    assert "P10_anchors.csv" not in page
+    assert "heads/a.html" not in page
+    (run.folder / "figures" / "P4_other.json").write_text('{"label": "P4_other"}')
+    with pytest.raises(UserError, match="no record of a figure"):
+        gallery.write_index(run.folder, "smoke")
+    (run.folder / "figures" / "P4_other.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        gallery.write_index(run.folder, "smoke")
+
+
+@pytest.mark.parametrize(
+    ("label", "item"),
+    [("P1_toy", "P1"), ("P10_x", "P10"), ("P12", "P12"), ("P99_x", "more"), ("T3_missing", "T3"), ("Plot", "more")],
+)
+def test_items_of_labels(label: str, item: str) -> None:
+    assert gallery.item_of({"label": label}) == item

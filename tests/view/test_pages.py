@@ -1,0 +1,224 @@
+"""The HTML of head pages: everything is there, nothing is code that came as text, nothing asks the network."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import html.parser
+import json
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_heads import DEAD, LAYER, Tiny, tiny_heads
+
+from lorsa_utils.view import evidence, pages
+from lorsa_utils.view.evidence import Feature, Head
+
+NASTY = "</script><script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_heads(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def many(tiny: Tiny) -> list[Head]:
+    model = evidence.ReadOnce(tiny.model, LAYER)
+    return list(evidence.collect(model, LAYER, tiny.lorsa, range(24), tiny.found, tiny.sequences, progress=False))
+
+
+class Reader(html.parser.HTMLParser):
+    """Counts elements, and keeps what scripts hold and which addresses are named."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.open: list[str] = []
+        self.scripts: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(page)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "action", "data")]
+        assert not [name for name, _ in attributes if name.startswith("on")], "handlers belong into the script"
+        if tag not in ("meta", "link", "input", "col", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def test_a_page_is_one_file_that_asks_nobody(many: list[Head]) -> None:
+    for head in (many[0], many[DEAD]):
+        page = pages.head_page(head)
+        reader = Reader(page)
+        assert {address for address in reader.addresses if not address.startswith("#")} == {"data:,"}
+        assert "default-src 'none'" in html.unescape(page)
+        assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttp", page)
+        assert reader.tags["script"] == 2
+        assert len(page.encode()) < 2_000_000
+        assert 'lang="en"' in page
+        assert "viewport" in page
+
+
+def test_token_text_stays_text(many: list[Head]) -> None:
+    def nasty(context: evidence.Context) -> evidence.Context:
+        return dataclasses.replace(context, tokens=[NASTY if token else "" for token in context.tokens])
+
+    siblings = many[0].siblings.assign(families=NASTY, tokens=[[NASTY]] * len(many[0].siblings))
+    features = [Feature(1, 0.5, [NASTY])]
+    head = dataclasses.replace(
+        many[0],
+        model=NASTY,
+        raised=[(NASTY, 1.0)],
+        lowered=[(NASTY, -1.0)],
+        scores={NASTY: {"share": 1.0}},
+        explanation=NASTY,
+        contexts=[nasty(context) for context in many[0].contexts],
+        siblings=siblings,
+        written_features=features,
+        read_features=features,
+    )
+    reader = Reader(pages.head_page(head, {1: f"{NASTY}.html"}))
+    assert reader.tags["script"] == 2
+    assert "alert(1)" not in "".join(reader.scripts)
+    assert reader.text.count(NASTY) > 100
+
+
+def test_numbers_of_the_script_are_those_of_the_head(many: list[Head]) -> None:
+    """The arithmetic of templates/page.js, in Python."""
+    head = many[5]
+    embedded = json.loads(Reader(pages.head_page(head)).scripts[0])["contexts"]
+    assert len(embedded) == len(head.contexts)
+    for found, context in zip(embedded, head.contexts, strict=True):
+        steps = np.frombuffer(base64.b64decode(found["a"]), dtype="<u2") / 65535
+        before, n = found["before"], len(context.activation)
+        for i in range(n):
+            first, width = i * before + i * (i + 1) // 2, before + i + 1
+            a = torch.from_numpy(steps[first : first + width]).float()
+            z = a * torch.tensor(found["v"][:width])
+            if found["zb"]:
+                z[1] = found["zb"][i]
+            assert torch.allclose(a, context.attention[i, :width], atol=1e-5)
+            assert torch.allclose(z, context.z_pattern[i, :width], atol=1e-3)
+            assert not context.attention[i, width:].any()
+        assert len(steps) == n * before + n * (n + 1) // 2
+        assert found["act"] == pytest.approx(context.activation.tolist(), rel=1e-4)
+
+
+def test_what_a_page_says(many: list[Head]) -> None:
+    head = dataclasses.replace(
+        many[3],
+        families=["induction", "local/positional"],
+        named=True,
+        scores={"induction": {"share": 0.9, "auc": 0.75, "logit": -0.25}},
+        effect=(0.02, 0.01),
+        shares=[0.7, 0.3],
+        explanation="Colours.",
+        score=0.8,
+    )
+    text = " ".join(Reader(pages.head_page(head)).text.split())
+    said = [
+        "Induction head: after A B ... A it looks at B",
+        "more names: local/positional",
+        "0.90",
+        "0.75",
+        "−0.25",
+        "0.02 ± 0.01 nats",
+    ]
+    said += [
+        "head 070 %",
+        "Colours.",
+        "balanced accuracy 0.80",
+        "Siblings in QK group 0",
+        f"head 3 of 24 in layer {LAYER}",
+    ]
+    assert not [words for words in said if words not in text]
+    dead = Reader(pages.head_page(many[DEAD])).text
+    assert "A dead head: never among the kept heads of any of 2,250 tokens" in dead
+    assert "no text where it is active" in dead
+    assert "In text" not in dead
+
+
+def test_contexts_show_the_chosen_token_and_its_sources(many: list[Head]) -> None:
+    for context in (context for head in many[:8] for context in head.contexts):
+        shown = pages._shown(context)
+        assert context.n_before + context.peak in shown
+        assert set(context.main_sources) <= shown
+        spans = pages._spans(context, 1.0)
+        assert spans.count("data-j=") == len(context.tokens)
+        assert spans.count('tabindex="0"') == spans.count("peak") == 1
+        far = len(re.findall(r'class="[^"]*\bfar\b', spans))
+        assert far == len(context.tokens) - len(shown)
+        assert sum(int(n) for n in re.findall(r"show (\d+) more tokens", spans)) == far
+
+
+@given(st.text(max_size=30))
+def test_json_cannot_leave_its_script(text: str) -> None:
+    made = pages.safe_json([text, NASTY, "<!--", "\u2028"])
+    assert json.loads(made)[0] == text
+    assert not set("<>&\u2028") & set(made)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        ("\n", "⏎"),
+        ("  ", "␣␣"),
+        (" a", " a"),
+        ("a\tb", "a⇥b"),
+        ("", "∅"),
+        ("\u00a0", "⟨U+00A0⟩"),
+        ("\u202eevil", "⟨U+202E⟩evil"),
+        ("\x00", "⟨U+0000⟩"),
+        ("👩\u200d🚀", "👩\u200d🚀"),
+        ("שלום", "שלום"),
+    ],
+)
+def test_invisible_characters_become_signs(token: str, shown: str) -> None:
+    assert pages.visible(token) == shown
+
+
+def test_pages_link_to_each_other(many: list[Head], tmp_path: Path) -> None:
+    written = pages.write_pages(many[4:8], tmp_path, range(4, 8))
+    assert [path.name for path in written.values()] == [pages.page_name(LAYER, head) for head in range(4, 8)]
+    links = [
+        address for address in Reader(written[4].read_text(encoding="utf-8")).addresses if address.endswith(".html")
+    ]
+    assert sorted(links) == [pages.page_name(LAYER, head) for head in (5, 6, 7)]
+    assert all((tmp_path / link).is_file() for link in links)
+
+
+def test_a_page_is_built_in_two_seconds_and_a_hundred_in_one_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    capture = tiny.model.capture
+    monkeypatch.setattr(
+        tiny.model, "capture", lambda tokens, layers: passes.append(len(tokens)) or capture(tokens, layers)
+    )
+    chosen = [number % 24 for number in range(100)]
+    began = time.perf_counter()
+    made = [
+        pages.head_page(head)
+        for head in evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False)
+    ]
+    assert len(made) == 100
+    assert sum(passes) <= len(tiny.sequences.tokens), "no text is read twice"
+    assert (time.perf_counter() - began) / 100 < 2
