@@ -23,7 +23,7 @@ FLOORS = (
     *("exceptions", "store", "config"),
     *("reference", "kernels", "ops"),
     *("fetch", "models", "prose", "text", "lorsa", "activations"),
-    *("initialize", "metrics", "train"),
+    *("initialize", "metrics", "train", "stats"),
     *("heads", "heads.prompts", "heads.units", "heads.families", "heads.survey", "heads.origins"),
     *("heads.arithmetic", "heads.topics", "heads.tasks"),
     *("autointerp", "autointerp.examples", "autointerp.rules", "autointerp.judges", "autointerp.study"),

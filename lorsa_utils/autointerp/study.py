@@ -30,13 +30,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from lorsa_utils.autointerp import judges
 from lorsa_utils.autointerp.examples import KINDS, Examples, Text, UnitExamples, Windows
 from lorsa_utils.autointerp.judges import SCORERS, Explanation, Judge, OpenAIJudge
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads.families import holm
+from lorsa_utils.stats import Interval, auc, bootstrap_mean, holm, paired_p, percentile_interval, permutation_p
 
 ALPHA = 0.05
 PAPER_OUTCOMES = {"win": 6, "loss": 3, "tie": 15}
@@ -51,15 +52,7 @@ N_DRAWS = 2000
 # ---- scoring
 
 
-class Accuracy(NamedTuple):
-    """Balanced accuracy and its 95 % bootstrap interval over windows; NaN when one class is missing."""
-
-    score: float
-    low: float
-    high: float
-
-
-def balanced_accuracy(truth: np.ndarray, verdicts: np.ndarray, seed: int = 0) -> Accuracy:
+def balanced_accuracy(truth: np.ndarray, verdicts: np.ndarray, seed: int = 0) -> Interval:
     """Mean of the shares of right verdicts in both classes; NaN verdicts are left out.
 
     Args:
@@ -71,20 +64,19 @@ def balanced_accuracy(truth: np.ndarray, verdicts: np.ndarray, seed: int = 0) ->
     right = np.where(verdicts == 0.5, 0.5, (verdicts > 0.5) == truth)[known]
     classes = [right[truth[known]], right[~truth[known]]]
     if any(len(part) == 0 for part in classes):
-        return Accuracy(math.nan, math.nan, math.nan)
+        return Interval(math.nan)
     rng = np.random.default_rng(seed)
     draws = np.mean([rng.choice(part, (1000, len(part))).mean(axis=1) for part in classes], axis=0)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Accuracy(float(np.mean([part.mean() for part in classes])), float(low), float(high))
+    return percentile_interval(np.mean([part.mean() for part in classes]), draws)
 
 
-def auc(truth: np.ndarray, verdicts: np.ndarray) -> float:
+def verdict_auc(truth: np.ndarray, verdicts: np.ndarray) -> float:
     """How often a positive gets a higher verdict than a negative, ties half; NaN when a class is missing."""
     known = ~np.isnan(verdicts)
     yes, no = verdicts[known & truth], verdicts[known & ~truth]
     if len(yes) == 0 or len(no) == 0:
         return math.nan
-    return float(((yes[:, None] > no).mean() + (yes[:, None] >= no).mean()) / 2)
+    return float(auc(torch.from_numpy(yes)[:, None], torch.from_numpy(no)[:, None])[0])
 
 
 def correlation(true: np.ndarray, predicted: np.ndarray) -> float:
@@ -140,8 +132,8 @@ def score_unit(
         strong = windows.quantile >= 0.8 * (windows.quantile.max() + 1)
         row["detection_strong"] = balanced_accuracy(
             windows.active, np.where(windows.active & ~strong, math.nan, verdicts)
-        ).score
-        row["detection_auc"] = auc(windows.active, verdicts)
+        ).value
+        row["detection_auc"] = verdict_auc(windows.active, verdicts)
         row |= {
             f"right_{kind}": _share((verdicts > 0.5) == windows.active, (windows.kind == kind) & ~np.isnan(verdicts))
             for kind in KINDS
@@ -152,7 +144,7 @@ def score_unit(
         marks, correct = fuzzing_marks(active, rng)
         verdicts = judge.fuzz(explanation, active, marks, strings)
         row |= _named("fuzzing", balanced_accuracy(correct, verdicts, seed))
-        row["fuzzing_auc"] = auc(correct, verdicts)
+        row["fuzzing_auc"] = verdict_auc(correct, verdicts)
     if "simulation" in scorers:
         some = _simulated(windows, rng)
         predicted = judge.simulate(explanation, some, strings)
@@ -161,8 +153,8 @@ def score_unit(
     return row
 
 
-def _named(scorer: str, accuracy: Accuracy) -> dict[str, float]:
-    return {scorer: accuracy.score, f"{scorer}_low": accuracy.low, f"{scorer}_high": accuracy.high}
+def _named(scorer: str, accuracy: Interval) -> dict[str, float]:
+    return {scorer: accuracy.value, f"{scorer}_low": accuracy.low, f"{scorer}_high": accuracy.high}
 
 
 def _share(right: np.ndarray, among: np.ndarray) -> float:
@@ -294,7 +286,7 @@ def _scoring(
 
 def constant_answer(one: Examples) -> float:
     """Mean detection score of answering yes to everything: 0.5, by the definition of balanced accuracy."""
-    scores = [balanced_accuracy(unit.second.active, np.ones(len(unit.second))).score for unit in one.units]
+    scores = [balanced_accuracy(unit.second.active, np.ones(len(unit.second))).value for unit in one.units]
     return float(np.mean(scores))
 
 
@@ -371,16 +363,6 @@ def confirmed(judge: Judge, expected: Estimate, confirm: Callable[[str], bool]) 
 # ---- statistics
 
 
-def mean_interval(values: np.ndarray, seed: int = 0) -> Accuracy:
-    """Mean over units with its 95 % bootstrap interval; NaN values are left out."""
-    values = values[~np.isnan(values)]
-    if len(values) == 0:
-        return Accuracy(math.nan, math.nan, math.nan)
-    draws = np.random.default_rng(seed).choice(values, (N_DRAWS, len(values))).mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Accuracy(float(values.mean()), float(low), float(high))
-
-
 def summary(
     scores: pd.DataFrame, columns: Sequence[str] = (*SCORERS, "detection_strong", "shuffled", "relative"), seed: int = 0
 ) -> pd.DataFrame:
@@ -390,7 +372,7 @@ def summary(
         for column in columns:
             if column in part:
                 values = part[column].to_numpy(dtype=float)
-                mean, low, high = mean_interval(values, seed)
+                mean, low, high = bootstrap_mean(values, seed)
                 count = int((~np.isnan(values)).sum())
                 rows.append(
                     {
@@ -404,24 +386,6 @@ def summary(
                     }
                 )
     return pd.DataFrame(rows)
-
-
-def permutation_p(a: np.ndarray, b: np.ndarray, seed: int = 0, n: int = 10_000) -> float:
-    """Two-sided p of the difference of means of two independent samples, by exchanging their members at random."""
-    both, size = np.concatenate([a, b]), len(a)
-    observed = abs(a.mean() - b.mean())
-    rng = np.random.default_rng(seed)
-    order = rng.random((n, len(both))).argsort(axis=1)
-    first = both[order[:, :size]].sum(axis=1)
-    differences = np.abs(first / size - (both.sum() - first) / len(b))
-    return float((1 + (differences >= observed - 1e-12).sum()) / (1 + n))
-
-
-def sign_flip_p(differences: np.ndarray, seed: int = 0, n: int = 10_000) -> float:
-    """Two-sided p of the mean of paired differences, by flipping their signs at random."""
-    signs = np.random.default_rng(seed).integers(0, 2, (n, len(differences))) * 2 - 1
-    means = np.abs((signs * differences).mean(axis=1))
-    return float((1 + (means >= abs(differences.mean()) - 1e-12).sum()) / (1 + n))
 
 
 def compare(
@@ -490,7 +454,7 @@ def _compared(one: pd.DataFrame, other: pd.DataFrame, scorer: str, seed: int) ->
             "effect_high": float(effect_high),
         },
         **{"p": p, "outcome": "tie" if p >= ALPHA or difference == 0 else "win" if difference > 0 else "loss"},
-        **{"matched_difference": float(matched.mean()), "matched_p": sign_flip_p(matched, seed)},
+        **{"matched_difference": float(matched.mean()), "matched_p": paired_p(matched, seed)},
         "spread": spread,
     }
 

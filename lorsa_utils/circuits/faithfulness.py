@@ -23,7 +23,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,6 +35,7 @@ from lorsa_utils.circuits.nodes import Baseline, SparseModel, SparseNodes
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.tasks import Task
 from lorsa_utils.models import LanguageModel
+from lorsa_utils.stats import Interval, percentile_interval
 
 N_DRAWS = 1000
 
@@ -201,18 +201,9 @@ def shares(values: Tensor, curve: Curve, drawn: Tensor) -> Tensor:
     return (means - none) / (everything - none)
 
 
-class Interval(NamedTuple):
-    """A value and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def interval(over_draws: Tensor) -> Interval:
     """The first draw is the value, the others [n_draws + 1] give the interval."""
-    low, high = over_draws[1:].quantile(torch.tensor([0.025, 0.975], dtype=over_draws.dtype)).tolist()
-    return Interval(float(over_draws[0]), low, high)
+    return percentile_interval(float(over_draws[0]), over_draws[1:])
 
 
 def curve_table(curves: Mapping[str, Curve], seed: int = 0) -> pd.DataFrame:

@@ -40,10 +40,11 @@ from tqdm import tqdm
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.prompts import PromptSet
-from lorsa_utils.heads.units import N_FLIPS, Removals, Unembedding, Units, by_pair, final_norm, sign_flip_p
+from lorsa_utils.heads.units import Removals, Unembedding, Units, by_pair, final_norm
 from lorsa_utils.initialize import initialize
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
+from lorsa_utils.stats import N_FLIPS, auc, holm, sign_flip_p
 
 NULL_RATE = 0.001
 """Share of random-init heads that may clear all bars of a family."""
@@ -247,18 +248,6 @@ def score(reading: Reading, queries: Tensor | None = None) -> pd.DataFrame:
     return pd.DataFrame({name: result[name].double().numpy() for name in (*SCORES, "active", "support", "size")})
 
 
-def auc(labelled: Tensor, controls: Tensor, columns: int = 512) -> Tensor:
-    """Area under the ROC curve of every unit: [n_labelled, n_units] and [n_controls, n_units] to [n_units]; ties count half."""
-    result = torch.full((labelled.shape[1],), 0.5, dtype=torch.float64)
-    # Most sparse units are never active on a family's prompts: all ties.
-    moving = ((labelled != 0).any(dim=0) | (controls != 0).any(dim=0)).nonzero()[:, 0]
-    for some in moving.split(columns):
-        ordered, wanted = controls[:, some].T.sort(dim=1).values.contiguous(), labelled[:, some].T.contiguous()
-        below = torch.searchsorted(ordered, wanted, right=False) + torch.searchsorted(ordered, wanted, right=True)
-        result[some] = below.double().mean(dim=1) / (2 * len(controls))
-    return result
-
-
 def halves(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
     """The discovery half (even pair numbers) and the confirmation half (odd ones)."""
     return prompts.keep_pairs(lambda pair: pair % 2 == 0), prompts.keep_pairs(lambda pair: pair % 2 == 1)
@@ -300,15 +289,6 @@ def p_values(
     if sign and reading.logit is not None and reading.logit_other is not None:
         differences.append(sign * by_pair((reading.logit - reading.logit_other)[kept][:, units], pairs))
     return np.max([sign_flip_p(one, seed, n_flips) for one in differences], axis=0)
-
-
-def holm(p: np.ndarray, rate: float = ERROR_RATE) -> np.ndarray:
-    """Which of p [n] Holm's method rejects, so that the chance of even one wrong rejection is at most `rate`."""
-    order = np.argsort(p, kind="stable")
-    passed = p[order] <= rate / (len(p) - np.arange(len(p)))
-    rejected = np.zeros(len(p), dtype=bool)
-    rejected[order[: len(p) if passed.all() else int(np.argmin(passed))]] = True
-    return rejected
 
 
 # ---- discovery
@@ -428,7 +408,7 @@ def discover(
             _candidates((readings["units"], scored["units"]), (held_back["units"], confirmed["units"]), own, seed)
         )
     candidates = pd.concat(found, ignore_index=True)
-    candidates["named"] = candidates["confirmed"] & holm(candidates["p"].to_numpy())
+    candidates["named"] = candidates["confirmed"] & holm(candidates["p"].to_numpy(), ERROR_RATE)
     scores = {kind: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for kind, parts in tables.items()}
     mine, chance = scores.pop("units"), scores.pop("null")
     return Discovery(mine, pd.DataFrame(bars), candidates, chance, scores, dict(skipped or {}))

@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.prompts import PromptSet
 from lorsa_utils.lorsa import SAE, Lorsa, SparseModule
 from lorsa_utils.models import AttentionSite, LanguageModel, Replacement
+from lorsa_utils.stats import sign_flip_p
 
 _PATTERN_VALUES_AT_ONCE = 1 << 24
 
@@ -460,21 +460,6 @@ class Removals:
             result = effect(changed.where(~changed.isnan(), self.untouched), self.untouched, self.prompts, active)
             rows.append({"removed": name, "n": len(chosen), **result._asdict()})
         return pd.DataFrame(rows, columns=["removed", "n", *Effect._fields])
-
-
-N_FLIPS = 20_000
-
-
-def sign_flip_p(differences: Tensor, seed: int = 0, n_flips: int = N_FLIPS) -> np.ndarray:
-    """One-sided p-values [n] of differences [n_pairs, n] under flips of the signs of whole pairs; none is below 1 / (n_flips + 1)."""
-    scaled = differences / differences.square().sum(dim=0).sqrt().clamp_min(1e-300)
-    observed = scaled.sum(dim=0)
-    generator = torch.Generator().manual_seed(seed)
-    exceeding = torch.zeros(len(observed))
-    for first in range(0, n_flips, 2000):
-        flips = torch.randint(0, 2, (min(2000, n_flips - first), len(scaled)), generator=generator).double() * 2 - 1
-        exceeding += (flips @ scaled >= observed - 1e-9).sum(dim=0)
-    return ((exceeding + 1) / (n_flips + 1)).numpy()
 
 
 def by_pair(values: Tensor, pairs: Tensor) -> Tensor:

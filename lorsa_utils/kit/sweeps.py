@@ -42,6 +42,7 @@ from lorsa_utils.initialize import initialize, match_scale
 from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.metrics import evaluate_activations
 from lorsa_utils.models import AttentionSite
+from lorsa_utils.stats import t_interval
 from lorsa_utils.train import QK_PARAMETERS, Run, RunSpec, World, _cut_to_budget, training_sources
 
 Start = Literal["both", "qk", "ov", "random"]
@@ -587,20 +588,6 @@ def write_results(file: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 # ---- intervals
 
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by Student's t; without a second value, or with one that is not finite, NaN for the bounds."""
-    n = len(values)
-    mean = math.fsum(values) / n if n else math.nan
-    if n < 2 or not math.isfinite(mean):
-        return mean, math.nan, math.nan
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    quantile = _T_975[n - 2] if n - 2 < len(_T_975) else 1.96 + 2.4 / (n - 1) + 2.8 / (n - 1) ** 2
-    half = quantile * spread / math.sqrt(n)
-    return mean, mean - half, mean + half
-
 
 def effects(table: pd.DataFrame, base: pd.DataFrame, value: str = "fvu", least: float = 0.0) -> pd.DataFrame:
     """What every level changes against a base, seed by seed.
@@ -626,7 +613,7 @@ def effects(table: pd.DataFrame, base: pd.DataFrame, value: str = "fvu", least: 
             raise UserError(
                 f"{factor} {level} has seed {missing[0]}, which the base has not; run both over the same seeds."
             )
-        change, low, high = mean_interval([float(row[value] - reference[row["seed"]]) for _, row in part.iterrows()])
+        change, low, high = t_interval([float(row[value] - reference[row["seed"]]) for _, row in part.iterrows()])
         rows.append(
             {
                 "factor": factor,

@@ -13,17 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judged_text import BUDGET, FIRST_WORD, make_text, planted_sets
 
+from lorsa_utils import stats
 from lorsa_utils.autointerp import examples, study
 from lorsa_utils.autointerp.examples import Budget
 from lorsa_utils.autointerp.judges import Answers, Explanation, Judge, OpenAIJudge, RulesJudge
-from lorsa_utils.autointerp.study import Accuracy
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.stats import Interval
 
 
 def test_balanced_accuracy_by_hand() -> None:
     truth = np.array([True, True, True, True, False, False])
     verdicts = np.array([1.0, 1.0, 0.9, 0.0, 1.0, 0.2])
-    assert study.balanced_accuracy(truth, verdicts).score == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert study.balanced_accuracy(truth, verdicts).value == pytest.approx((3 / 4 + 1 / 2) / 2)
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=40), st.floats(0, 1))
@@ -45,11 +46,13 @@ def test_unreadable_verdicts_are_left_out() -> None:
     truth = np.array([True, True, False, False])
     whole = study.balanced_accuracy(truth, np.array([1.0, math.nan, 0.0, math.nan]))
     assert whole.score == 1.0
-    assert math.isnan(study.balanced_accuracy(truth, np.array([1.0, 1.0, math.nan, math.nan])).score)
+    assert math.isnan(study.balanced_accuracy(truth, np.array([1.0, 1.0, math.nan, math.nan])).value)
 
 
 def test_auc_by_hand() -> None:
-    assert study.auc(np.array([True, True, False, False]), np.array([0.9, 0.4, 0.4, 0.1])) == pytest.approx(3.5 / 4)
+    assert study.verdict_auc(np.array([True, True, False, False]), np.array([0.9, 0.4, 0.4, 0.1])) == pytest.approx(
+        3.5 / 4
+    )
 
 
 def test_correlation_by_hand() -> None:
@@ -161,16 +164,16 @@ def test_a_true_difference_wins_and_no_difference_ties() -> None:
 
 def test_tests_are_wrong_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
-    p = [study.permutation_p(*rng.normal(size=(2, 20)), seed=seed, n=400) for seed in range(300)]
-    paired = [study.sign_flip_p(rng.normal(size=20), seed=seed, n=400) for seed in range(300)]
+    p = [stats.permutation_p(*rng.normal(size=(2, 20)), seed=seed, n_draws=400) for seed in range(300)]
+    paired = [stats.paired_p(rng.normal(size=20), seed=seed, n_flips=400) for seed in range(300)]
     for values in (p, paired):
         assert 0.02 < np.mean(np.array(values) < 0.05) < 0.09
 
 
 def test_permutation_p_by_hand() -> None:
     # All 3 of 3 against all 3 of 3: 2 of the 20 ways to deal are as extreme.
-    assert study.permutation_p(np.array([1.0, 2.0, 3.0]), np.array([7.0, 8.0, 9.0])) == pytest.approx(0.1, abs=0.02)
-    assert study.permutation_p(np.ones(5), np.ones(4)) == 1
+    assert stats.permutation_p(np.array([1.0, 2.0, 3.0]), np.array([7.0, 8.0, 9.0])) == pytest.approx(0.1, abs=0.02)
+    assert stats.permutation_p(np.ones(5), np.ones(4)) == 1
 
 
 def test_nothing_to_compare_is_refused() -> None:
@@ -203,15 +206,15 @@ def test_sample_size_reaches_its_power() -> None:
     n = study.sample_size(0.1, 0.1)
     rng = np.random.default_rng(0)
     found = [
-        study.permutation_p(rng.normal(0.1, 0.1, n), rng.normal(0, 0.1, n), seed=seed, n=300) < 0.05
+        stats.permutation_p(rng.normal(0.1, 0.1, n), rng.normal(0, 0.1, n), seed=seed, n_draws=300) < 0.05
         for seed in range(200)
     ]
     assert 0.7 < np.mean(found) < 0.9
 
 
 def test_mean_interval_leaves_nan_out() -> None:
-    assert study.mean_interval(np.array([1.0, math.nan, 1.0])) == Accuracy(1.0, 1.0, 1.0)
-    assert math.isnan(study.mean_interval(np.array([math.nan])).score)
+    assert stats.bootstrap_mean(np.array([1.0, math.nan, 1.0])) == Interval(1.0, 1.0, 1.0)
+    assert math.isnan(stats.bootstrap_mean(np.array([math.nan])).value)
 
 
 # ---- cost

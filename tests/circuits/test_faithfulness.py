@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_circuits import planted_sparse
+from test_nodes import planted_sparse
 from torch import Tensor
 
 from lorsa_utils.circuits import faithfulness

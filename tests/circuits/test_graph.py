@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_circuits import planted_sparse, random_nodes
+from test_nodes import planted_sparse, random_nodes
 from tiny_models import random_tokens, save_tiny_model
 
 from lorsa_utils.circuits import graph

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hand_model import KNOWN, known_lorsa
-from test_heads import found, made, model, texts
+from test_families import found, made, model, texts
 from toys import sequences_of
 
 from lorsa_utils.exceptions import UserError

@@ -22,8 +22,9 @@ from lorsa_utils.config import LorsaConfig, RotaryConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.initialize import CALIBRATION_SEQUENCES
 from lorsa_utils.kit import sweeps
-from lorsa_utils.kit.sweeps import HeldTokens, Sweep, Trial, kept_dimensions, lorsa_shape, mean_interval, start_run
+from lorsa_utils.kit.sweeps import HeldTokens, Sweep, Trial, kept_dimensions, lorsa_shape, start_run
 from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.stats import t_interval
 from lorsa_utils.train import Run, RunSpec, train_runs
 
 SITE = toy_site(0)
@@ -406,12 +407,12 @@ def test_an_empty_sweep_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_mean_interval_by_hand() -> None:
-    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    mean, low, high = t_interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert high - mean == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     assert mean - low == pytest.approx(high - mean)
-    assert math.isnan(mean_interval([1.0])[1])
-    assert math.isnan(mean_interval([1.0, math.nan])[0])
+    assert math.isnan(t_interval([1.0])[1])
+    assert math.isnan(t_interval([1.0, math.nan])[0])
 
 
 @pytest.mark.parametrize("n", [2, 5, 11, 12, 30, 200])
@@ -419,7 +420,7 @@ def test_mean_interval_is_that_of_students_t(n: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     values = [math.sin(i) for i in range(n)]
     low, high = stats.t.interval(0.95, n - 1, sum(values) / n, stats.sem(values))
-    assert mean_interval(values)[1:] == pytest.approx((low, high), rel=5e-3)
+    assert t_interval(values)[1:] == pytest.approx((low, high), rel=1e-9)
 
 
 def test_effects_are_paired_by_seed() -> None:

@@ -13,7 +13,7 @@ from tiny_heads import DEAD, LAYER, LENGTH, Tiny, tiny_heads
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import units
 from lorsa_utils.view import evidence
-from lorsa_utils.view.explorer import Explorer, Reader, View
+from lorsa_utils.view.explorer import Explorer, Reader, View, choose_heads, scaled, sentence_html, steer
 
 SENTENCE = "The cat sat on the mat. The cat"
 
@@ -44,19 +44,17 @@ def explorer(tiny: Tiny, view: View) -> Explorer:
 
 
 def test_choose_heads(view: View) -> None:
-    alive = explorer.choose_heads(view.table)
+    alive = choose_heads(view.table)
     assert DEAD not in alive["head"].tolist()
     assert alive["frequency"].is_monotonic_decreasing
-    assert len(explorer.choose_heads(view.table, dead=True)) == 24
-    assert set(explorer.choose_heads(view.table, "local")["head"]) == {0, 2}
-    assert set(explorer.choose_heads(view.table, "-")["head"]) == set(alive["head"]) - {0, 2}
-    assert explorer.choose_heads(view.table, search="7")["head"].tolist() == [7], (
-        "a number is a head, not a piece of a token"
-    )
-    assert set(explorer.choose_heads(view.table, search=" cat ")["head"]) == {0, 1, 2}
-    assert explorer.choose_heads(view.table, search="nothing like it").empty
-    assert explorer.choose_heads(view.table, order="head")["head"].is_monotonic_increasing
-    assert explorer.choose_heads(view.table, order="max_activation")["max_activation"].is_monotonic_decreasing
+    assert len(choose_heads(view.table, dead=True)) == 24
+    assert set(choose_heads(view.table, "local")["head"]) == {0, 2}
+    assert set(choose_heads(view.table, "-")["head"]) == set(alive["head"]) - {0, 2}
+    assert choose_heads(view.table, search="7")["head"].tolist() == [7], "a number is a head, not a piece of a token"
+    assert set(choose_heads(view.table, search=" cat ")["head"]) == {0, 1, 2}
+    assert choose_heads(view.table, search="nothing like it").empty
+    assert choose_heads(view.table, order="head")["head"].is_monotonic_increasing
+    assert choose_heads(view.table, order="max_activation")["max_activation"].is_monotonic_decreasing
 
 
 def test_a_sentence_is_read_as_the_module_reads_it(tiny: Tiny, view: View, reader: Reader) -> None:
@@ -80,7 +78,7 @@ def test_a_sentence_is_read_as_the_module_reads_it(tiny: Tiny, view: View, reade
     assert torch.allclose(context.z_pattern, tiny.lorsa.z_pattern(x, head)[0] * norms[head], atol=1e-5)
     main = [read.tokens[source] for source in evidence.main_sources(context.z_pattern[position])[:2]]
     assert firing["looks_at"].iloc[0] == main
-    html = explorer.sentence_html(context, position)
+    html = sentence_html(context, position)
     assert html.count('class="t') == len(read.ids)
     assert html.count("here") == 1
 
@@ -108,34 +106,34 @@ def test_sentences_that_are_too_long_or_empty_or_strange(reader: Reader, explore
 def test_scale_one_is_the_untouched_model_and_zero_the_head_removed(tiny: Tiny) -> None:
     tokens = tiny.sequences.tokens[:2].long()
     untouched = tiny.model.logits(tokens)
-    with explorer.scaled(tiny.model, LAYER, tiny.lorsa, {3: 1.0, 5: 1.0}):
+    with scaled(tiny.model, LAYER, tiny.lorsa, {3: 1.0, 5: 1.0}):
         assert torch.equal(tiny.model.logits(tokens), untouched)
     each, head = units.LorsaHeads(tiny.lorsa), int(tiny.found.facts["frequency"].idxmax())
     chosen = torch.tensor([head])
     with tiny.model.splice({LAYER: lambda x, y: y - each.written(x, y, chosen)}):
         removed = tiny.model.logits(tokens)
-    with explorer.scaled(tiny.model, LAYER, tiny.lorsa, {head: 0.0}):
+    with scaled(tiny.model, LAYER, tiny.lorsa, {head: 0.0}):
         assert torch.allclose(tiny.model.logits(tokens), removed, atol=1e-5)
     assert not torch.allclose(untouched, removed, atol=1e-3)
-    with explorer.scaled(tiny.model, LAYER, tiny.lorsa, {DEAD: 8.0}):
+    with scaled(tiny.model, LAYER, tiny.lorsa, {DEAD: 8.0}):
         assert torch.equal(tiny.model.logits(tokens), untouched), "a dead head has nothing to scale"
-    with pytest.raises(UserError, match="no unit 99"), explorer.scaled(tiny.model, LAYER, tiny.lorsa, {99: 0.0}):
+    with pytest.raises(UserError, match="no unit 99"), scaled(tiny.model, LAYER, tiny.lorsa, {99: 0.0}):
         pass
     assert torch.equal(tiny.model.logits(tokens), untouched), "the model is left as it was"
 
 
 def test_steering_tells_probabilities(tiny: Tiny) -> None:
     ids, head = tiny.sequences.tokens[1, :40].tolist(), int(tiny.found.facts["frequency"].idxmax())
-    changes = explorer.steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 6.0}, n=5)
+    changes = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 6.0}, n=5)
     probabilities = tiny.model.logits(torch.tensor([ids]))[0, -1].softmax(dim=0)
     assert changes["before"].max() == pytest.approx(float(probabilities.max()), abs=1e-5)
     assert 5 <= len(changes) <= 10
     larger = changes[["before", "after"]].max(axis=1)
     assert larger.is_monotonic_decreasing
     assert np.abs(changes["after"] - changes["before"]).max() > 1e-3
-    same = explorer.steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 1.0})
+    same = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 1.0})
     assert (same["before"] == same["after"]).all()
-    first = explorer.steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 0.0}, position=3)
+    first = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 0.0}, position=3)
     assert first["before"].max() == pytest.approx(
         float(tiny.model.logits(torch.tensor([ids]))[0, 3].softmax(dim=0).max()), abs=1e-5
     )
