@@ -30,22 +30,22 @@ def test_balanced_accuracy_by_hand() -> None:
 @given(st.lists(st.booleans(), min_size=2, max_size=40), st.floats(0, 1))
 def test_a_constant_answer_gets_one_half(truth: list[bool], answer: float) -> None:
     found = study.balanced_accuracy(np.array(truth), np.full(len(truth), answer))
-    assert math.isnan(found.score) if len(set(truth)) == 1 else found.score == 0.5
+    assert math.isnan(found.value) if len(set(truth)) == 1 else found.value == 0.5
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_the_interval_holds_the_score(pairs: list[tuple[bool, bool]]) -> None:
     truth, verdicts = (np.array(side) for side in zip(*pairs, strict=True))
     found = study.balanced_accuracy(truth, verdicts.astype(float))
-    if not math.isnan(found.score):
-        assert 0 <= found.low <= found.score + 1e-9
-        assert found.score - 1e-9 <= found.high <= 1
+    if not math.isnan(found.value):
+        assert 0 <= found.low <= found.value + 1e-9
+        assert found.value - 1e-9 <= found.high <= 1
 
 
 def test_unreadable_verdicts_are_left_out() -> None:
     truth = np.array([True, True, False, False])
     whole = study.balanced_accuracy(truth, np.array([1.0, math.nan, 0.0, math.nan]))
-    assert whole.score == 1.0
+    assert whole.value == 1.0
     assert math.isnan(study.balanced_accuracy(truth, np.array([1.0, 1.0, math.nan, math.nan])).value)
 
 
