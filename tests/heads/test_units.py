@@ -13,7 +13,7 @@ from torch import Tensor
 from toys import D_MODEL, random_inputs, random_lorsa, random_sae, toy_site
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import prompts, units
+from lorsa_utils.heads import families, prompts, units
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel, load_model
 
@@ -179,7 +179,7 @@ def test_top_tokens(model: LanguageModel) -> None:
 def test_removing_nothing_changes_nothing(model: LanguageModel) -> None:
     tokens = random_tokens(3, 20)
     each = units.LorsaHeads(lorsa_for(model))
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
+    found = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
     logits = model.logits(tokens)
     with model.splice({1: lambda x, y: y - each.written(x, y, each.check([]))}):
         assert torch.equal(model.logits(tokens), logits)
@@ -192,7 +192,7 @@ def test_removing_nothing_changes_nothing(model: LanguageModel) -> None:
 def test_removal_is_the_splice_without_those_heads(model: LanguageModel) -> None:
     lorsa = lorsa_for(model)
     each = units.LorsaHeads(lorsa)
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=8)
+    found = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=8)
     chosen = [int(unit) for unit in lorsa(model.capture(found.tokens, [1])[1][0]).indices[0, 12]]
 
     def by_hand(x: Tensor, y: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def test_by_pair() -> None:
 
 
 def test_effect_error_is_over_pairs() -> None:
-    found: Any = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
+    found: Any = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
     changed = torch.where(found.pair == 0, 1.0, 3.0)
     effect = units.effect(changed, torch.zeros(len(found.row)), found, found.pair == 1)
     assert effect.labelled == 2.0
@@ -233,7 +233,7 @@ def test_prompts_where_no_removed_unit_is_active_are_not_run(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = units.LorsaHeads(lorsa_for(model))
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
+    found = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
     removals = units.Removals(model, 1, found)
     whole = {unit: removals.losses(each, [unit]) for unit in range(each.n)}
     active = each.active(*model.capture(found.tokens, [1])[1]).any(dim=1)
@@ -251,7 +251,7 @@ def test_prompts_where_no_removed_unit_is_active_are_not_run(
 
 def test_losses_at_some_queries_run_their_prompts_only(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     each = units.LorsaHeads(lorsa_for(model))
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
+    found = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
     removals = units.Removals(model, 1, found, batch_size=2)
     everywhere = removals.losses(each, [0, 1, 2])
     few = (found.row % 3 == 1) & (torch.arange(len(found.row)) % 2 == 0)
@@ -266,7 +266,7 @@ def test_losses_at_some_queries_run_their_prompts_only(model: LanguageModel, mon
 
 def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(model: LanguageModel) -> None:
     site = model.site(1)
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
+    found = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
     kinds = {"lorsa": units.LorsaHeads(lorsa_for(model)), "mhsa": units.MHSAHeads(site)}
     passes: list[int] = []
     hook = model.attention_module(0).register_forward_hook(lambda module, args, output: passes.append(1))
@@ -283,7 +283,7 @@ def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(model: Lang
 
 
 def test_removing_a_unit_that_does_not_exist_is_refused(model: LanguageModel) -> None:
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
+    found = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
     removals = units.Removals(model, 1, found)
     each = units.LorsaHeads(lorsa_for(model))
     with pytest.raises(UserError, match="There is no unit"):
