@@ -489,12 +489,9 @@ def readings(published: Published, gain: tuple[Tensor, Tensor] | None) -> list[R
     return sorted(every, key=lambda reading: reading != published.reading)
 
 
-def norm_gain(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias [d_model] of the norm whose output a layer's attention reads; None where it is not known by name."""
-    block = model.model.get_submodule(model.module_path(layer).rsplit(".", 1)[0])
-    norm = getattr(block, "input_layernorm", None) or getattr(block, "ln_1", None)
-    if norm is None:
-        return None
+def norm_gain(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias [d_model] of the norm whose output a layer's attention reads."""
+    norm: Any = model.block(layer).get_submodule(model.architecture.norms[0])
     bias = getattr(norm, "bias", None)
     return norm.weight, torch.zeros_like(norm.weight) if bias is None else bias
 
