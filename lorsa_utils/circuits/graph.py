@@ -1,4 +1,4 @@
-"""Attribution graphs of one prompt: exact edges through the frozen model, QK attribution, pruning, and a file for viewers.
+"""Attribution graphs of one prompt: exact edges through the frozen model, QK attribution, pruning, a file for viewers.
 
 **Frozen model.** On one prompt, hold fixed what makes a Transformer non-linear: the scale of every norm, the attention
 patterns of the layers that are not decomposed, the factor by which an MLP's activation function scales its input (for
@@ -58,6 +58,11 @@ RANKED_EVERY = 16
 # ---- frozen model
 
 
+def _gain(norm: nn.Module) -> Tensor:
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    return weight
+
+
 def _norm_bias(norm: nn.Module) -> Tensor | float:
     bias: Tensor | None = getattr(norm, "bias", None)
     return 0.0 if bias is None else bias
@@ -65,12 +70,12 @@ def _norm_bias(norm: nn.Module) -> Tensor | float:
 
 @contextlib.contextmanager
 def frozen(model: LanguageModel) -> Iterator[None]:
-    """Inside the context the model's outputs stay the same and its gradients are those of the frozen model (see above)."""
+    """Inside the context the model's outputs stay the same and its gradients are those of the frozen model."""
     architecture = model.architecture
 
     def norm_hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = arguments[0]
-        return centred(module, x) / norm_scale(module, x).detach() * module.weight + _norm_bias(module)  # type: ignore[operator]
+        return centred(module, x) / norm_scale(module, x).detach() * _gain(module) + _norm_bias(module)
 
     def gate_hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if architecture.gated:
@@ -167,8 +172,6 @@ class Trace:
         self.embedding = self.model.residual(tokens[None], 0)[0].float()
         """What the first block reads, [length, d_model]."""
         self.sources = self._list_sources()
-        self.place = {tuple(source[:4]): number for number, source in enumerate(self.sources)}
-        """(kind, layer, unit, position) -> number of the source."""
         self._cut_model()
 
     def _list_sources(self) -> list[Source]:
@@ -200,7 +203,7 @@ class Trace:
         return Edges(torch.stack(rows), torch.stack(values), torch.stack(constants))
 
     def _cut_model(self) -> None:
-        """Run the frozen model once, cut where sources write: every target's gradient is a walk back through that pass."""
+        """Run the frozen model once, cut where sources write; gradients of all targets go back through that pass."""
         cuts = {-1: self.embedding[None].clone().requires_grad_()}
         self._reads: dict[int, Tensor] = {}
 
@@ -269,7 +272,7 @@ def _bytes_of_the_pass(model: LanguageModel, length: int) -> int:
 
 
 class Stream:
-    """The residual stream of a prompt as a sum of named parts: embedding, nodes, errors, biases, MLPs, other attention."""
+    """The residual stream of a prompt as a sum: embedding, nodes, errors, biases, MLPs, other attention layers."""
 
     @torch.no_grad()
     def __init__(self, trace: Trace) -> None:
@@ -308,7 +311,7 @@ class Stream:
         return parts
 
     def logit_parts(self) -> list[tuple[str, float]]:
-        """Direct effect of each part of the last position on the logit difference, through the last norm; they sum to it."""
+        """Direct effects of the last position's parts, through the last norm; they sum to the logit difference."""
         parts = self._normed(final_norm(self.model), self.parts(len(self.trace.tokens) - 1))
         direction = self.trace.logit_direction()
         return [(name, float(vector @ direction)) for name, vector in parts.items()]
@@ -316,7 +319,7 @@ class Stream:
     @staticmethod
     def _normed(norm: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts of a stream through a norm whose scale is that of their sum; the norm's bias comes last."""
-        scale, gain = norm_scale(norm, torch.stack(list(parts.values())).sum(dim=0)), norm.weight.detach().float()  # type: ignore[operator]
+        scale, gain = norm_scale(norm, torch.stack(list(parts.values())).sum(dim=0)), _gain(norm).detach().float()
         normed = {name: centred(norm, vector) / scale * gain for name, vector in parts.items()}
         return normed | {"norm bias": torch.zeros_like(gain) + _norm_bias(norm)}
 

@@ -1,4 +1,4 @@
-"""Units of an attention layer: Lorsa heads, SAE features and MHSA heads behind one interface, and one way to remove them.
+"""Units of an attention layer, Lorsa heads, SAE features and MHSA heads, behind one interface; one way to remove them.
 
 Whatever the kind, a unit has at every token an activation, an exact split of that activation over source tokens, and a
 vector that it writes:
@@ -71,7 +71,7 @@ class Activity(abc.ABC):
 
     @abc.abstractmethod
     def written(self, mask: Tensor) -> Tensor:
-        """What some nodes write together: mask [batch or 1, length or 1, n_nodes] to [batch, length, d_model] (or broadcastable)."""
+        """What nodes write together, by share in a mask [batch or 1, length or 1, n_nodes]: [batch, length, d_model]."""
 
     @abc.abstractmethod
     def along(self, direction: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class ConstantActivity(Activity):
 
 
 class SparseActivity(Activity):
-    """Kept units, indices and values [batch, length, k], and the error, what they leave over of y [batch, length, d_model]."""
+    """Kept units, indices and values [batch, length, k]; the error is what they leave of y [batch, length, d_model]."""
 
     def __init__(self, module: SparseModule, indices: Tensor, values: Tensor, y: Tensor) -> None:
         self.module, self.indices, self.values, self.y = module, indices, values, y
@@ -174,7 +174,7 @@ class HeadActivity(Activity):
 
 
 class Units(abc.ABC):
-    """Units of one kind at one attention layer. x is what the layer reads and y what it writes, each [batch, length, d_model]."""
+    """Units of one kind at one layer. x is what the layer reads, y what it writes, each [batch, length, d_model]."""
 
     kind: str
     """`lorsa`, `sae` or `mhsa`."""
@@ -425,9 +425,8 @@ def ablate(
     Args:
         model: the language model.
         units: layer to its units.
-        chosen: layer to nodes of it: unit numbers; unit to the share of it that is removed (1 all of it, 0 nothing, -1
-            makes it write twice as much); or a mask, for each sequence or position its own, which reaches the error too.
-            Where nothing is chosen the layer's output stays as it is, bit for bit.
+        chosen: layer to nodes of it: unit numbers; unit to the share of it that is removed (1 all of it, -1 makes it
+            write twice as much); or a mask. Where nothing is chosen the output stays as it is, bit for bit.
         instead: layer to what the nodes write in place, such as their mean or what they write on another prompt;
             nothing without it.
 
@@ -480,7 +479,7 @@ class Unembedding:
         self.gain = self.norm.weight.detach().float()  # type: ignore[operator]
 
     def directions(self, residual: Tensor, tokens: Tensor) -> Tensor:
-        """Directions whose dot product with a written vector is its direct effect on a token's logit (above the mean logit).
+        """Directions whose dot product with a written vector is its direct effect on a token's logit (above the mean).
 
         `residual` is what the last norm reads at each query, [n_queries, d_model], whose scale is taken as given;
         `tokens` [n_queries]; the result is [n_queries, d_model].
@@ -591,7 +590,7 @@ class Removals:
         return {name: torch.cat(some) for name, some in parts.items()}
 
     def effects(self, units: Units, sets_of_units: Mapping[str, Sequence[int]], progress: bool = False) -> pd.DataFrame:
-        """Effects of removing several sets of units, one row a set: `removed` (its name), `n`, and the fields of `Effect`.
+        """Effects of removing sets of units, one row per set: `removed` (its name), `n`, and the fields of `Effect`.
 
         Each set runs over the prompts in which one of its units is active; in all others nothing changes.
 
