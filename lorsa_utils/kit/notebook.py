@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lorsa_utils.models import LanguageModel
     from lorsa_utils.text import Sequences
 
-TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((4, 57), (6,))}
+TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((5,), (6,))}
 """Package to the first version that is tested and the first that is not."""
 
 VERSIONS = ("kit", "python", "torch", "transformers", "device")
