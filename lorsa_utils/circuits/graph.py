@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorsa_utils import ops, store
-from lorsa_utils.circuits.nodes import SparseActivity, SparseModel, SparseNodes
+from lorsa_utils.circuits.nodes import SparseModel
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads.units import final_norm
+from lorsa_utils.heads.units import SparseActivity, SparseUnits, final_norm
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import AttentionSite, LanguageModel
 
@@ -126,7 +126,7 @@ class Trace:
         Raises:
             UserError: the layers hold MHSA heads, or the prompt is longer than `MAX_LENGTH`.
         """
-        if any(not isinstance(nodes, SparseNodes) for nodes in sparse.layers.values()):
+        if any(not isinstance(nodes, SparseUnits) for nodes in sparse.layers.values()):
             raise UserError(
                 "An MHSA head has no single activation that edges could lead to; trace Lorsa heads or SAE features."
             )

@@ -1181,8 +1181,7 @@ def _documents(text: Sequence[str] | None, trained_on: str | list[str] | None, n
 def circuit(arguments: argparse.Namespace) -> dict[str, Any]:
     """`lorsa circuit`: accuracy, ranking, faithfulness and completeness, errors, and one prompt's graph."""
     from lorsa_utils import store
-    from lorsa_utils.circuits import faithfulness
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits import faithfulness, nodes
     from lorsa_utils.heads import tasks
 
     began = time.perf_counter()
@@ -1191,7 +1190,7 @@ def circuit(arguments: argparse.Namespace) -> dict[str, Any]:
             store.require_writable(Path(path).parent)
     sparse, vocabulary = _nodes(arguments)
     task = _task(arguments, vocabulary)
-    found = tasks.accuracy(circuits.clean_logits(sparse.model, task, arguments.batch_size), task)
+    found = tasks.accuracy(nodes.clean_logits(sparse.model, task, arguments.batch_size), task)
     tasks.require_able(task.name, found)
     _tell_circuit_cost(sparse, task, faithfulness.usual_sizes(sparse.n_nodes), arguments.batch_size)
     kind = sparse.kind
@@ -1203,12 +1202,12 @@ def circuit(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out:
         store.write_text(arguments.out, table.to_csv(index=False))
     discovery, held_out = task.split()
-    instead = circuits.baseline(sparse, held_out, arguments.ablation)
+    instead = nodes.baseline(sparse, held_out, arguments.ablation)
     scores = faithfulness.rank_scores(
         sparse, discovery, arguments.metric, arguments.ablation, FEW_NODES, arguments.batch_size
     )
     order = faithfulness.ranking(scores, sparse.error_nodes)[:10]
-    effects = circuits.effects(sparse, held_out, order, instead, arguments.metric, arguments.batch_size).mean(dim=1)
+    effects = nodes.effects(sparse, held_out, order, instead, arguments.metric, arguments.batch_size).mean(dim=1)
     errors = faithfulness.error_shares(sparse, held_out, instead, arguments.metric, arguments.batch_size).iloc[-1]
     return {
         "task": task.name,
@@ -1232,7 +1231,7 @@ def circuit(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
     """The model with its layers taken apart, and its vocabulary."""
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits import nodes
     from lorsa_utils.heads.prompts import Vocabulary
     from lorsa_utils.lorsa import load
     from lorsa_utils.models import load_model
@@ -1243,7 +1242,7 @@ def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
         if arguments.nodes != "mhsa" or not arguments.layers:
             raise UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
         model = load_model(arguments.model or "smollm2", device=arguments.device)
-        return circuits.take_apart(model, arguments.layers), Vocabulary(
+        return nodes.take_apart(model, arguments.layers), Vocabulary(
             model.tokenizer, _bos_id(model.tokenizer, "auto")
         )
     configs = [_run_config(folder) for folder in folders]
@@ -1255,7 +1254,7 @@ def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
     model = _model_of_run(folders[0], configs[0]["source"], arguments.model, arguments.device)
     vocabulary = Vocabulary(model.tokenizer, _bos_id(model.tokenizer, configs[0]["source"]["bos_policy"]))
     if arguments.nodes == "mhsa":
-        return circuits.take_apart(model, layers), vocabulary
+        return nodes.take_apart(model, layers), vocabulary
     modules = {}
     for folder, config in zip(folders, configs, strict=True):
         if config["module"]["kind"] != arguments.nodes:
@@ -1263,7 +1262,7 @@ def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
                 f"{folder} holds a {config['module']['kind']}, not a {arguments.nodes}; give --nodes or the folder that fits."
             )
         modules[config["layer"]] = load(folder, model.device)
-    return circuits.take_apart(model, modules), vocabulary
+    return nodes.take_apart(model, modules), vocabulary
 
 
 def _task(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Task:
@@ -1290,15 +1289,15 @@ def _tell_circuit_cost(sparse: SparseModel, task: Task, sizes: Sequence[int], ba
     """Say what the curves cost when that is more than a minute."""
     import torch
 
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits import nodes
 
     part = task.rows(slice(0, batch_size))
     began = time.perf_counter()
-    circuits.measure(
+    nodes.measure(
         sparse,
         part,
         torch.ones(1, sparse.n_nodes, dtype=torch.bool),
-        circuits.baseline(sparse, part),
+        nodes.baseline(sparse, part),
         batch_size=batch_size,
     )
     seconds = (time.perf_counter() - began) / len(part) * len(task) / 2 * (3 * len(sizes) + 20)
@@ -1310,15 +1309,14 @@ def _graph(arguments: argparse.Namespace, sparse: SparseModel, task: Task, vocab
     """Trace the first prompt and write its graph."""
     import torch
 
-    from lorsa_utils.circuits import graph
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits import graph, nodes
 
     first = task.rows(slice(0, 1))
     answers, wrong = ([token for token in side[0].tolist() if token >= 0] for side in (first.answers, first.wrong))
     trace = graph.Trace(sparse, first.clean[0, : int(first.position[0]) + 1], answers, wrong)
     found = graph.trace_graph(trace, task.name, vocabulary.tokenizer, n_traced=arguments.traced, progress=True)
     with torch.no_grad():
-        chance = circuits.clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
+        chance = nodes.clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
     graph.write_graph(found, arguments.graph, probability=float(chance))
     return {"path": arguments.graph, "nodes": len(found.nodes), "links": len(found.links), **found.facts}
 

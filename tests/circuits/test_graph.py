@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_nodes import planted_sparse, random_nodes
+from test_nodes import planted_sparse, random_units
 from tiny_models import KINDS, random_tokens, save_tiny_model
 
 from lorsa_utils.circuits import graph
@@ -28,7 +28,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def random_trace(model: LanguageModel, kind: str = "lorsa", length: int = 7) -> Trace:
-    sparse = SparseModel(model, {layer: random_nodes(model, layer, kind) for layer in LAYERS})
+    sparse = SparseModel(model, {layer: random_units(model, layer, kind) for layer in LAYERS})
     return Trace(sparse, random_tokens(1, length, seed=5)[0], [3], [9])
 
 
@@ -170,25 +170,6 @@ def test_graph_facts(by_hand: LanguageModel) -> None:
     assert {link[1] for link in found.links} <= {node.node_id for node in found.nodes}
     smaller = graph.trace_graph(trace, "planted", Letters(), n_traced=8, node_share=0.3)
     assert len(smaller.nodes) < len(found.nodes)
-
-
-def test_influence_follows_paths_by_hand() -> None:
-    # 0 and 1 feed 2; 0 (with weight 1) and 2 (with weight 3) feed the last.
-    weights = torch.zeros(4, 4)
-    weights[2, 0], weights[2, 1] = 2.0, -2.0
-    weights[3, 0], weights[3, 2] = 1.0, 3.0
-    assert torch.allclose(graph.influences(weights), torch.tensor([0.25 + 0.75 * 0.5, 0.75 * 0.5, 0.75, 1.0]))
-    weights[0, 2] = 1.0
-    with pytest.raises(UserError, match="cycle"):
-        graph.influences(weights)
-
-
-def test_reach_is_the_influence_of_the_whole_matrix(by_hand: LanguageModel) -> None:
-    trace = planted_trace(by_hand)
-    targets = [Target(-1, -1, 8), a_unit(trace, 1), a_unit(trace, 0)]
-    rows = list(trace.edges(targets)[0])
-    whole = graph.influences(graph._matrix(trace, targets, rows).double())
-    assert torch.allclose(graph._reach(trace, targets, rows).double(), whole[:-1], atol=1e-5)
 
 
 @given(scores=st.lists(st.floats(0, 10), min_size=1, max_size=20), share=st.floats(0.05, 1.0))
