@@ -1,1 +1,1 @@
-"""Small worlds whose true units are known (notebooks 00 and 08)."""
+"""Small worlds whose true units are known."""
