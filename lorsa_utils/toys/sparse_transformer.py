@@ -185,7 +185,7 @@ def train_transformer(language: Language, seed: int = 0, progress: bool = False)
 
 
 def _mlp(model: LanguageModel, layer: int) -> nn.Module:
-    return model.model.get_submodule(model.module_path(layer).rsplit(".", 1)[0] + ".mlp")
+    return model.block(layer).get_submodule(model.architecture.mlp)
 
 
 @torch.no_grad()
