@@ -43,8 +43,9 @@ from lorsa_utils.store import (
 )
 
 if TYPE_CHECKING:
-    from lorsa_utils.models import LanguageModel
     from transformers import PreTrainedTokenizerBase
+
+    from lorsa_utils.models import LanguageModel
 
 CORPUS_VERSION = 3
 HELD_OUT_SHARE = 0.1
