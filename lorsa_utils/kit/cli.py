@@ -839,26 +839,14 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     documents = _documents(arguments.text, source.get("text"), arguments.tokens)
     sequences = _sequences_of_run(documents, model, source, arguments.tokens, config.get("train", {}).get("seed", 0))
     _tell_eval_cost(model, sequences, arguments.batch_size)
-    result = metrics.evaluate_spliced(
-        model, config["layer"], module.to(model.device), sequences, arguments.batch_size, progress=True
+    result = metrics.evaluate(
+        module.to(model.device), config["layer"], model, sequences, arguments.batch_size, progress=True
     )
-    if result["fvu"] > 1:
+    if (result["fvu"] or 0) > 1:
         _note(
             "Warning: FVU is above 1, worse than predicting the mean; this text or model is probably not what the module was made for."
         )
-    keys = (
-        "fvu",
-        "fvu_token_mean",
-        "ce",
-        "ce_spliced",
-        "ce_mean_ablated",
-        "ce_recovered",
-        "l0",
-        "dead_fraction",
-        "n_tokens",
-        "cosine",
-    )
-    return {key: result[key] if math.isfinite(result[key]) else None for key in keys}
+    return result
 
 
 def heads(arguments: argparse.Namespace) -> dict[str, Any]:
