@@ -110,13 +110,13 @@ class Layer:
         indices, values = self.module.encode(self.module.input_from(x, y).to(self.module.b_O))
         return values.new_zeros(*tokens.shape, self.module.n_units).scatter_(-1, indices, values)
 
-    def evaluate(self, text: Sequences | None = None, batch_size: int = 8, progress: bool = False) -> dict[str, float]:
+    def evaluate(self, text: Sequences | None = None, batch_size: int = 8, progress: bool = False) -> dict[str, Any]:
         """How well the module rebuilds the layer, and the model's loss with it in the layer's place.
 
-        See `metrics.evaluate_spliced` for the keys. `text` is the held-out part of the module's own by default.
+        See `metrics.evaluate` for the keys. `text` is the held-out part of the module's own by default.
         """
         text = self.text() if text is None else text
-        return metrics.evaluate_spliced(self.model, self.number, self.module, text, batch_size, progress)
+        return metrics.evaluate(self.module, self.number, self.model, text, batch_size, progress)
 
     @contextlib.contextmanager
     def ablate(self, chosen: Sequence[int]) -> Iterator[None]:

@@ -14,7 +14,7 @@ from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 from lorsa_utils import activations, store, train
 from lorsa_utils.config import PRESETS, PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import checkpoints, notebook
+from lorsa_utils.kit import hub, notebook
 from lorsa_utils.view import figures
 
 
@@ -68,7 +68,7 @@ def test_modules_at_hand_are_the_checkpoint_alone_until_notebook_03_has_run(
     own = {"lorsa": tmp_path / "own lorsa", "sae_equal_features": tmp_path / "own sae"}
     for folder, tokens in ((shipped["lorsa"], 2000), (own["lorsa"], 100)):
         store.write_json(cast(Path, folder) / "config.json", {"train": {"tokens": tokens}})
-    monkeypatch.setattr(checkpoints, "find", lambda model, layer, kind: shipped[kind])
+    monkeypatch.setattr(hub, "find", lambda model, layer, kind: shipped[kind])
     monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
     monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
     monkeypatch.setattr(
@@ -310,7 +310,7 @@ def test_trained_goes_on_with_runs_that_stopped_at_different_steps(
 def test_best_modules_are_the_shipped_ones_when_both_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped: dict[str, Path | None] = {"lorsa": tmp_path / "a", "sae": tmp_path / "b"}
     monkeypatch.setattr(
-        checkpoints, "find", lambda model, layer, kind: shipped[kind] if layer == get_profile("smoke").layer else None
+        hub, "find", lambda model, layer, kind: shipped[kind] if layer == get_profile("smoke").layer else None
     )
     monkeypatch.setattr(notebook, "sequences", lambda run, model: {})
     monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
