@@ -34,7 +34,7 @@ from lorsa_utils.circuits.nodes import Baseline, SparseModel, attribute, baselin
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.tasks import Task
 from lorsa_utils.heads.units import SparseUnits
-from lorsa_utils.stats import N_DRAWS, Interval, percentile_interval
+from lorsa_utils.stats import N_DRAWS, Interval, sample_interval
 
 # ---- rankings
 
@@ -174,11 +174,6 @@ def shares(values: Tensor, curve: Curve, drawn: Tensor) -> Tensor:
     return (means - none) / (everything - none)
 
 
-def interval(over_draws: Tensor) -> Interval:
-    """The first draw is the value, the others [n_draws + 1] give the interval."""
-    return percentile_interval(float(over_draws[0]), over_draws[1:])
-
-
 def curve_table(curves: Mapping[str, Curve], seed: int = 0) -> pd.DataFrame:
     """Faithfulness and completeness of several kinds with intervals.
 
@@ -192,8 +187,8 @@ def curve_table(curves: Mapping[str, Curve], seed: int = 0) -> pd.DataFrame:
         faithful = shares(curve.only, curve, drawn)
         left = None if curve.without is None else shares(curve.without, curve, drawn)
         for i, (size, parameters) in enumerate(zip(curve.sizes, curve.parameters, strict=True)):
-            complete = Interval(math.nan) if left is None else interval(left[:, i])
-            rows.append((name, size, parameters, *interval(faithful[:, i]), *complete))
+            complete = Interval(math.nan) if left is None else sample_interval(left[:, i])
+            rows.append((name, size, parameters, *sample_interval(faithful[:, i]), *complete))
     columns = ["nodes", "size", "parameters", "faithfulness", "low", "high"]
     return pd.DataFrame(rows, columns=[*columns, "completeness", "completeness_low", "completeness_high"])
 
@@ -230,7 +225,10 @@ def area_table(
         raise UserError("These curves were measured on different prompts; measure all kinds on the same ones.")
     drawn = draws(len(curves[against].all), seed)
     by_kind = {name: areas(curve, over, low, high, drawn) for name, curve in curves.items()}
-    rows = [(name, low, high, *interval(area), *interval(by_kind[against] - area)) for name, area in by_kind.items()]
+    rows = [
+        (name, low, high, *sample_interval(area), *sample_interval(by_kind[against] - area))
+        for name, area in by_kind.items()
+    ]
     columns = ["nodes", "from", "to", "area", "low", "high", "lead", "lead_low", "lead_high"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -344,7 +342,8 @@ _SIDES = ("only", "without", "all", "none")
 
 def save_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
     """Write curves as one safetensors file."""
-    tensors, about = {}, {}
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, str] = {}
     for number, (name, curve) in enumerate(curves.items()):
         about[name] = json.dumps({"number": number, "sizes": curve.sizes, "parameters": curve.parameters})
         sides = {f"{name}.{side}": getattr(curve, side) for side in _SIDES}

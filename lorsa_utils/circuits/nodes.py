@@ -34,9 +34,11 @@ from lorsa_utils.heads.tasks import Task, metric
 from lorsa_utils.heads.units import (
     Activity,
     ConstantActivity,
+    HeadActivity,
     LorsaHeads,
     MHSAHeads,
     SAEFeatures,
+    SparseActivity,
     SparseUnits,
     Units,
     ablate,
@@ -128,7 +130,7 @@ class SparseModel:
         return sum(self.layers[layer].parameters(units) for layer, units in chosen.items())
 
     @torch.no_grad()
-    def read(self, tokens: Tensor) -> dict[int, Activity]:
+    def read(self, tokens: Tensor) -> dict[int, SparseActivity | HeadActivity]:
         """What all nodes write on some tokens [batch, length], in one pass."""
         captured = self.model.capture(tokens, list(self.layers))
         return {
@@ -136,11 +138,11 @@ class SparseModel:
         }
 
     @torch.no_grad()
-    def means(self, tokens: Tensor, mask: Tensor) -> dict[int, Activity]:
+    def means(self, tokens: Tensor, mask: Tensor) -> dict[int, ConstantActivity]:
         """Mean activity over counted tokens; tokens and mask [n, length]."""
         return {layer: activity.mean(mask.to(self.model.device)) for layer, activity in self.read(tokens).items()}
 
-    def zeros(self) -> dict[int, Activity]:
+    def zeros(self) -> dict[int, ConstantActivity]:
         """Activity of nodes that write nothing."""
         width, device = self.model.d_model, self.model.device
         return {
@@ -187,7 +189,7 @@ class Baseline(NamedTuple):
 
     kind: str
     """`zero`, `mean` or `resample`."""
-    activity: dict[int, Activity]
+    activity: Mapping[int, Activity]
 
     def rows(self, rows: slice) -> dict[int, Activity]:
         """For some prompts."""

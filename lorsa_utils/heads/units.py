@@ -457,6 +457,18 @@ def final_norm(model: LanguageModel) -> nn.Module:
     return model.model.get_submodule(model.architecture.final_norm)
 
 
+def centred(norm: nn.Module, vectors: Tensor) -> Tensor:
+    """A LayerNorm takes the mean out of whatever it reads, an RMSNorm nothing."""
+    return vectors - vectors.mean(dim=-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else vectors
+
+
+def norm_scale(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a LayerNorm or RMSNorm divides x [..., d_model] by, [..., 1]."""
+    if isinstance(norm, nn.LayerNorm):
+        return (x.var(dim=-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    return (x.square().mean(dim=-1, keepdim=True) + float(getattr(norm, "variance_epsilon", 0.0))).sqrt()
+
+
 class Unembedding:
     """From directions in the residual stream to logits, through the model's last norm with its scale frozen."""
 
@@ -470,32 +482,18 @@ class Unembedding:
     def directions(self, residual: Tensor, tokens: Tensor) -> Tensor:
         """Directions whose dot product with a written vector is its direct effect on a token's logit (above the mean logit).
 
-        Args:
-            residual: what the last norm reads at each query, [n_queries, d_model]; its scale is taken as given.
-            tokens: the token for each query, [n_queries].
-
-        Returns:
-            [n_queries, d_model].
+        `residual` is what the last norm reads at each query, [n_queries, d_model], whose scale is taken as given;
+        `tokens` [n_queries]; the result is [n_queries, d_model].
         """
-        return self._through_norm(self.weight[tokens] * self.gain) / self._scale(residual.float())[:, None]
+        return centred(self.norm, self.weight[tokens] * self.gain) / norm_scale(self.norm, residual.float())
 
     def logits(self, directions: Tensor) -> Tensor:
         """Logit of every token for write directions [n, d_model], without the norm's scale: [n, n_tokens]."""
-        return self._through_norm(directions.float()) * self.gain @ self.weight.T
-
-    def _through_norm(self, vectors: Tensor) -> Tensor:
-        """A LayerNorm takes the mean out of whatever it reads."""
-        return vectors - vectors.mean(dim=-1, keepdim=True) if isinstance(self.norm, nn.LayerNorm) else vectors
-
-    def _scale(self, residual: Tensor) -> Tensor:
-        if isinstance(self.norm, nn.LayerNorm):
-            return (residual.var(dim=-1, unbiased=False) + self.norm.eps).sqrt()
-        return (residual.square().mean(dim=-1) + float(getattr(self.norm, "variance_epsilon", 0.0))).sqrt()
+        return centred(self.norm, directions.float()) * self.gain @ self.weight.T
 
     def top_tokens(self, directions: Tensor, n: int, largest: bool = True) -> Tensor:
         """The `n` tokens that each write direction [n_units, d_model] raises (or lowers) most, [n_units, n]."""
-        found = [self.logits(some).topk(n, dim=1, largest=largest).indices for some in directions.split(256)]
-        return torch.cat(found)
+        return torch.cat([self.logits(rows).topk(n, dim=1, largest=largest).indices for rows in directions.split(256)])
 
 
 # ---- causal effect
