@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorsa_utils import ops, reference
+from lorsa_utils import architectures, ops, reference
 from lorsa_utils.config import ROPE_TYPES, RotaryConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.fetch import EMBEDDED_NAME, fetch_embedded_model, quiet_transformers
@@ -39,98 +40,6 @@ Replacement = Callable[[Tensor, Tensor], Tensor]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _LOGIT_VALUES_AT_ONCE = 1 << 26  # 256 MiB of fp32 logits while the loss is computed
-
-
-# ---- architectures
-
-
-def _in_heads(projection: Tensor, n_heads: int) -> Tensor:
-    """A projection [n_heads * d_head, d_model] as [n_heads, d_model, d_head]."""
-    return projection.unflatten(0, (n_heads, -1)).transpose(1, 2)
-
-
-def _bias(linear: Any) -> Tensor:
-    """The bias of a linear module, zeros where it has none."""
-    return linear.weight.new_zeros(linear.weight.shape[0]) if linear.bias is None else linear.bias
-
-
-def _gpt_neox_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """GPT-NeoX: one fused projection whose rows run head by head, each head's query, key and value in turn."""
-    n_heads, d_head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    fused, dense = attention.query_key_value, attention.dense
-    W_Q, W_K, W_V = fused.weight.unflatten(0, (n_heads, 3, d_head)).transpose(2, 3).unbind(1)
-    b_Q, b_K, b_V = _bias(fused).unflatten(0, (n_heads, 3, d_head)).unbind(1)
-    W_O = dense.weight.T.unflatten(0, (n_heads, d_head))
-    weights = {"W_Q": W_Q, "W_K": W_K, "W_V": W_V, "W_O": W_O, "b_Q": b_Q, "b_K": b_K, "b_V": b_V, "b_O": _bias(dense)}
-    return weights | {"attn_scale": d_head**-0.5}
-
-
-def _gpt2_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """GPT-2: a fused projection stored input-first ([d_model, 3 d_model]), all queries, then all keys, then all values."""
-    n_heads, d_head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    fused, projection = attention.c_attn, attention.c_proj
-    W_Q, W_K, W_V = (_in_heads(weight.T, n_heads) for weight in fused.weight.chunk(3, dim=1))
-    b_Q, b_K, b_V = fused.bias.unflatten(0, (3, n_heads, d_head)).unbind(0)
-    W_O = projection.weight.unflatten(0, (n_heads, d_head))
-    scale = d_head**-0.5 if config.scale_attn_weights else 1.0
-    if config.scale_attn_by_inverse_layer_idx:
-        scale /= attention.layer_idx + 1
-    weights = {
-        "W_Q": W_Q,
-        "W_K": W_K,
-        "W_V": W_V,
-        "W_O": W_O,
-        "b_Q": b_Q,
-        "b_K": b_K,
-        "b_V": b_V,
-        "b_O": projection.bias,
-    }
-    return weights | {"attn_scale": scale}
-
-
-def _llama_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """Llama: separate projections, fewer key and value heads than query heads (GQA)."""
-    parts: dict[str, Any] = {}
-    n_heads = config.num_attention_heads
-    n_kv_heads = config.num_key_value_heads or n_heads
-    for letter, heads in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
-        linear = getattr(attention, f"{letter}_proj")
-        parts[f"W_{letter.upper()}"] = _in_heads(linear.weight, heads)
-        parts[f"b_{letter.upper()}"] = _bias(linear).unflatten(0, (heads, -1))
-    parts["W_O"] = attention.o_proj.weight.T.unflatten(0, (n_heads, -1))
-    parts["b_O"] = _bias(attention.o_proj)
-    return parts | {"attn_scale": parts["W_Q"].shape[-1] ** -0.5}
-
-
-def _qwen3_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """Qwen3: as Llama, with an RMSNorm over each query and key."""
-    norms = {"q_norm_weight": attention.q_norm.weight, "k_norm_weight": attention.k_norm.weight}
-    return _llama_heads(config, attention) | norms | {"qk_norm_eps": float(attention.q_norm.variance_epsilon)}
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    attention_path: str
-    heads: Callable[[Any, Any], dict[str, Any]]
-    """(config, attention module) to the weights of an `AttentionSite`, in the model's own dtype."""
-    has_rotary: bool = True
-
-
-ARCHITECTURES: dict[str, _Architecture] = {
-    "gpt2": _Architecture("transformer.h.{layer}.attn", _gpt2_heads, has_rotary=False),
-    "gpt_neox": _Architecture("gpt_neox.layers.{layer}.attention", _gpt_neox_heads),
-    "llama": _Architecture("model.layers.{layer}.self_attn", _llama_heads),
-    "qwen3": _Architecture("model.layers.{layer}.self_attn", _qwen3_heads),
-}
-"""What is supported, by the `model_type` of the Hugging Face config."""
-
-
-def _architecture(model_type: str | None) -> _Architecture:
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"Architecture {model_type!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}."
-        )
-    return ARCHITECTURES[model_type]
 
 
 # ---- RoPE
@@ -145,7 +54,7 @@ def rotary_from_config(config: Any) -> RotaryConfig:
     Raises:
         UserError: the architecture or the rope type is not supported, or a scaling factor is missing.
     """
-    if not _architecture(config.model_type).has_rotary:
+    if not architectures.of(config.model_type).has_rotary:
         return RotaryConfig()
     parameters = _rope_parameters(config)
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
@@ -326,6 +235,10 @@ class _DeepestLayerReached(Exception):
     """Raised by a hook to leave the forward pass when everything asked for has been read."""
 
 
+_LIVE: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
+"""Models that somebody in this process still holds, so that a layer shares its model in place of loading it twice."""
+
+
 class LanguageModel:
     """A frozen causal language model with its tokenizer.
 
@@ -338,9 +251,10 @@ class LanguageModel:
         self.model = model
         self.config = model.config
         self._tokenizer = tokenizer
-        self._architecture = _architecture(self.config.model_type)
+        self.architecture = architectures.of(self.config.model_type)
         self.rotary = rotary_from_config(self.config)
         self._resumed: tuple[int, Tensor] | None = None
+        _LIVE.add(self)
         _check_rotary(model, self.rotary)
 
     @property
@@ -450,7 +364,11 @@ class LanguageModel:
             raise UserError(
                 f"Layer {layer} of {self.name} uses {layer_types[layer]}; choose a layer with full attention."
             )
-        return self._architecture.attention_path.format(layer=layer)
+        return f"{self.architecture.blocks}.{layer}.{self.architecture.attention}"
+
+    def block(self, layer: int) -> nn.Module:
+        """One Transformer block; `architecture` has the paths of its parts."""
+        return self.model.get_submodule(f"{self.architecture.blocks}.{layer}")
 
     def site(self, layer: int) -> AttentionSite:
         """One attention layer, derived from the config and the weights.
@@ -459,7 +377,7 @@ class LanguageModel:
             UserError: as `module_path`.
         """
         module = self.attention_module(layer)
-        parts = self._architecture.heads(self.config, module)
+        parts = self.architecture.heads(self.config, module)
         for name, value in parts.items():
             if isinstance(value, Tensor):
                 parts[name] = value.detach().to(torch.float32, copy=True).contiguous()
@@ -628,14 +546,14 @@ class LanguageModel:
 
     def _blocks(self, layer: int) -> nn.ModuleList:
         """All blocks, the given layer among them (see `module_path`)."""
-        path, _, _ = self.module_path(layer).rpartition(f".{layer}.")
-        return self.model.get_submodule(path)
+        self.module_path(layer)  # refuses a layer that is not there
+        return self.model.get_submodule(self.architecture.blocks)
 
     @contextlib.contextmanager
     def _shortened(self, layer: int, residual: Tensor) -> Iterator[None]:
         """The model without the blocks before a layer, whose block reads `residual`."""
         blocks = self._blocks(layer)
-        path, _, name = self.module_path(layer).rpartition(f".{layer}.")[0].rpartition(".")
+        path, _, name = self.architecture.blocks.rpartition(".")
         parent = self.model.get_submodule(path)
 
         def give(
@@ -672,7 +590,7 @@ class LanguageModel:
             raise UserError(
                 f"Token id {low if low < 0 else high} is outside 0..{n_tokens - 1} of {self.name}; use its own tokenizer."
             )
-        if not self._architecture.has_rotary and tokens.shape[1] > self.context_length:
+        if not self.architecture.has_rotary and tokens.shape[1] > self.context_length:
             raise UserError(
                 f"{self.name} has learned positions for {self.context_length} tokens, not {tokens.shape[1]}; choose a shorter context."
             )
@@ -741,6 +659,15 @@ def load_model(
     return LanguageModel(
         source.name, model.to(place), tokenizer, getattr(model.config, "_commit_hash", None) or revision
     )
+
+
+def loaded_model(
+    name: str | Path, revision: str | None, device: str | torch.device, dtype: torch.dtype
+) -> LanguageModel | None:
+    """A model of this name, revision, device and dtype that is in memory already; None without one."""
+    wanted = (str(name), resolve_device(device), dtype)
+    alive = (model for model in _LIVE if (model.name, model.device, model.dtype) == wanted)
+    return next((model for model in alive if revision in (None, model.revision)), None)
 
 
 def require_available(name: str) -> None:
@@ -825,7 +752,7 @@ def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[
         with _load_errors(source.name):
             # The plain dict first: an unknown architecture is named before any code or weight of it is touched.
             plain, _ = PretrainedConfig.get_config_dict(source.location, **arguments)
-        _architecture(plain.get("model_type"))
+        architectures.of(plain.get("model_type"))
         if plain.get("quantization_config"):
             raise UserError(f"The weights of {source.name} are quantized; use the float checkpoint of the same model.")
     with _load_errors(source.name):

@@ -31,7 +31,7 @@ FLOORS = (
     *("kit", "kit.bench", "kit.sweeps", "kit.scaling", "kit.checkpoints", "kit.hub", "kit.presets", "kit.dark_matter"),
     *("toys", "toys.sparse_transformer"),
     *("view", "view.evidence", "view.pages", "view.explorer", "view.figures"),
-    *("kit.notebook", "kit.claims", "view.gallery", "view.book", "kit.reproduce", "kit.cli", "__main__"),
+    *("kit.recipes", "kit.notebook", "kit.claims", "view.gallery", "view.book", "kit.reproduce", "kit.cli", "__main__"),
 )
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

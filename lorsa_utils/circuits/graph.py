@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,22 +44,6 @@ RANKED_EVERY = 16
 """Nodes traced before the order of the others is computed anew."""
 
 
-class _Paths(NamedTuple):
-    block: str
-    activation: str
-    qk: tuple[str, ...]
-    """Modules whose outputs are queries and keys (fused ones: values as well)."""
-
-
-_PATHS = {
-    "llama": _Paths("model.layers.{}", "mlp.act_fn", ("self_attn.q_proj", "self_attn.k_proj")),
-    "qwen3": _Paths("model.layers.{}", "mlp.act_fn", ("self_attn.q_proj", "self_attn.k_proj")),
-    "gpt_neox": _Paths("gpt_neox.layers.{}", "mlp.act", ("attention.query_key_value",)),
-    "gpt2": _Paths("transformer.h.{}", "mlp.act", ("attn.c_attn",)),
-}
-_NORMS = {"gpt_neox": "input_layernorm", "gpt2": "ln_1", "llama": "input_layernorm", "qwen3": "input_layernorm"}
-
-
 # ---- frozen model
 
 
@@ -73,43 +57,31 @@ def _frozen_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return x * scale.detach() * norm.weight
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) or hasattr(module, "variance_epsilon")
-
-
 @contextlib.contextmanager
 def frozen(model: LanguageModel) -> Iterator[None]:
     """Inside the context the model's outputs stay the same and its gradients are those of the frozen model (see above)."""
-    paths, kind = _PATHS[model.config.model_type], model.config.model_type
-    gated = kind in ("llama", "qwen3")
+    architecture = model.architecture
 
     def norm_hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return _frozen_norm(module, arguments[0])
 
     def gate_hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if gated:
+        if architecture.gated:
             return output.detach()
         x = arguments[0]
         return x * torch.where(x.abs() > 1e-6, output / torch.where(x.abs() > 1e-6, x, 1.0), 0.5).detach()
 
-    def fixed_hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if gated:
-            return output.detach()
-        if kind == "gpt2":
-            query, key, value = output.chunk(3, dim=-1)
-            return torch.cat([query.detach(), key.detach(), value], dim=-1)
-        by_head = output.unflatten(-1, (model.config.num_attention_heads, 3, -1))
-        return torch.cat([by_head[..., :2, :].detach(), by_head[..., 2:, :]], dim=-2).flatten(-3)
+    def fixed_hook(fix: Callable[[Any, Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda module, arguments, output: fix(model.config, output)
 
+    hooks: list[tuple[nn.Module, Any]] = [(final_norm(model), norm_hook)]
+    for layer in range(model.n_layers):
+        hooks += [(model.block(layer).get_submodule(name), norm_hook) for name in architecture.norms]
+        hooks += [(model.block(layer).get_submodule(architecture.activation), gate_hook)]
+        hooks += [(model.block(layer).get_submodule(name), fixed_hook(fix)) for name, fix in architecture.fixed.items()]
     with contextlib.ExitStack() as stack:
-        for name, module in model.model.named_modules():
-            if _is_norm(module) and not name.endswith(("q_norm", "k_norm")):
-                stack.callback(module.register_forward_hook(norm_hook).remove)
-        for layer in range(model.n_layers):
-            block = model.model.get_submodule(paths.block.format(layer))
-            stack.callback(block.get_submodule(paths.activation).register_forward_hook(gate_hook).remove)
-            for name in paths.qk:
-                stack.callback(block.get_submodule(name).register_forward_hook(fixed_hook).remove)
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 
@@ -245,8 +217,7 @@ class Trace:
             cuts[-1] = self.embedding[None].clone().requires_grad_()
             return (cuts[-1], *arguments[1:])
 
-        block = self.model.model.get_submodule(_PATHS[self.model.config.model_type].block.format(0))
-        hook = block.register_forward_pre_hook(begin)
+        hook = self.model.block(0).register_forward_pre_hook(begin)
         try:
             with (
                 torch.enable_grad(),
@@ -306,7 +277,7 @@ def _embedding(model: LanguageModel, tokens: Tensor) -> Tensor:
     def keep(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         found["x"] = arguments[0][0].float()
 
-    hook = model.model.get_submodule(_PATHS[model.config.model_type].block.format(0)).register_forward_pre_hook(keep)
+    hook = model.block(0).register_forward_pre_hook(keep)
     try:
         model.capture(tokens[None], [0])
     finally:
@@ -338,12 +309,11 @@ class Stream:
     @torch.no_grad()
     def __init__(self, trace: Trace) -> None:
         self.trace, self.model = trace, trace.model
-        self.paths = _PATHS[self.model.config.model_type]
         self.mlps: dict[int, Tensor] = {}
         tokens = trace.tokens[None]
         with contextlib.ExitStack() as stack:
             for layer in range(self.model.n_layers):
-                mlp = self.model.model.get_submodule(f"{self.paths.block.format(layer)}.mlp")
+                mlp = self.model.block(layer).get_submodule(self.model.architecture.mlp)
                 stack.callback(mlp.register_forward_hook(self._keeper(layer)).remove)
             captured: dict[int, Tensor] = {}
 
@@ -430,9 +400,7 @@ class Stream:
                 f"A query at {query} cannot look at {key}; positions run from 0 and a key is not after its query."
             )
         group = module.config.group_size and unit // module.config.group_size
-        norm = self.model.model.get_submodule(
-            f"{self.paths.block.format(layer)}.{_NORMS[self.model.config.model_type]}"
-        )
+        norm = self.model.block(layer).get_submodule(self.model.architecture.norms[0])
         sides, names = [], []
         for position, weight, bias, gain in (
             (query, module.W_Q[group], module.b_Q[group], "q_norm"),

@@ -285,18 +285,10 @@ def mean_head_values(site: AttentionSite, x: Tensor, mask: Tensor) -> Tensor:
 
 # ---- effect on logits
 
-FINAL_NORMS = {
-    "gpt2": "transformer.ln_f",
-    "gpt_neox": "gpt_neox.final_layer_norm",
-    "llama": "model.norm",
-    "qwen3": "model.norm",
-}
-"""Where the last norm before the unembedding is, by `model_type`."""
-
 
 def final_norm(model: LanguageModel) -> nn.Module:
     """The last norm before the unembedding."""
-    return model.model.get_submodule(FINAL_NORMS[model.config.model_type])
+    return model.model.get_submodule(model.architecture.final_norm)
 
 
 class Unembedding:

@@ -911,7 +911,7 @@ def show(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lorsa_utils import store
-    from lorsa_utils.heads import origins, survey, units
+    from lorsa_utils.heads import units
     from lorsa_utils.lorsa import Lorsa
     from lorsa_utils.view import evidence, pages
 
@@ -928,25 +928,20 @@ def show(arguments: argparse.Namespace) -> dict[str, Any]:
     table = _table_of_heads(arguments.table or folder / "heads.parquet", required=arguments.table is not None)
     explanations = _explanations(arguments.explanations, config["layer"])
     source, layer = config["source"], config["layer"]
-    model = evidence.ReadOnce(_model_of_run(folder, source, arguments.model, arguments.device), layer)
+    model = _model_of_run(folder, source, arguments.model, arguments.device)
     documents = _documents(arguments.text, source.get("text"), arguments.tokens)
     sequences = _sequences_of_run(documents, model, source, arguments.tokens, arguments.seed)
     began = time.perf_counter()
     with torch.no_grad():
         lorsa.to(model.device).requires_grad_(False)
-        found = survey.survey(model, layer, heads, sequences, batch_size=arguments.batch_size)
-        few = slice(0, min(32, len(sequences.tokens)))
-        x = model.capture(sequences.tokens[few].long(), [layer])[layer][0].float()
-        mean = units.mean_head_values(model.site(layer), x, sequences.mask[few].to(x.device))
-        shares = origins.mhsa_shares(model, layer, lorsa, mean, sequences, batch_size=arguments.batch_size).shares
-        options = {"table": table, "shares": shares, "sae": beside["sae"], "input_sae": beside["transcoder"]}
+        options = {"table": table, "sae": beside["sae"], "transcoder": beside["transcoder"]}
         options |= {"batch_size": arguments.batch_size, "seed": arguments.seed, "explanations": explanations}
-        collected = evidence.collect(model, layer, lorsa, chosen, found, sequences, **options)
+        seen = evidence.Evidence.gather(model, layer, lorsa, sequences, **options).heads(chosen)
         if is_page:
-            store.write_text(out, pages.head_page(next(collected)))
+            store.write_text(out, pages.head_page(next(seen)))
             written = [out]
         else:
-            written = [*pages.write_pages(collected, out, chosen).values()]
+            written = [*pages.write_pages(seen, out, chosen).values()]
     answer = {"path": str(out)} if is_page else {"path": str(out), "pages": [str(path) for path in written]}
     return answer | {"bytes": sum(path.stat().st_size for path in written), "seconds": time.perf_counter() - began}
 

@@ -175,7 +175,7 @@ def _replaced(model: LanguageModel, writes: Mapping[tuple[str, int], Write]) -> 
     with contextlib.ExitStack() as stack:
         for (kind, layer), write in writes.items():
             if kind == "mlp":
-                mlp = model.model.get_submodule(f"model.layers.{layer}.mlp")
+                mlp = model.block(layer).get_submodule(model.architecture.mlp)
                 stack.callback(mlp.register_forward_hook(hook(write)).remove)
         stack.enter_context(model.splice({layer: writes[kind, layer] for kind, layer in writes if kind == "attention"}))
         yield

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_nodes import planted_sparse, random_nodes
-from tiny_models import random_tokens, save_tiny_model
+from tiny_models import KINDS, random_tokens, save_tiny_model
 
 from lorsa_utils.circuits import graph
 from lorsa_utils.circuits.graph import Graph, GraphNode, Stream, Target, Trace
@@ -20,10 +20,9 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import LanguageModel, load_model
 
 LAYERS = (0, 2)
-ALL = ["llama", "gpt_neox", "gpt_neox_sequential", "gpt2", "qwen3"]
 
 
-@pytest.fixture(scope="module", params=ALL)
+@pytest.fixture(scope="module", params=KINDS)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_model(save_tiny_model(tmp_path_factory.mktemp(request.param), request.param), device="cpu")
 
