@@ -22,7 +22,7 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
 from lorsa_utils.models import AttentionSite, LanguageModel, load_model, loaded_model, resolve_device
 from lorsa_utils.text import Document, Sequences, load_corpus, tokenize
-from lorsa_utils.train import RunSpec, train_runs
+from lorsa_utils.training import RunSpec, train_runs
 
 if TYPE_CHECKING:
     from lorsa_utils.heads.units import Units

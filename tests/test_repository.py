@@ -23,7 +23,7 @@ FLOORS = (
     *("exceptions", "store", "config"),
     *("reference", "kernels", "ops"),
     *("fetch", "architectures", "models", "prose", "text", "lorsa", "activations"),
-    *("initialize", "metrics", "train", "stats"),
+    *("initialize", "metrics", "training", "stats"),
     *("heads", "heads.prompts", "heads.units", "heads.families", "heads.survey", "heads.origins"),
     *("heads.arithmetic", "heads.topics", "heads.tasks"),
     *("autointerp", "autointerp.examples", "autointerp.rules", "autointerp.judges", "autointerp.study"),
@@ -90,7 +90,7 @@ def test_modules_import_only_from_floors_before_them(path: Path) -> None:
         ("from lorsa_utils.kit import cli", "kit.cli"),
         ("import lorsa_utils.kit.cli", "kit.cli"),
         ("def f():\n    from lorsa_utils.kit.cli import main", "kit.cli"),
-        ("from lorsa_utils import train", "train"),
+        ("from lorsa_utils import training", "training"),
     ],
 )
 def test_floor_check_sees_every_kind_of_import(source: str, used: str) -> None:

@@ -24,7 +24,7 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
 from lorsa_utils.models import AttentionSite, LanguageModel, load_model, resolve_device
 from lorsa_utils.text import Corpus, Sequences, _bos_id, load_corpus, tokenize
-from lorsa_utils.train import Run, RunSpec, World, join_world, make_logger, train_runs
+from lorsa_utils.training import Run, RunSpec, World, join_world, make_logger, train_runs
 
 if TYPE_CHECKING:
     import pandas as pd

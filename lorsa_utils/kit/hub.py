@@ -29,7 +29,7 @@ from lorsa_utils.kit import formats
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.text import Sequences
-from lorsa_utils.train import read_log
+from lorsa_utils.training import read_log
 
 INT8 = ("W_V", "W_O", "W_E")
 FLOAT16 = ("W_Q", "W_K")

@@ -18,7 +18,7 @@ from lorsa_utils.kit import hub
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.text import Sequences, embedded_corpus, tokenize
-from lorsa_utils.train import RunSpec, train_runs, training_sources
+from lorsa_utils.training import RunSpec, train_runs, training_sources
 
 if TYPE_CHECKING:
     from lorsa_utils.kit.notebook import Context

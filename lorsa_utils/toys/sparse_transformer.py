@@ -30,7 +30,7 @@ from lorsa_utils.activations import ActivationBatch
 from lorsa_utils.config import Config, LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.lorsa import SAE, Lorsa, load
 from lorsa_utils.models import LanguageModel, load_model
-from lorsa_utils.train import Run, RunSpec
+from lorsa_utils.training import Run, RunSpec
 
 BOS = 0
 RULES = ("successor", "skip-bigram", "induction", "free")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
-from lorsa_utils import activations, store, train
+from lorsa_utils import activations, store, training
 from lorsa_utils.config import PRESETS, PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit import hub, notebook
@@ -289,21 +289,21 @@ def test_trained_goes_on_with_runs_that_stopped_at_different_steps(
     def stop(name: str, steps: int) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(
-                train, "train_runs", functools.partial(train.train_runs, stop_after_steps=steps, progress=False)
+                training, "train_runs", functools.partial(training.train_runs, stop_after_steps=steps, progress=False)
             )
             notebook.trained(run, model, source, {name: modules[name]}, settings)
 
     stop("lorsa", 2)
     stop("sae", 4)
     folders = notebook.trained(run, model, source, modules, settings)
-    assert {name: train.read_log(folder)[-1]["tokens"] for name, folder in folders.items()} == {
+    assert {name: training.read_log(folder)[-1]["tokens"] for name, folder in folders.items()} == {
         "lorsa": 300,
         "sae": 300,
     }
     fresh = notebook.trained(begin(tmp_path / "fresh"), model, source, modules, settings)
     for name, folder in folders.items():
         assert store.sha256_file(folder / "model.safetensors") == store.sha256_file(fresh[name] / "model.safetensors")
-    monkeypatch.setattr(train, "train_runs", None)  # nothing is left to train
+    monkeypatch.setattr(training, "train_runs", None)  # nothing is left to train
     assert notebook.trained(run, model, source, modules, settings) == folders
 
 
