@@ -192,7 +192,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(
 ) -> None:
     """The signal comes when one of two runs has made its step and the other has not, or half of it."""
     names, calls = ("lorsa", "sae"), 0
-    owner: Any = train if moment == "_log" else Run
+    owner: Any = training if moment == "_log" else Run
     real = getattr(owner, moment)
 
     def pressed(*arguments: Any) -> Any:

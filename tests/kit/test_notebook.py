@@ -14,7 +14,7 @@ from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 from lorsa_utils import activations, store, training
 from lorsa_utils.config import PRESETS, PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import hub, notebook
+from lorsa_utils.kit import hub, notebook, recipes
 from lorsa_utils.view import figures
 
 
@@ -289,7 +289,7 @@ def test_trained_goes_on_with_runs_that_stopped_at_different_steps(
     def stop(name: str, steps: int) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(
-                training, "train_runs", functools.partial(training.train_runs, stop_after_steps=steps, progress=False)
+                recipes, "train_runs", functools.partial(training.train_runs, stop_after_steps=steps, progress=False)
             )
             notebook.trained(run, model, source, {name: modules[name]}, settings)
 
@@ -303,7 +303,7 @@ def test_trained_goes_on_with_runs_that_stopped_at_different_steps(
     fresh = notebook.trained(begin(tmp_path / "fresh"), model, source, modules, settings)
     for name, folder in folders.items():
         assert store.sha256_file(folder / "model.safetensors") == store.sha256_file(fresh[name] / "model.safetensors")
-    monkeypatch.setattr(training, "train_runs", None)  # nothing is left to train
+    monkeypatch.setattr(recipes, "train_runs", None)  # nothing is left to train
     assert notebook.trained(run, model, source, modules, settings) == folders
 
 
