@@ -45,7 +45,7 @@ from lorsa_utils.kit.recipes import (  # noqa: F401
 )
 from lorsa_utils.view import figures
 
-TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((4, 57), (6,))}
+TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((5,), (6,))}
 """Package to the first version that is tested and the first that is not."""
 
 VERSIONS = ("kit", "python", "torch", "transformers", "device")
@@ -67,7 +67,8 @@ def check_versions(installed: Mapping[str, str] | None = None) -> None:
         if not first <= release < end:
             low, high = (".".join(map(str, bound)) for bound in (first, end))
             raise UserError(
-                f'{package} {version} is outside the tested range; run: pip install -c constraints.txt "{package}>={low},<{high}"'
+                f"{package} {version} is outside the tested range; run: "
+                f'pip install -c constraints.txt "{package}>={low},<{high}"'
             )
 
 
@@ -117,7 +118,7 @@ def provenance() -> dict[str, str]:
 
 
 def stage(folder: str | Path, name: str, key: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
-    """A costly step that is done once: the folder `<folder>/<name>-<hash of key>`, filled by `make` unless it is complete.
+    """A costly step that is done once: the folder `<folder>/<name>-<hash of key>`, filled by `make`.
 
     `key` is everything that the result depends on, as JSON values. stage.json, written last, marks a complete stage and
     lists its files; when one of them is missing the stage is rebuilt. `make` is handed the folder as it is, so that it
@@ -159,13 +160,13 @@ class Check:
 
 
 def expected_values(name: str, section: str) -> dict[str, dict[str, Any]]:
-    """The section of `data/expected/<name>.json` for a profile, or for one that looks at the checkpoint alone; empty when there is none."""
+    """A section of `data/expected/<name>.json`: `<profile>`, or `<profile>_checkpoint` for the checkpoint alone."""
     file = store.data_dir() / "expected" / f"{name}.json"
     return dict(store.read_json(file).get(section, {})) if file.is_file() else {}
 
 
 def check_values(values: Mapping[str, Any], expected: Mapping[str, Mapping[str, Any]]) -> list[Check]:
-    """Compare recorded values with expectations of the form {min}, {max} or {value, tolerance}, each with an optional note."""
+    """Compare recorded values with expectations {min}, {max} or {value, tolerance}, each with an optional note."""
     checks = []
     for key in [*values, *(key for key in expected if key not in values)]:
         rule = expected.get(key)
@@ -210,14 +211,15 @@ class Context:
         self.layers = profile.layers
         """Layers that are compared; `modules_at_hand` may find fewer than the profile names."""
         self.checkpoint_alone = False
-        """Whether `modules_at_hand` found nothing but the checkpoint that travels with the kit; `finish` expects other values then."""
+        """Whether `modules_at_hand` found nothing but the kit's own checkpoint; `finish` expects other values then."""
 
     def stage(
         self, name: str, key: Mapping[str, Any], make: Callable[[Path], object], code: Sequence[ModuleType] = ()
     ) -> Path:
         """A costly step, done once per run folder and shared by all notebooks that name it with the same key.
 
-        See `stage`. `code` names the modules that the result comes from; when their source changes, the step is rebuilt.
+        See `stage`. `code` names the modules that the result comes from; when their source changes, the step is
+        rebuilt.
         """
         sources = {"code": [store.sha256_file(str(module.__file__)) for module in code]} if code else {}
         return stage(self.folder / "stages", name, {**key, **sources}, make)
@@ -316,7 +318,7 @@ def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> C
 
 
 def _within_reach(profile: Profile) -> tuple[Profile, str | None]:
-    """The profile, or that of a laptop with a sentence that says why, when the weights of its model are gated or out of reach."""
+    """The profile, or that of a laptop with the reason, when the weights of its model are gated or out of reach."""
     if profile.is_scaled_down:
         return profile, None
     from lorsa_utils.models import require_available
@@ -339,7 +341,7 @@ def banners(folder: str | Path) -> list[str]:
 
 
 def profile_of_run(folder: str | Path, profile: str) -> str:
-    """The profile that a run folder's numbers are really of: `laptop` where a banner says that its model was out of reach."""
+    """The profile that a run's numbers are really of: `laptop` where a banner says that its model was out of reach."""
     return "laptop" if banners(folder) else profile
 
 
@@ -394,7 +396,7 @@ def _wrap(title: str) -> str:
 
 
 def _display(figure: go.Figure, saved: figures.SavedFigure, text: str) -> None:
-    """Show the figure where a notebook is running: interactive, static and as text, the reader's program takes what it can show."""
+    """Show the figure where a notebook is running, in three forms: interactive, static and text."""
     bundle: dict[str, Any] = {"text/plain": text, "application/vnd.plotly.v1+json": json.loads(figure.to_json())}
     if saved.png is not None:
         import base64

@@ -1,6 +1,7 @@
 """Artefacts that several notebooks share: text, activation cache and trained modules, made by the first that asks.
 
-Each is found again by everything that it depends on: settings, text, and the code that decides what a trained module is.
+Each is found again by everything that it depends on: settings, text, and the code that decides what a trained module
+is.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING
 from lorsa_utils import __version__, store
 from lorsa_utils.activations import ActivationCache, build_cache, source_identity
 from lorsa_utils.config import LorsaConfig, Profile, SAEConfig, TrainConfig
-from lorsa_utils.kit import checkpoints
+from lorsa_utils.kit import hub
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.text import Sequences, embedded_corpus, tokenize
-from lorsa_utils.train import RunSpec, train_runs, training_sources
+from lorsa_utils.training import RunSpec, train_runs, training_sources
 
 if TYPE_CHECKING:
     from lorsa_utils.kit.notebook import Context
@@ -27,7 +28,7 @@ LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
 
 
 def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
-    """Token sequences of the embedded text, the same in every notebook of a run: `train` and `held_out`, sized by the profile."""
+    """`train` and `held_out` sequences of the embedded text, sized by the profile, the same in all notebooks."""
     p, corpus = run.profile, embedded_corpus()
     budgets = {"train": (corpus.train, p.cache_tokens), "held_out": (corpus.held_out, p.compare_held_out_tokens)}
     return {
@@ -100,7 +101,7 @@ def short_config(run: Context) -> TrainConfig:
 
 
 def compare_tokens(profile: Profile) -> int:
-    """Training tokens of each module of notebook 03: there are three in each layer, so scaled-down profiles give each less."""
+    """Training tokens of each module of notebook 03; with three per layer, scaled-down profiles give each less."""
     return max(20_000, profile.train_tokens * 2 // 5) if profile.is_scaled_down else profile.train_tokens
 
 
@@ -144,7 +145,7 @@ def layer_modules(
 def second_seed(
     run: Context, model: LanguageModel, source: ActivationCache, layer: int, kinds: Sequence[str] = ("lorsa",)
 ) -> dict[str, Path]:
-    """Run folders of a layer's modules as in `layer_modules`, from the next seed's start on the same tokens; by kind."""
+    """Run folders of a layer's modules as in `layer_modules`, from the next seed's start on the same tokens."""
     names = {kind: f"layer{layer:02d}_{kind}_second" for kind in kinds}
     modules = {name: (layer, shape(run, model, layer, kind)) for kind, name in names.items()}
     train = train_config(run, compare_tokens(run.profile), 25).replace(seed=run.seed + 1)
@@ -166,8 +167,8 @@ def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
 
 
 def _shipped_pair(run: Context, model: LanguageModel) -> dict[str, Path] | None:
-    """The checkpoints of the profile's layer that travel with the kit, by `lorsa` and `sae`; None unless both are there."""
-    shipped = {kind: checkpoints.find(model, run.profile.layer, kind) for kind in ("lorsa", "sae")}
+    """The kit's own checkpoints of the profile's layer, by `lorsa` and `sae`; None unless both are there."""
+    shipped = {kind: hub.find(model, run.profile.layer, kind) for kind in ("lorsa", "sae")}
     pair = {kind: folder for kind, folder in shipped.items() if folder is not None}
     return pair if len(pair) == len(shipped) else None
 
@@ -191,8 +192,8 @@ def modules_at_hand(
     if shipped:
         run.layers, run.checkpoint_alone = (run.profile.layer,), True
         print(
-            f"Notebook 03 has not run in {run.folder.name}, so this run looks at layer {run.profile.layer} alone, at the "
-            "checkpoint that travels with the kit. For all layers run notebook 03 first, or set TRAIN = True."
+            f"Notebook 03 has not run in {run.folder.name}, so this run looks at layer {run.profile.layer} alone, at "
+            "the checkpoint that travels with the kit. For all layers run notebook 03 first, or set TRAIN = True."
         )
         folders = {run.profile.layer: shipped}
     else:

@@ -29,7 +29,7 @@ from lorsa_utils.heads.units import Activity, LorsaHeads, MHSAHeads, SAEFeatures
 from lorsa_utils.initialize import initialize
 from lorsa_utils.lorsa import SAE, Lorsa
 from lorsa_utils.models import AttentionSite, LanguageModel, load_model
-from lorsa_utils.train import Run, RunSpec
+from lorsa_utils.training import Run, RunSpec
 
 LAYERS = (0, 2)
 KINDS = ("lorsa", "sae", "mhsa")
