@@ -146,7 +146,7 @@ class SparseModel:
         return ablate(self.model, self.layers, self.by_layer(nodes), instead)
 
 
-def take_apart(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequence[int]) -> SparseModel:
+def decompose(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequence[int]) -> SparseModel:
     """A model with Lorsa heads or SAE features (layer -> module for raw activations) or MHSA heads (layers) as nodes.
 
     Raises:

@@ -815,7 +815,7 @@ def circuit(
 ) -> Answer:
     """Accuracy, ranking, faithfulness and completeness, errors, and one prompt's graph."""
     from lorsa_utils.circuits import faithfulness
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits.nodes import baseline, clean_logits, effects
     from lorsa_utils.heads import tasks
 
     began = time.perf_counter()
@@ -826,7 +826,7 @@ def circuit(
         pairs_of = tasks.from_texts(vocabulary, Path(prompts).stem, _own_pairs(Path(prompts)))
     else:
         pairs_of = tasks.make(task, vocabulary, max(4, pairs), seed)
-    accuracy = tasks.accuracy(circuits.clean_logits(sparse.model, pairs_of, batch_size), pairs_of)
+    accuracy = tasks.accuracy(clean_logits(sparse.model, pairs_of, batch_size), pairs_of)
     tasks.require_able(pairs_of.name, accuracy)
     _tell_curves(sparse, pairs_of, batch_size)
     curves = faithfulness.compare(
@@ -836,10 +836,10 @@ def circuit(
     if out:
         store.write_text(out, table.to_csv(index=False))
     discovery, held_out = pairs_of.split()
-    instead = circuits.baseline(sparse, held_out, ablation)
+    instead = baseline(sparse, held_out, ablation)
     scores = faithfulness.rank_scores(sparse, discovery, metric, ablation, FEW_NODES, batch_size)
     order = faithfulness.ranking(scores, sparse.error_nodes)[:10]
-    effects = circuits.effects(sparse, held_out, order, instead, metric, batch_size).mean(dim=1).tolist()
+    falls = effects(sparse, held_out, order, instead, metric, batch_size).mean(dim=1).tolist()
     errors = faithfulness.error_shares(sparse, held_out, instead, metric, batch_size).iloc[-1]
     return {
         "task": pairs_of.name,
@@ -850,7 +850,7 @@ def circuit(
         "metric_without_the_layers": float(curves[nodes].none.mean()),
         "error_share": float(errors["errors"]),
         "circuit": [
-            {"node": str(sparse.node(node)), "effect": effect} for node, effect in zip(order, effects, strict=True)
+            {"node": str(sparse.node(node)), "effect": effect} for node, effect in zip(order, falls, strict=True)
         ],
         "curves": _records(table),
         "graph": _graph(graph, sparse, pairs_of, vocabulary, traced) if graph else None,
@@ -862,12 +862,12 @@ def _sparse_model(
     folders: Sequence[Path], nodes: str, layers: Sequence[int] | None, model: str | None, device: str
 ) -> tuple[SparseModel, Vocabulary]:
     """The model with its layers decomposed, and its vocabulary."""
-    from lorsa_utils.circuits.nodes import take_apart
+    from lorsa_utils.circuits.nodes import decompose
     from lorsa_utils.heads.prompts import Vocabulary
 
     def with_words(bos_policy: str, modules: Any) -> tuple[SparseModel, Vocabulary]:
         tokenizer = language_model.tokenizer
-        return take_apart(language_model, modules), Vocabulary(tokenizer, _bos_id(tokenizer, bos_policy))
+        return decompose(language_model, modules), Vocabulary(tokenizer, _bos_id(tokenizer, bos_policy))
 
     if not folders:
         if nodes != "mhsa" or not layers:
@@ -909,12 +909,12 @@ def _own_pairs(path: Path) -> list[dict[str, Any]]:
 
 def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
     """Say what the curves cost when that is more than a minute."""
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits import nodes
     from lorsa_utils.circuits.faithfulness import usual_sizes
 
     batch, everything = task.rows(slice(0, batch_size)), torch.ones(1, sparse.n_nodes, dtype=torch.bool)
     began = time.perf_counter()
-    circuits.measure(sparse, batch, everything, circuits.baseline(sparse, batch), batch_size=batch_size)
+    nodes.measure(sparse, batch, everything, nodes.baseline(sparse, batch), batch_size=batch_size)
     passes = 3 * len(usual_sizes(sparse.n_nodes)) + 20
     seconds = (time.perf_counter() - began) / len(batch) * len(task) / 2 * passes
     if seconds > 60:
@@ -923,15 +923,14 @@ def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
 
 def _graph(path: str, sparse: SparseModel, task: Task, vocabulary: Vocabulary, traced: int) -> Answer:
     """Trace the first prompt and write its graph."""
-    from lorsa_utils.circuits import graph
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits import graph, nodes
 
     first = task.rows(slice(0, 1))
     answers, wrong = ([token for token in side[0].tolist() if token >= 0] for side in (first.answers, first.wrong))
     trace = graph.Trace(sparse, first.clean[0, : int(first.position[0]) + 1], answers, wrong)
     traced_graph = graph.trace_graph(trace, task.name, vocabulary.tokenizer, n_traced=traced, progress=True)
     with torch.no_grad():
-        chance = circuits.clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
+        chance = nodes.clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
     graph.write_graph(traced_graph, path, probability=float(chance))
     return {"path": path, "nodes": len(traced_graph.nodes), "links": len(traced_graph.links), **traced_graph.facts}
 

@@ -16,11 +16,11 @@ from lorsa_utils.circuits.nodes import (
     attribute,
     baseline,
     clean_logits,
+    decompose,
     effects,
     last_logits,
     measure,
     path_effect,
-    take_apart,
 )
 from lorsa_utils.config import SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
@@ -232,7 +232,7 @@ def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageMode
     for _ in range(200):
         run.train_step(batch(32))
     module = run.finished_module().requires_grad_(False)
-    sparse, task = take_apart(model, {0: module}), planted.planted_task(n=2, repeat=True)
+    sparse, task = decompose(model, {0: module}), planted.planted_task(n=2, repeat=True)
     exact = effects(sparse, task, range(sparse.n_nodes), baseline(sparse, task)).mean(dim=1)
     size = float(tasks.metric("logit_difference", clean_logits(model, task), task).mean())
     assert int((exact.abs() > 0.05 * size).sum()) == 1, "what two MHSA heads write together is one Lorsa head"
@@ -280,6 +280,6 @@ def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
     with pytest.raises(UserError, match="at least one layer"):
         SparseModel(model, {})
     with pytest.raises(UserError, match="transcoder"):
-        take_apart(model, {0: SAE(SAEConfig(d_model=planted.D_MODEL, n_features=4, k=2, kind="transcoder"))})
+        decompose(model, {0: SAE(SAEConfig(d_model=planted.D_MODEL, n_features=4, k=2, kind="transcoder"))})
     with pytest.raises(UserError, match="width 16"):
-        take_apart(model, {0: SAE(SAEConfig(d_model=16, n_features=4, k=2))})
+        decompose(model, {0: SAE(SAEConfig(d_model=16, n_features=4, k=2))})
