@@ -110,10 +110,10 @@ def measure_curve(
         sparse: the model.
         task: held-out prompts.
         orders: one ranking, made on other prompts; or one for each prompt.
-        sizes: of circuits; those beyond the (shortest) ranking are left out.
+        sizes: of circuits; those beyond the shortest ranking are left out.
         instead: for the held-out prompts.
         name: of the metric.
-        completeness: measure that as well (as many passes again).
+        completeness: measure that as well, with as many passes again.
         ends: another curve on the same prompts, whose `all` and `none` serve again.
         batch_size: prompts at a time.
 
@@ -260,7 +260,7 @@ def error_shares(
 
 
 @torch.no_grad()
-def match_units(one: SparseModel, other: SparseModel, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def match_units(sparse: SparseModel, other: SparseModel, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """For every node of one model the node of the other, in the same layer, that writes most nearly the same direction.
 
     `among` is a mask [n_nodes] of nodes of the other that may be matched; all without it.
@@ -268,10 +268,10 @@ def match_units(one: SparseModel, other: SparseModel, among: Tensor | None = Non
     Returns:
         match [n_nodes] and cosine [n_nodes]; error nodes match error nodes with cosine 1.
     """
-    match, cosine = torch.zeros(one.n_nodes, dtype=torch.long), torch.ones(one.n_nodes)
-    for layer, columns in one.columns.items():
+    match, cosine = torch.zeros(sparse.n_nodes, dtype=torch.long), torch.ones(sparse.n_nodes)
+    for layer, columns in sparse.columns.items():
         first, error = other.columns[layer].start, other.columns[layer].stop - 1
-        alike = write_directions(one, layer) @ write_directions(other, layer).T
+        alike = write_directions(sparse, layer) @ write_directions(other, layer).T
         if among is not None:
             alike[:, ~among[first:error]] = -torch.inf
         best = alike.max(dim=1)
@@ -305,16 +305,9 @@ def compare(
 ) -> dict[str, Curve]:
     """Curves of several kinds of nodes on one draw of prompts: half of them rank nodes, half measure circuits.
 
-    Args:
-        kinds: name to model, with the same layers decomposed.
-        task: prompts of one seed.
-        name: of the metric.
-        ablation: see `nodes.baseline`.
-        seed: of the random sets.
-        random: kinds (all by default) of which random sets of the same sizes are measured as well, faithfulness alone,
-            as `random <name>`.
-        exact_up_to: see `rank_scores`.
-        batch_size: prompts at a time.
+    All kinds have the same layers decomposed. Of those in `random` (all by default) random sets of the same sizes are
+    measured as well, faithfulness alone, as `random <name>`. Ablations are those of `nodes.baseline`; see `rank_scores`
+    for `exact_up_to`.
     """
     discovery, held_out = task.split()
     curves: dict[str, Curve] = {}

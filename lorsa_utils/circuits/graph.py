@@ -141,13 +141,9 @@ class Trace:
     """One prompt, its sources, and edges on demand."""
 
     def __init__(self, sparse: SparseModel, tokens: Tensor, answers: Sequence[int], wrong: Sequence[int]) -> None:
-        """Read a prompt.
+        """Read a prompt, tokens [length].
 
-        Args:
-            sparse: with Lorsa heads or SAE features.
-            tokens: [length].
-            answers: the logit difference is the mean logit of these tokens
-            wrong: minus the mean logit of these (none: minus the mean of all logits).
+        The logit difference is the mean logit of `answers` minus that of `wrong` (none: minus the mean of all logits).
 
         Raises:
             UserError: the layers hold MHSA heads, or the prompt is longer than `MAX_LENGTH`.
@@ -301,8 +297,8 @@ class Stream:
         parts = {"embedding": trace.embedding[position]}
         for layer in range(self.model.n_layers if before is None else before):
             if activity := trace.activity.get(layer):
-                kept = zip(activity.indices[0, position].tolist(), activity.values[0, position], strict=True)
-                parts |= {f"{layer}.{unit}": value * activity.W_O[unit] for unit, value in kept if value}
+                active = zip(activity.indices[0, position].tolist(), activity.values[0, position], strict=True)
+                parts |= {f"{layer}.{unit}": value * activity.W_O[unit] for unit, value in active if value}
                 parts[f"{layer}.error"] = activity.error[0, position]
                 parts[f"{layer}.bias"] = activity.module.b_O.detach()
             else:
@@ -438,23 +434,13 @@ def trace_graph(
 ) -> Graph:
     """The graph of a prompt's logit difference.
 
-    From the logit backwards: the node with the largest influence so far is traced next, until `n_traced` units are.
-    Then nodes are pruned to the smallest set with `node_share` of the influence (embeddings and the logit stay), and
-    edges to the smallest set with `edge_share` of the influence that flows over them.
+    From the logit backwards: the node with the largest influence so far is traced next, until `n_traced` units are (at
+    most `MAX_NODES`). Then nodes are pruned to the smallest set with `node_share` of the influence (embeddings and the
+    logit stay), and edges to the smallest set with `edge_share` of the influence that flows over them.
 
-    Args:
-        trace: of the prompt.
-        name: of the graph, for its file.
-        tokenizer: for token texts.
-        n_traced: units whose inputs are traced, at most `MAX_NODES`.
-        node_share: of influence to keep.
-        edge_share: of influence to keep.
-        progress: show a bar, and an estimate first where it takes more than a minute.
-
-    Returns:
-        the graph; its facts: `logit_difference`, `edge_sum` (all edges to the logit and the constants; equal to it),
-        `active_nodes`, `traced`, `error_share` (of the influence that reaches the logit from sources without traced
-        inputs, the part that errors have), `embedding_share`, `untraced_share`, `bias_share`.
+    Its facts: `logit_difference`, `edge_sum` (all edges to the logit and the constants; equal to it), `active_nodes`,
+    `traced`, `error_share` (of the influence that reaches the logit from sources without traced inputs, the part that
+    errors have), `embedding_share`, `untraced_share`, `bias_share`.
 
     Raises:
         UserError: too many nodes, with an estimate of their memory.
@@ -515,9 +501,9 @@ def _pruned(
     edge_share: float,
 ) -> tuple[tuple[GraphNode, ...], tuple[tuple[str, str, float], ...]]:
     kinds = [*(source.kind for source in trace.sources), "logit"]
-    always, never = (torch.tensor([kind in some for kind in kinds]) for some in (("embedding", "logit"), ("bias",)))
-    kept = (keep_cumulative(reach, node_share) | always) & ~never
-    nodes = {number: _node(trace, tokenizer, number, float(reach[number])) for number in kept.nonzero()[:, 0].tolist()}
+    ends = torch.tensor([kind in ("embedding", "logit") for kind in kinds])
+    shown = (keep_cumulative(reach, node_share) | ends) & torch.tensor([kind != "bias" for kind in kinds])
+    nodes = {number: _node(trace, tokenizer, number, float(reach[number])) for number in shown.nonzero()[:, 0].tolist()}
     links, flows = [], []
     for number, row in inputs.items():
         if number in nodes:
@@ -529,8 +515,8 @@ def _pruned(
     strong = keep_cumulative(torch.tensor(flows), edge_share)
     links = [link for link, keep in zip(links, strong, strict=True) if keep]
     used = {end for link in links for end in link[:2]}
-    shown = (node for node in nodes.values() if node.node_id in used or node.kind in ("embedding", "logit"))
-    return tuple(shown), tuple(links)
+    linked = (node for node in nodes.values() if node.node_id in used or node.kind in ("embedding", "logit"))
+    return tuple(linked), tuple(links)
 
 
 def _node(trace: Trace, tokenizer: Any, number: int, reach: float) -> GraphNode:
@@ -562,14 +548,9 @@ _TYPES = {
 
 
 def write_graph(graph: Graph, path: str | Path, probability: float = 0.0, page: str = "") -> Path:
-    """Write a graph in the schema of circuit-tracer.
+    """Write a graph in the schema of circuit-tracer, with the model's probability of the answer.
 
-    Args:
-        graph: pruned.
-        path: of the JSON file.
-        probability: the model's probability of the answer.
-        page: where the page of a unit is, with `{layer}` and `{unit}`, such as `heads/{layer}_{unit}.html`; nothing
-            without it.
+    `page` says where the page of a unit is, such as `heads/{layer}_{unit}.html`.
     """
     metadata = {
         "slug": graph.name,

@@ -71,7 +71,7 @@ class Activity(abc.ABC):
 
     @abc.abstractmethod
     def written(self, mask: Tensor) -> Tensor:
-        """What nodes write together, by share in a mask [batch or 1, length or 1, n_nodes]: [batch, length, d_model]."""
+        """What nodes write together, [batch, length, d_model], by share: mask [batch or 1, length or 1, n_nodes]."""
 
     @abc.abstractmethod
     def along(self, direction: Tensor) -> Tensor:
@@ -197,13 +197,9 @@ class Units(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
-        """Read units at some queries of one sequence.
+        """Read units at queries, positions [n_queries], of one sequence (the number `place`) of a prepared batch.
 
-        Args:
-            batch: of `prepare`.
-            place: which sequence of it.
-            positions: queries, [n_queries].
-            maps: weights of source positions for each query, [n_maps, n_queries, length].
+        Maps are weights of source positions for each query, [n_maps, n_queries, length].
         """
 
     @abc.abstractmethod
@@ -580,14 +576,14 @@ class Removals:
             UserError: there is no such unit.
         """
         indices = {name: units.check(chosen).to(self.model.device) for name, chosen in sets_of_units.items()}
-        parts: dict[str, list[Tensor]] = {name: [] for name in indices}
-        for some in torch.arange(len(self.prompts.tokens)).split(self.batch_size):
-            with self.model.resume(self.layer, self._residual[some]):
-                sides = self.model.capture(self.prompts.tokens[some], [self.layer])[self.layer]
+        places: dict[str, list[Tensor]] = {name: [] for name in indices}
+        for batch in torch.arange(len(self.prompts.tokens)).split(self.batch_size):
+            with self.model.resume(self.layer, self._residual[batch]):
+                sides = self.model.capture(self.prompts.tokens[batch], [self.layer])[self.layer]
             active = units.active(*(side.float() for side in sides))
             for name, chosen in indices.items():
-                parts[name].append(active[..., chosen].any(dim=-1).cpu())
-        return {name: torch.cat(some) for name, some in parts.items()}
+                places[name].append(active[..., chosen].any(dim=-1).cpu())
+        return {name: torch.cat(batches) for name, batches in places.items()}
 
     def effects(self, units: Units, sets_of_units: Mapping[str, Sequence[int]], progress: bool = False) -> pd.DataFrame:
         """Effects of removing sets of units, one row per set: `removed` (its name), `n`, and the fields of `Effect`.

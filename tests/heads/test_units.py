@@ -235,11 +235,6 @@ def test_removal_is_the_splice_without_those_heads(model: LanguageModel, found: 
     assert table.loc[1, "labelled"] == pytest.approx(float(difference.mean()), abs=1e-4)
 
 
-def test_by_pair() -> None:
-    values = torch.tensor([[1.0], [3.0], [10.0]])
-    assert units.by_pair(values, torch.tensor([7, 7, 2])).tolist() == [[10.0], [2.0]]
-
-
 def test_effect_error_is_over_pairs() -> None:
     found: Any = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
     changed = torch.where(found.pair == 0, 1.0, 3.0)
