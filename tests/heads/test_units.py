@@ -179,15 +179,15 @@ def found() -> prompts.PromptSet:
 def test_removing_nothing_changes_nothing(model: LanguageModel, found: prompts.PromptSet) -> None:
     each = units.LorsaHeads(lorsa_for(model))
     logits, untouched = model.logits(found.tokens), model.loss(found.tokens)[0]
-    for nothing in ([], {3: 0.0}, torch.zeros(3, 1, each.n + 1)):
+    last = torch.zeros(len(found.tokens), 1, each.n + 1)
+    for nothing in ([], {3: 0.0}, last):
         with units.ablate(model, {1: each}, {1: nothing}):
             assert torch.equal(model.logits(found.tokens), logits)
-    last = torch.zeros(3, 1, each.n + 1)
-    last[2, :, :12] = 1
+    last[-1, :, :-1] = 1
     with units.ablate(model, {1: each}, {1: last}):
         changed = model.logits(found.tokens)
-    assert torch.equal(changed[:2], logits[:2]), "the other sequences keep theirs"
-    assert not torch.equal(changed[2], logits[2])
+    assert torch.equal(changed[:-1], logits[:-1]), "the other sequences keep theirs"
+    assert not torch.equal(changed[-1], logits[-1])
     removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
     assert torch.equal(removals.untouched, untouched[found.row, found.position])
     assert torch.equal(removals.losses(each, []), removals.untouched)
