@@ -43,4 +43,3 @@ def test_commands_are_those_of_the_record() -> None:
         by_name = {option["names"][0]: option for option in declared[name]}
         assert by_name == {option["names"][0]: option for option in options}, name
         assert len(by_name) == len(declared[name]), name
-
