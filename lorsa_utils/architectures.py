@@ -1,4 +1,4 @@
-"""One entry per model family: where a Hugging Face model keeps what the kit reads, and how its attention weights split by head.
+"""One entry per model family: where a Hugging Face model keeps what the kit reads, and its attention weights by head.
 
 A new family is one entry of `ARCHITECTURES` and a tiny model in `tests/tiny_models.py`; `tests/test_architectures.py`
 then runs every command that reads the table on it.
@@ -30,13 +30,13 @@ class Architecture:
     activation: str
     """The MLP's activation function."""
     gated: bool
-    """Whether the activation function's output is a factor on another projection, which a frozen pass holds fixed; else the pass
-    holds the ratio of its output to its input."""
+    """Whether the activation function's output is a factor on another projection, which a frozen pass holds fixed; else
+    it holds fixed the ratio of output to input."""
     heads: Callable[[Any, Any], dict[str, Any]]
     """(config, attention module) to the weights of an `AttentionSite`, in the model's own dtype."""
     fixed: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(repr=False)
-    """Modules that compute queries and keys; each function takes the config and the module's output, and returns the output with
-    queries and keys detached, as a frozen pass wants it."""
+    """Modules that compute queries and keys, and what a frozen pass makes of (config, their output): queries and keys
+    detached, values not."""
     has_rotary: bool = True
 
 

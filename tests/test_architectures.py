@@ -1,4 +1,4 @@
-"""Every entry of the table of architectures goes through every command that reads it, so that a forgotten field fails here."""
+"""Every entry of the table of architectures goes through every command that reads it: a forgotten field fails here."""
 
 from __future__ import annotations
 

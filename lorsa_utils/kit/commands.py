@@ -24,7 +24,7 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
 from lorsa_utils.models import AttentionSite, LanguageModel, load_model, resolve_device
 from lorsa_utils.text import Corpus, Sequences, _bos_id, load_corpus, tokenize
-from lorsa_utils.train import Run, RunSpec, World, join_world, make_logger, train_runs
+from lorsa_utils.training import Run, RunSpec, World, join_world, make_logger, train_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -515,7 +515,7 @@ def evaluate(folder: str, text: Paths, tokens: int, model: str | None, batch_siz
     language_model, _, sequences = _to_measure_on(place, config, text, tokens, seed, model, device)
     _tell_passes(language_model, sequences, batch_size)
     module.to(language_model.device)
-    result = metrics.evaluate_spliced(language_model, config["layer"], module, sequences, batch_size, progress=True)
+    result = metrics.evaluate(module, config["layer"], language_model, sequences, batch_size, progress=True)
     if result["fvu"] > 1:
         note(
             "Warning: FVU is above 1, worse than predicting the mean; "
@@ -950,10 +950,10 @@ def import_(
     device: str,
 ) -> Answer:
     """A run folder from published weights."""
-    from lorsa_utils.kit import checkpoints, hub
+    from lorsa_utils.kit import hub
 
     if (Path(source) / "checkpoint.json").is_file():
-        return {"path": str(checkpoints.unpack(source, folder)), "format": "small", "warning": None}
+        return {"path": str(hub.unpack(source, folder)), "format": "small", "warning": None}
     if model is None:
         answer = hub.import_checkpoint(source, folder, layer=layer)
     else:
@@ -973,11 +973,11 @@ def import_(
 
 def export(folder: str, target: str, format: str, push: str | None, path_in_repo: str | None, private: bool) -> Answer:
     """Published formats, and the Hub."""
-    from lorsa_utils.kit import checkpoints, hub
+    from lorsa_utils.kit import hub
 
     _require_finished(Path(folder))
     if format == "small":
-        path = checkpoints.pack(folder, target)
+        path = hub.pack(folder, target)
         size = sum(file.stat().st_size for file in path.iterdir())
         answer: Answer = {"path": str(path), "format": "small", "bytes": size}
     else:

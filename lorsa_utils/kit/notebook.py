@@ -45,7 +45,7 @@ from lorsa_utils.kit.recipes import (  # noqa: F401
 )
 from lorsa_utils.view import figures
 
-TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((4, 57), (6,))}
+TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((5,), (6,))}
 """Package to the first version that is tested and the first that is not."""
 
 VERSIONS = ("kit", "python", "torch", "transformers", "device")

@@ -2,7 +2,7 @@
 
 1. A notebook is skipped while its cells, the modules that it imports, the profile and its expected values are those of
    its last good run and its outputs are still there. One that shows what the others made (`reads_run` in its metadata)
-   is skipped only while that is the same too.
+   comes after them, and is skipped only while that is the same too.
 2. papermill executes it with PROFILE and RUN_DIR set (and TRAIN where it has that), into `NN_name.failed.ipynb`, which
    becomes `NN_name.ipynb` only when every cell passed. When one fails, the run stops there: later notebooks read
    earlier artefacts.
@@ -57,13 +57,16 @@ def notebooks_dir() -> Path:
 
 
 def find_notebooks(folder: str | Path | None = None, only: Sequence[str] | None = None) -> list[Path]:
-    """Notebooks `NN_name.ipynb` in the order of their numbers; `only` keeps those of a number or name, such as `02`.
+    """Notebooks `NN_name.ipynb` in the order of their numbers, last those that show what the others made.
+
+    `only` keeps those of a number or name, such as `02`.
 
     Raises:
         UserError: there are none, or one in `only` does not exist.
     """
     place = notebooks_dir() if folder is None else Path(folder)
-    paths = sorted(place.glob("[0-9]*_*.ipynb"), key=lambda path: (_number(path.stem), path.stem))
+    paths = [path for path in place.glob("*.ipynb") if re.match(r"\d+_", path.name)]
+    paths.sort(key=lambda path: ("reads_run" in _about(path), _number(path.stem), path.stem))
     if not paths:
         raise UserError(f"There are no notebooks in {place}; run this in a clone of the repository.")
     chosen = set(paths if only is None else ())

@@ -201,7 +201,7 @@ def test_replaced_losses_equal_those_of_the_evaluation(tmp_path: Path) -> None:
     losses = dark_matter.replaced_losses(model, 1, pair["a"], pair["b"], mean, sequences, batch_size=2)
     assert set(losses) == {"original", "counted", *dark_matter.VARIANTS}
     for name, key in (("a", "ce_spliced"), ("original", "ce"), ("mean output", "ce_mean_ablated")):
-        expected = metrics.evaluate_spliced(model, 1, pair["a"], sequences)[key]
+        expected = metrics.evaluate(pair["a"], 1, model, sequences)[key]
         assert float(losses[name].sum() / losses["counted"].sum()) == pytest.approx(expected, rel=1e-5)
     table = dark_matter.loss_increases(losses).set_index("variant")
     assert table.loc["a", "against_a"] == 0
