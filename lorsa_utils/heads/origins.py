@@ -138,8 +138,8 @@ def unit_effects(
     """Is a Lorsa head what some MHSA heads compute together? The loss without their parts along its w_o.
 
     Where the head is active, removed are, in turn: the part of each of `mhsa_heads` (those with the largest shares)
-    alone, the parts of all of them, of all MHSA heads of the layer, and the Lorsa head. The head has to be active in the text, its top contexts
-    for instance; `mean_values` as in `mhsa_shares`.
+    alone, the parts of all of them, of all MHSA heads of the layer, and the Lorsa head. The head has to be active in
+    the text, its top contexts for instance; `mean_values` as in `mhsa_shares`.
 
     Returns:
         columns `removed`, `written` (mean size of what was removed along w_o, over active tokens), `effect` (mean

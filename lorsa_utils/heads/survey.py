@@ -31,8 +31,8 @@ class Survey:
 
     facts: pd.DataFrame
     """One row per unit: `frequency` (share of counted tokens where it is active), `mean_activation` and
-    `max_activation` (where active), and, over its mass where active, `distance` (mean tokens back), `first_share`, `previous_share`,
-    `self_share`. For a dead unit `frequency` and `max_activation` are 0 and the rest NaN."""
+    `max_activation` (where active), and, over its mass where active, `distance` (mean tokens back), `first_share`,
+    `previous_share`, `self_share`. For a dead unit `frequency` and `max_activation` are 0 and the rest NaN."""
     places: Tensor = field(repr=False)
     """[n_units, n_contexts, 2], sequence and position of its largest activations, each from another sequence; -1 where
     there are none."""
