@@ -94,7 +94,7 @@ def lines(
         [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
     )
     for number, (name, part) in enumerate(groups):
-        style = _style(number)
+        style = style(number)
         figure.add_scatter(x=part[x], y=part[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
     return figure
 
@@ -114,7 +114,7 @@ def bars(
     return figure
 
 
-def _style(number: int) -> dict[str, Any]:
+def style(number: int) -> dict[str, Any]:
     return {
         "line": {"color": PALETTE[number % len(PALETTE)], "width": 2},
         "marker": {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": PALETTE[number % len(PALETTE)]},
@@ -139,7 +139,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], title: st
                 legendgroup=name,
                 showlegend=panel == 1,
                 mode="lines",
-                line=_style(number)["line"],
+                line=style(number)["line"],
                 row=panel,
                 col=1,
             )
@@ -803,7 +803,7 @@ def circuit_curves(
     figure = new_figure(title, x_title, f"{y} (share of the behaviour)")
     ends = ("low", "high") if y == "faithfulness" else (f"{y}_low", f"{y}_high")
     for number, (name, part) in enumerate(data[data[y].notna()].groupby("nodes", sort=False)):
-        style = _style(number)
+        style = style(number)
         band = pd.concat(
             [
                 part[[x, ends[1]]].set_axis(["x", "y"], axis=1),
@@ -1009,7 +1009,7 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
             # Dictionaries are moved apart, so that intervals do not hide each other.
             figure.add_scatter(
                 **{"x": x, "y": part["mean"], "error_y": error, "name": str(name), "legendgroup": str(name)},
-                **{"showlegend": panel == 1, "mode": "markers", "marker": _style(number)["marker"], **place},
+                **{"showlegend": panel == 1, "mode": "markers", "marker": style(number)["marker"], **place},
             )
         figure.add_hline(
             y=0 if score == "simulation" else chance, line={"dash": "dash", "color": "#888888", "width": 1}, **place
@@ -1041,7 +1041,7 @@ def score_against(
     """
     figure = new_figure(title, x_title, y_title)
     for number, (name, part) in enumerate(data.groupby("dictionary", sort=False)):
-        marker = _style(number)["marker"] | {"size": 5, "opacity": 0.5}
+        marker = style(number)["marker"] | {"size": 5, "opacity": 0.5}
         figure.add_scatter(x=part[x], y=part[y], name=str(name), mode="markers", marker=marker)
     figure.add_hline(y=0.5, line={"dash": "dash", "color": "#888888", "width": 1})
     if log:
@@ -1135,7 +1135,7 @@ def intervals(
         places = [names.index(str(category)) + step * (number - (len(groups) - 1) / 2) for category in part[x]]
         error = {"array": part["high"] - part[value], "arrayminus": part[value] - part["low"], "symmetric": False}
         figure.add_scatter(
-            x=places, y=part[value], error_y=error, name=str(name), mode="markers", marker=_style(number)["marker"]
+            x=places, y=part[value], error_y=error, name=str(name), mode="markers", marker=style(number)["marker"]
         )
     if line is not None:
         figure.add_hline(y=line, line={"dash": "dash", "color": "#888888", "width": 1})
@@ -1169,7 +1169,7 @@ def ablation_changes(data: pd.DataFrame, title: str = "P14: what each change doe
         }
         rows = [[str(factor)] * len(part), part["level"].astype(str).tolist()]
         figure.add_scatter(
-            x=part["change"], y=rows, error_x=error, mode="markers", marker=_style(number)["marker"], showlegend=False
+            x=part["change"], y=rows, error_x=error, mode="markers", marker=style(number)["marker"], showlegend=False
         )
     figure.add_vline(x=0, line={"color": "#444444"})
     figure.update_yaxes(autorange="reversed", type="multicategory", dividercolor="#BBBBBB", tickfont={"size": 12})
@@ -1187,7 +1187,7 @@ def start_fvu(data: pd.DataFrame, title: str = "P14: where training starts") -> 
     figure = new_figure(title, "FVU (held-out text)", "taken from the MHSA")
     error = {"array": data["high"] - data["fvu"], "arrayminus": data["fvu"] - data["low"], "symmetric": False}
     figure.add_scatter(
-        x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**_style(0)["marker"], "size": 10}
+        x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**style(0)["marker"], "size": 10}
     )
     figure.add_vline(x=1, line={"color": "#888888", "dash": "dash"})
     figure.update_yaxes(autorange="reversed", type="category")
@@ -1261,7 +1261,7 @@ def scaling_laws(
     names = list(dict.fromkeys(points["line"]))
     for number, name in enumerate(names):
         part = points[points["line"] == name]
-        column, style = panels.index(part["panel"].iloc[0]) + 1, _style(number)
+        column, style = panels.index(part["panel"].iloc[0]) + 1, style(number)
         place = {"row": 1, "col": column, "legendgroup": str(name)}
         grid = np.geomspace(points["x"].min(), points["x"].max(), 40)
         low, high = laws[name].band(grid)
