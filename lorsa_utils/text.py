@@ -20,9 +20,9 @@ import xml.etree.ElementTree as ElementTree
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ from lorsa_utils.store import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lorsa_utils.models import LanguageModel
 
 CORPUS_VERSION = 3
 HELD_OUT_SHARE = 0.1
@@ -135,6 +137,10 @@ class Sequences:
     """Hash of tokens, mask and policy."""
     asked: int | None = None
     """The budget that was asked for, in tokens that count."""
+    documents: Sequence[Document] = field(default=(), repr=False)
+    """The documents that were cut, whether or not the budget reached them."""
+    origin: str | Sequence[str] | None = None
+    """Where they are from: `embedded`, a dataset's id, or absolute paths. For people; hashes are what is compared."""
 
     @property
     def n_tokens(self) -> int:
@@ -666,6 +672,51 @@ def load_corpus(
 # --- token sequences -------------------------------------------------------------------------------------------------
 
 
+class Text(NamedTuple):
+    """Sequences to train on and to measure on; no document is in both."""
+
+    train: Sequences
+    held_out: Sequences | None
+    """None where the text is too short to hold a part of it out."""
+
+
+def load_text(
+    model: LanguageModel,
+    n_tokens: int,
+    files: Sequence[str | Path] | None = None,
+    dataset: str | None = None,
+    *,
+    held_out_tokens: int = 100_000,
+    context: int = 256,
+    bos_policy: str = "auto",
+    seed: int = 0,
+) -> Text:
+    """Text for a model: the embedded one, files or folders, or a dataset by its id on the Hugging Face Hub.
+
+    Args:
+        model: its tokenizer cuts the text.
+        n_tokens: training tokens that count.
+        files: text files or folders in place of the embedded text.
+        dataset: Hugging Face dataset in place of the embedded text.
+        held_out_tokens: held-out tokens that count.
+        context: tokens in a sequence, BOS included.
+        bos_policy: see `tokenize`.
+        seed: order of the text.
+
+    Raises:
+        UserError: a file or dataset cannot be read, or there is no text.
+    """
+    corpus = load_corpus(files, dataset, max_tokens=n_tokens + held_out_tokens)
+    origin = [str(Path(file).absolute()) for file in files] if files else dataset or "embedded"
+
+    def cut(documents: Sequence[Document], budget: int) -> Sequences:
+        options = {"context": context, "n_tokens": budget, "bos_policy": bos_policy, "seed": seed}
+        return replace(tokenize(documents, model.tokenizer, **options), origin=origin)  # type: ignore[arg-type]
+
+    held_out = cut(corpus.held_out, held_out_tokens) if corpus.held_out else None
+    return Text(cut(corpus.train, n_tokens), held_out)
+
+
 def tokenize(
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
@@ -710,7 +761,7 @@ def tokenize(
             break
     else:
         raise UserError("The text is empty (fewer than two tokens); give a text with at least a few words.")
-    return _assemble(pieces, tokenizer, context, bos_id, n_tokens)
+    return replace(_assemble(pieces, tokenizer, context, bos_id, n_tokens), documents=documents)
 
 
 def _bos_id(tokenizer: PreTrainedTokenizerBase, bos_policy: str) -> int | None:

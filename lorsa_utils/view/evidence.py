@@ -398,12 +398,16 @@ class Evidence:
             UserError: there is no such head.
         """
         LorsaHeads(self.lorsa).check(chosen)
-        contexts = self._contexts({head: choose_places(self.survey, head, self.sequences, self.seed) for head in chosen})
+        contexts = self._contexts(
+            {head: choose_places(self.survey, head, self.sequences, self.seed) for head in chosen}
+        )
         words, name, size = _Words(self.model), Path(self.model.name), self.lorsa.config.group_size
         groups = {group: self._group(group, words) for group in {head // size for head in chosen}}
         for head in chosen:
             row = None if self.table is None else self.table.iloc[head]
-            shares = None if self.shares is None or bool(self.shares[head].isnan().any()) else self.shares[head].tolist()
+            shares = (
+                None if self.shares is None or bool(self.shares[head].isnan().any()) else self.shares[head].tolist()
+            )
             explanation, score = self.explanations.get(head, (None, None))
             raised, lowered = words.ends(self.lorsa.W_O[head])
             yield Head(
