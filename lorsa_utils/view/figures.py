@@ -68,53 +68,40 @@ def new_figure(title: str, x_title: str, y_title: str) -> go.Figure:
     )
 
 
+def series_style(number: int) -> dict[str, Any]:
+    """Line and marker of the n-th series; colour and symbol both tell it apart."""
+    colour = PALETTE[number % len(PALETTE)]
+    marker = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": colour}
+    return {"line": {"color": colour, "width": 2}, "marker": marker}
+
+
 # ---- drawings
 
 
 def lines(
     data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
 ) -> go.Figure:
-    """Lines with markers, one for each value of column `by`; colour and symbol both tell them apart.
-
-    Args:
-        data: one row a point.
-        x: column of the horizontal axis.
-        y: column of the vertical axis.
-        by: column that separates the lines; one line without it.
-        title: of the figure.
-        x_title: with its unit.
-        y_title: with its unit.
-    """
+    """Lines with markers over the columns `x` and `y`, one for each value of column `by`."""
     figure = new_figure(title, x_title, y_title)
-    groups: list[tuple[str, pd.DataFrame]] = (
-        [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
-    )
-    for number, (name, part) in enumerate(groups):
-        style = style(number)
-        figure.add_scatter(x=part[x], y=part[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
+    for number, (name, rows) in enumerate(_series(data, by)):
+        style = series_style(number)
+        figure.add_scatter(x=rows[x], y=rows[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
     return figure
 
 
 def bars(
     data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
 ) -> go.Figure:
-    """Grouped bars over the categories in column `x`, one colour for each value of column `by`; arguments as in `lines`."""
+    """Grouped bars of column `y` over the categories in column `x`, one colour for each value of column `by`."""
     figure = new_figure(title, x_title, y_title)
-    groups: list[tuple[str, pd.DataFrame]] = (
-        [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
-    )
-    for number, (name, part) in enumerate(groups):
+    for number, (name, rows) in enumerate(_series(data, by)):
         colour = PALETTE[number % len(PALETTE)]
-        figure.add_bar(x=part[x].astype(str), y=part[y], name=name, marker_color=colour, showlegend=by is not None)
-    figure.update_layout(barmode="group", xaxis_type="category")
-    return figure
+        figure.add_bar(x=rows[x].astype(str), y=rows[y], name=name, marker_color=colour, showlegend=by is not None)
+    return figure.update_layout(barmode="group", xaxis_type="category")
 
 
-def style(number: int) -> dict[str, Any]:
-    return {
-        "line": {"color": PALETTE[number % len(PALETTE)], "width": 2},
-        "marker": {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": PALETTE[number % len(PALETTE)]},
-    }
+def _series(data: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]]:
+    return [("", data)] if by is None else [(str(name), rows) for name, rows in data.groupby(by, sort=False)]
 
 
 def pattern_heatmap(
@@ -556,7 +543,7 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
             # Dictionaries are moved apart, so that intervals do not hide each other.
             figure.add_scatter(
                 **{"x": x, "y": part["mean"], "error_y": error, "name": str(name), "legendgroup": str(name)},
-                **{"showlegend": panel == 1, "mode": "markers", "marker": style(number)["marker"], **place},
+                **{"showlegend": panel == 1, "mode": "markers", "marker": series_style(number)["marker"], **place},
             )
         figure.add_hline(
             y=0 if score == "simulation" else chance, line={"dash": "dash", "color": "#888888", "width": 1}, **place
@@ -588,7 +575,7 @@ def score_against(
     """
     figure = new_figure(title, x_title, y_title)
     for number, (name, part) in enumerate(data.groupby("dictionary", sort=False)):
-        marker = style(number)["marker"] | {"size": 5, "opacity": 0.5}
+        marker = series_style(number)["marker"] | {"size": 5, "opacity": 0.5}
         figure.add_scatter(x=part[x], y=part[y], name=str(name), mode="markers", marker=marker)
     figure.add_hline(y=0.5, line={"dash": "dash", "color": "#888888", "width": 1})
     if log:
@@ -617,7 +604,12 @@ def ablation_changes(data: pd.DataFrame, title: str = "P14: what each change doe
         }
         rows = [[str(factor)] * len(part), part["level"].astype(str).tolist()]
         figure.add_scatter(
-            x=part["change"], y=rows, error_x=error, mode="markers", marker=style(number)["marker"], showlegend=False
+            x=part["change"],
+            y=rows,
+            error_x=error,
+            mode="markers",
+            marker=series_style(number)["marker"],
+            showlegend=False,
         )
     figure.add_vline(x=0, line={"color": "#444444"})
     figure.update_yaxes(autorange="reversed", type="multicategory", dividercolor="#BBBBBB", tickfont={"size": 12})
@@ -635,7 +627,7 @@ def start_fvu(data: pd.DataFrame, title: str = "P14: where training starts") -> 
     figure = new_figure(title, "FVU (held-out text)", "taken from the MHSA")
     error = {"array": data["high"] - data["fvu"], "arrayminus": data["fvu"] - data["low"], "symmetric": False}
     figure.add_scatter(
-        x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**style(0)["marker"], "size": 10}
+        x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**series_style(0)["marker"], "size": 10}
     )
     figure.add_vline(x=1, line={"color": "#888888", "dash": "dash"})
     figure.update_yaxes(autorange="reversed", type="category")
@@ -709,7 +701,7 @@ def scaling_laws(
     names = list(dict.fromkeys(points["line"]))
     for number, name in enumerate(names):
         part = points[points["line"] == name]
-        column, style = panels.index(part["panel"].iloc[0]) + 1, style(number)
+        column, style = panels.index(part["panel"].iloc[0]) + 1, series_style(number)
         place = {"row": 1, "col": column, "legendgroup": str(name)}
         grid = np.geomspace(points["x"].min(), points["x"].max(), 40)
         low, high = laws[name].band(grid)
