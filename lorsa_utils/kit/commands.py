@@ -602,7 +602,7 @@ def _agreed(sentence: str, yes: bool) -> bool:
 def circuit(options: Options) -> Answer:
     """Accuracy, ranking, faithfulness and completeness, errors, and one prompt's graph."""
     from lorsa_utils.circuits import faithfulness
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits.nodes import baseline, clean_logits, effects
     from lorsa_utils.heads import tasks
 
     began = time.perf_counter()
@@ -610,7 +610,7 @@ def circuit(options: Options) -> Answer:
         store.require_writable(Path(path).parent)
     sparse, task = _sparse_model(options)
     batch_size, metric, nodes = options.batch_size, options.metric, options.nodes
-    accuracy = tasks.accuracy(circuits.clean_logits(sparse.model, task, batch_size), task)
+    accuracy = tasks.accuracy(clean_logits(sparse.model, task, batch_size), task)
     tasks.require_able(task.name, accuracy)
     _tell_curves(sparse, task, batch_size)
     settings = (metric, options.ablation)
@@ -621,10 +621,10 @@ def circuit(options: Options) -> Answer:
     if options.out:
         store.write_text(options.out, table.to_csv(index=False))
     discovery, held_out = task.split()
-    instead = circuits.baseline(sparse, held_out, options.ablation)
+    instead = baseline(sparse, held_out, options.ablation)
     scores = faithfulness.rank_scores(sparse, discovery, *settings, FEW_NODES, batch_size)
     order = faithfulness.ranking(scores, sparse.error_nodes)[:10]
-    effects = circuits.effects(sparse, held_out, order, instead, metric, batch_size).mean(dim=1).tolist()
+    falls = effects(sparse, held_out, order, instead, metric, batch_size).mean(dim=1).tolist()
     errors = faithfulness.error_shares(sparse, held_out, instead, metric, batch_size).iloc[-1]
     return {
         "task": task.name,
@@ -635,7 +635,7 @@ def circuit(options: Options) -> Answer:
         "metric_without_the_layers": float(curves[nodes].none.mean()),
         "error_share": float(errors["errors"]),
         "circuit": [
-            {"node": str(sparse.node(node)), "effect": effect} for node, effect in zip(order, effects, strict=True)
+            {"node": str(sparse.node(node)), "effect": effect} for node, effect in zip(order, falls, strict=True)
         ],
         "curves": _records(table),
         "graph": _graph(options, sparse, task) if options.graph else None,
@@ -645,7 +645,7 @@ def circuit(options: Options) -> Answer:
 
 def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
     """The model with its layers decomposed, and the task's prompts or the caller's own."""
-    from lorsa_utils.circuits.nodes import take_apart
+    from lorsa_utils.circuits.nodes import decompose
     from lorsa_utils.heads import tasks
     from lorsa_utils.heads.prompts import Vocabulary
     from lorsa_utils.text import _bos_id
@@ -667,7 +667,7 @@ def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
         model = load_model(options.model or "smollm2", device=options.device)
     else:
         raise UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
-    sparse = take_apart(model, modules)
+    sparse = decompose(model, modules)
     vocabulary = Vocabulary(model.tokenizer, _bos_id(model.tokenizer, bos_policy))
     if options.prompts:
         return sparse, tasks.from_texts(vocabulary, Path(options.prompts).stem, _own_pairs(Path(options.prompts)))
@@ -691,12 +691,12 @@ def _own_pairs(path: Path) -> list[dict[str, Any]]:
 
 def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
     """Say what the curves cost when that is more than a minute."""
-    from lorsa_utils.circuits import nodes as circuits
     from lorsa_utils.circuits.faithfulness import usual_sizes
+    from lorsa_utils.circuits.nodes import baseline, measure
 
     batch, everything = task.rows(slice(0, batch_size)), torch.ones(1, sparse.n_nodes, dtype=torch.bool)
     began = time.perf_counter()
-    circuits.measure(sparse, batch, everything, circuits.baseline(sparse, batch), batch_size=batch_size)
+    measure(sparse, batch, everything, baseline(sparse, batch), batch_size=batch_size)
     passes = 3 * len(usual_sizes(sparse.n_nodes)) + 20
     seconds = (time.perf_counter() - began) / len(batch) * len(task) / 2 * passes
     if seconds > 60:
@@ -706,14 +706,14 @@ def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
 def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
     """Trace the first prompt and write its graph."""
     from lorsa_utils.circuits import graph
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits.nodes import clean_logits
 
     first = task.rows(slice(0, 1))
     answers, wrong = ([token for token in side[0].tolist() if token >= 0] for side in (first.answers, first.wrong))
     trace = graph.Trace(sparse, first.clean[0, : int(first.position[0]) + 1], answers, wrong)
     traced = graph.trace_graph(trace, task.name, sparse.model.tokenizer, n_traced=options.traced, progress=True)
     with torch.no_grad():
-        chance = circuits.clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
+        chance = clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
     graph.write_graph(traced, options.graph, probability=float(chance))
     return {"path": options.graph, "nodes": len(traced.nodes), "links": len(traced.links), **traced.facts}
 

@@ -12,8 +12,8 @@ from tiny_heads import DEAD, LAYER, LENGTH, Tiny, tiny_heads
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import units
-from lorsa_utils.view import evidence
-from lorsa_utils.view.explorer import Explorer, Reader, View, choose_heads, scaled, sentence_html, steer
+from lorsa_utils.view import evidence, pages
+from lorsa_utils.view.explorer import Explorer, Reader, View, choose_heads, marked_tokens, scaled, steer
 
 SENTENCE = "The cat sat on the mat. The cat"
 
@@ -78,9 +78,9 @@ def test_a_sentence_is_read_as_the_module_reads_it(tiny: Tiny, view: View, reade
     assert torch.allclose(context.z_pattern, tiny.lorsa.z_pattern(x, head)[0] * norms[head], atol=1e-5)
     main = [read.tokens[source] for source in evidence.main_sources(context.z_pattern[position])[:2]]
     assert firing["looks_at"].iloc[0] == main
-    html = sentence_html(context, position)
-    assert html.count('class="t') == len(read.ids)
-    assert html.count("here") == 1
+    tokens = marked_tokens(context, position)
+    assert [token["text"] for token in tokens] == [pages.visible(token) for token in read.tokens]
+    assert [place for place, token in enumerate(tokens) if "here" in token["classes"]] == [position]
 
 
 def test_sentences_that_are_too_long_or_empty_or_strange(reader: Reader, explorer: Explorer) -> None:

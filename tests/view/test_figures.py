@@ -268,21 +268,3 @@ def test_score_against_shows_every_unit() -> None:
     figure = figures.score_against(data, "frequency", "detection", title="t", x_title="x", y_title="y")
     assert [len(trace.x) for trace in figure.data] == [1, 2]
     assert figure.layout.xaxis.type == "log"
-
-
-def test_intervals_stand_side_by_side() -> None:
-    rows = [
-        (kind, name, value, value - 0.1, value + 0.2)
-        for kind, value in (("digit", 0.5), ("word start", 0.6))
-        for name in ("Lorsa", "SAE")
-    ]
-    data = pd.DataFrame(rows, columns=["kind", "module", "value", "low", "high"])
-    figure = figures.intervals(data, "kind", "module", title="t", x_title="x", y_title="y")
-    assert [trace.name for trace in figure.data] == ["Lorsa", "SAE"]
-    assert list(figure.layout.xaxis.ticktext) == ["digit", "word start"]
-    for trace, side in zip(figure.data, (-1, 1), strict=True):
-        assert [side * (place - category) > 0 for place, category in zip(trace.x, (0, 1), strict=True)] == [True, True]
-        assert list(trace.error_y.array) == pytest.approx([0.2, 0.2])
-        assert list(trace.error_y.arrayminus) == pytest.approx([0.1, 0.1])
-    assert [shape.y0 for shape in figure.layout.shapes] == [0]
-    assert not figures.intervals(data, "kind", "module", title="t", x_title="x", y_title="y", line=None).layout.shapes
