@@ -1229,7 +1229,7 @@ def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
     from lorsa_utils.heads.prompts import Vocabulary
     from lorsa_utils.lorsa import load
     from lorsa_utils.models import load_model
-    from lorsa_utils.text import _bos_id
+    from lorsa_utils.text import bos_id
 
     folders = [Path(folder) for folder in arguments.folders]
     if not folders:
@@ -1237,7 +1237,7 @@ def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
             raise UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
         model = load_model(arguments.model or "smollm2", device=arguments.device)
         return circuits.take_apart(model, arguments.layers), Vocabulary(
-            model.tokenizer, _bos_id(model.tokenizer, "auto")
+            model.tokenizer, bos_id(model.tokenizer, "auto")
         )
     configs = [_run_config(folder) for folder in folders]
     if len({config["source"]["model_sha256"] for config in configs}) > 1:
@@ -1246,7 +1246,7 @@ def _nodes(arguments: argparse.Namespace) -> tuple[SparseModel, Vocabulary]:
     if twice := [layer for layer in layers if layers.count(layer) > 1]:
         raise UserError(f"Layer {twice[0]} is given twice; give one run folder for each layer.")
     model = _model_of_run(folders[0], configs[0]["source"], arguments.model, arguments.device)
-    vocabulary = Vocabulary(model.tokenizer, _bos_id(model.tokenizer, configs[0]["source"]["bos_policy"]))
+    vocabulary = Vocabulary(model.tokenizer, bos_id(model.tokenizer, configs[0]["source"]["bos_policy"]))
     if arguments.nodes == "mhsa":
         return circuits.take_apart(model, layers), vocabulary
     modules = {}

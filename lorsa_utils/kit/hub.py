@@ -114,9 +114,7 @@ def push_to_hub(folder: str | Path, repo_id: str, path_in_repo: str | None = Non
         api.create_repo(repo_id, exist_ok=True, private=private)
         kept_back = ["state/*", ".*.tmp", "stage.json"]
         return str(
-            api.upload_folder(
-                repo_id=repo_id, folder_path=path, path_in_repo=path_in_repo, ignore_patterns=kept_back
-            )
+            api.upload_folder(repo_id=repo_id, folder_path=path, path_in_repo=path_in_repo, ignore_patterns=kept_back)
         )
 
 
