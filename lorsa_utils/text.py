@@ -4,7 +4,7 @@ Text comes from the embedded corpus (an extract of the English Wikipedia and the
 local files, or from a Hugging Face dataset. It is split into train and held-out parts by whole documents, and cut into
 sequences that each come from one document.
 
-    text = load_text(model, n_tokens=250_000)     # text.train and text.held_out, token sequences
+    text = load_text(model, n_tokens=250_000)     # text.train and text.held_out
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import xml.etree.ElementTree as ElementTree
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,13 +52,56 @@ WIKIPEDIA_WHEEL_SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997
 WIKIPEDIA_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 WIKIPEDIA_MEMBER_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 # The wheel is only a container of text here, so one platform's wheel is taken on every system.
-WIKIPEDIA_PIP_ARGS = ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"]
+WIKIPEDIA_PIP_ARGS = [
+    "--platform",
+    "manylinux_2_28_x86_64",
+    "--python-version",
+    "3.11",
+    "--implementation",
+    "cp",
+    "--abi",
+    "cp311",
+]
 
 # What the kit's own dependencies bring, so that no optional package changes the text. Not plotly and
 # transformers.models, which are generated or repeat themselves.
-DOCUMENTATION_PACKAGES = ["numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "mpmath", "huggingface_hub", "accelerate", "narwhals", "jinja2", "fsspec"]
+DOCUMENTATION_PACKAGES = [
+    "numpy",
+    "scipy",
+    "pandas",
+    "torch",
+    "transformers",
+    "sympy",
+    "networkx",
+    "mpmath",
+    "huggingface_hub",
+    "accelerate",
+    "narwhals",
+    "jinja2",
+    "fsspec",
+]
 SKIPPED_FOLDERS = set(
-    ["tests", "test", "testing", "_testing", "_vendor", "vendor", "models", "benchmarks", "array_api_compat", "_inductor", "_dynamo", "_functorch", "_export", "_refs", "_prims", "_decomp", "_numpy", "_higher_order_ops", "onnx"]
+    [
+        "tests",
+        "test",
+        "testing",
+        "_testing",
+        "_vendor",
+        "vendor",
+        "models",
+        "benchmarks",
+        "array_api_compat",
+        "_inductor",
+        "_dynamo",
+        "_functorch",
+        "_export",
+        "_refs",
+        "_prims",
+        "_decomp",
+        "_numpy",
+        "_higher_order_ops",
+        "onnx",
+    ]
 )
 
 MIN_WIKIPEDIA_CHARACTERS = 1500
@@ -76,11 +119,8 @@ LICENCES = {
 }
 
 
-TextName = str | Sequence[str]
-"""Where text came from: `embedded`, a dataset's id, or a list of absolute paths.
-
-Shown to people, never compared: hashes are.
-"""
+TextName = str | list[str]
+"""Where text is from: `embedded`, a dataset's id, or a list of absolute paths. For people; hashes are what is compared."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +143,7 @@ class Corpus:
     """About a tenth of the text, to measure on."""
     manifest: dict[str, Any]
     """Per source: documents, characters, share, sha256; versions, split rule, licences; `sha256` of the whole."""
-    name: TextName = "embedded"
+    origin: TextName = "embedded"
 
 
 @dataclass(frozen=True)
@@ -125,6 +165,9 @@ class Sequences:
     """Hash of tokens, mask and policy."""
     asked: int | None = None
     """The budget that was asked for, in tokens that count."""
+    documents: Sequence[Document] = field(default=(), repr=False)
+    """The documents that were cut, whether or not the budget reached them."""
+    origin: TextName | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -143,58 +186,54 @@ class Sequences:
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Tokens (int64) and mask of `batch_size` sequences at a time (the last may be fewer), each [batch, context]."""
-        for tokens, mask in zip(self.tokens.split(batch_size), self.mask.split(batch_size), strict=True):
-            yield tokens.to(device, torch.long), mask.to(device)
+        for first in range(0, len(self.tokens), batch_size):
+            rows = slice(first, first + batch_size)
+            yield self.tokens[rows].to(device, torch.long), self.mask[rows].to(device)
 
 
-@dataclass(frozen=True)
-class Text:
-    """A corpus as token sequences for one model."""
+class Text(NamedTuple):
+    """Sequences to train on and to measure on; no document is in both."""
 
     train: Sequences
-    held_out: Sequences
-    """To measure on; the training sequences again where the text is too short to hold a part of it out."""
-    corpus: Corpus
-
-    @property
-    def splits(self) -> dict[str, Sequences]:
-        """`train` and, where a part of the text is held out, `held_out`."""
-        return {"train": self.train} | ({} if self.held_out is self.train else {"held_out": self.held_out})
+    held_out: Sequences | None
+    """None where the text is too short to hold a part of it out."""
 
 
 def load_text(
     model: LanguageModel,
     n_tokens: int,
-    text: Sequence[str | Path] | None = None,
+    files: Sequence[str | Path] | None = None,
     dataset: str | None = None,
     *,
     held_out_tokens: int = 100_000,
     context: int = 256,
-    bos: str = "auto",
+    bos_policy: str = "auto",
     seed: int = 0,
 ) -> Text:
-    """Text for a model: local files, a Hugging Face dataset by its id, or else the embedded corpus.
+    """Text for a model: the embedded one, files or folders, or a dataset by its id on the Hugging Face Hub.
 
     Args:
         model: its tokenizer cuts the text.
-        n_tokens: to train on, at most.
-        text: files or folders, see `text_documents`.
+        n_tokens: training tokens that count, at most.
+        files: see `text_documents`.
         dataset: see `hub_corpus`.
-        held_out_tokens: to measure on, at most, from documents that `train` does not see.
+        held_out_tokens: held-out tokens that count, at most.
         context: tokens in a sequence, BOS included.
-        bos: see `tokenize`.
-        seed: of the order of the text.
+        bos_policy: see `tokenize`.
+        seed: order of the text.
 
     Raises:
-        UserError: the text cannot be read or is empty.
+        UserError: a file or dataset cannot be read, or there is no text.
     """
-    corpus = load_corpus(text, dataset, max_tokens=n_tokens + held_out_tokens)
-    settings: dict[str, Any] = {"context": context, "bos_policy": bos, "seed": seed}
-    train = tokenize(corpus.train, model.tokenizer, n_tokens=n_tokens, **settings)
-    held_out = train
-    if corpus.held_out:
-        held_out = tokenize(corpus.held_out, model.tokenizer, n_tokens=held_out_tokens, **settings)
-    return Text(train, held_out, corpus)
+    corpus = load_corpus(files, dataset, max_tokens=n_tokens + held_out_tokens)
+
+    def cut(documents: Sequence[Document], budget: int) -> Sequences:
+        sequences = tokenize(
+            documents, model.tokenizer, context=context, n_tokens=budget, bos_policy=bos_policy, seed=seed
+        )
+        return replace(sequences, origin=corpus.origin)
+
+    return Text(cut(corpus.train, n_tokens), cut(corpus.held_out, held_out_tokens) if corpus.held_out else None)
 
 
 def load_corpus(
@@ -267,7 +306,7 @@ def documents_sha256(documents: Iterable[Document]) -> str:
     )
 
 
-def _corpus(documents: Sequence[Document], name: TextName, **about: Any) -> Corpus:
+def _corpus(documents: Sequence[Document], origin: TextName, **about: Any) -> Corpus:
     """Split documents and describe them; `about` goes into the manifest."""
     train, held_out = split_documents(documents)
     total = _characters(documents)
@@ -285,7 +324,7 @@ def _corpus(documents: Sequence[Document], name: TextName, **about: Any) -> Corp
         }
     manifest = {"version": CORPUS_VERSION, "documents": len(documents), "characters": total, "sources": sources}
     manifest |= {"split": SPLIT_RULE, **about, "sha256": documents_sha256(documents)}
-    return Corpus(train, held_out, manifest, name)
+    return Corpus(train, held_out, manifest, origin)
 
 
 def _characters(documents: Sequence[Document]) -> int:
@@ -435,7 +474,7 @@ def _read_corpus(folder: Path) -> Corpus | None:
             parts[row["split"]].append(Document(row["id"], row["source"], row["text"]))
     except (UserError, ValueError, KeyError):
         return None
-    corpus = Corpus(**parts, manifest=manifest)
+    corpus = Corpus(parts["train"], parts["held_out"], manifest)
     return corpus if documents_sha256([*corpus.train, *corpus.held_out]) == manifest.get("sha256") else None
 
 
@@ -702,7 +741,8 @@ def tokenize(
     for minimum in (min(MIN_LAST_PIECE, width), min(2, width)):
         pieces = _take(_mix(documents, tokenizer, width, minimum, seed, wikipedia_share), n_tokens)
         if pieces:
-            return _assemble(pieces, tokenizer, context, first, n_tokens)
+            sequences = _assemble(pieces, tokenizer, context, first, n_tokens)
+            return replace(sequences, documents=documents)
     raise UserError("The text is empty (fewer than two tokens); give a text with at least a few words.")
 
 

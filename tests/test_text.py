@@ -202,8 +202,7 @@ def test_near_duplicates_go_and_different_texts_stay() -> None:
 # --- cleaning --------------------------------------------------------------------------------------------------------
 
 ARTICLE = """{{Infobox country|name=Utopia|motto={{lang|la|Nusquam}}}}
-'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} named by [[Thomas
-More|More]].<ref>{{x}}</ref>
+'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} named by [[T. More|More]].<ref>x</ref>
 
 [[File:Map.jpg|thumb|right|A map of the island that shows where the cities of it are.]]
 {| class="wikitable"
@@ -318,9 +317,9 @@ def test_files_and_folders_become_documents_split_in_two(tmp_path: Path) -> None
 
 
 @given(st.lists(st.text("ab. \n", max_size=60), max_size=30).map("".join), st.integers(5, 50))
-def test_cutting_loses_nothing(text: str, size: int) -> None:
-    pieces = text._cut_text(text, size)
-    assert "".join("".join(pieces).split()) == "".join(text.split())
+def test_cutting_loses_nothing(content: str, size: int) -> None:
+    pieces = text._cut_text(content, size)
+    assert "".join("".join(pieces).split()) == "".join(content.split())
     assert all(len(piece) <= 2 * size for piece in pieces)
 
 
@@ -351,24 +350,20 @@ def test_bad_files_are_named_in_one_sentence(tmp_path: Path, name: str, content:
     assert name in str(caught.value)
 
 
-def test_load_text_gives_two_parts_of_one_text_and_says_so_when_it_is_too_short(tmp_path: Path) -> None:
+def test_load_text_gives_two_parts_of_one_text_and_one_where_it_is_too_short(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("\n\n".join(f"{i}. {PARAGRAPH}" for i in range(600)), encoding="utf-8")
     model: Any = SimpleNamespace(tokenizer=BYTES)
-    loaded = text.load_text(model, 500, [path], held_out_tokens=300, context=32, bos="none", seed=3)
-    assert [(name, part.n_tokens, part.bos_policy) for name, part in loaded.splits.items()] == [
-        ("train", 500, "none"),
-        ("held_out", 300, "none"),
-    ]
-    assert loaded.corpus.name == [str(path)]
-    assert torch.equal(
-        loaded.train.tokens,
-        tokenize(loaded.corpus.train, BYTES, context=32, n_tokens=500, bos_policy="none", seed=3).tokens,
-    )
+    loaded = text.load_text(model, 500, [path], held_out_tokens=300, context=32, bos_policy="none", seed=3)
+    assert loaded.held_out
+    assert (loaded.train.n_tokens, loaded.held_out.n_tokens) == (500, 300)
+    assert loaded.train.origin == [str(path)]
+    documents = loaded.train.documents
+    assert not {document.id for document in documents} & {document.id for document in loaded.held_out.documents}
+    again = tokenize(documents, BYTES, context=32, n_tokens=500, bos_policy="none", seed=3)
+    assert torch.equal(loaded.train.tokens, again.tokens)
     path.write_text("One sentence.", encoding="utf-8")
-    short = text.load_text(model, 500, [path])
-    assert short.held_out is short.train
-    assert list(short.splits) == ["train"]
+    assert text.load_text(model, 500, [path]).held_out is None
 
 
 def test_a_folder_without_text_no_file_and_both_sources_are_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from lorsa_utils.kit import formats
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.text import Sequences
-from lorsa_utils.train import read_log
+from lorsa_utils.training import read_log
 
 INT8 = ("W_V", "W_O", "W_E")
 FLOAT16 = ("W_Q", "W_K")
@@ -211,12 +211,9 @@ def _require_empty(folder: Path) -> None:
         raise UserError(f"{folder} is not empty; choose a new folder.")
 
 
-def norm_gain(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias [d_model] of the norm whose output a layer's attention reads; None where it is not known by name."""
-    block = model.model.get_submodule(model.module_path(layer).rsplit(".", 1)[0])
-    norm = getattr(block, "input_layernorm", None) or getattr(block, "ln_1", None)
-    if norm is None:
-        return None
+def norm_gain(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias [d_model] of the norm whose output a layer's attention reads."""
+    norm: Any = model.block(layer).get_submodule(model.architecture.norms[0])
     bias = getattr(norm, "bias", None)
     return norm.weight, torch.zeros_like(norm.weight) if bias is None else bias
 

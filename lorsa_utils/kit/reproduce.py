@@ -2,7 +2,7 @@
 
 1. Notebooks are taken in the order of their numbers; one is skipped while its source, the package, the profile and its
    expected values are those of its last good run and its outputs are still there. One that shows what the others made
-   (`reads_run` in its metadata) is skipped only while that is the same too.
+   (`reads_run` in its metadata) comes after them, and is skipped only while that is the same too.
 2. papermill executes it with PROFILE and RUN_DIR set (and TRAIN where it has that), into a temporary file that becomes
    `NN_name.ipynb` only when every cell passed. A failing one is kept as `NN_name.failed.ipynb`, and the run stops
    there: later notebooks read earlier artefacts.
@@ -58,7 +58,7 @@ def notebooks_dir() -> Path:
 
 
 def find_notebooks(folder: str | Path | None = None, only: Sequence[str] | None = None) -> list[Path]:
-    """Notebooks `NN_name.ipynb` in the order of their numbers.
+    """Notebooks `NN_name.ipynb` in the order of their numbers; those that show what the others made come last.
 
     Args:
         folder: where they are; those of the checkout by default.
@@ -70,7 +70,7 @@ def find_notebooks(folder: str | Path | None = None, only: Sequence[str] | None 
     place = notebooks_dir() if folder is None else Path(folder)
     found = sorted(
         (path for path in place.glob("*.ipynb") if re.match(r"\d+_", path.name)),
-        key=lambda path: (_number(path.stem), path.stem),
+        key=lambda path: (_reads_run(path), _number(path.stem), path.stem),
     )
     if not found:
         raise UserError(f"There are no notebooks in {place}; run this in a clone of the repository.")

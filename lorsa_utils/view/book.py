@@ -15,7 +15,7 @@ import pandas as pd
 from lorsa_utils import store
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit.claims import paper_dir
-from lorsa_utils.train import read_log
+from lorsa_utils.training import read_log
 from lorsa_utils.view.gallery import figure_records, item_of
 
 

@@ -6,13 +6,13 @@ nothing else:
 
     y' = y + (scale - 1) * what the head writes
 
-so that scale 0 removes the head, as in `units.Removals`, and scale 1 leaves the model's own logits, bit for bit.
+so that scale 0 removes the head, as in `units.ablate`, and scale 1 leaves the model's own logits, bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.families import FAMILIES
-from lorsa_utils.heads.units import LorsaHeads, Unembedding
+from lorsa_utils.heads.units import LorsaHeads, Unembedding, ablate
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.view import pages
@@ -172,24 +172,16 @@ def token_texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 # ---- steering
 
 
-@contextlib.contextmanager
-def scaled(model: LanguageModel, layer: int, lorsa: Lorsa, scales: Mapping[int, float]) -> Iterator[None]:
+def scaled(
+    model: LanguageModel, layer: int, lorsa: Lorsa, scales: Mapping[int, float]
+) -> contextlib.AbstractContextManager[None]:
     """Inside the context some heads of a layer write `scale` times what they write: 0 removes a head, 1 leaves it.
 
     Raises:
         UserError: there is no such head.
     """
-    units = LorsaHeads(lorsa)
-    changes = [(units.check([head]), scale) for head, scale in scales.items() if scale != 1]
-
-    def change(x: Tensor, y: Tensor) -> Tensor:
-        changed = y
-        for chosen, scale in changes:
-            changed = changed + (scale - 1) * units.written(x.float(), y.float(), chosen).to(y.dtype)
-        return changed
-
-    with model.splice({layer: change}):
-        yield
+    removed = {head: 1 - scale for head, scale in scales.items()}
+    return ablate(model, {layer: LorsaHeads(lorsa)}, {layer: removed})
 
 
 @torch.no_grad()

@@ -380,7 +380,7 @@ def can_draw_png() -> bool:
     return bool(found)
 
 
-# ---- the toy of notebook 00
+# ---- tables and maps
 
 
 def toy_shares(shares: Any, units: Sequence[str], title: str = "P1: how MHSA heads share the true units") -> go.Figure:
@@ -407,109 +407,11 @@ def toy_shares(shares: Any, units: Sequence[str], title: str = "P1: how MHSA hea
     return figure
 
 
-def toy_cosines(
-    panels: Mapping[str, Any], units: Sequence[str], title: str = "P1: directions against the true units"
-) -> go.Figure:
-    """Cosines of true units (rows) with candidate directions (columns), one panel for each kind of candidate.
-
-    Args:
-        panels: name to cosines [n_units, n_candidates].
-        units: names, [n_units].
-        title: of the figure.
-    """
-    matrices = [np.asarray(values, dtype=float) for values in panels.values()]
-    widths = [matrix.shape[1] for matrix in matrices]
-    figure = make_subplots(
-        cols=len(panels), shared_yaxes=True, column_widths=widths, horizontal_spacing=0.04, subplot_titles=list(panels)
-    )
-    for number, matrix in enumerate(matrices):
-        names = [str(index) for index in range(matrix.shape[1])]
-        figure.add_heatmap(
-            z=matrix, x=names, y=list(units), coloraxis="coloraxis", row=1, col=number + 1, name=list(panels)[number]
-        )
-    figure.update_layout(
-        template=TEMPLATE, title={"text": title}, coloraxis={"colorscale": "RdBu_r", "cmin": -1, "cmax": 1}
-    )
-    figure.update_layout(coloraxis_colorbar={"title": "cosine"})
-    _as_map(figure, len(matrices[0]))
-    figure.update_layout(margin={"t": 80, "b": 30}, title={"y": 0.97, "yanchor": "top"})
-    figure.update_xaxes(showticklabels=False, ticks="")
-    figure.update_yaxes(title="true unit", col=1)
-    return figure
-
-
 def _as_map(figure: go.Figure, rows: int) -> None:
     """Categories on both axes, first row on top, a height that keeps row names apart."""
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
     figure.update_layout(height=140 + 26 * rows)
-
-
-def toy_recovery(data: pd.DataFrame, title: str = "P1: are the true units found?") -> go.Figure:
-    """Two panels, cosine and correlation: for each kind of candidate one point a seed (mean over units) and a bar at the mean.
-
-    Args:
-        data: columns `candidates`, `seed`, `cosine` and `correlation`, one row a unit.
-        title: of the figure.
-    """
-    panels = {"cosine": "cosine with the<br>true direction", "correlation": "correlation with the<br>true activity"}
-    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.05)
-    means = data.groupby(["candidates", "seed"], sort=False)[list(panels)].mean().reset_index()
-    for column, (key, label) in enumerate(panels.items(), 1):
-        centre = means.groupby("candidates", sort=False)[key].mean()
-        figure.add_bar(
-            x=centre,
-            y=centre.index,
-            orientation="h",
-            marker_color="#C9DDEB",
-            showlegend=False,
-            name="mean",
-            row=1,
-            col=column,
-        )
-        figure.add_scatter(
-            x=means[key],
-            y=means["candidates"],
-            mode="markers",
-            marker={"color": PALETTE[0], "size": 8, "line": {"color": "white", "width": 1}},
-            name="one seed",
-            showlegend=False,
-            row=1,
-            col=column,
-        )
-        figure.update_xaxes(title=label, range=[0, 1.03], row=1, col=column)
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=340)
-    figure.update_yaxes(autorange="reversed")
-    return figure
-
-
-def toy_activity(
-    active: Any, activations: Any, tokens: Sequence[str], units: Sequence[str], title: str = "P1: one sequence"
-) -> go.Figure:
-    """Along one sequence, where units are active (left) and what their Lorsa heads do there (right).
-
-    Args:
-        active: [n_units, length], 0 or 1.
-        activations: [n_units, length], of the Lorsa head matched to each unit.
-        tokens: text of the tokens after BOS, [length].
-        units: names, [n_units].
-        title: of the figure.
-    """
-    figure = make_subplots(
-        cols=2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=["true units", "matched Lorsa heads"]
-    )
-    names = [f"{position} {token}" for position, token in enumerate(tokens, 1)]
-    for column, values in enumerate((active, activations), 1):
-        figure.add_heatmap(
-            z=np.asarray(values, dtype=float), x=names, y=list(units), coloraxis="coloraxis", row=1, col=column
-        )
-    figure.update_layout(template=TEMPLATE, title={"text": title}, coloraxis={"colorscale": "Blues", "cmin": 0})
-    figure.update_layout(coloraxis_colorbar={"title": "activation"})
-    _as_map(figure, len(units))
-    figure.update_layout(margin={"t": 80}, title={"y": 0.97, "yanchor": "top"})
-    figure.update_xaxes(tickangle=-90)
-    figure.update_yaxes(title="unit", col=1)
-    return figure
 
 
 def toy_table(data: pd.DataFrame, title: str, widths: Sequence[float] | None = None) -> go.Figure:

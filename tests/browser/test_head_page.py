@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browsing import Watched, keep_screenshot
-from tiny_heads import DEAD, LAYER, Tiny, tiny_heads
+from tiny_heads import DEAD, Tiny, tiny_heads
 
 from lorsa_utils.view import evidence, pages
 from lorsa_utils.view.evidence import Head
@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def heads(tiny: Tiny) -> list[Head]:
-    return list(evidence.collect(tiny.model, LAYER, tiny.lorsa, [5, DEAD], tiny.found, tiny.sequences, progress=False))
+    return list(tiny.evidence().heads([5, DEAD]))
 
 
 def value(text: str) -> float:

@@ -583,9 +583,9 @@ def test_eval_needs_the_run_and_its_model(trained: str, other_model: str, tmp_pa
 def test_interrupted_training_tells_how_to_go_on(
     model: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorsa_utils import train
+    from lorsa_utils import training
 
-    class Interrupted(train.Run):
+    class Interrupted(training.Run):
         def train_step(self, batch: Any) -> None:
             if self.step == 3:
                 raise KeyboardInterrupt
@@ -606,11 +606,11 @@ def test_interrupted_training_tells_how_to_go_on(
         *SHAPE,
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Run", Interrupted)
+        patch.setattr(training, "Run", Interrupted)
         assert lorsa(*arguments) == 130
     assert cli.INTERRUPTED["train"] in capsys.readouterr().err.splitlines()
     assert lorsa(*arguments, "--resume") == 0
-    assert [row["step"] for row in train.read_log(tmp_path / "run")][-1] == 3000 // (8 * 31) + 1
+    assert [row["step"] for row in training.read_log(tmp_path / "run")][-1] == 3000 // (8 * 31) + 1
 
 
 @pytest.mark.parametrize(

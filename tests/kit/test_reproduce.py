@@ -48,11 +48,13 @@ def run(tmp_path: Path, **options: Any) -> dict[str, str]:
 def test_notebooks_run_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in ("10_last", "02_second", "01_first"):
         write_notebook(tmp_path, name)
+    write_notebook(tmp_path, "03_shows_all", reads_run=True)
     (tmp_path / "notebooks" / "draft.ipynb").write_text("{}")
     assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks")] == [
         "01_first",
         "02_second",
         "10_last",
+        "03_shows_all",
     ]
     assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks", ["10", "1"])] == [
         "01_first",

@@ -32,8 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def many(tiny: Tiny) -> list[Head]:
-    model = evidence.ReadOnce(tiny.model, LAYER)
-    return list(evidence.collect(model, LAYER, tiny.lorsa, range(24), tiny.found, tiny.sequences, progress=False))
+    return list(tiny.evidence().heads(range(24)))
 
 
 class Reader(html.parser.HTMLParser):
@@ -215,10 +214,7 @@ def test_a_page_is_built_in_two_seconds_and_a_hundred_in_one_pass(tiny: Tiny, mo
     )
     chosen = [number % 24 for number in range(100)]
     began = time.perf_counter()
-    made = [
-        pages.head_page(head)
-        for head in evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False)
-    ]
+    made = [pages.head_page(head) for head in tiny.evidence().heads(chosen)]
     assert len(made) == 100
     assert sum(passes) <= len(tiny.sequences.tokens), "no text is read twice"
     assert (time.perf_counter() - began) / 100 < 2
