@@ -648,7 +648,7 @@ def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
     from lorsa_utils.circuits.nodes import decompose
     from lorsa_utils.heads import tasks
     from lorsa_utils.heads.prompts import Vocabulary
-    from lorsa_utils.text import _bos_id
+    from lorsa_utils.text import bos_id
 
     bos_policy, modules = "auto", options.layers
     if options.folders:
@@ -668,7 +668,7 @@ def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
     else:
         raise UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
     sparse = decompose(model, modules)
-    vocabulary = Vocabulary(model.tokenizer, _bos_id(model.tokenizer, bos_policy))
+    vocabulary = Vocabulary(model.tokenizer, bos_id(model.tokenizer, bos_policy))
     if options.prompts:
         return sparse, tasks.from_texts(vocabulary, Path(options.prompts).stem, _own_pairs(Path(options.prompts)))
     return sparse, tasks.make(options.task, vocabulary, max(4, options.pairs), options.seed)
