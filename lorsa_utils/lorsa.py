@@ -27,7 +27,6 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.selection import Selection
 
-
 KINDS = ("lorsa", "sae", "transcoder")
 
 

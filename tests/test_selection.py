@@ -33,10 +33,14 @@ def test_every_consumer_selects_the_same(score: str, monkeypatch: pytest.MonkeyP
         assert indices.tolist() == [kept], backend
         assert selection.activations(z.gather(1, indices)).tolist() == [written]
     encoded = ops.sparse_encode(z, torch.eye(4), torch.zeros(4), selection)
-    assert sorted(zip(encoded.indices[0].tolist(), encoded.values[0].tolist(), strict=True)) == list(zip(kept, written, strict=True))
+    assert sorted(zip(encoded.indices[0].tolist(), encoded.values[0].tolist(), strict=True)) == list(
+        zip(kept, written, strict=True)
+    )
     q = torch.zeros(1, 1, 1, 2)
     attended = ops.sparse_attention(q, q, z.view(1, 1, 1, 4), 1.0, selection)
-    assert sorted(zip(attended.indices[0].tolist(), attended.values[0].tolist(), strict=True)) == list(zip(kept, written, strict=True))
+    assert sorted(zip(attended.indices[0].tolist(), attended.values[0].tolist(), strict=True)) == list(
+        zip(kept, written, strict=True)
+    )
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -241,7 +241,7 @@ def _shown(context: Context) -> set[int]:
 
 
 def _numbers(context: Context) -> dict[str, Any]:
-    """What the script needs of a context: attention by rows without the causal zeros, v, and z of the sources added up."""
+    """What the script needs of a context: rows of attention up to the diagonal, v, and z of the sources added up."""
     n, before = context.attention.shape[0], context.n_before
     kept = torch.arange(len(context.tokens)) < before + torch.arange(1, n + 1)[:, None]
     steps = (context.attention[kept].clamp(0, 1) * 65535).round().to(torch.int32).numpy().astype("<u2")

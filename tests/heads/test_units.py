@@ -176,7 +176,7 @@ def found() -> prompts.PromptSet:
     return families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
 
 
-def test_removing_nothing_changes_nothing(model: LanguageModel, found: prompts.PromptSet) -> None:
+def test_ablate_nothing_changes_nothing(model: LanguageModel, found: prompts.PromptSet) -> None:
     each = units.LorsaHeads(lorsa_for(model))
     logits, untouched = model.logits(found.tokens), model.loss(found.tokens)[0]
     last = torch.zeros(len(found.tokens), 1, each.n + 1)
@@ -193,7 +193,7 @@ def test_removing_nothing_changes_nothing(model: LanguageModel, found: prompts.P
     assert torch.equal(removals.losses(each, []), removals.untouched)
 
 
-def test_shares_the_error_and_another_prompt(model: LanguageModel) -> None:
+def test_ablate_takes_shares_the_error_and_another_prompt(model: LanguageModel) -> None:
     """With `ablate` a layer's output moves by what is removed and what comes in its place."""
     each, tokens, other = units.LorsaHeads(lorsa_for(model)), random_tokens(2, 9), random_tokens(2, 9, seed=7)
     (x, y), elsewhere = model.capture(tokens, [1])[1], model.capture(other, [1])[1]
