@@ -1,4 +1,4 @@
-"""Planted rules are read back exactly, from arrays and from a layer built by hand; gradual and random units get no name."""
+"""Planted rules are read back exactly, from arrays and a layer built by hand; gradual and random units get no name."""
 
 from __future__ import annotations
 

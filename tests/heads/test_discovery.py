@@ -1,4 +1,4 @@
-"""A layer built by hand: its known heads are found and named, nothing else is; scores and nulls by hand and by property."""
+"""A layer built by hand: its known heads are found and named, nothing else is; scores and nulls by hand."""
 
 from __future__ import annotations
 

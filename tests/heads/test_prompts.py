@@ -17,13 +17,13 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import families, prompts
 from lorsa_utils.heads.prompts import PromptSet, Vocabulary
 
-WORDS = (
-    *["store", "garden", "bottle", "window", "river", "yellow", "letter", "mountain", "paper", "silver", "orange", "table", "market", "bridge", "winter", "summer"],
+WORDS = prompts.listed(
+    "store garden bottle window river yellow letter mountain paper silver orange table market bridge winter summer"
 )
 
 
 def word_tokenizer(numbers: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on names, series and words; digits are single tokens, or numbers of up to three digits are."""
+    """Byte-level BPE trained on names, series and words; digits are single tokens, or whole numbers are."""
     rng = random.Random(0)
     series = [word for members in prompts.SERIES.values() for word in members if not word.isdigit()]
     pool = [

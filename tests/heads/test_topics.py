@@ -78,7 +78,7 @@ def test_topic_prompts(vocabulary: Vocabulary, texts: list[Passage], scrambled: 
 
 
 class TopicModel(HandModel):
-    """Marks topic words of the passages in its stream, as a model that knows topics would: on the place block's last dimension."""
+    """Marks topic words of the passages on the first dimension of the place block, as a model of topics would."""
 
     topic: set[int] = set()
 
