@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -22,6 +23,7 @@ WORDS = prompts.listed(
 )
 
 
+@functools.cache
 def word_tokenizer(numbers: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on names, series and words; digits are single tokens, or whole numbers are."""
     rng = random.Random(0)
@@ -47,12 +49,6 @@ def word_tokenizer(numbers: bool = False) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(lines, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
-
-
-@pytest.fixture(scope="module")
-def words() -> Vocabulary:
-    tokenizer = word_tokenizer()
-    return Vocabulary(tokenizer, tokenizer.bos_token_id)
 
 
 @pytest.fixture(scope="module")
