@@ -18,7 +18,7 @@ without it (the other columns renormalised). The baseline is the same number aga
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -169,16 +169,16 @@ def unit_effects(
     sequence = torch.cat(numbers) if numbers else torch.zeros(0)
     if not len(sequence):
         raise UserError(f"Lorsa head {head} is not active in this text; give sequences from its top contexts.")
-    rows = []
-    for name in removals:
-        change = torch.cat(changes[name])
-        means = by_pair(change[:, None], sequence)[:, 0]
-        error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
-        size = float(torch.cat(written[name]).mean())
-        rows.append(
-            {"removed": name, "written": size, "effect": float(change.mean()), "error": error, "n": len(change)}
-        )
+    rows = [_effect(name, torch.cat(changes[name]), torch.cat(written[name]), sequence) for name in removals]
     return pd.DataFrame(rows)
+
+
+def _effect(removed: str, change: Tensor, written: Tensor, sequence: Tensor) -> dict[str, Any]:
+    """A row of `unit_effects`, from what happened at each active token [n] and its sequence [n]."""
+    means = by_pair(change[:, None], sequence)[:, 0]
+    error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
+    sizes = {"written": float(written.mean()), "effect": float(change.mean()), "error": error}
+    return {"removed": removed, **sizes, "n": len(change)}
 
 
 # ---- patterns
