@@ -1039,13 +1039,13 @@ def autointerp(arguments: argparse.Namespace) -> dict[str, Any]:
         budget, sites = examples.Budget(units=arguments.units), {layer: model.site(layer) for layer in layers}
         _tell_eval_cost(model, sequences, arguments.batch_size, passes=1)
         stream = ActivationStream(model, sequences, layers)
-        text, firings = examples.collect(
+        firings = examples.record_firings(
             stream, moved, sites, model.tokenizer, budget, arguments.batch_size, arguments.seed
         )
-        sets = [examples.examples(one, text, budget, arguments.seed) for one in firings]
-        expected = study.estimate(sets, text, arguments.scorers, prices=arguments.prices)
+        sets = [examples.examples(one, budget, arguments.seed) for one in firings]
+        expected = study.estimate(sets, arguments.scorers, prices=arguments.prices)
         study.confirmed(judge, expected, lambda sentence: _agreed(sentence, arguments.yes))
-        scores = study.study(sets, text, judge, arguments.scorers, seed=arguments.seed)
+        scores = study.study(sets, judge, arguments.scorers, seed=arguments.seed)
     finally:
         answers.close()
     with store.atomic_path(out / "scores.parquet") as temporary:
@@ -1054,7 +1054,7 @@ def autointerp(arguments: argparse.Namespace) -> dict[str, Any]:
     if len({one.name for one in dictionaries}) == 2:
         first, second = sorted({one.name for one in dictionaries}, key=lambda name: name != "Lorsa")
         with contextlib.suppress(UserError):  # no layer has both: there is nothing to test
-            tests = study.compare(scores, first, second, arguments.scorers, arguments.seed)
+            tests = study.compare_dictionaries(scores, first, second, arguments.scorers, arguments.seed)
             counts = study.outcomes(tests)
             store.write_text(out / "tests.csv", tests.to_csv(index=False))
     answer = {

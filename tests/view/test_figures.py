@@ -261,15 +261,6 @@ def test_score_intervals_have_a_panel_for_each_score() -> None:
     assert list(figure.layout.xaxis.ticktext) == ["1", "17"]
 
 
-def test_score_against_shows_every_unit() -> None:
-    data = pd.DataFrame(
-        {"dictionary": ["Lorsa", "SAE", "SAE"], "frequency": [0.1, 0.01, 0.02], "detection": [0.5, 0.6, 0.7]}
-    )
-    figure = figures.score_against(data, "frequency", "detection", title="t", x_title="x", y_title="y")
-    assert [len(trace.x) for trace in figure.data] == [1, 2]
-    assert figure.layout.xaxis.type == "log"
-
-
 def test_intervals_stand_side_by_side() -> None:
     rows = [
         (kind, name, value, value - 0.1, value + 0.2)
