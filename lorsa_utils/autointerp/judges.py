@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 import filelock
-import httpx
 import numpy as np
 import tenacity
 import torch
@@ -51,6 +50,8 @@ from lorsa_utils.autointerp.rules import Rule
 from lorsa_utils.exceptions import UserError
 
 if TYPE_CHECKING:
+    import httpx
+
     from lorsa_utils.models import LanguageModel
 
 SCORERS = ("detection", "fuzzing", "simulation")
@@ -573,6 +574,8 @@ class OpenAIJudge(TextJudge):
         Raises:
             UserError: $OPENAI_API_KEY or $OPENAI_BASE_URL is missing or not usable.
         """
+        import httpx  # drawing a random number, which no import of the package does
+
         super().__init__(model, answers)
         self.concurrency, self.retries = concurrency, retries or Retries()
         key, base = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL", "").strip()
@@ -641,6 +644,8 @@ class OpenAIJudge(TextJudge):
         raise _Unanswered(f"HTTP status {status}", retry_after)
 
     def _post(self, request: Request, limit_name: str) -> httpx.Response:
+        import httpx
+
         content = {
             "model": self.model,
             "messages": [{"role": role, "content": text} for role, text in request.messages],
