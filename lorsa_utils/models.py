@@ -1,11 +1,11 @@
 """Load a causal language model and reach one attention layer: its input, its output, its weights per head, its RoPE.
 
-The Hugging Face module stays as it is; forward hooks read from it and put outputs in its place. Two ends name a layer's
-site:
+The Hugging Face module stays as it is; forward hooks read from it and put outputs in its place. A layer's site has two
+ends, here with the names that TransformerLens gives them at layer L:
 
-- attention input: what the attention module reads, after the pre-attention norm and its gain;
-- attention output: what the attention module returns, after the output projection and its bias, before the residual
-  sum.
+- attention input (`blocks.{L}.ln1.hook_normalized`): what the attention module reads, after the norm and its gain;
+- attention output (`blocks.{L}.hook_attn_out`): what it returns, after the output projection and its bias, before the
+  residual sum.
 
 Names with a capital and an underscore (W_Q [n_heads, d_model, d_head]) follow the usual mathematical framework for
 transformer circuits: a vector x [d_model] is read as x @ W_Q[h].
@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorsa_utils import ops, reference
+from lorsa_utils import architectures, ops, reference
 from lorsa_utils.config import ROPE_TYPES, RotaryConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.fetch import EMBEDDED_NAME, fetch_embedded_model, quiet_transformers
+from lorsa_utils.resume import blocks_from
 from lorsa_utils.store import sha256_json
 
 Replacement = Callable[[Tensor, Tensor], Tensor]
@@ -41,126 +43,36 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _LOGIT_VALUES_AT_ONCE = 1 << 26  # 256 MiB of fp32 logits while the loss is computed
 
 
-# ---- architectures
-
-
-def _in_heads(projection: Tensor, n_heads: int) -> Tensor:
-    """A projection [n_heads * d_head, d_model] as [n_heads, d_model, d_head]."""
-    return projection.unflatten(0, (n_heads, -1)).transpose(1, 2)
-
-
-def _bias(linear: Any) -> Tensor:
-    """The bias of a linear module, zeros where it has none."""
-    return linear.weight.new_zeros(linear.weight.shape[0]) if linear.bias is None else linear.bias
-
-
-def _gpt_neox_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """GPT-NeoX: one fused projection whose rows run head by head, each head's query, key and value in turn."""
-    n_heads, d_head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    fused, dense = attention.query_key_value, attention.dense
-    W_Q, W_K, W_V = fused.weight.unflatten(0, (n_heads, 3, d_head)).transpose(2, 3).unbind(1)
-    b_Q, b_K, b_V = _bias(fused).unflatten(0, (n_heads, 3, d_head)).unbind(1)
-    W_O = dense.weight.T.unflatten(0, (n_heads, d_head))
-    weights = {"W_Q": W_Q, "W_K": W_K, "W_V": W_V, "W_O": W_O, "b_Q": b_Q, "b_K": b_K, "b_V": b_V, "b_O": _bias(dense)}
-    return weights | {"attn_scale": d_head**-0.5}
-
-
-def _gpt2_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """GPT-2: a fused projection stored input-first ([d_model, 3 d_model]), all queries, then all keys, then all values."""
-    n_heads, d_head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    fused, projection = attention.c_attn, attention.c_proj
-    W_Q, W_K, W_V = (_in_heads(weight.T, n_heads) for weight in fused.weight.chunk(3, dim=1))
-    b_Q, b_K, b_V = fused.bias.unflatten(0, (3, n_heads, d_head)).unbind(0)
-    W_O = projection.weight.unflatten(0, (n_heads, d_head))
-    scale = d_head**-0.5 if config.scale_attn_weights else 1.0
-    if config.scale_attn_by_inverse_layer_idx:
-        scale /= attention.layer_idx + 1
-    weights = {
-        "W_Q": W_Q,
-        "W_K": W_K,
-        "W_V": W_V,
-        "W_O": W_O,
-        "b_Q": b_Q,
-        "b_K": b_K,
-        "b_V": b_V,
-        "b_O": projection.bias,
-    }
-    return weights | {"attn_scale": scale}
-
-
-def _llama_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """Llama: separate projections, fewer key and value heads than query heads (GQA)."""
-    parts: dict[str, Any] = {}
-    n_heads = config.num_attention_heads
-    n_kv_heads = config.num_key_value_heads or n_heads
-    for letter, heads in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
-        linear = getattr(attention, f"{letter}_proj")
-        parts[f"W_{letter.upper()}"] = _in_heads(linear.weight, heads)
-        parts[f"b_{letter.upper()}"] = _bias(linear).unflatten(0, (heads, -1))
-    parts["W_O"] = attention.o_proj.weight.T.unflatten(0, (n_heads, -1))
-    parts["b_O"] = _bias(attention.o_proj)
-    return parts | {"attn_scale": parts["W_Q"].shape[-1] ** -0.5}
-
-
-def _qwen3_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """Qwen3: as Llama, with an RMSNorm over each query and key."""
-    norms = {"q_norm_weight": attention.q_norm.weight, "k_norm_weight": attention.k_norm.weight}
-    return _llama_heads(config, attention) | norms | {"qk_norm_eps": float(attention.q_norm.variance_epsilon)}
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    attention_path: str
-    heads: Callable[[Any, Any], dict[str, Any]]
-    """(config, attention module) to the weights of an `AttentionSite`, in the model's own dtype."""
-    has_rotary: bool = True
-
-
-ARCHITECTURES: dict[str, _Architecture] = {
-    "gpt2": _Architecture("transformer.h.{layer}.attn", _gpt2_heads, has_rotary=False),
-    "gpt_neox": _Architecture("gpt_neox.layers.{layer}.attention", _gpt_neox_heads),
-    "llama": _Architecture("model.layers.{layer}.self_attn", _llama_heads),
-    "qwen3": _Architecture("model.layers.{layer}.self_attn", _qwen3_heads),
-}
-"""What is supported, by the `model_type` of the Hugging Face config."""
-
-
-def _architecture(model_type: str | None) -> _Architecture:
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"Architecture {model_type!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}."
-        )
-    return ARCHITECTURES[model_type]
-
-
 # ---- RoPE
 
 
 def rotary_from_config(config: Any) -> RotaryConfig:
     """The rotary embedding of a Hugging Face config.
 
-    Both spellings are read: transformers 4 has `rope_theta`, `rotary_pct` and `rope_scaling`, transformers 5
-    `rope_parameters`.
-
     Raises:
         UserError: the architecture or the rope type is not supported, or a scaling factor is missing.
     """
-    if not _architecture(config.model_type).has_rotary:
+    if not architectures.of(config.model_type).has_rotary:
         return RotaryConfig()
-    parameters = _rope_parameters(config)
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    parameters: dict[str, Any] = config.rope_parameters
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise UserError(
+            "This model's RoPE differs between layer types, which is not supported; "
+            "use a model with one RoPE for all layers."
+        )
+    rope_type = parameters["rope_type"]
     if rope_type == "none" or rope_type not in ROPE_TYPES:
         supported = ", ".join(name for name in ROPE_TYPES if name != "none")
         raise UserError(f"Rope type {rope_type!r} of this model is not supported; supported are {supported}.")
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    settings: dict[str, Any] = {}
-    if rope_type in ("linear", "llama3"):
-        settings["factor"] = parameters.get("factor")
-    if rope_type == "llama3":
-        settings |= {name: parameters.get(name) for name in ("low_freq_factor", "high_freq_factor")}
-        settings["original_context"] = parameters.get("original_max_position_embeddings")
+    names = {
+        "linear": {"factor": "factor"},
+        "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        | {"original_context": "original_max_position_embeddings"},
+    }
+    settings = {ours: parameters.get(theirs) for ours, theirs in names.get(rope_type, {}).items()}
     if missing := [name for name, value in settings.items() if value is None]:
         raise UserError(f"The model's config has rope type {rope_type!r} without {missing[0]}; repair its config.json.")
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return RotaryConfig(
         rope_type=rope_type,
         rotary_dim=int(d_head * parameters.get("partial_rotary_factor", 1.0)),
@@ -169,47 +81,15 @@ def rotary_from_config(config: Any) -> RotaryConfig:
     )
 
 
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    """All rope settings of a config as one dict in transformers 5's spelling."""
-    parameters = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise UserError(
-            "This model's RoPE differs between layer types, which is not supported; use a model with one RoPE for all layers."
-        )
-    for name, older_names in (
-        ("rope_theta", ("rope_theta", "rotary_emb_base")),
-        ("partial_rotary_factor", ("rotary_pct",)),
-    ):
-        for older_name in older_names:
-            if parameters.get(name) is None and getattr(config, older_name, None) is not None:
-                parameters[name] = getattr(config, older_name)
-    parameters.setdefault("rope_theta", 10000.0)
-    return parameters
-
-
-def _respell_rope(config: Any) -> None:
-    """Give transformers 4 the names it reads when the config was saved by transformers 5: it would take its defaults in silence."""
-    if not getattr(config, "rope_parameters", None):
-        return
-    parameters = _rope_parameters(config)
-    config.rope_theta = config.rotary_emb_base = parameters.pop("rope_theta")
-    if (fraction := parameters.pop("partial_rotary_factor", None)) is not None:
-        config.rotary_pct = fraction
-    config.rope_scaling = parameters if parameters.get("rope_type", "default") != "default" else None
-
-
 def _check_rotary(model: Any, rotary: RotaryConfig) -> None:
     """Refuse a model whose rotary module turns by other angles than the config promises."""
     if rotary.rope_type == "none":
         return
     module = model.base_model.rotary_emb
     expected = torch.tensor(reference.inverse_frequencies(rotary), dtype=torch.float64)
-    found = module.inv_freq.double().cpu()
-    if (
-        found.shape != expected.shape
-        or not torch.allclose(found, expected, rtol=1e-4, atol=0)
-        or module.attention_scaling != 1.0
-    ):
+    actual = module.inv_freq.double().cpu()
+    same = actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-4, atol=0)
+    if not same or module.attention_scaling != 1.0:
         raise UserError(
             "The rotary frequencies in the loaded model differ from its config, so its attention cannot be rebuilt; "
             "save the model again with the installed version of transformers."
@@ -221,7 +101,7 @@ def _check_rotary(model: Any, rotary: RotaryConfig) -> None:
 
 @dataclass(eq=False)
 class AttentionSite:
-    """One attention layer: its shape, its weights by head (fp32 copies), its RoPE, and its parts recomputed by head."""
+    """One attention layer: its weights by head (fp32 copies, absent biases are zeros), its RoPE, its parts by head."""
 
     layer: int
     module_path: str
@@ -231,13 +111,13 @@ class AttentionSite:
     W_Q: Tensor = field(repr=False)
     """[n_heads, d_model, d_head]"""
     W_K: Tensor = field(repr=False)
-    """[n_kv_heads, d_model, d_head]"""
+    """[n_kv_heads, d_model, d_head]; query head h reads key head h // (n_heads / n_kv_heads)."""
     W_V: Tensor = field(repr=False)
     """[n_kv_heads, d_model, d_head]"""
     W_O: Tensor = field(repr=False)
     """[n_heads, d_head, d_model]"""
     b_Q: Tensor = field(repr=False)
-    """[n_heads, d_head], zeros where the model has none; so are the other biases."""
+    """[n_heads, d_head]"""
     b_K: Tensor = field(repr=False)
     """[n_kv_heads, d_head]"""
     b_V: Tensor = field(repr=False)
@@ -245,11 +125,9 @@ class AttentionSite:
     b_O: Tensor = field(repr=False)
     """[d_model]"""
     q_norm_weight: Tensor | None = field(default=None, repr=False)
-    """[d_head], with QK norm only."""
+    """[d_head], where queries and keys pass an RMSNorm before they are rotated (Qwen3)."""
     k_norm_weight: Tensor | None = field(default=None, repr=False)
-    """[d_head], with QK norm only."""
     qk_norm_eps: float = 0.0
-    """Added to the mean square in the QK norm."""
 
     @property
     def n_heads(self) -> int:
@@ -258,7 +136,7 @@ class AttentionSite:
 
     @property
     def n_kv_heads(self) -> int:
-        """Key and value heads; query head h reads key head h // (n_heads / n_kv_heads)."""
+        """Key and value heads."""
         return self.W_K.shape[0]
 
     @property
@@ -273,7 +151,7 @@ class AttentionSite:
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys pass an RMSNorm over d_head before they are rotated (Qwen3)."""
+        """Whether queries and keys pass a norm."""
         return self.q_norm_weight is not None
 
     def expand_kv(self, tensor: Tensor) -> Tensor:
@@ -281,37 +159,39 @@ class AttentionSite:
         return tensor.repeat_interleave(self.n_heads // self.n_kv_heads, dim=0)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """The layer's RoPE: rotate x [..., length, d_head] by the positions 0 .. length - 1."""
+        """Rotate x [..., length, d_head] by the positions 0 .. length - 1."""
         if self.rotary.rope_type == "none":
             return x
         cos, sin = ops.rotary_tables(self.rotary, x.shape[-2], x.device, x.dtype)
         return ops.apply_rotary(x, cos, sin, self.rotary.adjacent_pairs)
 
+    # All that follow take x [batch, length, d_model], the attention input.
+
     def queries(self, x: Tensor) -> Tensor:
-        """Queries as the layer compares them (normed, rotated): x [batch, length, d_model] to [batch, n_heads, length, d_head]."""
+        """Queries as the layer compares them (normed, rotated), [batch, n_heads, length, d_head]."""
         q = self._project(x, self.W_Q, self.b_Q)
         return self.rotate(q if self.q_norm_weight is None else ops.rms_norm(q, self.q_norm_weight, self.qk_norm_eps))
 
     def keys(self, x: Tensor) -> Tensor:
-        """Keys as the layer compares them, one for each query head: x [batch, length, d_model] to [batch, n_heads, length, d_head]."""
+        """Keys as the layer compares them, one for each query head, [batch, n_heads, length, d_head]."""
         k = self._project(x, self.W_K, self.b_K)
         k = self.rotate(k if self.k_norm_weight is None else ops.rms_norm(k, self.k_norm_weight, self.qk_norm_eps))
         return self.expand_kv(k.transpose(0, 1)).transpose(0, 1)
 
     def values(self, x: Tensor) -> Tensor:
-        """Values, one for each query head: x [batch, length, d_model] to [batch, n_heads, length, d_head]."""
+        """Values, one for each query head, [batch, n_heads, length, d_head]."""
         return self.expand_kv(self._project(x, self.W_V, self.b_V).transpose(0, 1)).transpose(0, 1)
 
     def pattern(self, x: Tensor) -> Tensor:
-        """Causal attention pattern of every head: x [batch, length, d_model] to [batch, n_heads, length, length], rows sum to 1."""
+        """Causal attention pattern of every head, [batch, n_heads, length, length]; rows sum to 1."""
         return ops.attention_pattern(self.queries(x), self.keys(x), self.attn_scale)
 
     def head_values(self, x: Tensor) -> Tensor:
-        """What each head moved, before W_O (z_h): x [batch, length, d_model] to [batch, length, n_heads, d_head]."""
+        """What each head moved, before W_O (z_h), [batch, length, n_heads, d_head]."""
         return ops.causal_attention(self.queries(x), self.keys(x), self.values(x), self.attn_scale).transpose(1, 2)
 
     def head_outputs(self, x: Tensor) -> Tensor:
-        """Each head's part of the output: x [batch, length, d_model] to [batch, length, n_heads, d_model]; with b_O they sum to it."""
+        """Each head's part of the output, [batch, length, n_heads, d_model]; with b_O they sum to it."""
         return torch.einsum("blhe,hed->blhd", self.head_values(x), self.W_O)
 
     @staticmethod
@@ -326,6 +206,10 @@ class _DeepestLayerReached(Exception):
     """Raised by a hook to leave the forward pass when everything asked for has been read."""
 
 
+_LIVE: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
+"""Models that somebody in this process still holds, so that a layer shares its model in place of loading it twice."""
+
+
 class LanguageModel:
     """A frozen causal language model with its tokenizer.
 
@@ -338,9 +222,10 @@ class LanguageModel:
         self.model = model
         self.config = model.config
         self._tokenizer = tokenizer
-        self._architecture = _architecture(self.config.model_type)
+        self.architecture = architectures.of(self.config.model_type)
         self.rotary = rotary_from_config(self.config)
         self._resumed: tuple[int, Tensor] | None = None
+        _LIVE.add(self)
         _check_rotary(model, self.rotary)
 
     @property
@@ -387,30 +272,12 @@ class LanguageModel:
 
         The same on every load and device; another dtype or a fine-tuned copy has another.
         """
-        fields = (
-            "hidden_act",
-            "activation_function",
-            "layer_norm_eps",
-            "layer_norm_epsilon",
-            "rms_norm_eps",
-            "use_parallel_residual",
-        )
+        names = ("hidden_act", "activation_function", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
+        settings = {name: getattr(self.config, name, None) for name in (*names, "use_parallel_residual")}
         site = self.site(0)
-        head = {
-            "n_heads": site.n_heads,
-            "n_kv_heads": site.n_kv_heads,
-            "d_head": site.d_head,
-            "attn_scale": site.attn_scale,
-        }
-        shape = {
-            "model_type": self.config.model_type,
-            "n_layers": self.n_layers,
-            "rotary": self.rotary.to_dict(),
-            **head,
-        }
-        digest = hashlib.sha256(
-            sha256_json(shape | {name: getattr(self.config, name, None) for name in fields}).encode()
-        )
+        settings |= {name: getattr(site, name) for name in ("n_heads", "n_kv_heads", "d_head", "attn_scale")}
+        settings |= {"model_type": self.config.model_type, "n_layers": self.n_layers, "rotary": self.rotary.to_dict()}
+        digest = hashlib.sha256(sha256_json(settings).encode())
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(_weight_summary(name, parameter))
         return digest.hexdigest()
@@ -430,11 +297,7 @@ class LanguageModel:
         return sha256_json([rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
 
     def attention_module(self, layer: int) -> nn.Module:
-        """The attention module of one layer.
-
-        Raises:
-            UserError: as `module_path`.
-        """
+        """The attention module of one layer, see `module_path`."""
         return self.model.get_submodule(self.module_path(layer))
 
     def module_path(self, layer: int) -> str:
@@ -450,20 +313,19 @@ class LanguageModel:
             raise UserError(
                 f"Layer {layer} of {self.name} uses {layer_types[layer]}; choose a layer with full attention."
             )
-        return self._architecture.attention_path.format(layer=layer)
+        return f"{self.architecture.blocks}.{layer}.{self.architecture.attention}"
+
+    def block(self, layer: int) -> nn.Module:
+        """One Transformer block; `architecture` has the paths of its parts."""
+        return self.model.get_submodule(f"{self.architecture.blocks}.{layer}")
 
     def site(self, layer: int) -> AttentionSite:
-        """One attention layer, derived from the config and the weights.
-
-        Raises:
-            UserError: as `module_path`.
-        """
-        module = self.attention_module(layer)
-        parts = self._architecture.heads(self.config, module)
-        for name, value in parts.items():
+        """One attention layer, derived from the config and the weights, see `module_path`."""
+        weights = self.architecture.heads(self.config, self.attention_module(layer))
+        for name, value in weights.items():
             if isinstance(value, Tensor):
-                parts[name] = value.detach().to(torch.float32, copy=True).contiguous()
-        return AttentionSite(layer=layer, module_path=self.module_path(layer), rotary=self.rotary, **parts)
+                weights[name] = value.detach().to(torch.float32, copy=True).contiguous()
+        return AttentionSite(layer=layer, module_path=self.module_path(layer), rotary=self.rotary, **weights)
 
     @torch.no_grad()
     def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -473,7 +335,6 @@ class LanguageModel:
 
         Args:
             tokens: [batch, length] token ids; padding, if any, on the right.
-            layers: layer numbers.
 
         Returns:
             layer -> (attention input, attention output), each [batch, length, d_model] in the model's dtype.
@@ -488,7 +349,8 @@ class LanguageModel:
             raise UserError("No layer was named; give at least one.")
         if self._resumed is not None and min(layers) < self._resumed[0]:
             raise UserError(
-                f"The forward pass resumes at layer {self._resumed[0]}; capture layer {min(layers)} outside of `resume`."
+                f"The forward pass resumes at layer {self._resumed[0]}; "
+                f"capture layer {min(layers)} outside of `resume`."
             )
 
         def reader(layer: int) -> Callable[..., None]:
@@ -501,9 +363,8 @@ class LanguageModel:
 
         with contextlib.ExitStack() as stack:
             for layer in set(layers):
-                stack.callback(
-                    self.attention_module(layer).register_forward_hook(reader(layer), with_kwargs=True).remove
-                )
+                hook = self.attention_module(layer).register_forward_hook(reader(layer), with_kwargs=True)
+                stack.callback(hook.remove)
             stack.enter_context(contextlib.suppress(_DeepestLayerReached))
             self._hidden(tokens)
         return {layer: captured[layer] for layer in layers}
@@ -532,7 +393,7 @@ class LanguageModel:
 
         Returns:
             losses [batch, length - 1] in nats, fp32: entry t is the loss of predicting token t + 1, 0 where that does
-            not count; counted [batch, length - 1] bool: whether that token counts.
+            not count; counted [batch, length - 1] bool.
 
         Raises:
             UserError: the tokens are not valid or the mask has another shape.
@@ -548,27 +409,26 @@ class LanguageModel:
         hidden = self._hidden(tokens)[:, :-1][counted]
         head = self.model.get_output_embeddings()
         rows = max(1, _LOGIT_VALUES_AT_ONCE // head.weight.shape[0])
-        pieces = zip(hidden.split(rows), tokens[:, 1:][counted].split(rows), strict=True)
+        chunks = zip(hidden.split(rows), tokens[:, 1:][counted].split(rows), strict=True)
         losses = torch.zeros(counted.shape, device=self.device)
-        losses[counted] = torch.cat(
-            [F.cross_entropy(head(some).float(), wanted, reduction="none") for some, wanted in pieces]
-        )
+        losses[counted] = torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks])
         return losses, counted
 
     @torch.no_grad()
     def residual(self, tokens: Tensor, layer: int) -> Tensor:
-        """What a block reads, [batch, length, d_model]: the residual stream before a layer, from a forward pass that ends there.
+        """The residual stream that a block reads, [batch, length, d_model], from a forward pass that ends there.
 
         Raises:
             UserError: the layer does not exist, or the tokens are not valid.
         """
         found: list[Tensor] = []
 
-        def read(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(_attention_input(args, kwargs))
+        def read(block: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
             raise _DeepestLayerReached
 
-        hook = self._blocks(layer)[layer].register_forward_pre_hook(read, with_kwargs=True)
+        self.module_path(layer)  # refuses a layer that is not there
+        hook = self.block(layer).register_forward_pre_hook(read)
         try:
             with contextlib.suppress(_DeepestLayerReached):
                 self._hidden(self._checked(tokens))
@@ -578,16 +438,15 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def resume(self, layer: int, residual: Tensor) -> Iterator[None]:
-        """Inside the context every forward pass starts at a block, which reads `residual`; the blocks before it do not run.
+        """Inside the context every forward pass starts at a block, which reads `residual`; those before it do not run.
 
-        With the `residual` of the same batch of tokens, logits and losses are those of a whole pass, bit for bit:
-        whoever changes one layer again and again pays for the layers after it only. A `splice` of an earlier layer does
-        nothing here.
+        With the `residual` of the same tokens, logits and losses are those of a whole pass, bit for bit: changing one
+        layer again and again costs the layers after it only. A `splice` of an earlier layer does nothing here.
 
         Raises:
             UserError: the layer does not exist, or (in `capture`) lies before the first block.
         """
-        self._blocks(layer)
+        self.module_path(layer)  # refuses a layer that is not there
         before, self._resumed = self._resumed, (layer, residual)
         try:
             yield
@@ -596,7 +455,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def splice(self, replacements: Mapping[int, Replacement]) -> Iterator[None]:
-        """Inside the context every forward pass uses `replacement(attention input, attention output)` as a layer's output.
+        """Inside the context a layer's output is `replacement(attention input, attention output)` in every pass.
 
         Raises:
             UserError: a layer does not exist, or (in the forward pass) a replacement has another shape than the output.
@@ -607,7 +466,8 @@ class LanguageModel:
                 new = replacement(_attention_input(args, kwargs), output[0])
                 if new.shape != output[0].shape:
                     raise UserError(
-                        f"The replacement of layer {layer} has shape {list(new.shape)}; return {list(output[0].shape)}, the output's."
+                        f"The replacement of layer {layer} has shape {list(new.shape)}; "
+                        f"return {list(output[0].shape)}, the output's."
                     )
                 return (new.to(output[0].dtype), *output[1:])
 
@@ -615,66 +475,29 @@ class LanguageModel:
 
         with contextlib.ExitStack() as stack:
             for layer, replacement in replacements.items():
-                hook = self.attention_module(layer).register_forward_hook(
-                    replacer(layer, replacement), with_kwargs=True
-                )
-                stack.callback(hook.remove)
+                module = self.attention_module(layer)
+                stack.callback(module.register_forward_hook(replacer(layer, replacement), with_kwargs=True).remove)
             yield
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """What the unembedding reads, [batch, length, d_model]."""
-        with contextlib.nullcontext() if self._resumed is None else self._shortened(*self._resumed):
+        with contextlib.nullcontext() if self._resumed is None else blocks_from(self, *self._resumed):
             return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-
-    def _blocks(self, layer: int) -> nn.ModuleList:
-        """All blocks, the given layer among them (see `module_path`)."""
-        path, _, _ = self.module_path(layer).rpartition(f".{layer}.")
-        return self.model.get_submodule(path)
-
-    @contextlib.contextmanager
-    def _shortened(self, layer: int, residual: Tensor) -> Iterator[None]:
-        """The model without the blocks before a layer, whose block reads `residual`."""
-        blocks = self._blocks(layer)
-        path, _, name = self.module_path(layer).rpartition(f".{layer}.")[0].rpartition(".")
-        parent = self.model.get_submodule(path)
-
-        def give(
-            block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            given = residual.to(self.device, self.dtype)
-            return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": given})
-
-        hook = blocks[layer].register_forward_pre_hook(give, with_kwargs=True)
-        # transformers looks up a layer's type of attention by its place in the list, so with several types no block is
-        # left out.
-        one_type = len(set(getattr(self.config, "layer_types", None) or [""])) == 1
-        kept = nn.ModuleList()
-        for number in range(layer if one_type else 0, len(blocks)):
-            kept.add_module(
-                str(number), blocks[number]
-            )  # under its own number, so that every layer's path stays what it was
-        setattr(parent, name, kept)
-        try:
-            yield
-        finally:
-            setattr(parent, name, blocks)
-            hook.remove()
 
     def _checked(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device; an impossible id would otherwise end the process on a GPU."""
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-            raise UserError(
-                f"Tokens must be integers of shape [batch, length], not {tokens.dtype} of shape {list(tokens.shape)}."
-            )
+            shape = list(tokens.shape)
+            raise UserError(f"Tokens must be integers of shape [batch, length], not {tokens.dtype} of shape {shape}.")
         n_tokens = self.model.get_input_embeddings().weight.shape[0]
         low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= n_tokens:
+            wrong = low if low < 0 else high
+            raise UserError(f"Token id {wrong} is outside 0..{n_tokens - 1} of {self.name}; use its own tokenizer.")
+        if not self.architecture.has_rotary and tokens.shape[1] > self.context_length:
             raise UserError(
-                f"Token id {low if low < 0 else high} is outside 0..{n_tokens - 1} of {self.name}; use its own tokenizer."
-            )
-        if not self._architecture.has_rotary and tokens.shape[1] > self.context_length:
-            raise UserError(
-                f"{self.name} has learned positions for {self.context_length} tokens, not {tokens.shape[1]}; choose a shorter context."
+                f"{self.name} has learned positions for {self.context_length} tokens, not {tokens.shape[1]}; "
+                "choose a shorter context."
             )
         return tokens.to(self.device)
 
@@ -685,7 +508,7 @@ def _attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _weight_summary(name: str, parameter: Tensor) -> bytes:
-    """Name, dtype, shape, first and last 1024 values, and the integer sum of a weight's bit patterns (exact, whatever the order)."""
+    """Name, dtype, shape, first and last 1024 values, and the sum of the bits as integers (exact in any order)."""
     flat = parameter.detach().reshape(-1)
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
     bits = flat.view(width)
@@ -720,7 +543,7 @@ def load_model(
         name: "smollm2" (the embedded model, fetched when needed), a local folder, a local .gguf file, or a Hugging Face
             Hub id. Local paths never touch the network; a Hub id is looked up in the local cache first.
         revision: commit, branch or tag of a Hub id.
-        device: "auto" (CUDA when there is one, else CPU) or a torch device.
+        device: see `resolve_device`.
         dtype: of the weights; by default float32 on the CPU and bfloat16 elsewhere.
 
     Raises:
@@ -730,17 +553,24 @@ def load_model(
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     source = _resolve(str(name), revision)
     with quiet_transformers():
-        if source.is_local or _offline():
+        try:
             model, tokenizer = _read(source, dtype, local_files_only=True)
-        else:
-            try:
-                model, tokenizer = _read(source, dtype, local_files_only=True)
-            except _NotRead:
-                model, tokenizer = _read(source, dtype, local_files_only=False)
+        except _NotRead:
+            if source.is_local or _offline():
+                raise
+            model, tokenizer = _read(source, dtype, local_files_only=False)
     model.requires_grad_(False).eval()
-    return LanguageModel(
-        source.name, model.to(place), tokenizer, getattr(model.config, "_commit_hash", None) or revision
-    )
+    commit = getattr(model.config, "_commit_hash", None) or revision
+    return LanguageModel(source.name, model.to(place), tokenizer, commit)
+
+
+def loaded_model(
+    name: str | Path, revision: str | None, device: str | torch.device, dtype: torch.dtype
+) -> LanguageModel | None:
+    """A model of this name, revision, device and dtype that is in memory already; None without one."""
+    wanted = (str(name), resolve_device(device), dtype)
+    alive = (model for model in _LIVE if (model.name, model.device, model.dtype) == wanted)
+    return next((model for model in alive if revision in (None, model.revision)), None)
 
 
 def require_available(name: str) -> None:
@@ -772,11 +602,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if str(device) == "auto":
         # torchrun tells every process which GPU is its own.
-        return (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return gpu if torch.cuda.is_available() else torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -802,12 +629,8 @@ def _resolve(name: str, revision: str | None) -> _Source:
         if not (path / "config.json").is_file():
             raise UserError(f"The folder {name} has no config.json; give the folder of a saved Hugging Face model.")
         return _Source(name, str(path.absolute()), True, {})
-    if (
-        path.is_absolute()
-        or name.startswith((".", "~"))
-        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-        or name.endswith(".gguf")
-    ):
+    like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf")
+    if like_a_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
             f"There is no model at {name}; give {EMBEDDED_NAME}, a local folder, a .gguf file or a Hugging Face Hub id."
         )
@@ -817,7 +640,6 @@ def _resolve(name: str, revision: str | None) -> _Source:
 def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[Any, Any | None]:
     """Model and tokenizer, from disk alone or by download."""
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-    from transformers import __version__ as transformers_version
 
     arguments = source.arguments | {"local_files_only": local_files_only}
     gguf = "gguf_file" in arguments
@@ -825,51 +647,38 @@ def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[
         with _load_errors(source.name):
             # The plain dict first: an unknown architecture is named before any code or weight of it is touched.
             plain, _ = PretrainedConfig.get_config_dict(source.location, **arguments)
-        _architecture(plain.get("model_type"))
+        architectures.of(plain.get("model_type"))
         if plain.get("quantization_config"):
             raise UserError(f"The weights of {source.name} are quantized; use the float checkpoint of the same model.")
     with _load_errors(source.name):
         config = AutoConfig.from_pretrained(source.location, **arguments)
-    if transformers_version.startswith("4."):
-        _respell_rope(config)
     rotary_from_config(config)
-    rescaled = getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(
-        config, "scale_attn_weights", True
-    )
     arguments |= {"config": config} | ({} if gguf else {"use_safetensors": True})
     with _load_errors(source.name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=dtype,
-            # GPT-2's unusual scales are read by SDPA in transformers 5 only.
-            attn_implementation="eager" if rescaled else "sdpa",
+            attn_implementation="sdpa",
             output_loading_info=True,
             **arguments,
         )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"{source.name} is not a whole causal language model: {missing[0]} is missing; load the original checkpoint."
+            f"{source.name} is not a whole causal language model: {missing[0]} is missing; "
+            "load the original checkpoint."
         )
     return model, _read_tokenizer(source, local_files_only)
 
 
 def _read_tokenizer(source: _Source, local_files_only: bool) -> Any | None:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     folder = Path(source.location)
     if source.is_local and not source.arguments and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     with _load_errors(source.name):
-        try:
-            return AutoTokenizer.from_pretrained(source.location, local_files_only=local_files_only, **source.arguments)
-        except ValueError as error:
-            # transformers 4 does not know the class names that transformers 5 writes beside tokenizer.json.
-            if "Tokenizer class" not in str(error):
-                raise
-            return PreTrainedTokenizerFast.from_pretrained(
-                source.location, local_files_only=local_files_only, **source.arguments
-            )
+        return AutoTokenizer.from_pretrained(source.location, local_files_only=local_files_only, **source.arguments)
 
 
 def _offline() -> bool:

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread for each parallel worker, property tests without a time limit per example, kernels without a GPU."""
+"""Shared by all tests: one thread per worker, property tests without a deadline, kernels without a GPU."""
 
 import os
 

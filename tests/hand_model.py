@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorsa_utils import architectures
 from lorsa_utils.config import LorsaConfig, RotaryConfig
 from lorsa_utils.heads.prompts import SERIES, Vocabulary
 from lorsa_utils.lorsa import Lorsa
@@ -71,7 +71,7 @@ class HandModel:
         self.vocabulary, self.tokenizer = vocabulary, vocabulary.tokenizer
         self.days = torch.tensor(list(vocabulary.singles(SERIES["days"]).values()), dtype=torch.long)
         self.model = _Inside(unembedding).requires_grad_(False)
-        self.config = SimpleNamespace(model_type="llama")
+        self.architecture = architectures.of("llama")
         self._replacements: Mapping[int, Callable[[Tensor, Tensor], Tensor]] = {}
         self._resumed: Tensor | None = None
         self._site = self._by_hand()

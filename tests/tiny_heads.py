@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tiny_models import save_tiny_model
@@ -13,6 +13,7 @@ from lorsa_utils.heads import survey, units
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel, load_model
 from lorsa_utils.text import Sequences
+from lorsa_utils.view.evidence import Evidence
 
 LAYER, LENGTH, DEAD = 1, 192, 23
 TEXTS = (
@@ -30,6 +31,9 @@ class Tiny(NamedTuple):
     lorsa: Lorsa
     sequences: Sequences
     found: survey.Survey
+
+    def evidence(self, **options: Any) -> Evidence:
+        return Evidence(self.model, LAYER, self.lorsa, self.sequences, self.found, progress=False, **options)
 
 
 def tiny_heads(folder: Path, n_heads: int = 24, n_qk: int = 6, k: int = 4) -> Tiny:

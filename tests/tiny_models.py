@@ -1,4 +1,4 @@
-"""Tiny random language models of every supported architecture, saved to disk, for tests that need one in milliseconds."""
+"""Tiny random language models of every supported architecture, saved to disk."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 KINDS = ("gpt_neox", "gpt_neox_sequential", "llama", "gpt2", "qwen3")
-"""Pythia-like (25 % rotary, parallel residual), the same with a sequential residual, Llama 3-like (4 query heads on 2 key heads,
-llama3 RoPE with an original context of 32), GPT-2-like (learned positions), Qwen3-like (QK norm, d_head not d_model /
-n_heads)."""
+"""Pythia-like (25 % rotary, parallel residual), the same with a sequential residual, Llama 3-like (4 query heads on 2
+key heads, llama3 RoPE with an original context of 32), GPT-2-like (learned positions), Qwen3-like (QK norm, d_head not
+d_model / n_heads)."""
 
 N_LAYERS = 3
 D_MODEL = 64
@@ -32,28 +32,29 @@ _COMMON = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def rope(theta: float = 10000.0, **others: Any) -> dict[str, Any]:
+    """`rope_parameters` of a config."""
+    return {"rope_type": "default", "rope_theta": theta} | others
 
 
 def settings(kind: str) -> tuple[str, dict[str, Any]]:
-    """Model type and config arguments of one kind, in the spelling of transformers 4, which 5 reads as well."""
-    if kind in ("gpt_neox", "gpt_neox_sequential"):
-        parallel = kind == "gpt_neox"
-        return "gpt_neox", _COMMON | _WIDTHS | {
-            "intermediate_size": 64,
-            "rotary_pct": 0.25,
-            "use_parallel_residual": parallel,
-        }
-    if kind == "llama":
-        scaling = {"rope_type": "llama3", **_LLAMA3}
-        heads = {"num_key_value_heads": 2, "rope_theta": 10000.0, "rope_scaling": scaling, "attention_bias": True}
-        return "llama", _COMMON | _WIDTHS | heads | {"intermediate_size": 64}
+    """Model type and config arguments of one kind."""
     if kind == "gpt2":
         return "gpt2", _COMMON | {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 128}
-    if kind == "qwen3":
-        heads = {"num_key_value_heads": 2, "head_dim": 24, "rope_theta": 1000000.0}
-        return "qwen3", _COMMON | _WIDTHS | heads | {"intermediate_size": 64}
-    raise ValueError(kind)
+    own: dict[str, dict[str, Any]] = {
+        "gpt_neox": {"rope_parameters": rope(partial_rotary_factor=0.25), "use_parallel_residual": True},
+        "gpt_neox_sequential": {"rope_parameters": rope(partial_rotary_factor=0.25), "use_parallel_residual": False},
+        "llama": {
+            "num_key_value_heads": 2,
+            "rope_parameters": rope(rope_type="llama3", **LLAMA3),
+            "attention_bias": True,
+        },
+        "qwen3": {"num_key_value_heads": 2, "head_dim": 24, "rope_parameters": rope(1000000.0)},
+    }
+    return kind.removesuffix("_sequential"), _COMMON | _WIDTHS | {"intermediate_size": 64} | own[kind]
 
 
 def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0, **overrides: Any) -> Path:
@@ -87,13 +88,18 @@ def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def save_tiny_gguf(path: Path, seed: int = 0) -> Path:
-    """Write a tiny Llama and the byte tokenizer as one fp32 GGUF file, and beside it, as a folder, what it was made from.
+    """Write a tiny Llama and the byte tokenizer as one fp32 GGUF file, and beside it the folder it was made from.
 
     Readers want at least two merges, so "th" is token 259 and "in" 260.
     """
     from gguf import GGUFWriter, TokenType
 
-    plain = {"attention_bias": False, "rope_scaling": None, "tie_word_embeddings": True, "vocab_size": N_TOKENS + 2}
+    plain = {
+        "attention_bias": False,
+        "rope_parameters": rope(),
+        "tie_word_embeddings": True,
+        "vocab_size": N_TOKENS + 2,
+    }
     folder = save_tiny_model(path.with_suffix(".folder"), "llama", seed, **plain)
     model = AutoModelForCausalLM.from_pretrained(folder)
     config, tokenizer = model.config, byte_tokenizer()

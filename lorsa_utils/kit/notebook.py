@@ -20,22 +20,32 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from lorsa_utils import __version__, store
-from lorsa_utils.config import LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
+from lorsa_utils.config import Profile, get_profile
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit.recipes import (  # noqa: F401
+    LAYER_MODULES,
+    activation_cache,
+    best_modules,
+    compare_tokens,
+    layer_modules,
+    main_lorsa,
+    modules_at_hand,
+    second_seed,
+    sequences,
+    short_config,
+    short_starts,
+    train_config,
+    trained,
+)
 from lorsa_utils.view import figures
 
-if TYPE_CHECKING:
-    from lorsa_utils.activations import ActivationCache
-    from lorsa_utils.models import LanguageModel
-    from lorsa_utils.text import Sequences
-
-TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((4, 57), (6,))}
+TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((5,), (6,))}
 """Package to the first version that is tested and the first that is not."""
 
 VERSIONS = ("kit", "python", "torch", "transformers", "device")
@@ -48,9 +58,6 @@ VERSIONS = ("kit", "python", "torch", "transformers", "device")
 def check_versions(installed: Mapping[str, str] | None = None) -> None:
     """Refuse versions of torch and transformers that the notebooks were not tested with.
 
-    Args:
-        installed: package to version; those of this environment by default.
-
     Raises:
         UserError: names the package and the command that repairs it.
     """
@@ -60,7 +67,8 @@ def check_versions(installed: Mapping[str, str] | None = None) -> None:
         if not first <= release < end:
             low, high = (".".join(map(str, bound)) for bound in (first, end))
             raise UserError(
-                f'{package} {version} is outside the tested range; run: pip install -c constraints.txt "{package}>={low},<{high}"'
+                f"{package} {version} is outside the tested range; run: "
+                f'pip install -c constraints.txt "{package}>={low},<{high}"'
             )
 
 
@@ -86,7 +94,7 @@ def git_commit() -> str | None:
 
 
 def device_name() -> str:
-    """The device that models run on by default, for a person."""
+    """Human-readable name of the device that models run on by default."""
     import torch
 
     if torch.cuda.is_available():
@@ -110,19 +118,11 @@ def provenance() -> dict[str, str]:
 
 
 def stage(folder: str | Path, name: str, key: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
-    """A costly step that is done once: the folder `<folder>/<name>-<hash of key>`, made when it is not whole.
+    """A costly step that is done once: the folder `<folder>/<name>-<hash of key>`, filled by `make`.
 
-    stage.json, written last, marks a whole stage and lists its files; when one of them is missing the stage is made
-    again. `make` is handed the folder as it is, so that it can go on from what a killed run left there.
-
-    Args:
-        folder: where stages live.
-        name: of the step.
-        key: everything the result depends on, as JSON values (settings, hashes of inputs).
-        make: fills the folder.
-
-    Returns:
-        the folder.
+    `key` is everything that the result depends on, as JSON values. stage.json, written last, marks a complete stage and
+    lists its files; when one of them is missing the stage is rebuilt. `make` is handed the folder as it is, so that it
+    can resume what a killed run left there.
     """
     full_key = {"kit": __version__, "stage": name, **key}
     target = Path(folder) / f"{name}-{store.sha256_json(full_key)[:8]}"
@@ -144,14 +144,12 @@ def stage(folder: str | Path, name: str, key: Mapping[str, Any], make: Callable[
 
 @dataclass(frozen=True)
 class Check:
-    """One recorded value against what is expected of it."""
+    """One recorded value (None when it was not recorded) against what is expected of it."""
 
     key: str
-    """Name of the value."""
     value: Any
-    """What was recorded, None when it was not."""
     expected: str
-    """The expectation, for a person; empty when there is none."""
+    """Human-readable; empty when nothing is expected."""
     passed: bool | None
     """None when nothing is expected."""
 
@@ -162,13 +160,13 @@ class Check:
 
 
 def expected_values(name: str, section: str) -> dict[str, dict[str, Any]]:
-    """The section of `data/expected/<name>.json` for a profile, or for one that looks at the checkpoint alone; empty when there is none."""
+    """A section of `data/expected/<name>.json`: `<profile>`, or `<profile>_checkpoint` for the checkpoint alone."""
     file = store.data_dir() / "expected" / f"{name}.json"
     return dict(store.read_json(file).get(section, {})) if file.is_file() else {}
 
 
 def check_values(values: Mapping[str, Any], expected: Mapping[str, Mapping[str, Any]]) -> list[Check]:
-    """Compare recorded values with expectations of the form {min}, {max} or {value, tolerance}, each with an optional note."""
+    """Compare recorded values with expectations {min}, {max} or {value, tolerance}, each with an optional note."""
     checks = []
     for key in [*values, *(key for key in expected if key not in values)]:
         rule = expected.get(key)
@@ -213,14 +211,15 @@ class Context:
         self.layers = profile.layers
         """Layers that are compared; `modules_at_hand` may find fewer than the profile names."""
         self.checkpoint_alone = False
-        """Whether `modules_at_hand` found nothing but the checkpoint that travels with the kit; `finish` expects other values then."""
+        """Whether `modules_at_hand` found nothing but the kit's own checkpoint; `finish` expects other values then."""
 
     def stage(
         self, name: str, key: Mapping[str, Any], make: Callable[[Path], object], code: Sequence[ModuleType] = ()
     ) -> Path:
-        """A costly step, done once per run folder and shared by all notebooks that name it with the same key; see `stage`.
+        """A costly step, done once per run folder and shared by all notebooks that name it with the same key.
 
-        `code`: the modules that the result comes from. When their source changes, the step is done again.
+        See `stage`. `code` names the modules that the result comes from; when their source changes, the step is
+        rebuilt.
         """
         sources = {"code": [store.sha256_file(str(module.__file__)) for module in code]} if code else {}
         return stage(self.folder / "stages", name, {**key, **sources}, make)
@@ -234,9 +233,11 @@ class Context:
     ) -> figures.SavedFigure:
         """Save a figure under `<folder>/figures/` and display it: interactive in Jupyter, as a static image elsewhere.
 
+        The title gets the note of a scaled-down run.
+
         Args:
-            figure: its title gets the note of a scaled-down run.
-            label: file name, starting with the paper item, as `P4_layer_fvu`.
+            figure: to be shown.
+            label: file name, starting with the paper item, such as `P4_layer_fvu`.
             caption: what one sees, in a sentence or two.
             data: the numbers for the CSV; taken from the figure when not given.
             **facts: what the figure's record says besides label, caption, notebook, profile, seed, commit and versions;
@@ -279,13 +280,8 @@ class Context:
         section = self.profile.name + ("_checkpoint" if self.checkpoint_alone else "")
         expected = expected_values(self.name, section)
         checks = check_values(read_results(self.folder).get(self.name, {}), expected)
-        table = pd.DataFrame(
-            [
-                {"key": check.key, "value": check.value, "expected": check.expected, "result": check.word}
-                for check in checks
-            ],
-            columns=["key", "value", "expected", "result"],
-        )
+        rows = [(check.key, check.value, check.expected, check.word) for check in checks]
+        table = pd.DataFrame(rows, columns=["key", "value", "expected", "result"])
         failed = [check for check in checks if check.passed is False]
         if failed:
             print(table.to_string(index=False))
@@ -298,7 +294,7 @@ def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> C
     """Begin a notebook: check versions, say where numbers come from, forget this notebook's earlier results.
 
     Args:
-        name: of the notebook, as `02_train_lorsa`.
+        name: such as `02_train_lorsa`.
         profile: `smoke`, `laptop`, `paper` or a preset. Where its model's weights are gated or out of reach, a banner
             says so and the run goes on with the embedded model in the sizes of the laptop profile.
         run_dir: run folder; data/runs/<profile> when empty.
@@ -322,7 +318,7 @@ def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> C
 
 
 def _within_reach(profile: Profile) -> tuple[Profile, str | None]:
-    """The profile, or that of a laptop with a sentence that says why, when the weights of its model are gated or out of reach."""
+    """The profile, or that of a laptop with the reason, when the weights of its model are gated or out of reach."""
     if profile.is_scaled_down:
         return profile, None
     from lorsa_utils.models import require_available
@@ -345,7 +341,7 @@ def banners(folder: str | Path) -> list[str]:
 
 
 def profile_of_run(folder: str | Path, profile: str) -> str:
-    """The profile that a run folder's numbers are really of: `laptop` where a banner says that its model was out of reach."""
+    """The profile that a run's numbers are really of: `laptop` where a banner says that its model was out of reach."""
     return "laptop" if banners(folder) else profile
 
 
@@ -366,241 +362,7 @@ def _show_banner(folder: Path, name: str, banner: str | None) -> None:
         print(banner)
 
 
-# ---- artefacts that notebooks share
-
-
-def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
-    """Token sequences of the embedded text, the same in every notebook of a run: `train` and `held_out`, sized by the profile."""
-    from lorsa_utils.text import embedded_corpus, tokenize
-
-    profile, text = run.profile, embedded_corpus()
-    budgets = {
-        "train": (text.train, profile.cache_tokens),
-        "held_out": (text.held_out, profile.compare_held_out_tokens),
-    }
-    return {
-        split: tokenize(documents, model.tokenizer, context=profile.context, n_tokens=n_tokens, seed=run.seed)
-        for split, (documents, n_tokens) in budgets.items()
-    }
-
-
-def activation_cache(run: Context, model: LanguageModel, splits: Mapping[str, Sequences]) -> Path:
-    """The cache folder with inputs and outputs of the run's layers; made by the first notebook that asks for it."""
-    from lorsa_utils.activations import build_cache, source_identity
-
-    layers = sorted({run.profile.layer, *run.layers})
-    texts = {split: source_identity(model, part) for split, part in splits.items()}
-    return run.stage(
-        "activations",
-        {"layers": layers, **texts},
-        lambda folder: build_cache(model, splits, layers, folder, text="embedded"),
-    )
-
-
-def trained(
-    run: Context,
-    model: LanguageModel,
-    source: ActivationCache,
-    modules: Mapping[str, tuple[int, LorsaConfig | SAEConfig]],
-    train: TrainConfig,
-) -> dict[str, Path]:
-    """Run folders of trained modules. Those not trained yet are trained now, together, on the same tokens.
-
-    Args:
-        run: the notebook's context; runs lie in `<folder>/runs/<name>-<hash of settings, text and code>`.
-        model: the language model, for the starts.
-        source: training activations.
-        modules: name to layer and shape.
-        train: how all of them are trained.
-    """
-    from lorsa_utils.train import RunSpec, train_runs, training_sources
-
-    # Runs of an older version of this code must not pass for runs of this one.
-    code = training_sources()
-    specs = {}
-    for name, (layer, module) in modules.items():
-        settings = {"layer": layer, "module": module.to_dict(), "train": train.to_dict(), "source": source.identity()}
-        key = {"kit": __version__, "code": code, **settings}
-        specs[name] = RunSpec(name, layer, module, train, run.folder / "runs" / f"{name}-{store.sha256_json(key)[:8]}")
-    # A killed run can leave modules saved at different steps; each group goes on from its own.
-    groups: dict[str | None, list[RunSpec]] = {}
-    for spec in specs.values():
-        if not (spec.folder / "model.safetensors").is_file():
-            groups.setdefault(_saved_position(spec.folder), []).append(spec)
-    for group in groups.values():
-        sites = {spec.layer: model.site(spec.layer) for spec in group}
-        train_runs(group, source, sites, device=model.device, resume=True)
-    return {name: spec.folder for name, spec in specs.items()}
-
-
-def train_config(run: Context, tokens: int, log_lines: int = 50) -> TrainConfig:
-    """How notebooks train modules on `tokens` tokens, with about so many lines of metrics."""
-    p = run.profile
-    steps = tokens / (p.batch_size * (p.context - 1))
-    return TrainConfig(
-        tokens=tokens,
-        batch_size=p.batch_size,
-        seed=run.seed,
-        log_every=max(1, int(steps) // log_lines),
-        dead_window=min(8_000, tokens // 5),
-    )
-
-
-def compare_tokens(profile: Profile) -> int:
-    """Training tokens of each module of notebook 03: there are three in each layer, so scaled-down profiles give each less."""
-    return max(20_000, profile.train_tokens * 2 // 5) if profile.is_scaled_down else profile.train_tokens
-
-
-def _lorsa_shape(run: Context, model: LanguageModel, layer: int) -> LorsaConfig:
-    """The profile's Lorsa for a layer."""
-    from lorsa_utils.lorsa import Lorsa
-
-    return Lorsa.config_for_site(model.site(layer), run.profile.n_heads, run.profile.n_qk, run.profile.k)
-
-
-def main_lorsa(run: Context, model: LanguageModel, source: ActivationCache) -> Path:
-    """Run folder of the Lorsa of notebook 02: the profile's layer, trained longest. Trained now when it is missing."""
-    layer = run.profile.layer
-    wanted = {"lorsa": (layer, _lorsa_shape(run, model, layer))}
-    return trained(run, model, source, wanted, train_config(run, run.profile.train_tokens))["lorsa"]
-
-
-def short_config(run: Context) -> TrainConfig:
-    """How the short runs of notebook 02 are trained."""
-    train = train_config(run, run.profile.train_tokens)
-    return train.replace(tokens=max(10_000, train.tokens // 5), log_every=max(1, train.log_every // 2))
-
-
-def short_starts(run: Context, model: LanguageModel, source: ActivationCache) -> dict[str, Path]:
-    """Run folders of the short runs of notebook 02 from both starts, `mhsa` and `random`.
-
-    Trained now when they are missing.
-    """
-    layer = run.profile.layer
-    folders: dict[str, Path] = {}
-    for init in ("mhsa", "random"):
-        name = f"start_{init}"
-        module = {name: (layer, _lorsa_shape(run, model, layer))}
-        folders |= {init: trained(run, model, source, module, short_config(run).replace(init=init))[name]}
-    return folders
-
-
-LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
-
-
-def layer_modules(
-    run: Context, model: LanguageModel, source: ActivationCache, kinds: Sequence[str] = LAYER_MODULES
-) -> dict[int, dict[str, Path]]:
-    """Run folders of the modules of notebook 03, all trained on the same tokens.
-
-    Those that are missing are trained now.
-
-    Args:
-        run: the notebook's context.
-        model: the language model.
-        source: training activations.
-        kinds: some of `LAYER_MODULES`.
-
-    Returns:
-        layer to kind to run folder.
-    """
-    layers = run.profile.layers
-    wanted = {
-        f"layer{layer:02d}_{kind}": (layer, _layer_shape(run, model, layer, kind)) for layer in layers for kind in kinds
-    }
-    folders = trained(run, model, source, wanted, train_config(run, compare_tokens(run.profile), 25))
-    return {layer: {kind: folders[f"layer{layer:02d}_{kind}"] for kind in kinds} for layer in layers}
-
-
-def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
-    """Run folders of the best Lorsa and SAE of the profile's layer, by `lorsa` and `sae`.
-
-    The checkpoints that travel with the kit (`data/checkpoints`) where there are both for this model and layer, so that
-    a notebook opens at once; otherwise the Lorsa of notebook 02 and the SAE of notebook 03, trained now when they are
-    missing.
-    """
-    from lorsa_utils.activations import ActivationCache
-
-    if shipped := _shipped_pair(run, model):
-        return shipped
-    source = ActivationCache(activation_cache(run, model, sequences(run, model)), "train", model=model)
-    pair = layer_modules(run, model, source, ("sae_equal_features",))[run.profile.layer]
-    return {"lorsa": main_lorsa(run, model, source), "sae": pair["sae_equal_features"]}
-
-
-def _shipped_pair(run: Context, model: LanguageModel) -> dict[str, Path] | None:
-    """The checkpoints of the profile's layer that travel with the kit, by `lorsa` and `sae`; None unless both are there."""
-    from lorsa_utils.kit import checkpoints
-
-    shipped = {kind: checkpoints.find(model, run.profile.layer, kind) for kind in ("lorsa", "sae")}
-    found = {kind: place for kind, place in shipped.items() if place is not None}
-    return found if len(found) == len(shipped) else None
-
-
-def modules_at_hand(
-    run: Context, model: LanguageModel, splits: Mapping[str, Sequences], train: bool
-) -> dict[int, dict[str, Path]]:
-    """Lorsa and SAE, of equally many units, of the layers that notebooks compare, for one that has to open at once.
-
-    Those of notebook 03 where it has run in this folder. Where it has not, the checkpoints that travel with the kit
-    stand in: one layer alone, which is said, and which `run.layers`, the figures' facts and the expected values
-    (section `<profile>_checkpoint`) then follow.
-
-    Args:
-        run: the notebook's context.
-        model: the language model.
-        splits: of `sequences`.
-        train: train what is missing instead. What is missing is trained, too, where no checkpoint fits.
-
-    Returns:
-        layer to run folder by `lorsa` and `sae`.
-    """
-    from lorsa_utils.activations import ActivationCache
-
-    kinds, layers = {"lorsa": "lorsa", "sae": "sae_equal_features"}, run.profile.layers
-    finished = (f"layer{layer:02d}_{kind}-*/model.safetensors" for layer in layers for kind in kinds.values())
-    wait = train or all(any((run.folder / "runs").glob(pattern)) for pattern in finished)
-    shipped = None if wait else _shipped_pair(run, model)
-    if shipped:
-        run.layers, run.checkpoint_alone = (run.profile.layer,), True
-        print(
-            f"Notebook 03 has not run in {run.folder.name}, so this run looks at layer {run.profile.layer} alone, at the checkpoint that "
-            "travels with the kit. For all layers run notebook 03 first, or set TRAIN = True."
-        )
-        folders = {run.profile.layer: shipped}
-    else:
-        source = ActivationCache(activation_cache(run, model, splits), "train", model=model)
-        trained_now = layer_modules(run, model, source, tuple(kinds.values()))
-        folders = {layer: {name: places[kind] for name, kind in kinds.items()} for layer, places in trained_now.items()}
-    tokens = store.read_json(next(iter(folders.values()))["lorsa"] / "config.json")["train"]["tokens"]
-    run.about |= {"layer": list(run.layers), "tokens": tokens}
-    return folders
-
-
-def second_seed(
-    run: Context, model: LanguageModel, source: ActivationCache, layer: int, kinds: Sequence[str] = ("lorsa",)
-) -> dict[str, Path]:
-    """Run folders of a layer's modules as in `layer_modules`, from the next seed's start on the same tokens; kind to folder."""
-    names = {kind: f"layer{layer:02d}_{kind}_second" for kind in kinds}
-    wanted = {name: (layer, _layer_shape(run, model, layer, kind)) for kind, name in names.items()}
-    folders = trained(
-        run, model, source, wanted, train_config(run, compare_tokens(run.profile), 25).replace(seed=run.seed + 1)
-    )
-    return {kind: folders[name] for kind, name in names.items()}
-
-
-def _layer_shape(run: Context, model: LanguageModel, layer: int, kind: str) -> LorsaConfig | SAEConfig:
-    p = run.profile
-    if kind == "lorsa":
-        return _lorsa_shape(run, model, layer)
-    features = {"sae_equal_features": p.sae_features, "sae_equal_parameters": p.sae_features_equal_parameters}
-    return SAEConfig(model.d_model, features[kind], p.k)
-
-
-def _saved_position(folder: Path) -> str | None:
-    """Where a run's saved state stands in the data, None when it has none."""
-    state = folder / "state" / "state.safetensors"
-    return str(json.loads(store.read_tensor_metadata(state)["counters"])["tokens_seen"]) if state.is_file() else None
+# ---- results
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -634,7 +396,7 @@ def _wrap(title: str) -> str:
 
 
 def _display(figure: go.Figure, saved: figures.SavedFigure, text: str) -> None:
-    """Show the figure where a notebook is running: interactive, static and as text, the reader's program takes what it can show."""
+    """Show the figure where a notebook is running, in three forms: interactive, static and text."""
     bundle: dict[str, Any] = {"text/plain": text, "application/vnd.plotly.v1+json": json.loads(figure.to_json())}
     if saved.png is not None:
         import base64

@@ -1,6 +1,7 @@
-"""Everything that a page shows about a head of a Lorsa, gathered for many heads in one pass over the text.
+"""What pages show of heads: the texts where they are active, what they write, and their neighbours.
 
-For a head h of QK group g, at a query i of one text (paper, Sec. 5):
+`Evidence` holds all that is known of a layer's heads; `Evidence.heads` yields what one page shows of each. For a head h
+of QK group g, at a query i of one text (paper, Sec. 5):
 
     activation  z_i * ||w_o||, 0 where h is not among the K kept heads of the token
     z pattern   z_ij = A_ij v_j * ||w_o||, an exact split over sources j: sum_j z_ij is the activation before the
@@ -19,7 +20,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -27,19 +28,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from typing_extensions import override
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.families import FAMILIES, SCORES
-from lorsa_utils.heads.survey import Survey
-from lorsa_utils.heads.units import LorsaHeads, Unembedding
-from lorsa_utils.lorsa import SAE, Lorsa, SparseModule
+from lorsa_utils.heads.origins import mhsa_shares
+from lorsa_utils.heads.survey import Survey, survey
+from lorsa_utils.heads.units import LorsaHeads, Unembedding, mean_head_values
+from lorsa_utils.lorsa import SAE, Lorsa
 from lorsa_utils.models import LanguageModel, Replacement
 from lorsa_utils.text import Sequences
 
 BEFORE, AFTER = 100, 10
 """Tokens of a context before and after the token it was chosen for, as in the authors' interface."""
 MAIN_SOURCES, MAIN_SHARE = 4, 0.05
-"""A token's main sources: at most so many, each with at least such a share of its z pattern (in absolute values)."""
+"""A token has at most four main sources, each with at least 5 % of its z pattern (in absolute values)."""
 AROUND = (8, 3)
 """Tokens that are kept before and after a main source."""
 N_TOP, N_SAMPLES, N_RANDOM = 10, 8, 4
@@ -57,9 +61,7 @@ class Place(NamedTuple):
     rank: float
     """For samples, the share of the head's active tokens that are less active; else 0."""
     row: int
-    """Number of the sequence."""
     position: int
-    """In the sequence."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Context:
     tokens: list[str]
     """Text of the sources, [m]; the last n of them are the window's tokens, "" those added up."""
     positions: list[int]
-    """Position of each source in its sequence, [m]; -1 for those added up, always the second column if there are any."""
+    """Position of each source in its sequence, [m]; -1 for those added up, which are the second column if any."""
     peak: int
     """The token it was chosen for, counted from the window's first."""
     activation: Tensor = field(repr=False)
@@ -104,7 +106,7 @@ class Feature(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """What is known of one head. Made by `collect`."""
+    """What one page shows. Made by `Evidence.heads`."""
 
     model: str
     layer: int
@@ -122,15 +124,15 @@ class Head:
     scores: dict[str, dict[str, float]]
     """Family in words to its scores on unseen prompts, for the head's families."""
     effect: tuple[float, float] | None
-    """Increase of the loss on prompts of its first family when the head alone is removed, in nats, with its standard error."""
+    """Nats that the loss on prompts of its first family grows when the head alone is removed, with standard error."""
     raised: list[tuple[str, float]]
     """Tokens with the largest logits of w_o (before the last norm's scale) and those logits."""
     lowered: list[tuple[str, float]]
     contexts: list[Context] = field(repr=False)
     """The `top` ones by activation, then `sample` by activation, then `random`."""
     siblings: pd.DataFrame = field(repr=False)
-    """Heads of its group, one row each: `head`, `families`, `frequency`, `cos_o` and `cos_v` (cosine of write and read directions with
-    this head's), `tokens`."""
+    """Heads of its group, one row each: `head`, `families`, `frequency`, `cos_o` and `cos_v` (cosines of write and read
+    directions with this head's), `tokens`."""
     written_features: list[Feature] | None = None
     """Features of an SAE on the layer's output whose write directions are nearest w_o; None without an SAE."""
     read_features: list[Feature] | None = None
@@ -148,7 +150,7 @@ class Head:
 
 
 class ReadOnce(LanguageModel):
-    """A language model that remembers what one layer read and wrote: a text that was captured once costs no second pass.
+    """A language model that remembers what one layer read and wrote, so that a text costs one pass.
 
     Only `capture` of that layer remembers, and not inside `splice`. Beyond `limit` bytes, texts are read again.
     """
@@ -158,25 +160,24 @@ class ReadOnce(LanguageModel):
         self._layer, self._room, self._spliced = layer, limit, False
         self._known: dict[bytes, tuple[Tensor, Tensor]] = {}
 
+    @override
     def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """See `LanguageModel.capture`."""
         if list(layers) != [self._layer] or self._spliced or tokens.ndim != 2:
             return super().capture(tokens, layers)
         keys = [row.long().cpu().numpy().tobytes() for row in tokens]
-        found = {key: self._known[key] for key in keys if key in self._known}
-        if missing := [number for number, key in enumerate(keys) if key not in found]:
-            sides = super().capture(tokens[missing], layers)[self._layer]
-            for place, number in enumerate(missing):
-                found[keys[number]] = pair = (sides[0][place].clone(), sides[1][place].clone())
-                size = 2 * pair[0].numel() * pair[0].element_size()
+        pairs = {key: self._known[key] for key in keys if key in self._known}
+        if new := [number for number, key in enumerate(keys) if key not in pairs]:
+            for number, x, y in zip(new, *super().capture(tokens[new], layers)[self._layer], strict=True):
+                pairs[keys[number]] = pair = (x.clone(), y.clone())
+                size = sum(side.numel() * side.element_size() for side in pair)
                 if size <= self._room:
                     self._known[keys[number]], self._room = pair, self._room - size
-        x, y = (torch.stack([found[key][side] for key in keys]) for side in (0, 1))
-        return {self._layer: (x, y)}
+        xs, ys = zip(*(pairs[key] for key in keys), strict=True)
+        return {self._layer: (torch.stack(xs), torch.stack(ys))}
 
+    @override
     @contextlib.contextmanager
     def splice(self, replacements: Mapping[int, Replacement]) -> Iterator[None]:
-        """See `LanguageModel.splice`."""
         self._spliced = True
         try:
             with super().splice(replacements):
@@ -208,8 +209,13 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return texts
 
 
+def texts_alone(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Text of tokens that do not follow each other; models pad their vocabulary with some that have no text."""
+    return [token_texts(tokenizer, [index])[0] for index in ids]
+
+
 def _whole_characters(tokenizer: Any, ids: Sequence[int], first: int) -> tuple[int, str]:
-    """Where the run of tokens from `first` on ends that is text only together, and that text; one token and "" when there is none."""
+    """Where the tokens from `first` on end that are text only together, and that text; one token and "" without one."""
     for last in range(first + 2, min(first + 5, len(ids) + 1)):
         text = tokenizer.decode(list(ids[first:last]))
         if "\ufffd" not in text:
@@ -219,17 +225,8 @@ def _whole_characters(tokenizer: Any, ids: Sequence[int], first: int) -> tuple[i
 
 def _hexadecimal(piece: str | None) -> str:
     """A token of a byte-level vocabulary as the bytes it stands for."""
-    return "".join(f"⟨{_BYTE_OF[character]:02X}⟩" if character in _BYTE_OF else character for character in piece or "")
-
-
-def _byte_characters() -> dict[str, int]:
-    """Characters that byte-level vocabularies write bytes with: printable Latin-1 as itself, the others from U+0100 on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_characters()
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    return "".join(f"⟨{byte_of[character]:02X}⟩" if character in byte_of else character for character in piece or "")
 
 
 # ---- places
@@ -264,18 +261,18 @@ def read_context(
     before: int = BEFORE,
     after: int = AFTER,
 ) -> Context:
-    """One window of one text.
+    """The window of a text from `before` tokens before a place to `after` tokens after it.
 
     Args:
-        lorsa: takes raw activations.
-        head: of it.
+        lorsa: reads raw activations.
+        head: which of its heads.
         x: attention input of the text, [length, d_model].
         kept: heads and activations of `lorsa.encode`, each [length, k].
         ids: tokens of the text; what follows them in x is padding.
-        place: the token in the middle.
+        place: the token that the window is around.
         tokenizer: of the model.
-        before: tokens of the window before that one.
-        after: and after it.
+        before: tokens before the place.
+        after: tokens after it.
     """
     start, end = max(0, place.position - before), min(place.position + after + 1, len(ids))
     norm = lorsa.W_O[head].norm()
@@ -321,156 +318,151 @@ def _apart(z: Tensor, start: int) -> list[int]:
 # ---- heads
 
 
-@torch.no_grad()
-def collect(
-    model: LanguageModel,
-    layer: int,
-    lorsa: Lorsa,
-    chosen: Sequence[int],
-    found: Survey,
-    sequences: Sequences,
-    *,
-    table: pd.DataFrame | None = None,
-    shares: Tensor | None = None,
-    sae: SAE | None = None,
-    input_sae: SAE | None = None,
-    explanations: Mapping[int, tuple[str | None, float | None]] | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    progress: bool = True,
-) -> Iterator[Head]:
-    """What there is to know of some heads; the text is read once for all of them, and only where something is shown.
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of the heads of one layer."""
 
-    Args:
-        model: the language model.
-        layer: of the Lorsa.
-        lorsa: takes raw activations.
-        chosen: heads.
-        found: survey of all heads on `sequences`.
-        sequences: the text.
-        table: of `survey.describe`, for names and scores.
-        shares: of `correspondence.mhsa_shares`, [n_heads, n_mhsa_heads].
-        sae: an SAE on the layer's output, for the nearest features of w_o.
-        input_sae: a transcoder on the layer's input, for the nearest features of w_v.
-        explanations: head to an explanation and its score.
-        batch_size: sequences at a time.
-        seed: of random contexts.
-        progress: show a bar.
+    model: LanguageModel
+    layer: int
+    lorsa: Lorsa
+    """Reads raw activations."""
+    sequences: Sequences
+    survey: Survey
+    """Of all heads, on `sequences`."""
+    table: pd.DataFrame | None = None
+    """Names and scores, of `survey.describe`; one row per head."""
+    shares: Tensor | None = None
+    """Of `origins.mhsa_shares`, [n_heads, n_mhsa_heads]."""
+    sae: SAE | None = None
+    """On the layer's output; its features nearest w_o are shown."""
+    transcoder: SAE | None = None
+    """On the layer's input; its features nearest w_v are shown."""
+    explanations: Mapping[int, tuple[str | None, float | None]] = field(default_factory=dict)
+    """Head to an explanation and its score."""
+    batch_size: int = 8
+    seed: int = 0
+    """Of the random contexts."""
+    progress: bool = True
 
-    Yields:
-        one `Head` for each of `chosen`, in this order.
+    @classmethod
+    def gather(cls, model: LanguageModel, layer: int, lorsa: Lorsa, sequences: Sequences, **options: Any) -> Self:
+        """Read the text: what every head does on it, and which MHSA heads it comes from.
 
-    Raises:
-        UserError: there is no such head, or what was given does not belong together.
-    """
-    units = LorsaHeads(lorsa)
-    units.check(chosen)
-    _check(found, units, sequences, table, shares, sae, input_sae)
-    contexts = _contexts(
-        model,
-        layer,
-        lorsa,
-        {head: choose_places(found, head, sequences, seed) for head in chosen},
-        sequences,
-        batch_size,
-        progress,
-    )
-    words, groups = _Words(model), {}
-    for head in chosen:
-        group = head // lorsa.config.group_size
-        if group not in groups:
-            groups[group] = _group(lorsa, group, found, table, words)
-        row = None if table is None else table.iloc[head]
-        mine = None if shares is None or bool(shares[head].isnan().any()) else shares[head].tolist()
-        explanation, score = (explanations or {}).get(head, (None, None))
-        raised, lowered = words.ends(lorsa.W_O[head])
-        yield Head(
-            model=Path(model.name).name if Path(model.name).exists() else model.name,
-            layer=layer,
-            head=head,
-            n_heads=units.n,
-            group=group,
-            n_tokens=found.n_tokens,
-            facts={str(name): float(value) for name, value in found.facts.iloc[head].items()},
-            families=_families(row),
-            named=row is not None,
-            scores=_scores(row),
-            effect=None
-            if row is None or not np.isfinite(row.get("effect", np.nan))
-            else (float(row["effect"]), float(row["effect_error"])),
-            raised=raised,
-            lowered=lowered,
-            contexts=contexts[head],
-            siblings=_siblings(lorsa, head, groups[group]),
-            written_features=None if sae is None else _nearest(lorsa.W_O[head], sae.W_O, sae, words),
-            read_features=None if input_sae is None else _nearest(lorsa.W_V[head], input_sae.W_E, input_sae, words),
-            shares=mine,
-            explanation=explanation,
-            score=score,
+        `options` are the other fields, except `survey` and `shares`.
+        """
+        model = model if isinstance(model, ReadOnce) else ReadOnce(model, layer)
+        reading = {key: options[key] for key in ("batch_size", "progress") if key in options}
+        found = survey(model, layer, LorsaHeads(lorsa), sequences, seed=options.get("seed", 0), **reading)
+        few = slice(0, 32)
+        with torch.no_grad():
+            x = model.capture(sequences.tokens[few].long(), [layer])[layer][0].float()
+            mean = mean_head_values(model.site(layer), x, sequences.mask[few].to(x.device))
+            shares = mhsa_shares(model, layer, lorsa, mean, sequences, **reading).shares
+        return cls(model, layer, lorsa, sequences, found, shares=shares, **options)
+
+    def __post_init__(self) -> None:
+        """Refuse what does not belong together.
+
+        Raises:
+            UserError: a survey, table, SAE or transcoder is of another module or text.
+        """
+        n_heads, d_model = self.lorsa.n_units, self.lorsa.config.d_model
+        if len(self.survey.facts) != n_heads or int(self.survey.places[..., 0].max()) >= len(self.sequences.tokens):
+            raise UserError("This survey is of other heads or of another text; rebuild it with survey.survey.")
+        if any(rows is not None and len(rows) != n_heads for rows in (self.table, self.shares)):
+            other = f"The table of heads belongs to another module than this one with {n_heads} heads"
+            raise UserError(f"{other}; make it with `lorsa heads`.")
+        for module, kind, what in (
+            (self.sae, "sae", "an SAE of the layer's output"),
+            (self.transcoder, "transcoder", "a transcoder on the layer's input"),
+        ):
+            config = module and module.config
+            if config and (config.kind != kind or config.d_model != d_model):
+                raise UserError(f"This is a {config.kind} of width {config.d_model}; give {what}, of width {d_model}.")
+
+    @torch.no_grad()
+    def heads(self, chosen: Sequence[int]) -> Iterator[Head]:
+        """Read the text once for all of `chosen`, and only where something is shown; they come in this order.
+
+        Raises:
+            UserError: there is no such head.
+        """
+        LorsaHeads(self.lorsa).check(chosen)
+        contexts = self._contexts(
+            {head: choose_places(self.survey, head, self.sequences, self.seed) for head in chosen}
         )
-
-
-def _check(
-    found: Survey,
-    units: LorsaHeads,
-    sequences: Sequences,
-    table: pd.DataFrame | None,
-    shares: Tensor | None,
-    sae: SAE | None,
-    input_sae: SAE | None,
-) -> None:
-    if len(found.facts) != units.n or int(found.places[..., 0].max()) >= len(sequences.tokens):
-        raise UserError("This survey is of other heads or of another text; make it again with survey.survey.")
-    if (table is not None and len(table) != units.n) or (shares is not None and len(shares) != units.n):
-        raise UserError(
-            f"The table of heads belongs to another module than this one with {units.n} heads; make it with `lorsa heads`."
-        )
-    d_model = units.lorsa.config.d_model
-    for module, kind, what in (
-        (sae, "sae", "an SAE of the layer's output"),
-        (input_sae, "transcoder", "a transcoder on the layer's input"),
-    ):
-        if module is not None and (module.config.kind != kind or module.config.d_model != d_model):
-            raise UserError(
-                f"This is a {module.config.kind} of width {module.config.d_model}; give {what}, of width {d_model}."
+        words, name, size = _Words(self.model), Path(self.model.name), self.lorsa.config.group_size
+        groups = {group: self._group(group, words) for group in {head // size for head in chosen}}
+        for head in chosen:
+            row = None if self.table is None else self.table.iloc[head]
+            shares = None if self.shares is None else self.shares[head]
+            explanation, score = self.explanations.get(head, (None, None))
+            raised, lowered = words.ends(self.lorsa.W_O[head])
+            yield Head(
+                model=name.name if name.exists() else self.model.name,
+                layer=self.layer,
+                head=head,
+                n_heads=self.lorsa.n_units,
+                group=head // size,
+                n_tokens=self.survey.n_tokens,
+                facts={str(key): float(value) for key, value in self.survey.facts.iloc[head].items()},
+                families=_families(row),
+                named=row is not None,
+                scores=_scores(row),
+                effect=_effect(row),
+                raised=raised,
+                lowered=lowered,
+                contexts=contexts[head],
+                siblings=self._siblings(head, groups[head // size]),
+                written_features=_nearest(self.lorsa.W_O[head], self.sae, "W_O", words),
+                read_features=_nearest(self.lorsa.W_V[head], self.transcoder, "W_E", words),
+                shares=None if shares is None or bool(shares.isnan().any()) else shares.tolist(),
+                explanation=explanation,
+                score=score,
             )
 
+    def _contexts(self, places: Mapping[int, list[Place]]) -> dict[int, list[Context]]:
+        """Contexts of heads in the order of their places; a sequence is read once, and no further than it is shown."""
+        shown: dict[int, list[tuple[int, int, Place]]] = {}
+        for head, of_head in places.items():
+            for number, place in enumerate(of_head):
+                shown.setdefault(place.row, []).append((head, number, place))
+        length = self.sequences.tokens.shape[1]
+        ends = {row: min(max(at.position for *_, at in of_row) + AFTER + 1, length) for row, of_row in shown.items()}
+        rows = sorted(shown, key=lambda row: (ends[row], row))
+        contexts: dict[tuple[int, int], Context] = {}
+        bar = tqdm(total=len(rows), unit="seq", desc="contexts", disable=not self.progress)
+        for first in range(0, len(rows), self.batch_size):
+            batch = rows[first : first + self.batch_size]
+            tokens = self.sequences.tokens[batch].to(self.model.device, torch.long)
+            inputs = self.model.capture(tokens, [self.layer])[self.layer][0][:, : ends[batch[-1]]].float()
+            indices, values = self.lorsa.encode(inputs)
+            for x, kept_heads, kept_values, row in zip(inputs, indices, values, batch, strict=True):
+                counted = int(self.sequences.mask[row].nonzero().max()) + 1  # what comes after is padding
+                ids = self.sequences.tokens[row, :counted].tolist()
+                for head, number, place in shown[row]:
+                    contexts[head, number] = read_context(
+                        self.lorsa, head, x, (kept_heads, kept_values), ids, place, self.model.tokenizer
+                    )
+                bar.update()
+        bar.close()
+        return {head: [contexts[head, number] for number in range(len(of_head))] for head, of_head in places.items()}
 
-def _contexts(
-    model: LanguageModel,
-    layer: int,
-    lorsa: Lorsa,
-    places: Mapping[int, list[Place]],
-    sequences: Sequences,
-    batch_size: int,
-    progress: bool,
-) -> dict[int, list[Context]]:
-    """Contexts of some heads, in the order of their places; each sequence is read once."""
-    wanted: dict[int, list[tuple[int, int, Place]]] = {}
-    for head, some in places.items():
-        for number, place in enumerate(some):
-            wanted.setdefault(place.row, []).append((head, number, place))
-    ends = {
-        row: min(max(place.position for *_, place in some) + AFTER + 1, sequences.tokens.shape[1])
-        for row, some in wanted.items()
-    }
-    rows = sorted(wanted, key=lambda row: (ends[row], row))
-    done: dict[tuple[int, int], Context] = {}
-    bar = tqdm(total=len(rows), unit="seq", desc="contexts", disable=not progress)
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        tokens = sequences.tokens[batch].to(model.device, torch.long)
-        # Which heads are kept is needed no further than the last token shown.
-        inputs = model.capture(tokens, [layer])[layer][0][:, : ends[batch[-1]]].float()
-        indices, values = lorsa.encode(inputs)
-        for number, row in enumerate(batch):
-            counted = int(sequences.mask[row].nonzero().max()) + 1  # what comes after is padding
-            ids, kept = sequences.tokens[row, :counted].tolist(), (indices[number], values[number])
-            for head, index, place in wanted[row]:
-                done[head, index] = read_context(lorsa, head, inputs[number], kept, ids, place, model.tokenizer)
-            bar.update()
-    bar.close()
-    return {head: [done[head, number] for number in range(len(some))] for head, some in places.items()}
+    def _group(self, group: int, words: _Words) -> pd.DataFrame:
+        size = self.lorsa.config.group_size
+        heads = range(group * size, (group + 1) * size)
+        rows = pd.DataFrame({"head": heads, "families": ""})
+        if self.table is not None:
+            rows["families"] = [", ".join(_families(self.table.iloc[head])) for head in heads]
+        rows["frequency"] = self.survey.facts["frequency"].iloc[heads.start : heads.stop].to_numpy()
+        return rows.assign(tokens=words.raised(self.lorsa.W_O[heads.start : heads.stop]))
+
+    def _siblings(self, head: int, rows: pd.DataFrame) -> pd.DataFrame:
+        """`rows` of `_group` without `head`, with the cosines of their weights with its own."""
+        heads, lorsa = rows["head"].tolist(), self.lorsa
+        cosines = [normalize(w[heads], dim=1) @ normalize(w[head], dim=0) for w in (lorsa.W_O, lorsa.W_V)]
+        rows = rows.assign(cos_o=cosines[0].cpu().numpy(), cos_v=cosines[1].cpu().numpy())
+        return rows[rows["head"] != head].reset_index(drop=True)
 
 
 class _Words:
@@ -479,21 +471,18 @@ class _Words:
     def __init__(self, model: LanguageModel) -> None:
         self.unembedding, self.tokenizer = Unembedding(model), model.tokenizer
 
-    def _named(self, values: Tensor, indices: Tensor) -> list[tuple[str, float]]:
-        return [(self.text(index), value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
-
-    def text(self, index: int) -> str:
-        """A token alone; models pad their vocabulary with some that have no text."""
-        return token_texts(self.tokenizer, [index])[0]
-
     def ends(self, direction: Tensor) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
         """Tokens that a direction [d_model], taken at norm 1, raises and lowers most, with their logits."""
         logits = self.unembedding.logits(normalize(direction[None], dim=1))[0]
-        return self._named(*logits.topk(N_TOKENS)), self._named(*logits.topk(N_TOKENS, largest=False))
+        raised, lowered = (logits.topk(N_TOKENS, largest=largest) for largest in (True, False))
+        return self._named(*raised), self._named(*lowered)
+
+    def _named(self, values: Tensor, indices: Tensor) -> list[tuple[str, float]]:
+        return list(zip(texts_alone(self.tokenizer, indices.tolist()), values.tolist(), strict=True))
 
     def raised(self, directions: Tensor, n: int = 4) -> list[list[str]]:
         """The first tokens that each direction [n, d_model] raises."""
-        return [[self.text(index) for index in row] for row in self.unembedding.top_tokens(directions, n).tolist()]
+        return [texts_alone(self.tokenizer, row) for row in self.unembedding.top_tokens(directions, n).tolist()]
 
 
 def _families(row: Any) -> list[str]:
@@ -502,37 +491,24 @@ def _families(row: Any) -> list[str]:
 
 def _scores(row: Any) -> dict[str, dict[str, float]]:
     """Scores of the head's own families."""
-    if row is None or not row["families"]:
-        return {}
-    found = {}
-    for family in row["families"].split("; "):
-        values = {score: row.get(f"{family}_{score}", np.nan) for score in SCORES}
-        found[FAMILIES[family].label] = {score: float(value) for score, value in values.items() if np.isfinite(value)}
-    return found
+    scores: dict[str, dict[str, float]] = {}
+    for family in [] if row is None or not row["families"] else row["families"].split("; "):
+        values = {score: float(row.get(f"{family}_{score}", np.nan)) for score in SCORES}
+        scores[FAMILIES[family].label] = {score: value for score, value in values.items() if np.isfinite(value)}
+    return scores
 
 
-def _group(lorsa: Lorsa, group: int, found: Survey, table: pd.DataFrame | None, words: _Words) -> pd.DataFrame:
-    """One row for each head of a group."""
-    size = lorsa.config.group_size
-    heads = range(group * size, (group + 1) * size)
-    rows = pd.DataFrame({"head": list(heads)})
-    rows["families"] = "" if table is None else [", ".join(_families(table.iloc[head])) for head in heads]
-    rows["frequency"] = found.facts["frequency"].iloc[heads.start : heads.stop].to_numpy()
-    return rows.assign(tokens=words.raised(lorsa.W_O[heads.start : heads.stop]))
+def _effect(row: Any) -> tuple[float, float] | None:
+    known = row is not None and np.isfinite(row.get("effect", np.nan))
+    return (float(row["effect"]), float(row["effect_error"])) if known else None
 
 
-def _siblings(lorsa: Lorsa, head: int, group: pd.DataFrame) -> pd.DataFrame:
-    """The other heads of the group, with their cosines."""
-    mine = group["head"].tolist()
-    cosines = [normalize(side[mine], dim=1) @ normalize(side[head], dim=0) for side in (lorsa.W_O, lorsa.W_V)]
-    rows = group.assign(cos_o=cosines[0].cpu().numpy(), cos_v=cosines[1].cpu().numpy())
-    return rows[rows["head"] != head].reset_index(drop=True)
-
-
-def _nearest(direction: Tensor, directions: Tensor, module: SparseModule, words: _Words) -> list[Feature]:
-    """Features whose directions [n_features, d_model] have the largest cosine with `direction`."""
-    cosines, numbers = (normalize(directions, dim=1) @ normalize(direction, dim=0)).topk(
-        min(N_FEATURES, len(directions))
-    )
+def _nearest(direction: Tensor, module: SAE | None, side: str, words: _Words) -> list[Feature] | None:
+    """Features whose directions, rows of the weights `side`, have the largest cosine with `direction`."""
+    if module is None:
+        return None
+    directions: Tensor = getattr(module, side)
+    cosines = normalize(directions, dim=1) @ normalize(direction, dim=0)
+    values, numbers = cosines.topk(min(N_FEATURES, len(directions)))
     tokens = words.raised(module.W_O[numbers])
-    return [Feature(*row) for row in zip(numbers.tolist(), cosines.tolist(), tokens, strict=True)]
+    return [Feature(*row) for row in zip(numbers.tolist(), values.tolist(), tokens, strict=True)]

@@ -8,10 +8,10 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 from browsing import Watched, keep_screenshot
-from tiny_heads import LAYER, tiny_heads
+from tiny_heads import tiny_heads
 
 from lorsa_utils.kit import notebook
-from lorsa_utils.view import evidence, figures, gallery, pages
+from lorsa_utils.view import figures, gallery, pages
 
 pytestmark = pytest.mark.browser
 
@@ -28,11 +28,7 @@ def test_pictures_and_links(images: bool, browser: Any, tmp_path: Path, monkeypa
         run.show(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), label, f"Caption of {label}.")
     tiny = tiny_heads(tmp_path / "model")
     chosen = [1, 2, 5]
-    pages.write_pages(
-        evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False),
-        run.folder / "heads",
-        chosen,
-    )
+    pages.write_pages(tiny.evidence().heads(chosen), run.folder / "heads", chosen)
     run.record("x", 1.0)
     for width in (1200, 400):
         tab = Watched(browser, width)

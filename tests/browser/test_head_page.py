@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browsing import Watched, keep_screenshot
-from tiny_heads import DEAD, LAYER, Tiny, tiny_heads
+from tiny_heads import DEAD, Tiny, tiny_heads
 
 from lorsa_utils.view import evidence, pages
 from lorsa_utils.view.evidence import Head
@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def heads(tiny: Tiny) -> list[Head]:
-    return list(evidence.collect(tiny.model, LAYER, tiny.lorsa, [5, DEAD], tiny.found, tiny.sequences, progress=False))
+    return list(tiny.evidence().heads([5, DEAD]))
 
 
 def value(text: str) -> float:
@@ -186,8 +186,8 @@ CONTRAST = """() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   let worst = [99, ""];
-  for (const element of document.querySelectorAll("h1, h2, p, td, th, caption, .t, .word, .soft, .gap, a, label,
-  summary, figcaption")) {
+  const texts = "h1, h2, p, td, th, caption, .t, .word, .soft, .gap, a, label, summary, figcaption";
+  for (const element of document.querySelectorAll(texts)) {
     if (!element.checkVisibility() || !element.textContent.trim()) continue;
     const behind = [];
     for (let node = element; node; node = node.parentElement) behind.unshift(getComputedStyle(node).backgroundColor);

@@ -17,7 +17,7 @@ from toys import random_inputs, random_lorsa, random_sae, randomized
 from lorsa_utils import store
 from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import checkpoints, cli
+from lorsa_utils.kit import cli, hub
 from lorsa_utils.lorsa import SAE, Lorsa, load
 
 SOURCE = {
@@ -75,13 +75,13 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 def test_a_packed_module_opens_as_it_is_and_computes_nearly_the_same(run: Path, tmp_path: Path) -> None:
-    folder = checkpoints.pack(run, tmp_path / "small")
+    folder = hub.pack(run, tmp_path / "small")
     before, after = load(run), load(folder)
     assert after.config == before.config
     for name, weight in before.state_dict().items():
         loaded = after.state_dict()[name]
         assert loaded.dtype == torch.float32
-        allowed = 2**-10 if name in checkpoints.FLOAT16 else 1 / 127 if name in checkpoints.INT8 else 0
+        allowed = 2**-10 if name in hub.FLOAT16 else 1 / 127 if name in hub.INT8 else 0
         assert ((loaded - weight).abs() <= allowed * weight.abs().amax(dim=-1, keepdim=True)).all(), name
     x = random_inputs(2, 9)
     change = after.pre_activations(x) - before.pre_activations(x)
@@ -103,16 +103,16 @@ def test_a_lorsa_and_an_sae_of_the_laptop_profile_fit_into_25_megabytes(tmp_path
     )
     sae = randomized(SAE(SAEConfig(d_model=576, n_features=4608, k=64)), dtype=torch.float32)
     runs = [save_run(tmp_path / "lorsa", lorsa), save_run(tmp_path / "sae", sae)]
-    folders = [checkpoints.pack(run, tmp_path / f"small_{run.name}") for run in runs]
+    folders = [hub.pack(run, tmp_path / f"small_{run.name}") for run in runs]
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
     assert sizes[0] < 16.2e6
     assert sizes[1] < 5.5e6
 
 
 def test_unpack_gives_an_ordinary_run_folder(run: Path, tmp_path: Path) -> None:
-    small = checkpoints.pack(run, tmp_path / "small")
-    folder = checkpoints.unpack(small, tmp_path / "full")
-    assert folder == checkpoints.unpack(small, tmp_path / "full"), "a second time changes nothing"
+    small = hub.pack(run, tmp_path / "small")
+    folder = hub.unpack(small, tmp_path / "full")
+    assert folder == hub.unpack(small, tmp_path / "full"), "a second time changes nothing"
     from safetensors.torch import load_file
 
     weights = load_file(folder / "model.safetensors")
@@ -120,33 +120,33 @@ def test_unpack_gives_an_ordinary_run_folder(run: Path, tmp_path: Path) -> None:
     for name, weight in load(small).state_dict().items():
         assert torch.equal(weights[name], weight)
     with pytest.raises(UserError, match="holds another run; choose an empty folder"):
-        checkpoints.unpack(small, save_run(tmp_path / "other", random_sae(), layer=3))
+        hub.unpack(small, save_run(tmp_path / "other", random_sae(), layer=3))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
 def test_a_cut_checkpoint_is_refused(run: Path, tmp_path: Path, share: float) -> None:
-    file = checkpoints.pack(run, tmp_path / "small") / "model.safetensors"
+    file = hub.pack(run, tmp_path / "small") / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match="is not the file that was packed"):
-        checkpoints.check(tmp_path / "small")
+        hub.check(tmp_path / "small")
     with pytest.raises(UserError, match="is not the file that was packed"):
-        checkpoints.unpack(tmp_path / "small", tmp_path / "full")
+        hub.unpack(tmp_path / "small", tmp_path / "full")
     with pytest.raises(UserError, match="is damaged"):
         load(tmp_path / "small")
 
 
 def test_a_flipped_bit_is_found(run: Path, tmp_path: Path) -> None:
-    file = checkpoints.pack(run, tmp_path / "small") / "model.safetensors"
+    file = hub.pack(run, tmp_path / "small") / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 16
     file.write_bytes(bytes(content))
     with pytest.raises(UserError, match="is not the file that was packed"):
-        checkpoints.check(tmp_path / "small")
+        hub.check(tmp_path / "small")
 
 
 def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
-    folder = checkpoints.pack(save_run(tmp_path / "run", random_sae()), tmp_path / "small")
+    folder = hub.pack(save_run(tmp_path / "run", random_sae()), tmp_path / "small")
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "model.safetensors")
@@ -160,7 +160,7 @@ def test_weights_that_would_lose_too_much_are_not_packed(tmp_path: Path) -> None
     with torch.no_grad():
         module.W_Q.mul_(1e-9)  # below what float16 can tell apart
     with pytest.raises(UserError, match=r"W_Q would lose \d+.\d% of its norm"):
-        checkpoints.pack(save_run(tmp_path / "run", module), tmp_path / "small")
+        hub.pack(save_run(tmp_path / "run", module), tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
 
@@ -168,48 +168,47 @@ def test_other_folders_are_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="holds files that are no checkpoint; choose an empty folder"):
-        checkpoints.pack(run, tmp_path / "mine")
+        hub.pack(run, tmp_path / "mine")
     with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoints.unpack(run, tmp_path / "full")
-    checkpoints.pack(run, tmp_path / "small")
-    checkpoints.pack(run, tmp_path / "small")
+        hub.unpack(run, tmp_path / "full")
+    hub.pack(run, tmp_path / "small")
+    hub.pack(run, tmp_path / "small")
 
 
 def test_the_log_is_thinned_and_ends_where_the_run_ended(run: Path, tmp_path: Path) -> None:
-    folder = checkpoints.pack(run, tmp_path / "small")
+    folder = hub.pack(run, tmp_path / "small")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert 20 <= len(rows) <= checkpoints.LOG_ROWS + 1
+    assert 20 <= len(rows) <= hub.LOG_ROWS + 1
     assert (rows[0]["step"], rows[-1]["step"]) == (10, 2000)
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
 
 
-def test_find_takes_the_longest_trained_of_the_right_kind(tmp_path: Path) -> None:
+def test_find_takes_the_longest_trained_of_the_right_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORSA_DATA", str(tmp_path))
     shipped = tmp_path / "checkpoints"
-    assert checkpoints.find(MODEL, 17, "lorsa", folder=shipped) is None
+    assert hub.find(MODEL, 17, "lorsa") is None
     for name, module, layer, tokens in (
         ("short", random_lorsa(), 17, 1000),
         ("long", random_lorsa(), 17, 2000),
         ("sae", random_sae(), 17, 9000),
         ("below", random_lorsa(), 16, 9000),
     ):
-        checkpoints.pack(save_run(tmp_path / name, module, layer, tokens=tokens), shipped / name)
-    assert checkpoints.find(MODEL, 17, "lorsa", folder=shipped) == shipped / "long"
-    assert checkpoints.find(MODEL, 17, "lorsa", random_lorsa().config, shipped) == shipped / "long"
-    assert checkpoints.find(MODEL, 17, "lorsa", random_lorsa(k=3).config, shipped) is None
-    assert checkpoints.find(MODEL, 17, "sae", folder=shipped) == shipped / "sae"
-    assert checkpoints.find(MODEL, 17, "transcoder", folder=shipped) is None
+        hub.pack(save_run(tmp_path / name, module, layer, tokens=tokens), shipped / name)
+    assert hub.find(MODEL, 17, "lorsa") == shipped / "long"
+    assert hub.find(MODEL, 17, "sae") == shipped / "sae"
+    assert hub.find(MODEL, 17, "transcoder") is None
     other: Any = SimpleNamespace(name="smollm2", fingerprint="d" * 64, tokenizer_fingerprint="e" * 64)
-    assert checkpoints.find(other, 17, "lorsa", folder=shipped) is None
+    assert hub.find(other, 17, "lorsa") is None
     in_bfloat16: Any = SimpleNamespace(name="smollm2", fingerprint="d" * 64, tokenizer_fingerprint="b" * 64)
-    assert checkpoints.find(in_bfloat16, 17, "lorsa", folder=shipped) == shipped / "long"
+    assert hub.find(in_bfloat16, 17, "lorsa") == shipped / "long"
     (shipped / "long" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="is not the file that was packed"):
-        checkpoints.find(MODEL, 17, "lorsa", folder=shipped)
+        hub.find(MODEL, 17, "lorsa")
 
 
 def test_the_command_makes_a_run_with_the_same_settings(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", random_lorsa(k=5), layer=3, tokens=5000, lr=5e-3, freeze_qk=True, aux_k=0)
-    words = shlex.split(checkpoints.train_command(store.read_json(run / "config.json")))
+    words = shlex.split(hub.train_command(store.read_json(run / "config.json")))
     assert words[:2] == ["lorsa", "train"]
     arguments = cli.build_parser().parse_args(words[1:])
     assert (arguments.layer, arguments.k, arguments.tokens, arguments.context) == ([3], 5, 5000, 256)
@@ -226,7 +225,7 @@ def test_the_card_says_what_it_is_and_names_no_place(tmp_path: Path) -> None:
         run / "config.json", config | {"source": SOURCE | {"text": [f"{place}/prose.txt"], "model": f"{place}/tiny"}}
     )
     store.write_json(run / "results_speeches.json", {"fvu": 0.25})
-    folder = checkpoints.pack(run, tmp_path / "small", command="lorsa train --everything")
+    folder = hub.pack(run, tmp_path / "small")
     for file in ("config.json", "README.md", "checkpoint.json"):
         assert place not in (folder / file).read_text()
     card = (folder / "README.md").read_text()
@@ -236,10 +235,10 @@ def test_the_card_says_what_it_is_and_names_no_place(tmp_path: Path) -> None:
         "| 0.125 |",
         "| speeches | 0.25 |",
         "prose.txt",
-        "--everything",
+        "lorsa train --model tiny",
     )
     for part in (*parts, "lu.load"):
         assert part in card
-    assert "license: apache-2.0" in checkpoints.model_card(save_run(tmp_path / "known", random_sae()))
+    assert "license: apache-2.0" in hub.model_card(save_run(tmp_path / "known", random_sae()))
     facts = store.read_json(folder / "checkpoint.json")
     assert facts["source_sha256"] == store.sha256_file(run / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Notebooks that need no artefact of an earlier one, run straight from their files; apart from the others, for a worker of its own."""
+"""Notebooks that need no artefact of an earlier one, run straight from their files, in a worker of their own."""
 
 import os
 import subprocess

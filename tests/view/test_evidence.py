@@ -27,10 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def collected(tiny: Tiny, *chosen: int, **options: object) -> list[Head]:
-    return list(
-        # type: ignore[arg-type]
-        evidence.collect(tiny.model, LAYER, tiny.lorsa, chosen, tiny.found, tiny.sequences, progress=False, **options)
-    )
+    return list(tiny.evidence(**options).heads(chosen))
 
 
 def test_contexts_are_exact(tiny: Tiny) -> None:
@@ -108,7 +105,7 @@ def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:
         sae.W_O.copy_(torch.randn(16, 64, generator=torch.Generator().manual_seed(1)))
         transcoder.W_E.copy_(torch.randn(16, 64, generator=torch.Generator().manual_seed(2)))
         sae.W_O[11], transcoder.W_E[3] = 5 * tiny.lorsa.W_O[6], 2 * tiny.lorsa.W_V[6]
-    (head,) = collected(tiny, 6, sae=sae, input_sae=transcoder)
+    (head,) = collected(tiny, 6, sae=sae, transcoder=transcoder)
     assert head.written_features is not None
     assert head.read_features is not None
     assert head.written_features[0][:2] == (11, pytest.approx(1, abs=1e-5))
@@ -153,7 +150,7 @@ def test_what_does_not_belong_together_is_refused(tiny: Tiny) -> None:
         collected(tiny, 1, table=pd.DataFrame({"head": range(3), "families": ""}))
     short = dataclasses.replace(tiny.sequences, tokens=tiny.sequences.tokens[:2], mask=tiny.sequences.mask[:2])
     with pytest.raises(UserError, match="of another text"):
-        list(evidence.collect(tiny.model, LAYER, tiny.lorsa, [1], tiny.found, short, progress=False))
+        tiny._replace(sequences=short).evidence()
 
 
 def test_a_text_is_read_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,348 @@
+"""A layer of a model with its trained replacement: the noun that commands, notebooks and people's own scripts share."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lorsa_utils import metrics, store
+from lorsa_utils.activations import ActivationStream
+from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
+from lorsa_utils.models import AttentionSite, LanguageModel, load_model, loaded_model, resolve_device
+from lorsa_utils.text import Document, Sequences, load_corpus, tokenize
+from lorsa_utils.training import RunSpec, train_runs
+
+if TYPE_CHECKING:
+    from lorsa_utils.heads.units import Units
+
+HELD_OUT_TOKENS = 50_000
+"""Tokens of its own held-out text that a layer is looked at on, unless told otherwise."""
+
+
+@dataclass
+class Layer:
+    """One attention layer of a language model and the module that replaces it."""
+
+    model: LanguageModel
+    number: int
+    module: Lorsa | SAE
+    """For raw activations, frozen, on the model's device."""
+    folder: Path | None = None
+    """Run folder that holds the module."""
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    """That folder's config.json."""
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, model: LanguageModel | str | None = None, device: str | torch.device = "auto"
+    ) -> Layer:
+        """Load a trained module together with the model that it was trained on.
+
+        Args:
+            source: run folder, checkpoint that travels with the kit, or `user/repo:folder` on the Hugging Face Hub.
+            model: the model, or where it is now when it moved; the one that the folder names by default. A model that
+                is loaded already is shared, not loaded twice.
+            device: for a model that is loaded here.
+
+        Raises:
+            UserError: the folder is not a finished run, does not say which model and layer it is for, or the model is
+                not the one that the module was trained on.
+        """
+        from lorsa_utils.kit import hub
+
+        folder = Path(source).expanduser()
+        if not folder.is_dir() and ":" in str(source):
+            folder = hub.download(source)
+        config = run_config(folder)
+        if isinstance(model, LanguageModel):
+            check_model(model, folder, config["source"])
+        else:
+            model = model_of_run(folder, config["source"], model, device)
+        return cls(model, config["layer"], load(folder, model.device), folder, config)
+
+    @property
+    def site(self) -> AttentionSite:
+        """The attention layer itself: its weights by head."""
+        return self.model.site(self.number)
+
+    @cached_property
+    def units(self) -> Units:
+        """The module's heads or features as `heads.units` reads and removes them."""
+        from lorsa_utils.heads.units import LorsaHeads, SAEFeatures
+
+        return LorsaHeads(self.module) if isinstance(self.module, Lorsa) else SAEFeatures(self.module, self.site)
+
+    def text(
+        self, n_tokens: int = HELD_OUT_TOKENS, files: Sequence[str | Path] = (), seed: int | None = None
+    ) -> Sequences:
+        """Sequences to look at the layer on: files, else the held-out part of the text that the module was trained on.
+
+        Raises:
+            UserError: the run does not say which text it was trained on, or that text is gone.
+        """
+        source = self.config["source"]
+        documents = documents_of_run(files, source.get("text"), n_tokens)
+        return tokenize(
+            documents,
+            self.model.tokenizer,
+            context=source["context"],
+            n_tokens=n_tokens,
+            bos_policy=source["bos_policy"],
+            seed=self.config.get("train", {}).get("seed", 0) if seed is None else seed,
+        )
+
+    @torch.no_grad()
+    def activations(self, tokens: Tensor) -> Tensor:
+        """Activation of every unit, zero where it was not selected: [batch, length] to [batch, length, n_units]."""
+        x, y = self.model.capture(tokens, [self.number])[self.number]
+        indices, values = self.module.encode(self.module.input_from(x, y).to(self.module.b_O))
+        return values.new_zeros(*tokens.shape, self.module.n_units).scatter_(-1, indices, values)
+
+    def evaluate(self, text: Sequences | None = None, batch_size: int = 8, progress: bool = False) -> dict[str, Any]:
+        """How well the module rebuilds the layer, and the model's loss with it in the layer's place.
+
+        See `metrics.evaluate` for the keys. `text` is the held-out part of the module's own by default.
+        """
+        text = self.text() if text is None else text
+        return metrics.evaluate(self.module, self.number, self.model, text, batch_size, progress)
+
+    def ablate(self, chosen: Sequence[int] | Mapping[int, float]) -> contextlib.AbstractContextManager[None]:
+        """Inside the context the model runs without what these heads or features write; the rest of the layer stays.
+
+        A mapping gives the share of each that is removed.
+
+        Raises:
+            UserError: there is no such unit.
+        """
+        from lorsa_utils.heads.units import ablate
+
+        return ablate(self.model, {self.number: self.units}, {self.number: chosen})
+
+    def describe(self, text: Sequences | None = None, **options: Any) -> pd.DataFrame:
+        """What each head does, one row per head: the table of `lorsa heads`.
+
+        `text` is the held-out part of the module's own by default; options are those of `heads.survey.describe`.
+
+        Raises:
+            UserError: the module is not a Lorsa, or none of its heads is ever active on the text.
+        """
+        from lorsa_utils.heads import survey
+
+        text = self.text() if text is None else text
+        documents = [(document.id, document.text) for document in text.documents]
+        return survey.describe(self.model, self.number, self.lorsa, text, documents, **options).table
+
+    @property
+    def lorsa(self) -> Lorsa:
+        """The module, where heads are asked for.
+
+        Raises:
+            UserError: it is an SAE or a transcoder.
+        """
+        if not isinstance(self.module, Lorsa):
+            raise UserError(f"The module of layer {self.number} is a {self.module.config.kind}; give a Lorsa.")
+        return self.module
+
+    def show(self, head: int, text: Sequences | None = None, **options: Any) -> HeadPage:
+        """The page of one head: in a notebook it is displayed, elsewhere `.save(path)` writes it.
+
+        `text` is 20,000 tokens of the held-out part of the module's own by default; options are those of
+        `view.evidence.Evidence.gather`. The table of `describe` beside the module (heads.parquet) gives names and
+        scores.
+
+        Raises:
+            UserError: the module is not a Lorsa, or there is no such head.
+        """
+        from lorsa_utils.view import evidence, pages
+
+        text = self.text(20_000) if text is None else text
+        table_file = None if self.folder is None else self.folder / "heads.parquet"
+        if table_file is not None and table_file.is_file():
+            options.setdefault("table", pd.read_parquet(table_file))
+        seen = evidence.Evidence.gather(self.model, self.number, self.lorsa, text, **options)
+        return HeadPage(pages.head_page(next(seen.heads([head]))))
+
+    def push_to_hub(self, repo_id: str, folder: str | None = None, private: bool = False) -> str:
+        """Upload the module for Language-Model-SAEs (Llamascopium), with a model card; returns its address.
+
+        Raises:
+            UserError: the module is not a Lorsa or has no run folder, or the upload fails.
+        """
+        from lorsa_utils.kit import hub
+
+        if self.folder is None:
+            raise UserError("Only a module that was loaded from a run folder can be uploaded; save and load it first.")
+        with tempfile.TemporaryDirectory() as target:
+            hub.export_checkpoint(self.folder, target)
+            return hub.push_to_hub(target, repo_id, folder, private)
+
+
+@dataclass(frozen=True)
+class HeadPage:
+    """A page about one head, complete in one HTML text."""
+
+    html: str = field(repr=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page; it opens from the disk, offline."""
+        store.write_text(path, self.html)
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        content = html.escape(self.html, quote=True)
+        return f'<iframe srcdoc="{content}" style="width: 100%; height: 800px; border: 0"></iframe>'
+
+
+# ---- run folders
+
+
+def run_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a finished run that says which model and layer it is for.
+
+    Raises:
+        UserError: the folder holds no such run.
+    """
+    read_module_settings(folder)
+    if not (Path(folder) / "model.safetensors").is_file():
+        raise UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
+    config: dict[str, Any] = store.read_json(Path(folder) / "config.json")
+    if "source" not in config or config.get("layer") is None:
+        raise UserError(
+            f"{folder} does not say which model and layer it is for; import it again with --model and --layer."
+        )
+    return config
+
+
+def check_model(model: LanguageModel, folder: str | Path, source: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the one that a run was trained on (`source` of its config.json).
+
+    Raises:
+        UserError: other weights or another tokenizer.
+    """
+    if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
+        raise UserError(
+            f"{model.name} has another tokenizer than the model that {folder} was trained on; "
+            "give that model with --model."
+        )
+    if model.fingerprint != source["model_sha256"]:
+        raise UserError(
+            f"{model.name} is not the model that {folder} was trained on ({source['model']}, other weights); "
+            "give that one with --model."
+        )
+
+
+def model_of_run(
+    folder: str | Path, source: Mapping[str, Any], moved_to: str | None = None, device: str | torch.device = "auto"
+) -> LanguageModel:
+    """The very model that a run was trained on, in whichever dtype that was.
+
+    Raises:
+        UserError: the model at that place is another one.
+    """
+    name = moved_to or source["model"]
+    revision = None if moved_to else source["revision"]
+    # The hash of the weights depends on their dtype, which follows the machine that trained: try this machine's first.
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    if resolve_device(device).type == "cuda":
+        dtypes = [torch.bfloat16, torch.float32, torch.float16]
+    for dtype in dtypes:
+        model = loaded_model(name, revision, device, dtype) or load_model(
+            name, revision=revision, device=device, dtype=dtype
+        )
+        if model.tokenizer_fingerprint == source["tokenizer_sha256"] and model.fingerprint == source["model_sha256"]:
+            return model
+    check_model(model, folder, source)
+    return model
+
+
+def documents_of_run(
+    files: Sequence[str | Path] | None, trained_on: str | list[str] | None, n_tokens: int
+) -> list[Document]:
+    """All documents of `files`, else the held-out ones of what a run was trained on (`source.text` of its config).
+
+    Raises:
+        UserError: the run does not name its text, or that text is gone.
+    """
+    if files:
+        corpus = load_corpus(files, None, max_tokens=n_tokens)
+        return [*corpus.train, *corpus.held_out]
+    if trained_on is None:
+        raise UserError("This run does not say which text it was trained on; give a text with --text.")
+    if isinstance(trained_on, list):
+        if missing := [path for path in trained_on if not Path(path).exists()]:
+            raise UserError(f"The run's own text {missing[0]} is no longer there; give a text with --text.")
+        corpus = load_corpus(trained_on, None, max_tokens=n_tokens)
+    else:
+        corpus = load_corpus(None, None if trained_on == "embedded" else trained_on, max_tokens=10 * n_tokens)
+    if not corpus.held_out:
+        sentence = "The run's text is too short to hold a part of it out: results are measured on the training text."
+        print(sentence, file=sys.stderr)
+    return corpus.held_out or corpus.train
+
+
+# ---- training
+
+
+def train(
+    model: LanguageModel,
+    layer: int,
+    text: Sequences,
+    out: str | Path,
+    *,
+    kind: Literal["lorsa", "sae", "transcoder"] = "lorsa",
+    n_heads: int | None = None,
+    n_qk: int | None = None,
+    k: int = 64,
+    tokens: int | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Layer:
+    """Train a module on one attention layer; activations are computed on the way.
+
+    Args:
+        model: frozen.
+        layer: number of the attention layer.
+        text: training sequences, such as `load_text(...).train`.
+        out: run folder; a run that is there already is continued with `resume`.
+        kind: what to train.
+        n_heads: Lorsa heads, or features; 8 per dimension of the residual stream by default.
+        n_qk: QK groups; about one per d_head heads by default.
+        k: heads kept for each token.
+        tokens: training budget; all of `text` once by default.
+        resume: continue the run in `out`.
+        **settings: other fields of `TrainConfig`.
+
+    Raises:
+        UserError: an impossible setting, a folder that cannot be written, or a loss that is not finite.
+    """
+    site = model.site(layer)
+    shape = module_config(site, kind, n_heads, n_qk, k)
+    how = TrainConfig(tokens=tokens or text.n_tokens, **settings)
+    spec = RunSpec(f"{kind} {layer}", layer, shape, how, store.require_writable(out))
+    source = ActivationStream(model, text, [layer], text.origin)
+    train_runs([spec], source, {layer: site}, device=model.device, resume=resume)
+    return Layer(model, layer, load(out, model.device), Path(out), run_config(out))
+
+
+def module_config(
+    site: AttentionSite, kind: str, n_heads: int | None, n_qk: int | None, k: int
+) -> LorsaConfig | SAEConfig:
+    """Shape of a module for an attention layer; what was not asked for follows from the layer."""
+    n_heads = n_heads or 8 * site.d_model
+    if kind != "lorsa":
+        return SAEConfig(d_model=site.d_model, n_features=n_heads, k=k, kind=kind)  # type: ignore[arg-type]
+    default = next(n for n in range(max(1, n_heads // site.d_head), 0, -1) if n_heads % n == 0)
+    return Lorsa.config_for_site(site, n_heads, n_qk or default, k)

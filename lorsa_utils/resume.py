@@ -1,0 +1,36 @@
+"""Run a model from one of its blocks on: the only place where the Hugging Face module is changed, for one pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lorsa_utils.models import LanguageModel
+
+
+@contextlib.contextmanager
+def blocks_from(model: LanguageModel, layer: int, residual: Tensor) -> Iterator[None]:
+    """Inside the context `model.model` lacks the blocks before a layer, whose block reads `residual` instead."""
+    path, _, name = model.architecture.blocks.rpartition(".")
+    parent: Any = model.model.get_submodule(path)
+    blocks: nn.ModuleList = getattr(parent, name)
+
+    def read_residual(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return residual.to(model.device, model.dtype), *args[1:]
+
+    hook = blocks[layer].register_forward_pre_hook(read_residual)
+    # transformers looks up a layer's type of attention by its place in the list: with several types none is left out.
+    one_type = len(set(getattr(model.config, "layer_types", None) or [""])) == 1
+    rest = nn.ModuleList()
+    for number in range(layer if one_type else 0, len(blocks)):
+        rest.add_module(str(number), blocks[number])  # under its own number, so that every layer's path stays
+    setattr(parent, name, rest)
+    try:
+        yield
+    finally:
+        setattr(parent, name, blocks)
+        hook.remove()
