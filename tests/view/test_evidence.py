@@ -17,8 +17,9 @@ from lorsa_utils.config import SAEConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import families
 from lorsa_utils.lorsa import SAE
+from lorsa_utils.models import LanguageModel
 from lorsa_utils.view import evidence
-from lorsa_utils.view.evidence import Head
+from lorsa_utils.view.evidence import Evidence, Head
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +84,27 @@ def test_places_are_what_they_say(tiny: Tiny) -> None:
 
 
 def test_many_heads_are_those_taken_alone(tiny: Tiny) -> None:
-    together = collected(tiny, *range(24))
-    for index in (0, 7, DEAD):
-        (alone,) = collected(tiny, index, batch_size=2)
-        assert alone.raised == together[index].raised
-        for one, other in zip(alone.contexts, together[index].contexts, strict=True):
-            assert one.tokens == other.tokens
-            assert torch.allclose(one.z_pattern, other.z_pattern, atol=1e-5)
+    for head in collected(tiny, 0, 7, DEAD):
+        (alone,) = collected(tiny, head.head, batch_size=2)
+        assert alone.raised == head.raised
+        for context, other in zip(alone.contexts, head.contexts, strict=True):
+            assert context.tokens == other.tokens
+            assert torch.allclose(context.z_pattern, other.z_pattern, atol=1e-5)
+
+
+def test_gathering_reads_each_text_once_and_finds_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, hidden = [], LanguageModel._hidden
+    monkeypatch.setattr(
+        LanguageModel, "_hidden", lambda model, tokens: passes.append(len(tokens)) or hidden(model, tokens)
+    )
+    gathered = Evidence.gather(tiny.model, LAYER, tiny.lorsa, tiny.sequences, batch_size=4, progress=False)
+    (head,) = gathered.heads([5])
+    assert sum(passes) <= len(tiny.sequences.tokens)
+    (other,) = collected(tiny, 5)
+    assert head.facts == pytest.approx(other.facts)
+    assert [context.place for context in head.contexts] == [context.place for context in other.contexts]
+    assert head.shares is not None
+    assert sum(head.shares) == pytest.approx(1, abs=1e-4)
 
 
 def test_dead_head_has_no_context_of_its_own(tiny: Tiny) -> None:
