@@ -383,7 +383,7 @@ class Evidence:
         contexts = self._contexts(
             {head: choose_places(self.survey, head, self.sequences, self.seed) for head in chosen}
         )
-        words, name, size = _Words(self.model), Path(self.model.name), self.lorsa.config.group_size
+        words, name, size = Words(self.model), Path(self.model.name), self.lorsa.config.group_size
         groups = {group: self._group(group, words) for group in {head // size for head in chosen}}
         for head in chosen:
             row = None if self.table is None else self.table.iloc[head]
@@ -437,7 +437,7 @@ class Evidence:
         bar.close()
         return {head: [contexts[head, number] for number in range(len(of_head))] for head, of_head in places.items()}
 
-    def _group(self, group: int, words: _Words) -> pd.DataFrame:
+    def _group(self, group: int, words: Words) -> pd.DataFrame:
         size = self.lorsa.config.group_size
         heads = range(group * size, (group + 1) * size)
         rows = pd.DataFrame({"head": heads, "families": ""})
@@ -454,7 +454,7 @@ class Evidence:
         return rows[rows["head"] != head].reset_index(drop=True)
 
 
-class _Words:
+class Words:
     """From write directions to tokens in text."""
 
     def __init__(self, model: LanguageModel) -> None:
@@ -489,7 +489,7 @@ def _effect(row: Any) -> tuple[float, float] | None:
     return (float(row["effect"]), float(row["effect_error"])) if known else None
 
 
-def _nearest(direction: Tensor, module: SAE | None, side: str, words: _Words) -> list[Feature] | None:
+def _nearest(direction: Tensor, module: SAE | None, side: str, words: Words) -> list[Feature] | None:
     """Features whose directions, rows of the weights `side`, have the largest cosine with `direction`."""
     if module is None:
         return None

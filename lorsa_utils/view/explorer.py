@@ -15,17 +15,24 @@ import torch
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.families import FAMILIES
-from lorsa_utils.heads.units import LorsaHeads, Unembedding, ablate
+from lorsa_utils.heads.units import LorsaHeads, ablate
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.view import pages
-from lorsa_utils.view.evidence import Context, Place, Reading, main_sources, read_context, texts_alone, token_texts
+from lorsa_utils.view.evidence import (
+    Context,
+    Place,
+    Reading,
+    Words,
+    main_sources,
+    read_context,
+    texts_alone,
+    token_texts,
+)
 
 if TYPE_CHECKING:
     import ipywidgets
 
-COLUMNS = ("head", "family", "frequency", "max_activation", "distance", "first_share", "previous_share", "self_share")
-"""Columns of a table of heads that the explorer shows."""
 ORDERS = {"frequency": False, "max_activation": False, "distance": False, "first_share": False, "head": True}
 """By what the table can be sorted, and whether the smallest comes first."""
 N_LISTED = 200
@@ -41,7 +48,7 @@ def choose_heads(
     """Rows of a table of heads, in order.
 
     Args:
-        table: of `survey.describe`, or `COLUMNS` of it.
+        table: of `survey.describe`.
         family: key of a family, "-" for heads without a name, "" for all.
         search: a number of a head, or a piece of a token that it raises.
         order: one of `ORDERS`.
@@ -49,7 +56,7 @@ def choose_heads(
     """
     chosen = pd.Series(True, index=table.index) if dead else table["frequency"] > 0
     if family:
-        names = table["families"] if "families" in table else table["family"]
+        names = table["families"]
         chosen &= (names == "") if family == "-" else names.str.split("; ").map(lambda of_head: family in of_head)
     if text := search.strip():
         matches = table["head"].astype(str) == text
@@ -68,7 +75,7 @@ class View(NamedTuple):
     layer: int
     lorsa: Lorsa
     table: pd.DataFrame
-    """One row per head; at least `COLUMNS`."""
+    """Of `survey.describe`, or `head`, `family`, `families` and the columns of `Survey.facts`."""
 
 
 class Reader:
@@ -77,7 +84,7 @@ class Reader:
     def __init__(self, model: LanguageModel, view: View, bos_id: int | None, context: int = 256) -> None:
         self.model, self.view, self.context = model, view, context
         self.start = [] if bos_id is None else [bos_id]
-        self.unembedding = Unembedding(model)
+        self.words = Words(model)
 
     @torch.no_grad()
     def read(self, text: str) -> Reading:
@@ -116,9 +123,8 @@ class Reader:
             if activation > 0:
                 z = lorsa.z_pattern(sentence.x[None], head)[0, position, : position + 1]
                 looks_at = [sentence.tokens[source] for source in main_sources(z)[:2]]
-                raised = self.unembedding.top_tokens(lorsa.W_O[[head]], 3)[0].tolist()
-                family = str(self.view.table["family"].iloc[head])
-                rows.append((head, family, activation, looks_at, texts_alone(self.model.tokenizer, raised)))
+                (raised,) = self.words.raised(lorsa.W_O[[head]], 3)
+                rows.append((head, str(self.view.table["family"].iloc[head]), activation, looks_at, raised))
         return pd.DataFrame(rows, columns=["head", "family", "activation", "looks_at", "raises"])
 
 
