@@ -133,21 +133,9 @@ def test_what_a_page_says(many: list[Head]) -> None:
         score=0.8,
     )
     text = " ".join(Reader(pages.head_page(head)).text.split())
-    said = [
-        "Induction head: after A B ... A it looks at B",
-        "more names: local/positional",
-        "0.90",
-        "0.75",
-        "−0.25",
-        "0.02 ± 0.01 nats",
-    ]
-    said += [
-        "head 070 %",
-        "Colours.",
-        "balanced accuracy 0.80",
-        "Siblings in QK group 0",
-        f"head 3 of 24 in layer {LAYER}",
-    ]
+    said = ("Induction head: after A B ... A it looks at B", "more names: local/positional", "0.90", "0.75", "−0.25")
+    said += ("0.02 ± 0.01 nats", "head 070 %", "Colours.", "balanced accuracy 0.80", "Siblings in QK group 0")
+    said += (f"head 3 of 24 in layer {LAYER}",)
     assert not [words for words in said if words not in text]
     dead = Reader(pages.head_page(many[-1])).text
     assert "A dead head: never among the kept heads of any of 2,250 tokens" in dead
