@@ -354,31 +354,6 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
     return figure
 
 
-def score_against(
-    data: pd.DataFrame, x: str, y: str, *, title: str, x_title: str, y_title: str, log: bool = True
-) -> go.Figure:
-    """One point a unit, one colour a dictionary.
-
-    Args:
-        data: of `autointerp.study`.
-        x: column of the horizontal axis.
-        y: column of the vertical axis, a score with chance at 0.5.
-        title: of the figure.
-        x_title: with its unit.
-        y_title: with its unit.
-        log: whether the horizontal axis is logarithmic.
-    """
-    figure = new_figure(title, x_title, y_title)
-    for number, (name, part) in enumerate(data.groupby("dictionary", sort=False)):
-        marker = series_style(number)["marker"] | {"size": 5, "opacity": 0.5}
-        figure.add_scatter(x=part[x], y=part[y], name=str(name), mode="markers", marker=marker)
-    figure.add_hline(y=0.5, line={"dash": "dash", "color": "#888888", "width": 1})
-    if log:
-        decades = [base * factor for base in (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0) for factor in (1, 3)]
-        figure.update_xaxes(type="log", tickvals=decades, ticktext=[f"{value:g}" for value in decades])
-    return figure
-
-
 # ---- ablations and scaling laws
 
 
