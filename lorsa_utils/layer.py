@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -286,6 +287,9 @@ def documents_of_run(
         corpus = load_corpus(trained_on, None, max_tokens=n_tokens)
     else:
         corpus = load_corpus(None, None if trained_on == "embedded" else trained_on, max_tokens=10 * n_tokens)
+    if not corpus.held_out:
+        sentence = "The run's text is too short to hold a part of it out: results are measured on the training text."
+        print(sentence, file=sys.stderr)
     return corpus.held_out or corpus.train
 
 

@@ -125,8 +125,10 @@ def evaluate_activations(
     return {name: running.result() for name, running in sums.items()}
 
 
-KEYS = ("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered", "l0", "dead_fraction")
-KEYS += ("n_tokens", "cosine")
+KEYS = (
+    *("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered"),
+    *("l0", "dead_fraction", "n_tokens", "cosine"),
+)
 
 
 class _LossSum:

@@ -1,17 +1,12 @@
-"""The explorer in a notebook: a table of heads to sort and filter, any sentence read live, and steering (paper item P5).
+"""The explorer in a notebook: a table of heads to sort and filter, sentences read live, and steering (paper item P5).
 
 What is computed stands in functions that need no widget: `choose_heads`, `Reader`, `steer`. `Explorer` puts ipywidgets
 around them; its three panels share the chosen layer, head, sentence and token. Steering changes the layer's output and
-nothing else:
-
-    y' = y + (scale - 1) * what the head writes
-
-so that scale 0 removes the head, as in `units.ablate`, and scale 1 leaves the model's own logits, bit for bit.
+nothing else: y' = y + (scale - 1) * what the head writes, by `units.ablate`.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,7 +90,7 @@ class Sentence:
 
 
 class Reader:
-    """Reads sentences of at most `context` tokens for one layer, with the BOS that every training sequence began with."""
+    """Reads sentences for one layer, at most `context` tokens, with the BOS that training sequences began with."""
 
     def __init__(self, model: LanguageModel, view: View, bos_id: int | None, context: int = 256) -> None:
         self.model, self.view, self.bos_id, self.context = model, view, bos_id, context
@@ -136,7 +131,7 @@ class Reader:
 
     @torch.no_grad()
     def firing(self, sentence: Sentence, position: int, n: int = 12) -> pd.DataFrame:
-        """Heads that fire at a token, the most active first: `head`, `family`, `activation`, `looks_at` and `raises`."""
+        """Heads that fire at a token, the most active first: `head`, `family`, `activation`, `looks_at`, `raises`."""
         values, order = sentence.values[position].topk(min(n, len(sentence.values[position])))
         heads = sentence.indices[position][order][values > 0].tolist()
         rows = []
@@ -155,18 +150,6 @@ class Reader:
 # ---- steering
 
 
-def scaled(
-    model: LanguageModel, layer: int, lorsa: Lorsa, scales: Mapping[int, float]
-) -> contextlib.AbstractContextManager[None]:
-    """Inside the context some heads of a layer write `scale` times what they write: 0 removes a head, 1 leaves it.
-
-    Raises:
-        UserError: there is no such head.
-    """
-    removed = {head: 1 - scale for head, scale in scales.items()}
-    return ablate(model, {layer: LorsaHeads(lorsa)}, {layer: removed})
-
-
 @torch.no_grad()
 def steer(
     model: LanguageModel,
@@ -177,24 +160,28 @@ def steer(
     position: int = -1,
     n: int = 8,
 ) -> pd.DataFrame:
-    """Next-token probabilities before and after some heads are scaled at all tokens.
+    """Next-token probabilities after a token of a sentence, before and after heads are scaled at all tokens.
 
     Args:
         model: the language model.
         layer: of the heads.
         lorsa: reads raw activations.
         ids: tokens of the sentence.
-        scales: head to factor.
+        scales: head to factor: 0 removes it, 1 leaves it.
         position: the token after which to predict.
         n: how many of the most probable tokens to take before, and how many after.
 
     Returns:
         one row per token, by the larger of its probabilities: `token`, `before`, `after`.
+
+    Raises:
+        UserError: there is no such head.
     """
     tokens = torch.tensor([list(ids)], device=model.device)
     place = range(len(ids))[position]
     before = model.logits(tokens, [place])[0, 0].float().softmax(dim=0)
-    with scaled(model, layer, lorsa, scales):
+    removed = {head: 1 - scale for head, scale in scales.items()}
+    with ablate(model, {layer: LorsaHeads(lorsa)}, {layer: removed}):
         after = model.logits(tokens, [place])[0, 0].float().softmax(dim=0)
     either = torch.maximum(before, after)
     chosen = sorted(
@@ -208,7 +195,7 @@ def steer(
 
 
 def marked_tokens(context: Context, position: int) -> list[dict[str, Any]]:
-    """The tokens of a sentence as templates/explorer.html draws them: coloured by activation, the sources of one token marked."""
+    """Tokens as templates/explorer.html draws them: coloured by activation, with the sources of one token marked."""
     largest = max(float(context.activation.abs().max()), 1e-9)
     z = context.z_pattern[position]
     sources = {source: float(z[source]) for source in main_sources(z)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from toys import D_MODEL, random_inputs, random_lorsa, random_sae, toy_site
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import prompts, units
+from lorsa_utils.heads import families, prompts, units
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel, load_model
 
@@ -173,7 +173,7 @@ def test_top_tokens(model: LanguageModel) -> None:
 
 @pytest.fixture
 def found() -> prompts.PromptSet:
-    return prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
+    return families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
 
 
 def test_ablate_nothing_changes_nothing(model: LanguageModel, found: prompts.PromptSet) -> None:
@@ -236,7 +236,7 @@ def test_removal_is_the_splice_without_those_heads(model: LanguageModel, found: 
 
 
 def test_effect_error_is_over_pairs() -> None:
-    found: Any = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
+    found: Any = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
     changed = torch.where(found.pair == 0, 1.0, 3.0)
     effect = units.effect(changed, torch.zeros(len(found.row)), found, found.pair == 1)
     assert effect.labelled == 2.0
