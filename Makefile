@@ -6,7 +6,8 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 TORCH   ?= $(shell sed -n 's/^torch==//p' constraints.txt)
-# Builds of torch for GPUs bring the Triton they want. Without one, this runs the tests of the kernels in its interpreter.
+# Builds of torch for GPUs bring the Triton they want. Without one, this runs the tests of the kernels in its interpreter;
+# it is large (641 MB), so that only the targets that test bring it.
 TRITON  ?= 3.6.0
 LOCK    := build/lock
 # Asked for only by other Python versions than the one that locks, and pinned for them (papermill on 3.12).
@@ -20,7 +21,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce test test-fast test-gpu lint format browser lock clean
+.PHONY: help setup reproduce test test-fast test-gpu lint format triton browser lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -31,10 +32,10 @@ setup: $(READY)  ## make the environment in .venv (the other targets do it when 
 reproduce: $(READY)  ## run all notebooks and write data/runs/$PROFILE/index.html
 	$(VENV)/bin/lorsa reproduce --profile $(PROFILE)
 
-test: $(READY) browser lint  ## run every check and test
+test: $(READY) triton browser lint  ## run every check and test
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-fast: $(READY)  ## run the tests that take seconds
+test-fast: $(READY) triton  ## run the tests that take seconds
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not browser"
 
 test-gpu: $(READY)  ## run the tests of the kernels on an NVIDIA GPU
@@ -56,9 +57,11 @@ $(READY): pyproject.toml constraints.txt
 	@rm -f $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@printf '%s' '$(CURDIR)' > $(READY)
+
+triton: $(READY)
 	@$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check triton==$(TRITON) 2>/dev/null \
 	  || echo "No Triton $(TRITON) for this system: the tests of the GPU kernels are skipped."
-	@printf '%s' '$(CURDIR)' > $(READY)
 
 # Static figures and the page tests draw with a Chromium. Without one, figures fall back and those tests are skipped.
 browser:

@@ -1,12 +1,7 @@
 """Lorsa: low-rank sparse attention, from activations to readable heads (arXiv 2504.20938).
 
-    import lorsa_utils as lu
-
-    model = lu.load_model("smollm2")
-    layer = lu.Layer.from_pretrained("data/checkpoints/smollm2-17-lorsa")
-
-What stands here is the public API; each name is imported when it is first used, so importing the package is quick and
-needs no torch.
+What stands here is the public API. Each name is imported when it is first used, so that importing the package is quick
+and needs no torch.
 """
 
 from __future__ import annotations
@@ -18,18 +13,25 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lorsa_utils.exceptions import UserError
+    from lorsa_utils.layer import Layer, train
     from lorsa_utils.lorsa import SAE, Lorsa, load
+    from lorsa_utils.metrics import evaluate
     from lorsa_utils.models import load_model
+    from lorsa_utils.text import load_text
 
 _HOMES = {
-    "SAE": "lorsa",
+    "Layer": "layer",
     "Lorsa": "lorsa",
+    "SAE": "lorsa",
     "UserError": "exceptions",
+    "evaluate": "metrics",
     "load": "lorsa",
     "load_model": "models",
+    "load_text": "text",
+    "train": "layer",
 }
 
-__all__ = ["SAE", "Lorsa", "UserError", "load", "load_model"]
+__all__ = ["SAE", "Layer", "Lorsa", "UserError", "evaluate", "load", "load_model", "load_text", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -39,4 +41,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

@@ -30,18 +30,11 @@ from lorsa_utils import store
 from lorsa_utils.config import SCHEMA_VERSION
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import LanguageModel
-from lorsa_utils.text import Sequences
+from lorsa_utils.text import Sequences, TextName
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 64 << 20
 SPLITS = ("train", "held_out")
-
-TextName = str | Sequence[str]
-"""Where text came from: `embedded`, a dataset's id, or a list of absolute paths.
-
-Told to people, never compared: hashes are.
-"""
-
 
 Part = tuple[int, int]
 """Rank and number of processes that share every batch; (0, 1) is one process alone."""

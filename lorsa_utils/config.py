@@ -208,48 +208,36 @@ class SAEConfig(Config):
         return 2 * self.n_features * self.d_model
 
 
+def setting(default: Any, meaning: str) -> Any:
+    """A field that says what it means where a command lists it: `lorsa train --help`."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class TrainConfig(Config):
     """How one module is trained. All amounts of text are tokens that count in the loss."""
 
-    tokens: int = 250_000
-    """Budget."""
-    batch_size: int = 4
-    """Sequences in one step."""
-    lr: float = 2e-3
-    """Adam's learning rate on the plateau."""
-    qk_lr_factor: float = 0.2
-    """Factor on it for W_Q, W_K and their biases: attention patterns want smaller steps than reads and writes."""
-    warmup: float = 0.05
-    """Share of the budget with a rising learning rate."""
-    decay: float = 0.8
-    """Share of the budget, at the end, with a falling learning rate."""
-    beta1: float = 0.9
-    """Adam's decay of the gradient mean."""
-    beta2: float = 0.999
-    """Adam's decay of the squared gradient mean."""
-    clip: float = 0.0
-    """Largest gradient norm; 0 means no clipping."""
-    k_start: int = 0
-    """Heads kept at the first step, falling exponentially to k; 0 means k from the start."""
-    k_warmup: float = 0.2
-    """Share of the budget over which it falls."""
-    aux_k: int = 32
-    """AuxK: dead heads that rebuild the remaining error at each step; 0 means none."""
-    aux_weight: float = 1 / 32
-    """Weight of the AuxK loss."""
-    dead_window: int = 8_000
-    """Tokens without an activation after which training counts a head as dead."""
-    freeze_qk: bool = False
-    """Leave W_Q, W_K and their biases at the start."""
-    init: Literal["mhsa", "random"] = "mhsa"
-    """Start, see `initialize`."""
-    seed: int = 0
-    """Seed of the start."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    save_every_seconds: float = 120.0
-    """Seconds between two savings of the state."""
+    tokens: int = setting(250_000, "Budget.")
+    batch_size: int = setting(4, "Sequences in one step.")
+    lr: float = setting(2e-3, "Adam's learning rate on the plateau.")
+    qk_lr_factor: float = setting(
+        0.2, "Factor on it for W_Q, W_K and their biases: attention patterns want smaller steps than reads and writes."
+    )
+    warmup: float = setting(0.05, "Share of the budget with a rising learning rate.")
+    decay: float = setting(0.8, "Share of the budget, at the end, with a falling learning rate.")
+    beta1: float = setting(0.9, "Adam's decay of the gradient mean.")
+    beta2: float = setting(0.999, "Adam's decay of the squared gradient mean.")
+    clip: float = setting(0.0, "Largest gradient norm; 0 means no clipping.")
+    k_start: int = setting(0, "Heads kept at the first step, falling exponentially to k; 0 means k from the start.")
+    k_warmup: float = setting(0.2, "Share of the budget over which it falls.")
+    aux_k: int = setting(32, "AuxK: dead heads that rebuild the remaining error at each step; 0 means none.")
+    aux_weight: float = setting(1 / 32, "Weight of the AuxK loss.")
+    dead_window: int = setting(8_000, "Tokens without an activation after which training counts a head as dead.")
+    freeze_qk: bool = setting(False, "Leave W_Q, W_K and their biases at the start.")
+    init: Literal["mhsa", "random"] = setting("mhsa", "Start, see `initialize`.")
+    seed: int = setting(0, "Seed of the start.")
+    log_every: int = setting(10, "Steps between two lines of metrics.jsonl.")
+    save_every_seconds: float = setting(120.0, "Seconds between two savings of the state.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,29 +1,29 @@
-"""A layer of a model with its trained replacement: the noun that commands, notebooks and people's own scripts share.
-
-    layer = Layer.from_pretrained("data/checkpoints/smollm2-17-lorsa")
-    heads = layer.describe()
-    with layer.ablate([1956]):
-        layer.model.loss(tokens)
-"""
+"""A layer of a model with its trained replacement: the noun that commands, notebooks and people's own scripts share."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import html
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from lorsa_utils import metrics, store
+from lorsa_utils.activations import ActivationStream
+from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
-from lorsa_utils.models import AttentionSite, LanguageModel, load_model, resolve_device
+from lorsa_utils.models import AttentionSite, LanguageModel, load_model, loaded_model, resolve_device
 from lorsa_utils.text import Document, Sequences, load_corpus, tokenize
+from lorsa_utils.training import RunSpec, train_runs
 
 if TYPE_CHECKING:
     from lorsa_utils.heads.units import Units
@@ -65,10 +65,10 @@ class Layer:
 
         folder = Path(source).expanduser()
         if not folder.is_dir() and ":" in str(source):
-            folder = hub.locate(source)
+            folder = hub.download(source)
         config = run_config(folder)
         if isinstance(model, LanguageModel):
-            check_model(model, folder, config["source"], model.name)
+            check_model(model, folder, config["source"])
         else:
             model = model_of_run(folder, config["source"], model, device)
         return cls(model, config["layer"], load(folder, model.device), folder, config)
@@ -81,11 +81,13 @@ class Layer:
     @cached_property
     def units(self) -> Units:
         """The module's heads or features as `heads.units` reads and removes them."""
-        from lorsa_utils.heads import units
+        from lorsa_utils.heads.units import LorsaHeads, SAEFeatures
 
-        return units.of_module(self.module, self.site)
+        return LorsaHeads(self.module) if isinstance(self.module, Lorsa) else SAEFeatures(self.module, self.site)
 
-    def text(self, n_tokens: int = HELD_OUT_TOKENS, files: Sequence[str | Path] = (), seed: int | None = None) -> Sequences:
+    def text(
+        self, n_tokens: int = HELD_OUT_TOKENS, files: Sequence[str | Path] = (), seed: int | None = None
+    ) -> Sequences:
         """Sequences to look at the layer on: files, else the held-out part of the text that the module was trained on.
 
         Raises:
@@ -104,29 +106,30 @@ class Layer:
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
-        """Activation of every unit at every token, zero where it was not selected: [batch, length] to [batch, length, n_units]."""
+        """Activation of every unit, zero where it was not selected: [batch, length] to [batch, length, n_units]."""
         x, y = self.model.capture(tokens, [self.number])[self.number]
         indices, values = self.module.encode(self.module.input_from(x, y).to(self.module.b_O))
         return values.new_zeros(*tokens.shape, self.module.n_units).scatter_(-1, indices, values)
 
-    def evaluate(self, text: Sequences | None = None, batch_size: int = 8, progress: bool = False) -> dict[str, float]:
+    def evaluate(self, text: Sequences | None = None, batch_size: int = 8, progress: bool = False) -> dict[str, Any]:
         """How well the module rebuilds the layer, and the model's loss with it in the layer's place.
 
-        See `metrics.evaluate_spliced` for the keys. `text` is the held-out part of the module's own by default.
+        See `metrics.evaluate` for the keys. `text` is the held-out part of the module's own by default.
         """
         text = self.text() if text is None else text
-        return metrics.evaluate_spliced(self.model, self.number, self.module, text, batch_size, progress)
+        return metrics.evaluate(self.module, self.number, self.model, text, batch_size, progress)
 
-    @contextlib.contextmanager
-    def ablate(self, chosen: Sequence[int]) -> Iterator[None]:
-        """Inside the context the model runs without what these heads or features write; the rest of the layer is untouched.
+    def ablate(self, chosen: Sequence[int] | Mapping[int, float]) -> contextlib.AbstractContextManager[None]:
+        """Inside the context the model runs without what these heads or features write; the rest of the layer stays.
+
+        A mapping gives the share of each that is removed.
 
         Raises:
             UserError: there is no such unit.
         """
-        units, indices = self.units, self.units.check(chosen)
-        with self.model.splice({self.number: lambda x, y: y - units.written(x.float(), y.float(), indices).to(y.dtype)}):
-            yield
+        from lorsa_utils.heads.units import ablate
+
+        return ablate(self.model, {self.number: self.units}, {self.number: chosen})
 
     def describe(self, text: Sequences | None = None, **options: Any) -> pd.DataFrame:
         """What each head does, one row per head: the table of `lorsa heads`.
@@ -231,7 +234,8 @@ def check_model(model: LanguageModel, folder: str | Path, source: Mapping[str, A
     """
     if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
         raise UserError(
-            f"{model.name} has another tokenizer than the model that {folder} was trained on; give that model with --model."
+            f"{model.name} has another tokenizer than the model that {folder} was trained on; "
+            "give that model with --model."
         )
     if model.fingerprint != source["model_sha256"]:
         raise UserError(
@@ -265,9 +269,9 @@ def model_of_run(
 
 
 def documents_of_run(
-    files: Sequence[str | Path], trained_on: str | list[str] | None, n_tokens: int
+    files: Sequence[str | Path] | None, trained_on: str | list[str] | None, n_tokens: int
 ) -> list[Document]:
-    """All documents of `files`, else the held-out ones of the text that a run was trained on (`source.text` of its config).
+    """All documents of `files`, else the held-out ones of what a run was trained on (`source.text` of its config).
 
     Raises:
         UserError: the run does not name its text, or that text is gone.
@@ -283,6 +287,9 @@ def documents_of_run(
         corpus = load_corpus(trained_on, None, max_tokens=n_tokens)
     else:
         corpus = load_corpus(None, None if trained_on == "embedded" else trained_on, max_tokens=10 * n_tokens)
+    if not corpus.held_out:
+        sentence = "The run's text is too short to hold a part of it out: results are measured on the training text."
+        print(sentence, file=sys.stderr)
     return corpus.held_out or corpus.train
 
 
@@ -325,12 +332,14 @@ def train(
     shape = module_config(site, kind, n_heads, n_qk, k)
     how = TrainConfig(tokens=tokens or text.n_tokens, **settings)
     spec = RunSpec(f"{kind} {layer}", layer, shape, how, store.require_writable(out))
-    source = ActivationStream(model, text, [layer], text.source)
+    source = ActivationStream(model, text, [layer], text.origin)
     train_runs([spec], source, {layer: site}, device=model.device, resume=resume)
     return Layer(model, layer, load(out, model.device), Path(out), run_config(out))
 
 
-def module_config(site: AttentionSite, kind: str, n_heads: int | None, n_qk: int | None, k: int) -> LorsaConfig | SAEConfig:
+def module_config(
+    site: AttentionSite, kind: str, n_heads: int | None, n_qk: int | None, k: int
+) -> LorsaConfig | SAEConfig:
     """Shape of a module for an attention layer; what was not asked for follows from the layer."""
     n_heads = n_heads or 8 * site.d_model
     if kind != "lorsa":

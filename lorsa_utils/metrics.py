@@ -14,6 +14,7 @@ batch size or on padding. mean(y) is the mean over the same tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,6 +125,12 @@ def evaluate_activations(
     return {name: running.result() for name, running in sums.items()}
 
 
+KEYS = (
+    *("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered"),
+    *("l0", "dead_fraction", "n_tokens", "cosine"),
+)
+
+
 class _LossSum:
     """Cross-entropy over counted next tokens, in nats."""
 
@@ -141,65 +148,62 @@ class _LossSum:
 
 
 @torch.no_grad()
-def evaluate_spliced(
-    model: LanguageModel,
-    layer: int,
+def evaluate(
     module: SparseModule,
+    layer: int,
+    model: LanguageModel,
     sequences: Sequences,
     batch_size: int = 8,
     progress: bool = False,
-) -> dict[str, float]:
-    """Everything `lorsa eval` prints: reconstruction, and the model's loss with the layer's output replaced.
+) -> dict[str, Any]:
+    """What `lorsa eval` prints: reconstruction, and the model's loss with the layer's output replaced.
 
     Three passes over the text: the untouched model (loss and mean target), the module spliced in (loss and
     reconstruction), the mean target spliced in. Positions that are not counted (BOS, padding) keep their original
     output in both splices.
 
     Returns:
-        the keys of `Reconstruction.result` and `ce`, `ce_spliced`, `ce_mean_ablated` (nats per token), `ce_recovered`.
+        the keys of `Reconstruction.result` and `ce`, `ce_spliced`, `ce_mean_ablated` (nats per token), `ce_recovered`;
+        None in place of a number that is not finite.
+
+    Raises:
+        UserError: no token is counted, or the layer makes no difference on this text.
     """
     batches = list(sequences.batches(batch_size, model.device))
-    bar = tqdm(total=3 * len(batches), unit="batch", desc="eval", disable=not progress)
     original, spliced, ablated = _LossSum(), _LossSum(), _LossSum()
     target = MeanTarget()
-    current: dict[str, Tensor] = {}
-
-    def observe(attn_input: Tensor, attn_output: Tensor) -> Tensor:
-        target.update(attn_output, current["mask"])
-        return attn_output
+    mask = torch.empty(0)
 
     def run(losses: _LossSum, replacement: Any) -> None:
+        nonlocal mask
         with model.splice({layer: replacement}):
             for tokens, mask in batches:
-                current["mask"] = mask
                 losses.update(model, tokens, mask)
                 bar.update()
 
-    run(original, observe)
-    mean = target.value()
-    sums = Reconstruction(mean, module.n_units)
+    def observe(attn_input: Tensor, attn_output: Tensor) -> Tensor:
+        target.update(attn_output, mask)
+        return attn_output
 
     def replace(attn_input: Tensor, attn_output: Tensor) -> Tensor:
-        x = module.input_from(attn_input, attn_output)
-        output = module(x.to(module.b_O.dtype))
-        sums.update(attn_output, output, current["mask"])
-        return torch.where(current["mask"][..., None], output.y.to(attn_output.dtype), attn_output)
+        output = module(module.input_from(attn_input, attn_output).to(module.b_O.dtype))
+        sums.update(attn_output, output, mask)
+        return torch.where(mask[..., None], output.y.to(attn_output.dtype), attn_output)
 
     def ablate(attn_input: Tensor, attn_output: Tensor) -> Tensor:
-        return torch.where(current["mask"][..., None], mean.to(attn_output), attn_output)
+        return torch.where(mask[..., None], mean.to(attn_output), attn_output)
 
-    run(spliced, replace)
-    run(ablated, ablate)
-    bar.close()
+    with tqdm(total=3 * len(batches), unit="batch", desc="eval", disable=not progress) as bar:
+        run(original, observe)
+        mean = target.value()
+        sums = Reconstruction(mean, module.n_units)
+        run(spliced, replace)
+        run(ablated, ablate)
     gap = ablated.mean - original.mean
     if gap == 0:
         raise UserError(
             f"Replacing layer {layer} by its mean does not change the loss on this text at all; give a longer text."
         )
-    return {
-        **sums.result(),
-        "ce": original.mean,
-        "ce_spliced": spliced.mean,
-        "ce_mean_ablated": ablated.mean,
-        "ce_recovered": (ablated.mean - spliced.mean) / gap,
-    }
+    losses = {"ce": original.mean, "ce_spliced": spliced.mean, "ce_mean_ablated": ablated.mean}
+    result = sums.result() | losses | {"ce_recovered": (ablated.mean - spliced.mean) / gap}
+    return {key: result[key] if math.isfinite(result[key]) else None for key in KEYS}

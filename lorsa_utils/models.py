@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -205,6 +206,10 @@ class _DeepestLayerReached(Exception):
     """Raised by a hook to leave the forward pass when everything asked for has been read."""
 
 
+_LIVE: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
+"""Models that somebody in this process still holds, so that a layer shares its model in place of loading it twice."""
+
+
 class LanguageModel:
     """A frozen causal language model with its tokenizer; `model` is the unmodified Hugging Face module."""
 
@@ -217,6 +222,7 @@ class LanguageModel:
         self.architecture = architectures.of(self.config.model_type)
         self.rotary = rotary_from_config(self.config)
         self._resumed: tuple[int, Tensor] | None = None
+        _LIVE.add(self)
         _check_rotary(model, self.rotary)
 
     @property
@@ -536,6 +542,15 @@ def load_model(
     model.requires_grad_(False).eval()
     commit = getattr(model.config, "_commit_hash", None) or revision
     return LanguageModel(source.name, model.to(place), tokenizer, commit)
+
+
+def loaded_model(
+    name: str | Path, revision: str | None, device: str | torch.device, dtype: torch.dtype
+) -> LanguageModel | None:
+    """A model of this name, revision, device and dtype that is in memory already; None without one."""
+    wanted = (str(name), resolve_device(device), dtype)
+    alive = (model for model in _LIVE if (model.name, model.device, model.dtype) == wanted)
+    return next((model for model in alive if revision in (None, model.revision)), None)
 
 
 def require_available(name: str) -> None:

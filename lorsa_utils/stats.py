@@ -34,6 +34,11 @@ def percentile_interval(value: float, draws: np.ndarray | Tensor) -> Interval:
     return Interval(float(value), float(low), float(high))
 
 
+def sample_interval(draws: Tensor) -> Interval:
+    """The interval of a statistic [n_draws + 1]: its first entry is the sample's value, the others are bootstrap draws."""
+    return percentile_interval(float(draws[0]), draws[1:])
+
+
 def bootstrap_mean(values: np.ndarray, seed: int = 0, n_draws: int = N_DRAWS) -> Interval:
     """Mean over units with its bootstrap interval; NaN values are left out."""
     values = values[~np.isnan(values)]

@@ -36,6 +36,8 @@ class ChatServer:
         """Played one by one, each on the next request."""
         self.now = self.most = 0
         """Requests in the server's hands: now, and at most."""
+        self.new_limit = False
+        """Whether `max_tokens` is refused in favour of `max_completion_tokens`."""
         self.stop_after: int | None = None
         """After so many answers the server leaves its callers hanging."""
         self.released = threading.Event()
@@ -72,7 +74,10 @@ def chat_server() -> Iterator[ChatServer]:
                     state.released.wait(60)
                     return
                 time.sleep(state.delay)
-                self.play(mishap, prompt)
+                if state.new_limit and "max_tokens" in request:
+                    self.send(400, b'{"error": "use max_completion_tokens"}')
+                else:
+                    self.play(mishap, prompt)
             except (BrokenPipeError, ConnectionResetError):
                 pass
             finally:
@@ -112,7 +117,7 @@ def chat_server() -> Iterator[ChatServer]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     try:

@@ -35,7 +35,7 @@ from lorsa_utils import kernels, ops, reference  # noqa: E402
 from lorsa_utils.config import LorsaConfig, RotaryConfig, TrainConfig  # noqa: E402
 from lorsa_utils.exceptions import UserError  # noqa: E402
 from lorsa_utils.selection import SCORES, Selection  # noqa: E402
-from lorsa_utils.train import RunSpec, prepare_runs  # noqa: E402
+from lorsa_utils.training import RunSpec, prepare_runs  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LENGTHS, D_QK, GROUP_SIZES, KEPT = (1, 63, 97, 128, 257, 1000), (8, 24, 64, 128), (1, 3, 8, 64, 128), (1, 7, 64, None)

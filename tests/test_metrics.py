@@ -1,8 +1,8 @@
-"""Numbers computed by hand, the two fixed points (mean predictor 1, perfect 0), and what must not matter: batch size and padding."""
+"""Numbers computed by hand, the two fixed points, and what must not matter: batch size and padding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ from toys import ToySource, random_lorsa, random_sae, random_sequences, sequence
 
 from lorsa_utils.activations import ActivationStream
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.lorsa import SparseOutput
-from lorsa_utils.metrics import MeanTarget, Reconstruction, evaluate_activations, evaluate_spliced
+from lorsa_utils.lorsa import SparseModule, SparseOutput
+from lorsa_utils.metrics import MeanTarget, Reconstruction, evaluate, evaluate_activations
 from lorsa_utils.models import LanguageModel, load_model
 
 KEYS = {"fvu", "fvu_token_mean", "cosine", "l0", "dead_fraction", "n_tokens"}
@@ -126,17 +126,16 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_model(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", "llama"), device="cpu")
 
 
-class Fixed(torch.nn.Module):
+class Fixed(SparseModule):
     """Stands for an SAE that writes what `rule` makes of the layer's output."""
 
     config = random_sae(d_model=64).config
-    n_units = 24
 
-    def __init__(self, rule: Any) -> None:
+    def __init__(self, rule: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.rule, self.b_O = rule, torch.zeros(64)
+        self.rule, self.W_O, self.b_O = rule, torch.zeros(24, 64), torch.zeros(64)
 
-    def forward(self, x: Tensor) -> SparseOutput:
+    def forward(self, x: Tensor, *options: Any) -> SparseOutput:
         return output(self.rule(x))
 
 
@@ -146,14 +145,13 @@ def mean_output(lm: LanguageModel, layer: int, sequences: Any) -> Tensor:
 
 def test_a_perfect_module_recovers_all_and_the_mean_nothing(lm: LanguageModel) -> None:
     sequences = random_sequences(7, 16)
-    perfect = evaluate_spliced(lm, 1, Fixed(lambda y: y), sequences, batch_size=3)  # type: ignore[arg-type]
+    perfect = evaluate(Fixed(lambda y: y), 1, lm, sequences, batch_size=3)
     assert perfect.keys() == KEYS | {"ce", "ce_spliced", "ce_mean_ablated", "ce_recovered"}
     assert perfect["ce_spliced"] == perfect["ce"]
     assert (perfect["ce_recovered"], perfect["fvu"]) == (1, 0)
     assert abs(perfect["ce_mean_ablated"] - perfect["ce"]) > 1e-2
     mean = mean_output(lm, 1, sequences)
-    # type: ignore[arg-type]
-    flat = evaluate_spliced(lm, 1, Fixed(lambda y: mean.expand_as(y)), sequences, batch_size=3)
+    flat = evaluate(Fixed(lambda y: mean.expand_as(y)), 1, lm, sequences, batch_size=3)
     assert flat["ce_spliced"] == pytest.approx(flat["ce_mean_ablated"], abs=1e-6)
     assert flat["ce_recovered"] == pytest.approx(0, abs=1e-4)
     assert flat["fvu"] == pytest.approx(1, abs=1e-6)
@@ -163,7 +161,7 @@ def test_losses_are_those_of_the_model(lm: LanguageModel) -> None:
     """Cross-entropy over counted next tokens, computed here from the logits."""
     sequences = random_sequences(5, 16)
     tokens, counted = sequences.tokens.long(), sequences.mask[:, 1:]
-    found = evaluate_spliced(lm, 1, Fixed(lambda y: 0.5 * y), sequences, batch_size=2)  # type: ignore[arg-type]
+    found = evaluate(Fixed(lambda y: 0.5 * y), 1, lm, sequences, batch_size=2)
 
     def halved(attn_input: Tensor, attn_output: Tensor) -> Tensor:
         return torch.where(sequences.mask[..., None], 0.5 * attn_output, attn_output)
@@ -185,15 +183,15 @@ def test_splicing_does_not_depend_on_batch_size_or_padding(lm: LanguageModel) ->
     module = random_lorsa(d_model=64)
     with torch.no_grad():
         module.W_O.mul_(0.01)
-    found = evaluate_spliced(lm, 1, module, sequences, batch_size=7)
-    assert evaluate_spliced(lm, 1, module, sequences, batch_size=2) == pytest.approx(found, rel=1e-4)
-    assert evaluate_spliced(lm, 1, module, longer, batch_size=3) == pytest.approx(found, rel=1e-4)
+    found = evaluate(module, 1, lm, sequences, batch_size=7)
+    assert evaluate(module, 1, lm, sequences, batch_size=2) == pytest.approx(found, rel=1e-4)
+    assert evaluate(module, 1, lm, longer, batch_size=3) == pytest.approx(found, rel=1e-4)
     assert found["n_tokens"] == sequences.n_tokens
 
 
 def test_splicing_and_activations_measure_the_same(lm: LanguageModel) -> None:
     sequences, module = random_sequences(5, 16), random_lorsa(d_model=64)
-    spliced = evaluate_spliced(lm, 2, module, sequences, batch_size=2)
+    spliced = evaluate(module, 2, lm, sequences, batch_size=2)
     alone = evaluate_activations({"m": (2, module)}, ActivationStream(lm, sequences, [2]), 5)["m"]
     assert {name: spliced[name] for name in KEYS} == pytest.approx(alone, rel=1e-5)
 
@@ -201,11 +199,11 @@ def test_splicing_and_activations_measure_the_same(lm: LanguageModel) -> None:
 def test_the_model_is_left_as_it_was(lm: LanguageModel) -> None:
     sequences = random_sequences(3, 8)
     before = lm.logits(sequences.tokens.long())
-    evaluate_spliced(lm, 0, random_lorsa(d_model=64), sequences)
+    evaluate(random_lorsa(d_model=64), 0, lm, sequences)
     assert torch.equal(lm.logits(sequences.tokens.long()), before)
 
 
 def test_no_text_is_a_sentence(lm: LanguageModel) -> None:
     empty = sequences_of(torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.bool))
     with pytest.raises(UserError, match=r"not one counted token"):
-        evaluate_spliced(lm, 0, random_lorsa(d_model=64), empty)
+        evaluate(random_lorsa(d_model=64), 0, lm, empty)

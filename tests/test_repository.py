@@ -22,16 +22,17 @@ PACKAGE = "lorsa_utils"
 FLOORS = (
     *("exceptions", "store", "config"),
     *("reference", "kernels", "ops"),
-    *("fetch", "models", "prose", "text", "lorsa", "activations"),
-    *("initialize", "metrics", "train", "stats"),
-    *("heads", "heads.prompts", "heads.units", "heads.families", "heads.survey", "heads.origins"),
-    *("heads.arithmetic", "heads.topics", "heads.tasks"),
+    *("fetch", "architectures", "models", "prose", "text", "lorsa", "activations"),
+    *("initialize", "metrics", "training", "stats"),
+    *("heads", "heads.prompts", "heads.units", "heads.families", "heads.discovery", "heads.survey", "heads.origins"),
+    *("heads.arithmetic", "heads.tasks"),
     *("autointerp", "autointerp.examples", "autointerp.rules", "autointerp.judges", "autointerp.study"),
     *("circuits", "circuits.nodes", "circuits.graph", "circuits.faithfulness"),
-    *("kit", "kit.bench", "kit.sweeps", "kit.scaling", "kit.checkpoints", "kit.hub", "kit.presets", "kit.dark_matter"),
-    *("toys", "toys.skip_bigrams", "toys.sparse_transformer"),
+    *("kit", "kit.bench", "kit.sweeps", "kit.scaling", "kit.formats", "kit.hub", "kit.presets", "kit.dark_matter"),
+    *("toys", "toys.sparse_transformer"),
     *("view", "view.evidence", "view.pages", "view.explorer", "view.figures"),
-    *("kit.recipes", "kit.notebook", "kit.claims", "view.gallery", "view.book", "kit.reproduce", "kit.cli", "__main__"),
+    *("kit.recipes", "kit.notebook", "kit.claims", "view.gallery", "view.book", "kit.reproduce"),
+    *("kit.commands", "kit.cli", "__main__"),
 )
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -89,7 +90,7 @@ def test_modules_import_only_from_floors_before_them(path: Path) -> None:
         ("from lorsa_utils.kit import cli", "kit.cli"),
         ("import lorsa_utils.kit.cli", "kit.cli"),
         ("def f():\n    from lorsa_utils.kit.cli import main", "kit.cli"),
-        ("from lorsa_utils import train", "train"),
+        ("from lorsa_utils import training", "training"),
     ],
 )
 def test_floor_check_sees_every_kind_of_import(source: str, used: str) -> None:

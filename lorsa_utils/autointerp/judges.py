@@ -20,23 +20,27 @@ An answer that cannot be read is NaN, never a wrong answer. `Judge.tally` counts
 from __future__ import annotations
 
 import abc
+import contextlib
 import datetime
 import email.utils
 import functools
 import json
+import logging
 import math
 import os
-import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import httpx
 import numpy as np
+import tenacity
+from typing_extensions import override
 
 from lorsa_utils import store
 from lorsa_utils.autointerp import rules
@@ -627,50 +631,49 @@ def _common(lists: Sequence[Sequence[int]]) -> int:
 # ---- openai
 
 
-@dataclass(frozen=True)
-class Retries:
-    """How a chat endpoint is asked again."""
+class Retries(NamedTuple):
+    """How a chat endpoint is asked again; delays in seconds."""
 
     attempts: int = 8
-    """Tries of one question."""
     first_delay: float = 1.0
-    """Seconds before the second try; doubled for each further one."""
+    """Before the second attempt; doubled for each further one."""
     longest_delay: float = 60.0
     """Where doubling stops; a Retry-After of the server may be longer."""
     longest_retry_after: float = 900.0
     """A server that asks for more is given up."""
     timeout: float = 120.0
-    """Seconds to wait for an answer."""
+    """To wait for an answer."""
+
+
+class _Unanswered(Exception):
+    """No whole answer this time, and why; `retry_after` are the seconds that the server asks to wait, if it does."""
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
 
 
 class OpenAIJudge(TextJudge):
     """Any server with OpenAI's chat endpoint (`$OPENAI_BASE_URL`/chat/completions).
 
-    The address and the key are read from the environment and stay in memory. No message of this class contains them.
+    The address and the key are read from the environment and stay in memory. No message of this class contains them,
+    and no redirect is followed, so the key goes to that address alone.
     """
 
-    def __init__(
-        self,
-        model: str,
-        answers: Answers,
-        concurrency: int = 4,
-        retries: Retries | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, model: str, answers: Answers, concurrency: int = 4, retries: Retries | None = None) -> None:
         """Read the environment; nothing is sent yet.
 
         Args:
             model: name that the server knows.
-            answers: where answers are kept.
+            answers: where answers are stored.
             concurrency: questions in flight at a time, at most.
             retries: when and how often a question is asked again.
-            sleep: for tests.
 
         Raises:
             UserError: $OPENAI_API_KEY or $OPENAI_BASE_URL is missing or not usable.
         """
         super().__init__(model, answers)
-        self.concurrency, self.retries, self._sleep = concurrency, retries or Retries(), sleep
+        self.concurrency, self.retries = concurrency, retries or Retries()
         key, base = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL", "").strip()
         if not key:
             raise UserError(
@@ -684,98 +687,94 @@ class OpenAIJudge(TextJudge):
             raise UserError(
                 "$OPENAI_API_KEY or $OPENAI_BASE_URL contains a character that cannot be sent; copy them again."
             )
-        self._endpoint, self._authorization = base.rstrip("/") + "/chat/completions", f"Bearer {key}"
-        self._slots = threading.BoundedSemaphore(concurrency)
+        for logger in ("httpx", "httpcore"):  # they log every address
+            logging.getLogger(logger).setLevel(logging.WARNING)
+        self._endpoint = base.rstrip("/") + "/chat/completions"
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(self.retries.timeout, pool=None),
+            limits=httpx.Limits(max_connections=concurrency),
+            follow_redirects=False,
+        )
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Unanswered),
+            stop=tenacity.stop_after_attempt(self.retries.attempts),
+            wait=self._delay,
+            retry_error_callback=self._give_up,
+        )
         self._resume_at = 0.0
-        self._pause = threading.Lock()
         self._limit_name = "max_tokens"
 
+    @override
     def complete(self, request: Request) -> str:
-        """See `TextJudge.complete`.
+        """The model's answer.
 
         Raises:
-            UserError: the server refuses the key or the request, or gives no whole answer after all tries.
+            UserError: the server refuses the key or the request, or gives no whole answer after all attempts.
         """
-        reason = "no answer"
-        for attempt in range(self.retries.attempts):
-            with self._slots:
-                self._wait()
-                status, body, retry_after = self._post(request)
-            if status == 200:
-                answer = _content(body)
-                if answer is not None:
-                    return answer
-                reason = "an answer that was cut"
-            elif status == 400 and b"max_completion_tokens" in body and self._limit_name == "max_tokens":
-                self._limit_name = "max_completion_tokens"
-                continue
-            elif status in (408, 409, 425, 429) or status >= 500 or status == 0:
-                reason = f"HTTP status {status}" if status else "no connection, or no answer in time"
-            else:
-                raise UserError(_refused(status))
-            self._back_off(attempt, retry_after)
-        raise UserError(
-            f"The endpoint gave {reason} {self.retries.attempts} times; answers so far are kept, run the same command again later."
-        )
+        return str(self._retrying(self._attempt, request))
 
-    def _post(self, request: Request) -> tuple[int, bytes, float | None]:
-        """Status (0 without one), body, and what Retry-After says in seconds."""
-        import http.client
-        import urllib.error
-        import urllib.request
+    def _attempt(self, request: Request) -> str:
+        while (left := self._resume_at - time.monotonic()) > 0:
+            time.sleep(left)
+        response = self._post(request, self._limit_name)
+        if response.status_code == 400 and "max_completion_tokens" in response.text:
+            self._limit_name = "max_completion_tokens"
+            response = self._post(request, self._limit_name)
+        status = response.status_code
+        if status == 200:
+            answer = _content(response.content)
+            if answer is None:
+                raise _Unanswered("an answer that was cut")
+            return answer
+        if status not in (408, 409, 425, 429) and status < 500:
+            raise UserError(_refused(status))
+        retry_after = retry_after_seconds(response.headers.get("Retry-After"))
+        if retry_after is not None:
+            if retry_after > self.retries.longest_retry_after:
+                raise UserError(
+                    f"The endpoint asks to wait {retry_after:.0f} seconds; "
+                    "answers so far are kept, run the same command again then."
+                )
+            self._resume_at = max(self._resume_at, time.monotonic() + retry_after)  # all threads wait
+        raise _Unanswered(f"HTTP status {status}", retry_after)
 
-        class NoRedirects(urllib.request.HTTPRedirectHandler):
-            """The key must not follow a redirect to another place."""
-
-            def redirect_request(self, *arguments: Any, **names: Any) -> None:
-                return None
-
+    def _post(self, request: Request, limit_name: str) -> httpx.Response:
         content = {
             "model": self.model,
             "messages": [{"role": role, "content": text} for role, text in request.messages],
             "temperature": 0,
-            self._limit_name: request.max_tokens,
+            limit_name: request.max_tokens,
         }
-        headers = {"Content-Type": "application/json", "Authorization": self._authorization}
-        posted = urllib.request.Request(self._endpoint, json.dumps(content).encode(), headers, method="POST")
-        try:
-            with urllib.request.build_opener(NoRedirects).open(posted, timeout=self.retries.timeout) as response:
-                return response.status, response.read(), None
-        except urllib.error.HTTPError as error:
-            with error:
-                try:
-                    body = error.read()
-                except (OSError, http.client.HTTPException):
-                    body = b""
-                return error.code, body, _seconds(error.headers.get("Retry-After"))
-        except (OSError, http.client.HTTPException):
-            return 0, b"", None
+        with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL):
+            return self._client.post(self._endpoint, json=content)
+        raise _Unanswered("no connection, or no answer in time")
 
-    def _wait(self) -> None:
-        while (left := self._resume_at - time.monotonic()) > 0:
-            self._sleep(left)
+    def _delay(self, state: tenacity.RetryCallState) -> float:
+        """Exponential with jitter; none after a Retry-After, since that holds all threads."""
+        if state.outcome is not None and state.outcome.exception().retry_after is not None:  # type: ignore[union-attr]
+            return 0.0
+        first, longest = self.retries.first_delay, self.retries.longest_delay
+        return (tenacity.wait_exponential(first, longest) + tenacity.wait_random(0, first / 4))(state)
 
-    def _back_off(self, attempt: int, retry_after: float | None) -> None:
-        """Wait; a Retry-After holds for all questions, not only for the one that met it."""
-        if retry_after is not None:
-            if retry_after > self.retries.longest_retry_after:
-                raise UserError(
-                    f"The endpoint asks to wait {retry_after:.0f} seconds; answers so far are kept, run the same command again then."
-                )
-            with self._pause:
-                self._resume_at = max(self._resume_at, time.monotonic() + retry_after)
-            return
-        delay = min(self.retries.longest_delay, self.retries.first_delay * 2**attempt)
-        self._sleep(delay * random.Random().uniform(0.75, 1.25))
+    def _give_up(self, state: tenacity.RetryCallState) -> NoReturn:
+        reason = state.outcome.exception() if state.outcome else "no answer"
+        raise UserError(
+            f"The endpoint gave {reason} {state.attempt_number} times; "
+            "answers so far are kept, run the same command again later."
+        )
 
 
 def _refused(status: int) -> str:
     if status in (401, 403):
         return f"The endpoint refuses the key (HTTP status {status}); check $OPENAI_API_KEY."
-    if status in (301, 302, 303, 307, 308):
+    if 300 <= status < 400:
         return f"The endpoint redirects (HTTP status {status}); set $OPENAI_BASE_URL to the address that it moved to."
     if status == 404:
-        return "The endpoint does not know this address or model (HTTP status 404); check $OPENAI_BASE_URL and the model's name."
+        return (
+            "The endpoint does not know this address or model (HTTP status 404); "
+            "check $OPENAI_BASE_URL and the model's name."
+        )
     return (
         f"The endpoint does not accept the request (HTTP status {status}); check the model's name and what it supports."
     )
@@ -790,16 +789,13 @@ def _content(body: bytes) -> str | None:
         return None
 
 
-def _seconds(retry_after: str | None) -> float | None:
-    """Seconds of a Retry-After header, which is a number or a date."""
-    if not retry_after:
+def retry_after_seconds(header: str | None) -> float | None:
+    """Seconds of a Retry-After header, which is a number or a date; None when it is missing or neither."""
+    if not header:
         return None
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        when = email.utils.parsedate_to_datetime(retry_after)
-    except ValueError:
-        return None
-    return max(0.0, (when - datetime.datetime.now(when.tzinfo or datetime.UTC)).total_seconds())
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(header))
+    with contextlib.suppress(ValueError):
+        when = email.utils.parsedate_to_datetime(header)
+        return max(0.0, (when - datetime.datetime.now(when.tzinfo or datetime.UTC)).total_seconds())
+    return None

@@ -1,4 +1,4 @@
-"""Three kinds of attention units behind one interface: Lorsa heads, SAE features, MHSA heads.
+"""Units of an attention layer, Lorsa heads, SAE features and MHSA heads, behind one interface; one way to remove them.
 
 Whatever the kind, a unit has at every token an activation, an exact split of that activation over source tokens, and a
 vector that it writes:
@@ -13,15 +13,17 @@ The attribution of a feature is exact: given the patterns, the layer's output is
 the first two masses are one formula. Masses are absolute values, so that a share of them lies between 0 and 1 also
 where v changes sign. Where a Lorsa head or SAE feature was not selected, its activation and all its masses are 0.
 
-Removing units means: the layer's output minus what they write (minus its mean, for MHSA heads, which have a constant
-part that Lorsa and the SAE keep in their bias). Algebraically this is the module spliced in with its error term added,
-without those units; computed in this order, removing nothing gives the model's own logits bit for bit.
+The layer's output is an exact sum: a bias, what every unit writes, and an error, whatever the units leave over (0 for
+MHSA heads). The error is a node like the units and stands after them. `ablate` removes nodes: output - written by them
++ written by them elsewhere, in this order, so that removing nothing gives the model's own logits bit for bit. MHSA
+heads with a mean are removed down to it, for Lorsa and the SAE keep that constant part in their bias.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import override
 
 from lorsa_utils import ops
 from lorsa_utils.exceptions import UserError
@@ -38,6 +41,13 @@ from lorsa_utils.models import AttentionSite, LanguageModel, Replacement
 from lorsa_utils.stats import sign_flip_p
 
 _PATTERN_VALUES_AT_ONCE = 1 << 24
+
+Prepared = dict[str, Tensor]
+"""What the queries of one batch share, by name; each tensor has the batch as its first dimension."""
+
+Chosen = Sequence[int] | Mapping[int, float] | Tensor
+"""Units to remove: their numbers; unit to the share of it; or a mask over nodes, of shares or bool: [n + 1],
+[batch or 1, n + 1] or [batch or 1, length or 1, n + 1]. The last node is the error."""
 
 
 class Rows(NamedTuple):
@@ -53,55 +63,172 @@ class Rows(NamedTuple):
     """[n_queries, n_units], mass on all source positions."""
 
 
-Prepared = dict[str, Tensor]
-"""What the queries of one batch share, by name; each tensor has the batch as its first dimension."""
+# ---- what nodes write
+
+
+class Activity(abc.ABC):
+    """What the nodes of one layer, its units and then its error, write on a batch."""
+
+    @abc.abstractmethod
+    def written(self, mask: Tensor) -> Tensor:
+        """What nodes write together, [batch, length, d_model], by share: mask [batch or 1, length or 1, n_nodes]."""
+
+    @abc.abstractmethod
+    def along(self, direction: Tensor) -> Tensor:
+        """What each node writes along directions [batch, length, d_model]: [batch, length, n_nodes]."""
+
+    @abc.abstractmethod
+    def rows(self, rows: Tensor | slice) -> Activity:
+        """The same for some sequences of the batch."""
+
+
+class ConstantActivity(Activity):
+    """Every node writes the same vector everywhere: vectors [n_nodes, d_model]."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        self.vectors = vectors
+
+    @override
+    def written(self, mask: Tensor) -> Tensor:
+        return mask.to(self.vectors.dtype) @ self.vectors
+
+    @override
+    def along(self, direction: Tensor) -> Tensor:
+        return direction @ self.vectors.T
+
+    @override
+    def rows(self, rows: Tensor | slice) -> ConstantActivity:
+        return self
+
+
+class SparseActivity(Activity):
+    """Kept units, indices and values [batch, length, k]; the error is what they leave of y [batch, length, d_model]."""
+
+    def __init__(self, module: SparseModule, indices: Tensor, values: Tensor, y: Tensor) -> None:
+        self.module, self.indices, self.values, self.y = module, indices, values, y
+        self.W_O = module.W_O.detach()
+
+    @cached_property
+    def error(self) -> Tensor:
+        """[batch, length, d_model]."""
+        return self.y.to(self.W_O.dtype) - self.module.decode(self.indices, self.values)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """Activations of all units, 0 where not kept: [batch, length, n_units]."""
+        zeros = self.values.new_zeros(*self.indices.shape[:2], len(self.W_O))
+        return zeros.scatter_(2, self.indices, self.values)
+
+    @override
+    def written(self, mask: Tensor) -> Tensor:
+        shares = mask.expand(*self.indices.shape[:2], -1).gather(2, self.indices)
+        together = self.module.decode(self.indices, self.values * shares, bias=False)
+        return together + self.error * mask[..., -1:] if bool(mask[..., -1].any()) else together
+
+    @override
+    def along(self, direction: Tensor) -> Tensor:
+        units = self.dense * (direction @ self.W_O.T)
+        return torch.cat([units, (self.error * direction).sum(dim=-1, keepdim=True)], dim=-1)
+
+    @override
+    def rows(self, rows: Tensor | slice) -> SparseActivity:
+        return SparseActivity(self.module, self.indices[rows], self.values[rows], self.y[rows])
+
+    def mean(self, mask: Tensor) -> ConstantActivity:
+        """Mean over counted tokens, mask [batch, length]."""
+        n = mask.sum().clamp_min(1)
+        totals = self.values.new_zeros(len(self.W_O)).index_add_(
+            0, self.indices[mask].flatten(), self.values[mask].flatten()
+        )
+        return ConstantActivity(
+            torch.cat([totals[:, None] / n * self.W_O, self.error[mask].sum(dim=0, keepdim=True) / n])
+        )
+
+
+class HeadActivity(Activity):
+    """Outputs of MHSA heads, [batch, length, n_heads, d_model]; the error is 0."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        self.outputs = outputs
+
+    @override
+    def written(self, mask: Tensor) -> Tensor:
+        return (self.outputs * mask[..., :-1, None]).sum(dim=2)
+
+    @override
+    def along(self, direction: Tensor) -> Tensor:
+        units = torch.einsum("blhd,bld->blh", self.outputs, direction)
+        return torch.cat([units, torch.zeros_like(units[..., :1])], dim=-1)
+
+    @override
+    def rows(self, rows: Tensor | slice) -> HeadActivity:
+        return HeadActivity(self.outputs[rows])
+
+    def mean(self, mask: Tensor) -> ConstantActivity:
+        """Mean over counted tokens, mask [batch, length]."""
+        means = self.outputs[mask].mean(dim=0)
+        return ConstantActivity(torch.cat([means, torch.zeros_like(means[:1])]))
+
+
+# ---- units
 
 
 class Units(abc.ABC):
-    """Units of one kind at one attention layer."""
+    """Units of one kind at one layer. x is what the layer reads, y what it writes, each [batch, length, d_model]."""
 
+    kind: str
+    """`lorsa`, `sae` or `mhsa`."""
     label: str
-    """Name for people, plural."""
+    """Human-readable name, plural."""
     n: int
-    """How many there are."""
+    """How many there are; the error node is not among them."""
+
+    @abc.abstractmethod
+    def activity(self, x: Tensor, y: Tensor) -> SparseActivity | HeadActivity:
+        """What every unit, and the error, writes at every token."""
+
+    @abc.abstractmethod
+    def parameters(self, chosen: Sequence[int]) -> int:
+        """Weights that some units are computed with, shared ones counted once (biases left out)."""
 
     @abc.abstractmethod
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
-        """What `rows` and `along` need of a batch: x (what the layer reads) and y (what it writes), each [batch, length, d_model]."""
+        """What `rows` and `along` need of a batch."""
 
     @abc.abstractmethod
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
-        """Read units at some queries of one sequence.
+        """Read units at queries, positions [n_queries], of one sequence (the number `place`) of a prepared batch.
 
-        Args:
-            batch: of `prepare`.
-            place: which sequence of it.
-            positions: queries, [n_queries].
-            maps: weights of source positions for each query, [n_maps, n_queries, length].
+        Maps are weights of source positions for each query, [n_maps, n_queries, length].
         """
 
     @abc.abstractmethod
     def along(self, batch: Prepared, place: int, positions: Tensor, value: Tensor, directions: Tensor) -> Tensor:
-        """What each unit writes at a query along that query's direction.
+        """What each unit writes at a query along that query's direction, [n_queries, n_units].
 
-        Args:
-            batch: of `prepare`.
-            place: which sequence of it.
-            positions: queries, [n_queries].
-            value: of `rows`, [n_queries, n_units].
-            directions: [n_queries, d_model].
-
-        Returns:
-            [n_queries, n_units].
+        `value` is that of `rows`, [n_queries, n_units]; directions are [n_queries, d_model].
         """
 
-    @abc.abstractmethod
-    def written(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
-        """What some units [n_chosen] write together, for x and y [batch, length, d_model]: [batch, length, d_model]."""
-
     def active(self, x: Tensor, y: Tensor) -> Tensor:
-        """Where each unit writes anything, for x and y [batch, length, d_model]: [batch, length, n_units] bool."""
+        """Where each unit writes anything, [batch, length, n_units] bool."""
         return torch.ones(*x.shape[:-1], self.n, dtype=torch.bool, device=x.device)
+
+    def written(self, x: Tensor, y: Tensor, chosen: Chosen) -> Tensor:
+        """What some units write together, [batch, length, d_model]."""
+        return self.activity(x, y).written(self.mask(chosen).to(x.device)).to(y.dtype)
+
+    def mask(self, chosen: Chosen) -> Tensor:
+        """The share of every node that is chosen, [batch or 1, length or 1, n + 1], bool or float.
+
+        Raises:
+            UserError: there is no such unit.
+        """
+        if isinstance(chosen, Tensor) and chosen.dtype != torch.long:
+            return chosen.view(-1, 1, self.n + 1) if chosen.dim() < 3 else chosen
+        shares = chosen if isinstance(chosen, Mapping) else dict.fromkeys((int(unit) for unit in chosen), 1.0)
+        mask = torch.zeros(1, 1, self.n + 1)
+        mask[..., self.check(list(shares))] = torch.tensor(list(shares.values()))
+        return mask
 
     def check(self, chosen: Sequence[int]) -> Tensor:
         """Indices as a tensor.
@@ -116,43 +243,33 @@ class Units(abc.ABC):
         return torch.tensor(list(chosen), dtype=torch.long)
 
 
-class _SparseUnits(Units):
+class SparseUnits(Units):
     """What Lorsa heads and SAE features share: a selection, and fixed write directions."""
 
     def __init__(self, module: SparseModule) -> None:
-        self.module, self.n = module, module.n_units
+        self.module, self.n, self.kind = module, module.n_units, module.config.kind
         self.norms = module.W_O.detach().norm(dim=1)
+
+    @override
+    def activity(self, x: Tensor, y: Tensor) -> SparseActivity:
+        source = self.module.input_from(x, y).to(self.module.W_O.dtype)
+        return SparseActivity(self.module, *self.module.encode(source), y)
+
+    @override
+    def active(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.activity(x, y).dense != 0
 
     def _selected(self, pre: Tensor) -> Tensor:
         """Activations after the selection, [n_queries, n_units] to the same, zero where not kept."""
         indices, values = self.module.select(pre[None])
         return torch.zeros_like(pre).scatter_(1, indices[0], values[0].to(pre.dtype))
 
+    @override
     def along(self, batch: Prepared, place: int, positions: Tensor, value: Tensor, directions: Tensor) -> Tensor:
-        """See `Units.along`."""
         return value * (directions.to(value.dtype) @ self.module.W_O.T)
 
-    def _input(self, x: Tensor, y: Tensor) -> Tensor:
-        return x
 
-    def _values(self, x: Tensor, y: Tensor) -> Tensor:
-        """Activations, zero where not kept, [batch, length, n_units]."""
-        indices, values = self.module.encode(self._input(x, y).to(self.module.W_O.dtype))
-        return torch.zeros(*indices.shape[:-1], self.n, dtype=values.dtype, device=values.device).scatter_(
-            -1, indices, values
-        )
-
-    def written(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
-        """See `Units.written`."""
-        chosen = chosen.to(x.device)
-        return (self._values(x, y)[..., chosen] @ self.module.W_O[chosen]).to(y.dtype)
-
-    def active(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Units.active`."""
-        return self._values(x, y) != 0
-
-
-class LorsaHeads(_SparseUnits):
+class LorsaHeads(SparseUnits):
     """The heads of a Lorsa module that reads raw activations."""
 
     label = "Lorsa heads"
@@ -161,15 +278,19 @@ class LorsaHeads(_SparseUnits):
         super().__init__(module)
         self.lorsa = module
 
+    @override
+    def parameters(self, chosen: Sequence[int]) -> int:
+        config = self.lorsa.config
+        groups = {unit // config.group_size for unit in chosen}
+        return 2 * config.d_model * len(chosen) + 2 * config.d_model * config.d_qk * len(groups)
+
+    @override
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
-        """See `Units.prepare`."""
-        x = x.to(self.module.W_O.dtype)
-        q, k = self.lorsa.queries_keys(x)
-        v = self.lorsa.values(x).unflatten(2, (self.lorsa.config.n_qk_heads, -1)).transpose(1, 2)
+        q, k, v = self.lorsa.attention_inputs(x.to(self.module.W_O.dtype))
         return {"q": q, "k": k, "v": v}
 
+    @override
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
-        """See `Units.rows`."""
         q, k, v = (batch[name][place] for name in "qkv")
         maps = maps.to(v.dtype)
         step = max(1, _PATTERN_VALUES_AT_ONCE // q.shape[1] ** 2)
@@ -178,7 +299,7 @@ class LorsaHeads(_SparseUnits):
             groups = slice(first, first + step)
             pattern = ops.attention_pattern(q[groups], k[groups], self.lorsa.attn_scale)[:, positions]
             sizes = v[groups].abs()
-            sums = [pattern @ v[groups], pattern @ sizes, *((pattern * one) @ sizes for one in maps)]
+            sums = [pattern @ v[groups], pattern @ sizes, *((pattern * weights) @ sizes for weights in maps)]
             parts.append(torch.stack(sums).permute(0, 2, 1, 3).flatten(2))
         z, total, *mass = torch.cat(parts, dim=2)
         value = self._selected(z)
@@ -187,7 +308,7 @@ class LorsaHeads(_SparseUnits):
         return Rows(value, value.abs() * self.norms, masses, total * active)
 
 
-class SAEFeatures(_SparseUnits):
+class SAEFeatures(SparseUnits):
     """The features of an SAE on the attention layer's output; their sources are those of the layer itself."""
 
     label = "SAE features"
@@ -199,25 +320,25 @@ class SAEFeatures(_SparseUnits):
             UserError: it is a transcoder, which has no attention to look through.
         """
         super().__init__(module)
-        if module.config.kind != "sae":
+        if self.kind != "sae":
             raise UserError(
                 "A transcoder reads one token alone, so it has no source positions; give an SAE of the layer's output."
             )
         self.sae, self.site = module, site
 
-    def _input(self, x: Tensor, y: Tensor) -> Tensor:
-        return y
+    @override
+    def parameters(self, chosen: Sequence[int]) -> int:
+        # Features read the layer's output, so the layer's own weights count as well.
+        own = sum(weight.numel() for weight in (self.site.W_Q, self.site.W_K, self.site.W_V, self.site.W_O))
+        return 2 * self.site.d_model * len(chosen) + (own if chosen else 0)
 
+    @override
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
-        """See `Units.prepare`."""
-        return {
-            "y": y.to(self.sae.W_E.dtype),
-            "pattern": self.site.pattern(x),
-            "moved": self.site.values(x) @ self.site.W_O,
-        }
+        moved = self.site.values(x) @ self.site.W_O
+        return {"y": y.to(self.sae.W_E.dtype), "pattern": self.site.pattern(x), "moved": moved}
 
+    @override
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
-        """See `Units.rows`."""
         value = self._selected(self.sae.pre_activations(batch["y"][place, positions][None])[0])
         pattern, moved = batch["pattern"][place][:, positions], batch["moved"][place]
         maps = maps.to(moved.dtype)
@@ -234,53 +355,93 @@ class SAEFeatures(_SparseUnits):
 
 
 class MHSAHeads(Units):
-    """The heads of the attention layer itself."""
+    """The heads of the attention layer itself; without `mean_values` they write all of their outputs."""
 
-    label = "MHSA heads"
+    kind, label = "mhsa", "MHSA heads"
 
     def __init__(self, site: AttentionSite, mean_values: Tensor | None = None) -> None:
-        """Wrap an attention layer.
-
-        Args:
-            site: the layer.
-            mean_values: mean of `site.head_values` over text, [n_heads, d_head] (`mean_head_values`); zeros without it.
-        """
+        """Wrap an attention layer; `mean_values` [n_heads, d_head] is that of `mean_head_values`."""
         self.site, self.n = site, site.n_heads
         self.mean = torch.zeros_like(site.W_O[:, :, 0]) if mean_values is None else mean_values.to(site.W_O)
 
-    def _outputs(self, x: Tensor) -> Tensor:
-        """Outputs minus their means, [batch, length, d_model] to [batch, length, n_heads, d_model]."""
+    @override
+    def activity(self, x: Tensor, y: Tensor) -> HeadActivity:
+        return HeadActivity(self.outputs(x))
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Outputs minus their means, [batch, length, n_heads, d_model]."""
         return torch.einsum("blhe,hed->blhd", self.site.head_values(x) - self.mean, self.site.W_O)
 
-    def prepare(self, x: Tensor, y: Tensor) -> Prepared:
-        """See `Units.prepare`."""
-        sizes = (self.site.values(x) @ self.site.W_O).norm(dim=-1)
-        return {"outputs": self._outputs(x), "weighted": self.site.pattern(x) * sizes[:, :, None]}
+    @override
+    def parameters(self, chosen: Sequence[int]) -> int:
+        size, shared = self.site.d_model * self.site.d_head, self.site.n_heads // self.site.n_kv_heads
+        return size * (2 * len(chosen) + 2 * len({unit // shared for unit in chosen}))
 
+    @override
+    def prepare(self, x: Tensor, y: Tensor) -> Prepared:
+        sizes = (self.site.values(x) @ self.site.W_O).norm(dim=-1)
+        return {"outputs": self.outputs(x), "weighted": self.site.pattern(x) * sizes[:, :, None]}
+
+    @override
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
-        """See `Units.rows`."""
         activation = batch["outputs"][place, positions].norm(dim=-1)
         weighted = batch["weighted"][place][:, positions]
         mass = torch.einsum("hqj,mqj->mqh", weighted, maps.to(weighted.dtype))
         return Rows(activation, activation, mass, weighted.sum(dim=-1).T)
 
+    @override
     def along(self, batch: Prepared, place: int, positions: Tensor, value: Tensor, directions: Tensor) -> Tensor:
-        """See `Units.along`."""
         return torch.einsum("qhd,qd->qh", batch["outputs"][place, positions], directions.to(self.site.W_O.dtype))
-
-    def written(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
-        """See `Units.written`."""
-        return self._outputs(x)[:, :, chosen.to(x.device)].sum(dim=2).to(y.dtype)
 
 
 def mean_head_values(site: AttentionSite, x: Tensor, mask: Tensor) -> Tensor:
     """Mean of each MHSA head's z over counted tokens: x [n, length, d_model], mask [n, length] to [n_heads, d_head]."""
     if not bool(mask.any()):
         raise UserError("There is not one counted token in this text; give a longer text.")
-    rows = [
-        site.head_values(some)[kept].double().sum(dim=0) for some, kept in zip(x.split(8), mask.split(8), strict=True)
-    ]
-    return torch.stack(rows).sum(dim=0) / int(mask.sum())
+    batches = zip(x.split(8), mask.split(8), strict=True)
+    sums = [site.head_values(inputs)[counted].double().sum(dim=0) for inputs, counted in batches]
+    return torch.stack(sums).sum(dim=0) / int(mask.sum())
+
+
+# ---- removing units
+
+
+@contextlib.contextmanager
+def ablate(
+    model: LanguageModel,
+    units: Mapping[int, Units],
+    chosen: Mapping[int, Chosen],
+    instead: Mapping[int, Activity] | None = None,
+) -> Iterator[None]:
+    """Inside the context every forward pass of the model runs without some units.
+
+    `with ablate(model, {17: LorsaHeads(lorsa)}, {17: [1956]}): model.loss(tokens)`. A layer's output becomes
+    output - written by the chosen nodes + written by them elsewhere, all computed live.
+
+    Args:
+        model: the language model.
+        units: layer to its units.
+        chosen: layer to nodes of it: unit numbers; unit to the share of it that is removed (1 all of it, -1 makes it
+            write twice as much); or a mask. Where nothing is chosen the output stays as it is, bit for bit.
+        instead: layer to what the nodes write in place, such as their mean or what they write on another prompt;
+            nothing without it.
+
+    Raises:
+        UserError: there is no such unit, or no such layer.
+    """
+    masks = {layer: units[layer].mask(nodes).to(model.device) for layer, nodes in chosen.items()}
+
+    def remover(layer: int) -> Replacement:
+        def remove(x: Tensor, y: Tensor) -> Tensor:
+            written = units[layer].activity(x.float(), y.float()).written(masks[layer])
+            if instead is not None:
+                written = written - instead[layer].written(masks[layer])
+            return y - written.to(y.dtype)
+
+        return remove
+
+    with model.splice({layer: remover(layer) for layer, mask in masks.items() if bool(mask.any())}):
+        yield
 
 
 # ---- effect on logits
@@ -289,6 +450,18 @@ def mean_head_values(site: AttentionSite, x: Tensor, mask: Tensor) -> Tensor:
 def final_norm(model: LanguageModel) -> nn.Module:
     """The last norm before the unembedding."""
     return model.model.get_submodule(model.architecture.final_norm)
+
+
+def centred(norm: nn.Module, vectors: Tensor) -> Tensor:
+    """A LayerNorm takes the mean out of whatever it reads, an RMSNorm nothing."""
+    return vectors - vectors.mean(dim=-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else vectors
+
+
+def norm_scale(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a LayerNorm or RMSNorm divides x [..., d_model] by, [..., 1]."""
+    if isinstance(norm, nn.LayerNorm):
+        return (x.var(dim=-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    return (x.square().mean(dim=-1, keepdim=True) + float(getattr(norm, "variance_epsilon", 0.0))).sqrt()
 
 
 class Unembedding:
@@ -302,34 +475,20 @@ class Unembedding:
         self.gain = self.norm.weight.detach().float()  # type: ignore[operator]
 
     def directions(self, residual: Tensor, tokens: Tensor) -> Tensor:
-        """Directions whose dot product with a written vector is its direct effect on a token's logit (above the mean logit).
+        """Directions whose dot product with a written vector is its direct effect on a token's logit (above the mean).
 
-        Args:
-            residual: what the last norm reads at each query, [n_queries, d_model]; its scale is taken as given.
-            tokens: the token for each query, [n_queries].
-
-        Returns:
-            [n_queries, d_model].
+        `residual` is what the last norm reads at each query, [n_queries, d_model], whose scale is taken as given;
+        `tokens` [n_queries]; the result is [n_queries, d_model].
         """
-        return self._through_norm(self.weight[tokens] * self.gain) / self._scale(residual.float())[:, None]
+        return centred(self.norm, self.weight[tokens] * self.gain) / norm_scale(self.norm, residual.float())
 
     def logits(self, directions: Tensor) -> Tensor:
         """Logit of every token for write directions [n, d_model], without the norm's scale: [n, n_tokens]."""
-        return self._through_norm(directions.float()) * self.gain @ self.weight.T
-
-    def _through_norm(self, vectors: Tensor) -> Tensor:
-        """A LayerNorm takes the mean out of whatever it reads."""
-        return vectors - vectors.mean(dim=-1, keepdim=True) if isinstance(self.norm, nn.LayerNorm) else vectors
-
-    def _scale(self, residual: Tensor) -> Tensor:
-        if isinstance(self.norm, nn.LayerNorm):
-            return (residual.var(dim=-1, unbiased=False) + self.norm.eps).sqrt()
-        return (residual.square().mean(dim=-1) + float(getattr(self.norm, "variance_epsilon", 0.0))).sqrt()
+        return centred(self.norm, directions.float()) * self.gain @ self.weight.T
 
     def top_tokens(self, directions: Tensor, n: int, largest: bool = True) -> Tensor:
         """The `n` tokens that each write direction [n_units, d_model] raises (or lowers) most, [n_units, n]."""
-        found = [self.logits(some).topk(n, dim=1, largest=largest).indices for some in directions.split(256)]
-        return torch.cat(found)
+        return torch.cat([self.logits(rows).topk(n, dim=1, largest=largest).indices for rows in directions.split(256)])
 
 
 # ---- causal effect
@@ -380,44 +539,33 @@ class Removals:
     @cached_property
     def untouched(self) -> Tensor:
         """Loss of the token after every query with nothing removed, in nats: [n_queries]."""
-        return self._losses({}, torch.ones(len(self.prompts.row), dtype=torch.bool))
+        return self._losses()
 
     def losses(self, units: Units, chosen: Sequence[int], queries: Tensor | None = None) -> Tensor:
-        """Loss of the token after every query with some units removed, in nats: [n_queries].
+        """Loss of the token after every query with some units removed together, in nats: [n_queries].
 
-        With nothing chosen these are the `untouched` ones, bit for bit.
-
-        Args:
-            units: of the layer.
-            chosen: which of them to remove together.
-            queries: those that matter, [n_queries] bool; only their prompts run, and the others get NaN. All without
-                it.
+        With nothing chosen these are the `untouched` ones, bit for bit. Only the prompts of `queries` [n_queries] bool
+        run, and the other queries get NaN; all run without it.
 
         Raises:
             UserError: there is no such unit.
         """
-        indices = units.check(chosen)
-
-        def remove(attn_input: Tensor, attn_output: Tensor) -> Tensor:
-            return attn_output - units.written(attn_input.float(), attn_output.float(), indices).to(attn_output.dtype)
-
-        return self._losses(
-            {self.layer: remove}, torch.ones(len(self.prompts.row), dtype=torch.bool) if queries is None else queries
-        )
+        with ablate(self.model, {self.layer: units}, {self.layer: chosen}):
+            return self._losses(queries)
 
     @torch.no_grad()
-    def _losses(self, replacements: Mapping[int, Replacement], queries: Tensor) -> Tensor:
+    def _losses(self, queries: Tensor | None = None) -> Tensor:
         tokens, row = self.prompts.tokens, self.prompts.row
+        queries = torch.ones(len(row), dtype=torch.bool) if queries is None else queries
         target = self.prompts.position.clamp(max=tokens.shape[1] - 2) + 1  # a query at the end has no next token
         counted = torch.zeros(tokens.shape, dtype=torch.bool)
         counted[row[queries], target[queries]] = True
         losses = torch.full(tokens.shape, torch.nan)
         touched = counted.any(dim=1).nonzero()[:, 0]
-        with self.model.splice(replacements):
-            for first in range(0, len(touched), self.batch_size):
-                some = touched[first : first + self.batch_size]
-                with self.model.resume(self.layer, self._residual[some]):
-                    losses[some, 1:] = self.model.loss(tokens[some], counted[some])[0].cpu()
+        for first in range(0, len(touched), self.batch_size):
+            batch = touched[first : first + self.batch_size]
+            with self.model.resume(self.layer, self._residual[batch]):
+                losses[batch, 1:] = self.model.loss(tokens[batch], counted[batch])[0].cpu()
         return losses[row, target].masked_fill(~queries, torch.nan)
 
     @torch.no_grad()
@@ -428,17 +576,17 @@ class Removals:
             UserError: there is no such unit.
         """
         indices = {name: units.check(chosen).to(self.model.device) for name, chosen in sets_of_units.items()}
-        parts: dict[str, list[Tensor]] = {name: [] for name in indices}
-        for some in torch.arange(len(self.prompts.tokens)).split(self.batch_size):
-            with self.model.resume(self.layer, self._residual[some]):
-                sides = self.model.capture(self.prompts.tokens[some], [self.layer])[self.layer]
+        places: dict[str, list[Tensor]] = {name: [] for name in indices}
+        for batch in torch.arange(len(self.prompts.tokens)).split(self.batch_size):
+            with self.model.resume(self.layer, self._residual[batch]):
+                sides = self.model.capture(self.prompts.tokens[batch], [self.layer])[self.layer]
             active = units.active(*(side.float() for side in sides))
             for name, chosen in indices.items():
-                parts[name].append(active[..., chosen].any(dim=-1).cpu())
-        return {name: torch.cat(some) for name, some in parts.items()}
+                places[name].append(active[..., chosen].any(dim=-1).cpu())
+        return {name: torch.cat(batches) for name, batches in places.items()}
 
     def effects(self, units: Units, sets_of_units: Mapping[str, Sequence[int]], progress: bool = False) -> pd.DataFrame:
-        """Effects of removing several sets of units, one row a set: `removed` (its name), `n`, and the fields of `Effect`.
+        """Effects of removing sets of units, one row per set: `removed` (its name), `n`, and the fields of `Effect`.
 
         Each set runs over the prompts in which one of its units is active; in all others nothing changes.
 

@@ -65,7 +65,36 @@ ROTARY = {
 }
 """Their settings of the rotation and ours; the last four belong to NTK by parts."""
 KNOWN = {*SUPPORTED, *ROTARY} | set(
-    ["d_model", "expansion_factor", "use_decoder_bias", "sparsity_include_decoder_norm", "top_k", "n_qk_heads", "d_qk_head", "n_ctx", "hook_point_in", "hook_point_out", "positional_embedding_type", "use_NTK_by_parts_rope", "attn_scale", "use_post_qk_ln", "normalization_type", "eps", "n_ov_heads", "avg_norm", "mode", "use_z_relu", "layer", "model_name", "device", "dtype", "use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel", "jumprelu_threshold_window", "skip_bos"]
+    [
+        "d_model",
+        "expansion_factor",
+        "use_decoder_bias",
+        "sparsity_include_decoder_norm",
+        "top_k",
+        "n_qk_heads",
+        "d_qk_head",
+        "n_ctx",
+        "hook_point_in",
+        "hook_point_out",
+        "positional_embedding_type",
+        "use_NTK_by_parts_rope",
+        "attn_scale",
+        "use_post_qk_ln",
+        "normalization_type",
+        "eps",
+        "n_ov_heads",
+        "avg_norm",
+        "mode",
+        "use_z_relu",
+        "layer",
+        "model_name",
+        "device",
+        "dtype",
+        "use_triton_kernel",
+        "sparsity_threshold_for_triton_spmm_kernel",
+        "jumprelu_threshold_window",
+        "skip_bos",
+    ]
 )
 """Settings whose meaning is known; the last line says how they train, nothing about what is computed."""
 

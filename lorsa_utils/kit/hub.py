@@ -29,7 +29,7 @@ from lorsa_utils.kit import formats
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.text import Sequences
-from lorsa_utils.train import read_log
+from lorsa_utils.training import read_log
 
 INT8 = ("W_V", "W_O", "W_E")
 FLOAT16 = ("W_Q", "W_K")
@@ -114,9 +114,7 @@ def push_to_hub(folder: str | Path, repo_id: str, path_in_repo: str | None = Non
         api.create_repo(repo_id, exist_ok=True, private=private)
         kept_back = ["state/*", ".*.tmp", "stage.json"]
         return str(
-            api.upload_folder(
-                repo_id=repo_id, folder_path=path, path_in_repo=path_in_repo, ignore_patterns=kept_back
-            )
+            api.upload_folder(repo_id=repo_id, folder_path=path, path_in_repo=path_in_repo, ignore_patterns=kept_back)
         )
 
 

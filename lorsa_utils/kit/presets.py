@@ -7,9 +7,10 @@ alone.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from lorsa_utils.config import LorsaConfig, Preset
+from lorsa_utils.config import PRESETS, LorsaConfig, Preset, get_preset, get_profile
 from lorsa_utils.kit.bench import Shape, count_flops
 
 H100_RATE = 400e12
@@ -76,3 +77,77 @@ def train_options(preset: Preset) -> dict[str, Any]:
     """The options of `lorsa train` that a preset stands for, by their names in the parser."""
     names = ("model", "dataset", "n_heads", "n_qk", "k", "context", "tokens", "batch_size")
     return {name: getattr(preset, name) for name in names}
+
+
+# ---- what `lorsa doctor` says
+
+
+def matmul_rate() -> float:
+    """Floating-point operations per second in one large matrix product on the default device."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(1024, 1024, device=device)
+
+    def product() -> float:
+        began = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a value waits for the device
+        return time.perf_counter() - began
+
+    return 2 * 1024**3 / min(product() for _ in range(4))
+
+
+def preset_estimate(name: str) -> dict[str, Any]:
+    """Hours, memory and disk of a preset, by arithmetic: at an H100's rate and at this machine's."""
+    import psutil
+    import torch
+
+    preset = get_preset(name)
+    here = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
+    return {
+        "name": name,
+        "model": preset.model,
+        "licence": preset.licence,
+        "shape_from": preset.source,
+        "layers": preset.n_layers,
+        "tokens": preset.tokens,
+        "how": "by arithmetic, not measured; expect several times the hours",
+        f"at {H100_RATE / 1e12:.0f} TFLOP/s and 80 GB (H100)": estimate(preset),
+        "at this machine's rate and memory": estimate(preset, matmul_rate(), here),
+    }
+
+
+def profile_estimate(name: str, measured_minutes: float | None) -> dict[str, Any]:
+    """Minutes, disk and memory of a profile; without measured minutes, those of this machine's matrix rate."""
+    from lorsa_utils.activations import bytes_per_sequence
+
+    profile = get_profile(name)
+    shapes = {
+        preset.model: (preset.multiplied, preset.n_layers, preset.d_model, preset.d_head) for preset in PRESETS.values()
+    }
+    size, n_layers, d_model, d_head = shapes.get(profile.model, (106e6, 30, 576, 64))  # smollm2
+    lorsa = 2 * d_model * (profile.n_qk * d_head + profile.n_heads)
+    saes = 2 * d_model * (profile.sae_features + profile.sae_features_equal_parameters)
+    minutes = measured_minutes
+    if minutes is None:
+        # Operations per token: the model's forward pass once, a step of every Lorsa, about 3 for each weight of an SAE.
+        forward = 2 * size * (max(*profile.layers, profile.layer) + 1) / n_layers
+        layer = Shape(d_model, profile.n_qk, d_head, profile.n_heads, profile.k, profile.batch_size, profile.context)
+        steps = step_flops(layer) * (1 + len(profile.layers)) + 3 * len(profile.layers) * saes
+        minutes = profile.train_tokens * (forward + steps) / matmul_rate() / 60
+    sequences = (profile.cache_tokens + profile.held_out_tokens) // (profile.context - 1) + 1
+    disk = sequences * bytes_per_sequence(d_model, len({*profile.layers, profile.layer}), profile.context, "bfloat16")
+    memory = (
+        4 * 1.5 * size
+        + len(profile.layers) * 16 * (lorsa + saes)
+        + 64 * profile.batch_size * profile.context * profile.n_heads
+    )
+    return {
+        "profile": name,
+        "minutes": round(minutes, 1),
+        "minutes_are": "by arithmetic, rough"
+        if measured_minutes is None
+        else "of the last run here, else stated in the notebooks",
+        "disk_gb": round(disk / 1e9 + 1.2, 1),
+        "memory_gb": round(memory / 1e9 + 1.0, 1),
+    }

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from lorsa_utils import __version__, store
 from lorsa_utils.activations import ActivationCache, build_cache, source_identity
 from lorsa_utils.config import LorsaConfig, Profile, SAEConfig, TrainConfig
-from lorsa_utils.kit import checkpoints
+from lorsa_utils.kit import hub
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.text import Sequences, embedded_corpus, tokenize
-from lorsa_utils.train import RunSpec, train_runs, training_sources
+from lorsa_utils.training import RunSpec, train_runs, training_sources
 
 if TYPE_CHECKING:
     from lorsa_utils.kit.notebook import Context
@@ -168,7 +168,7 @@ def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
 
 def _shipped_pair(run: Context, model: LanguageModel) -> dict[str, Path] | None:
     """The kit's own checkpoints of the profile's layer, by `lorsa` and `sae`; None unless both are there."""
-    shipped = {kind: checkpoints.find(model, run.profile.layer, kind) for kind in ("lorsa", "sae")}
+    shipped = {kind: hub.find(model, run.profile.layer, kind) for kind in ("lorsa", "sae")}
     pair = {kind: folder for kind, folder in shipped.items() if folder is not None}
     return pair if len(pair) == len(shipped) else None
 

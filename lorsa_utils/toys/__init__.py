@@ -1,1 +1,1 @@
-"""Small worlds whose true units are known (notebooks 00 and 08)."""
+"""A small world whose rules are known: the two-layer Transformer of notebook 14."""

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from lorsa_utils.exceptions import UserError
 KEY = "sk-very-secret-0123456789"
 FAST = Retries(attempts=4, first_delay=0.01, longest_delay=0.05, timeout=5.0)
 QUESTION = judges.verdict_request("detection", "digits", ["a 1", "b", "c"])
+OTHER_QUESTION = judges.verdict_request("detection", "digits", ["d", "e"])
 
 
 @pytest.fixture
@@ -171,22 +175,30 @@ def test_mishaps_are_asked_again(server: ChatServer, mishaps: list[str]) -> None
     assert judge.calls == 1
 
 
-def test_retry_after_in_seconds_is_honoured_by_all(server: ChatServer) -> None:
-    server.mishaps = ["status 429 1"]
-    judge = asked(concurrency=4)
-    began = time.monotonic()
-    assert judge.ask([QUESTION]) == ["[1, 0, 0]"]
-    assert 0.9 < time.monotonic() - began < 4
+def test_one_retry_after_holds_all_threads(server: ChatServer) -> None:
+    server.mishaps = ["status 429 0.6"]
+    judge = asked()
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(judge.ask, [QUESTION])
+        while not server.prompts:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        began = time.monotonic()
+        assert judge.ask([OTHER_QUESTION]) == ["[1, 0]"]
+        assert 0.3 < time.monotonic() - began < 3
+        assert held.result() == ["[1, 0, 0]"]
 
 
-def test_retry_after_as_a_date_is_honoured(server: ChatServer) -> None:
-    import datetime
+def test_retry_after_is_a_number_or_a_date() -> None:
+    when = datetime.now(UTC) + timedelta(seconds=100)
+    assert 98 < judges.retry_after_seconds(format_datetime(when, usegmt=True)) <= 100  # type: ignore[operator]
+    assert [judges.retry_after_seconds(text) for text in ("7", "-3", "soon", None)] == [7, 0, None, None]
 
-    when = format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=3), usegmt=True)
-    server.mishaps = [f"status 503 {when}"]
-    began = time.monotonic()
-    assert asked().ask([QUESTION]) == ["[1, 0, 0]"]
-    assert time.monotonic() - began > 1.5
+
+def test_a_server_that_wants_max_completion_tokens_gets_it(server: ChatServer) -> None:
+    server.new_limit = True
+    assert asked().ask([QUESTION, OTHER_QUESTION]) == ["[1, 0, 0]", "[1, 0]"]
+    assert len(server.prompts) == 3
 
 
 def test_a_server_that_asks_for_hours_is_given_up(server: ChatServer) -> None:
@@ -346,8 +358,12 @@ def test_the_key_is_in_no_file_and_no_log(
     server.mishaps = ["status 403"]
     with pytest.raises(UserError) as caught:
         judge.ask([Request("detection", (("user", "something new"),), 5)])
+    server.mishaps = ["hangup"] * 4
+    with pytest.raises(UserError, match="no connection") as lost:
+        judge.ask([Request("detection", (("user", "something new"),), 5)])
     out, err = capfd.readouterr()
-    said = [out, err, caplog.text, str(caught.value), repr(judge), repr(caught.value.__cause__)]
+    said = [out, err, caplog.text, repr(judge)]
+    said += ["".join(traceback.format_exception(error.value)) for error in (caught, lost)]
     said += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(list(tmp_path.rglob("*"))) >= 1
     for secret in (KEY, server.url, server.url.removeprefix("http://")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_nodes import planted_sparse
-from torch import Tensor
+from test_nodes import KINDS, planted_sparse
 
 from lorsa_utils.circuits import faithfulness
-from lorsa_utils.circuits import nodes as circuits
 from lorsa_utils.circuits.faithfulness import Curve
-from lorsa_utils.circuits.nodes import SparseModel, SparseNodes
+from lorsa_utils.circuits.nodes import SparseModel, attribute, baseline, effects
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.tasks import Task
+from lorsa_utils.heads.units import LorsaHeads
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 
@@ -31,30 +29,20 @@ def model() -> LanguageModel:
         return planted.planted_model()
 
 
-def curve_of(
-    sparse: SparseModel, task: Task, sizes: list[int], seed: int | None = None, keep_errors: bool = False
-) -> Curve:
-    instead = circuits.baseline(sparse, task)
-    order = faithfulness.ranking(circuits.attribute(sparse, task, instead, steps=4), sparse.error_nodes)
+def curve_of(sparse: SparseModel, task: Task, sizes: list[int], seed: int | None = None) -> Curve:
+    instead = baseline(sparse, task)
+    order = faithfulness.ranking(attribute(sparse, task, instead, steps=4), sparse.error_nodes)
     order = order if seed is None else faithfulness.random_order(order, seed)
-    return faithfulness.measure_curve(sparse, task, order, sizes, instead, keep_errors=keep_errors)
+    return faithfulness.measure_curve(sparse, task, [order], sizes, instead)
 
 
-def test_planted_circuit_is_faithful_complete_and_minimal(model: LanguageModel) -> None:
+def test_planted_circuit_is_faithful_and_complete(model: LanguageModel) -> None:
     task = planted.planted_task(n=2, repeat=True)
     table = faithfulness.curve_table({"Lorsa heads": curve_of(planted_sparse(model, "lorsa"), task, [1, 2, 3, 4])})
     # Two heads do it, and two more (of the corrupted prompt) must not get in their way.
     assert table["faithfulness"].iloc[-1] == pytest.approx(1, abs=0.03)
     assert table["completeness"].iloc[-1] == pytest.approx(0, abs=0.2)
     assert table["faithfulness"].iloc[0] < 0.9
-    sparse, instead = planted_sparse(model, "lorsa"), circuits.baseline(planted_sparse(model, "lorsa"), task)
-    order = faithfulness.ranking(circuits.attribute(sparse, task, instead, steps=4), sparse.error_nodes)
-    needless = next(
-        number for number in range(sparse.n_nodes) if number not in order[:8] and number not in sparse.error_nodes
-    )
-    adds = faithfulness.minimality(sparse, task, [*order[:4], needless], instead).set_index("node")["adds"]
-    assert adds.iloc[:2].min() > 0.05
-    assert abs(float(adds.iloc[-1])) < 0.01
 
 
 def test_random_sets_are_worse(model: LanguageModel) -> None:
@@ -78,24 +66,13 @@ def test_errors_are_nodes(model: LanguageModel) -> None:
     half: Lorsa = copy.deepcopy(sparse.layers[1].module)  # type: ignore[attr-defined]
     with torch.no_grad():
         half.W_O *= 0.5
-    worse = SparseModel(model, {0: sparse.layers[0], 1: SparseNodes(half, model.site(1))})
-    with_errors, without = (curve_of(worse, task, [32], keep_errors=keep) for keep in (True, False))
-    found = [faithfulness.curve_table({"x": curve})["faithfulness"].iloc[0] for curve in (with_errors, without)]
-    assert found[0] > found[1] + 0.2, "half of what the second layer writes is in its error"
-    shares = faithfulness.error_shares(worse, task, circuits.baseline(worse, task)).set_index("layers")
+    worse = SparseModel(model, {0: sparse.layers[0], 1: LorsaHeads(half)})
+    shares = faithfulness.error_shares(worse, task, baseline(worse, task)).set_index("layers")
     assert shares.loc[1, "errors"] == pytest.approx(0.5, abs=0.1)
     assert list(shares["first"]) == [1, 0]
-    good = faithfulness.error_shares(sparse, task, circuits.baseline(sparse, task))
+    good = faithfulness.error_shares(sparse, task, baseline(sparse, task))
     assert good["errors"].abs().max() < 0.02
     assert good["units"].min() > 0.9
-
-
-def test_same_scale_for_all_kinds(model: LanguageModel) -> None:
-    task = planted.planted_task(n=6)
-    curves = {kind: curve_of(planted_sparse(model, kind), task, [1, 2]) for kind in circuits.KINDS}
-    for curve in curves.values():
-        assert torch.allclose(curve.none, curves["mhsa"].none, atol=1e-3)
-        assert torch.allclose(curve.all, curves["mhsa"].all)
 
 
 def by_hand(only: list[float], n_prompts: int = 3, sizes: tuple[int, ...] = (1, 2, 4)) -> Curve:
@@ -139,64 +116,25 @@ def test_pooled_curves_hold_all_prompts() -> None:
     assert len(both.all) == 5
 
 
-def test_intervals_hold_the_value_and_shrink() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def width(n: int) -> float:
-        values: Tensor = torch.randn(1, n, generator=generator)
-        curve = Curve((1,), (1.0,), values, None, torch.ones(n) * 2, torch.zeros(n))
-        found = faithfulness.interval(faithfulness.shares(values, curve, faithfulness.draws(n))[:, 0])
-        assert found.low <= found.value <= found.high
-        return found.high - found.low
-
-    assert width(400) < 0.4 * width(25)
-
-
-def test_agreement_by_hand() -> None:
-    exact = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    table = faithfulness.agreement(exact, {"half": exact / 2, "turned": -exact, "bent": exact**3}).set_index("estimate")
-    assert table["rank_correlation"].tolist() == pytest.approx([1, -1, 1])
-    assert table.loc["half", "slope"] == pytest.approx(2)
-    assert table.loc["bent", "correlation"] < 1
-    assert math.isnan(faithfulness.agreement(exact[:2], {"few": exact[:2]})["rank_correlation"].iloc[0])
-
-
-def test_a_relabelled_lorsa_gives_the_same_circuit(model: LanguageModel) -> None:
-    task = planted.planted_task(n=6)
+def test_heads_of_a_relabelled_lorsa_are_matched(model: LanguageModel) -> None:
     one = planted_sparse(model, "lorsa")
     layers = {}
-    for layer, nodes in one.layers.items():
-        turned: Lorsa = copy.deepcopy(nodes.module)  # type: ignore[attr-defined]
+    for layer, heads in one.layers.items():
+        turned: Lorsa = copy.deepcopy(heads.module)  # type: ignore[attr-defined]
         with torch.no_grad():
-            turned.W_V[: planted.N], turned.W_O[: planted.N] = (
-                turned.W_V[: planted.N].flip(0).clone(),
-                turned.W_O[: planted.N].flip(0).clone(),
-            )
-        layers[layer] = SparseNodes(turned, model.site(layer))
+            turned.W_O[: planted.N] = turned.W_O[: planted.N].flip(0).clone()
+        layers[layer] = LorsaHeads(turned)
     other = SparseModel(model, layers)
     match, cosine = faithfulness.match_units(one, other)
     assert match[:3].tolist() == [31, 30, 29]
+    assert match[one.error_nodes].tolist() == other.error_nodes
     assert float(cosine[: planted.N].min()) > 0.999
-    scores = [circuits.attribute(each, task, circuits.baseline(each, task)) for each in (one, other)]
-    found = faithfulness.stability(one, other, scores[0], scores[1], n=10)
-    assert found["matched"] == 1
-    assert found["rank_correlation"] > 0.99
-    assert found["chance_cosine"] < 0.5
-
-
-def test_collective_feature_is_one_lorsa_head(model: LanguageModel) -> None:
-    task = planted.planted_task(n=2, repeat=True)
-    lorsa, sae = planted_sparse(model, "lorsa"), planted_sparse(model, "sae")
-    node = lorsa.number(circuits.Node(0, int(task.clean[0, 2])))
-    row = faithfulness.collective_effects(lorsa, sae, task, [node], [2]).iloc[0]
-    assert row["lorsa"] > 1
-    assert row["sae_cosine"] > 0.99
-    assert row["sae_share"] == pytest.approx(1, abs=0.05)
-    assert abs(row["mhsa_share"]) < 0.7, "one MHSA head writes half of it"
+    few = other.mask([3, *other.error_nodes, other.columns[1].start])
+    assert faithfulness.match_units(one, other, few)[0][:3].tolist() == [3, 3, 3], "only these may be matched"
 
 
 def test_comparison_of_kinds_and_its_file(model: LanguageModel, tmp_path: Path) -> None:
-    kinds = {kind: planted_sparse(model, kind) for kind in circuits.KINDS}
+    kinds = {kind: planted_sparse(model, kind) for kind in KINDS}
     curves = faithfulness.compare(kinds, planted.planted_task(n=8), seed=1)
     assert list(curves) == ["lorsa", "random lorsa", "sae", "random sae", "mhsa", "random mhsa"]
     assert curves["mhsa"].sizes[:4] == (1, 2, 4, 8)
@@ -215,7 +153,7 @@ def test_comparison_of_kinds_and_its_file(model: LanguageModel, tmp_path: Path) 
 def test_few_nodes_are_ranked_by_removing_each(model: LanguageModel) -> None:
     sparse, task = planted_sparse(model, "mhsa"), planted.planted_task(n=4)
     exact = faithfulness.rank_scores(sparse, task, exact_up_to=10)
-    assert torch.allclose(exact[:, 3], circuits.effects(sparse, task, [3], circuits.baseline(sparse, task))[0])
+    assert torch.allclose(exact[:, 3], effects(sparse, task, [3], baseline(sparse, task))[0])
     estimated = faithfulness.rank_scores(sparse, task)
     assert exact.shape == estimated.shape
     assert not torch.allclose(exact, estimated)
@@ -225,42 +163,34 @@ def test_few_nodes_are_ranked_by_removing_each(model: LanguageModel) -> None:
 def test_circuits_of_single_prompts_are_small(model: LanguageModel) -> None:
     task = planted.planted_task(n=6)
     sparse = planted_sparse(model, "lorsa")
-    instead = circuits.baseline(sparse, task)
-    local = faithfulness.measure_local_curve(sparse, task, [1, 2, 4, 8], instead)
+    instead = baseline(sparse, task)
+    orders = [faithfulness.ranking(row[None], sparse.error_nodes) for row in attribute(sparse, task, instead)]
+    local = faithfulness.measure_curve(sparse, task, orders, [1, 2, 4, 8], instead, completeness=False)
     table = faithfulness.curve_table({"one prompt": local, "all prompts": curve_of(sparse, task, [1, 2, 4, 8])})
     found = table.set_index(["nodes", "size"])["faithfulness"]
     assert found["one prompt", 8] > 0.95
     assert found["one prompt", 8] > found["all prompts", 8] + 0.1, "each prompt needs other tokens' heads"
     # One prompt alone: the same as its circuit measured by itself.
-    one = task.rows(slice(2, 3))
-    order = faithfulness.ranking(
-        circuits.attribute(sparse, one, circuits.Baseline(*_rows(instead, 2))), sparse.error_nodes
-    )
-    alone = faithfulness.measure_curve(sparse, one, order, [4], circuits.Baseline(*_rows(instead, 2)))
+    row = slice(2, 3)
+    elsewhere = {layer: activity.rows(row) for layer, activity in instead.items()}
+    alone = faithfulness.measure_curve(sparse, task.rows(row), orders[row], [4], elsewhere)
     assert torch.allclose(alone.only[0, 0], local.only[2, 2], atol=1e-3)
-    assert faithfulness.measure_local_curve(sparse, task, [4], instead, ends=local).none is local.none
-
-
-def _rows(instead: circuits.Baseline, row: int) -> tuple[str, dict[int, circuits.Activity]]:
-    return instead.kind, instead.rows(slice(row, row + 1))
+    again = faithfulness.measure_curve(sparse, task, orders, [4], instead, completeness=False, ends=local)
+    assert again.none is local.none
 
 
 def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
     task = planted.planted_task(n=2)
     sparse = planted_sparse(model, "lorsa")
-    instead = circuits.baseline(sparse, task)
-    with pytest.raises(UserError, match="at most so many"):
-        faithfulness.measure_curve(sparse, task, [1, 2], [5], instead)
+    instead = baseline(sparse, task)
+    with pytest.raises(UserError, match="The ranking has 2 nodes; ask for circuits of at most 2"):
+        faithfulness.measure_curve(sparse, task, [[1, 2]], [5], instead)
     same = Task("same", task.clean, task.clean, task.position, task.answers, task.wrong)
     with pytest.raises(UserError, match="does not change the metric"):
-        faithfulness.measure_curve(sparse, same, [1, 2], [1], circuits.baseline(sparse, same))
+        faithfulness.measure_curve(sparse, same, [[1, 2]], [1], baseline(sparse, same))
     with pytest.raises(UserError, match="no range of sizes in common"):
         faithfulness.area_table(
             {"Lorsa heads": by_hand([0.0, 1.0], sizes=(1, 2)), "x": by_hand([0.0, 1.0], sizes=(4, 8))}
         )
     with pytest.raises(UserError, match="different prompts"):
         faithfulness.area_table({"Lorsa heads": by_hand([0.0, 0.5, 1.0]), "x": by_hand([0.0, 0.5, 1.0], n_prompts=2)})
-    with pytest.raises(UserError, match="MHSA heads have no write direction"):
-        faithfulness.match_units(planted_sparse(model, "mhsa"), planted_sparse(model, "mhsa"))
-    with pytest.raises(UserError, match="different layers"):
-        faithfulness.match_units(sparse, SparseModel(model, {0: sparse.layers[0]}))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import planted
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_nodes import planted_sparse, random_nodes
+from test_nodes import planted_sparse, random_units
 from tiny_models import KINDS, random_tokens, save_tiny_model
 
 from lorsa_utils.circuits import graph
@@ -28,8 +29,12 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def random_trace(model: LanguageModel, kind: str = "lorsa", length: int = 7) -> Trace:
-    sparse = SparseModel(model, {layer: random_nodes(model, layer, kind) for layer in LAYERS})
+    sparse = SparseModel(model, {layer: random_units(model, layer, kind) for layer in LAYERS})
     return Trace(sparse, random_tokens(1, length, seed=5)[0], [3], [9])
+
+
+def place(trace: Trace, *source: Any) -> int:
+    return [known[:4] for known in trace.sources].index(source)
 
 
 def a_unit(trace: Trace, layer: int) -> Target:
@@ -52,44 +57,34 @@ def test_frozen_model_has_the_same_logits(tiny: LanguageModel) -> None:
 def test_edges_are_linear_and_their_values_are_the_models(tiny: LanguageModel, kind: str) -> None:
     trace = random_trace(tiny, kind)
     units = [a_unit(trace, layer) for layer in LAYERS]
-    edges, values = trace.edges([Target(-1, -1, 6), *units])
+    edges, values, constants = trace.edges([Target(-1, -1, 6), *units])
     with torch.no_grad():
         logits = tiny.logits(trace.tokens[None])[0, -1]
     assert float(values[0]) == pytest.approx(float(logits[3] - logits[9]), abs=1e-4)
-    numbers = trace.place
     for target, value in zip(units, values[1:], strict=True):
-        assert float(value) == pytest.approx(trace.sources[numbers["unit", *target]].value, abs=1e-4)
+        assert float(value) == pytest.approx(trace.sources[place(trace, "unit", *target)].value, abs=1e-4)
     if tiny.config.model_type == "qwen3":  # the one kind here without other biases
-        assert torch.allclose(edges.sum(dim=1) + trace.constants, values, atol=1e-4)
+        assert torch.allclose(edges.sum(dim=1) + constants, values, atol=1e-4)
     later = [number for number, source in enumerate(trace.sources) if source.layer >= units[0].layer]
     assert not edges[1, later].any(), "a node gets nothing from its own layer or a later one"
 
 
 def test_targets_together_or_apart_give_the_same_edges(tiny: LanguageModel) -> None:
     trace = random_trace(tiny)
-    targets = [Target(-1, -1, 6), a_unit(trace, 2), a_unit(trace, 0)]
-    together, _ = trace.edges(targets)
-    apart = torch.cat([trace.edges([target])[0] for target in reversed(targets)]).flip(0)
+    early = next(Target(*s[1:4]) for s in trace.sources if s.kind == "unit" and s.layer == 2 and s.position == 3)
+    targets = [Target(-1, -1, 6), early, a_unit(trace, 0)]
+    together = trace.edges(targets).weights
+    apart = torch.cat([trace.edges([target]).weights for target in reversed(targets)]).flip(0)
     assert torch.equal(together, apart)
-
-
-def test_edges_come_from_earlier_positions(tiny: LanguageModel) -> None:
-    trace = random_trace(tiny)
-    target = next(
-        Target(*source[1:4])
-        for source in trace.sources
-        if source.kind == "unit" and source.layer == 2 and source.position == 3
-    )
-    edges, _ = trace.edges([target])
-    after = [number for number, source in enumerate(trace.sources) if source.position > 3]
-    assert not edges[0, after].any()
+    later = [number for number, source in enumerate(trace.sources) if source.position > 3]
+    assert not together[1, later].any(), "edges come from earlier positions"
 
 
 def test_edge_is_the_slope_of_the_frozen_model(tiny: LanguageModel) -> None:
     """Remove half of one source from the frozen model by hand: the logit difference falls by half the edge."""
     trace = random_trace(tiny)
-    edges, values = trace.edges([Target(-1, -1, 6)])
-    number = trace.place["error", 2, -1, 5]
+    edges = trace.edges([Target(-1, -1, 6)]).weights
+    number = place(trace, "error", 2, -1, 5)
     shift = torch.zeros_like(trace.outputs[2])
     shift[0, 5] = -0.5 * trace.activity[2].error[0, 5]
     # After layer 2, the last attention of a tiny model, only norms and one MLP follow; hold them by their gradient at
@@ -174,21 +169,10 @@ def test_graph_facts(by_hand: LanguageModel) -> None:
 
 def test_influence_follows_paths_by_hand() -> None:
     # 0 and 1 feed 2; 0 (with weight 1) and 2 (with weight 3) feed the last.
-    weights = torch.zeros(4, 4)
-    weights[2, 0], weights[2, 1] = 2.0, -2.0
-    weights[3, 0], weights[3, 2] = 1.0, 3.0
-    assert torch.allclose(graph.influences(weights), torch.tensor([0.25 + 0.75 * 0.5, 0.75 * 0.5, 0.75, 1.0]))
-    weights[0, 2] = 1.0
-    with pytest.raises(UserError, match="cycle"):
-        graph.influences(weights)
-
-
-def test_reach_is_the_influence_of_the_whole_matrix(by_hand: LanguageModel) -> None:
-    trace = planted_trace(by_hand)
-    targets = [Target(-1, -1, 8), a_unit(trace, 1), a_unit(trace, 0)]
-    rows = list(trace.edges(targets)[0])
-    whole = graph.influences(graph._matrix(trace, targets, rows).double())
-    assert torch.allclose(graph._reach(trace, targets, rows).double(), whole[:-1], atol=1e-5)
+    inputs = {3: torch.tensor([1.0, 0.0, 3.0]), 2: torch.tensor([2.0, -2.0, 0.0])}
+    expected = torch.tensor([0.25 + 0.75 * 0.5, 0.75 * 0.5, 0.75, 1.0])
+    for order in ((3, 2), (2, 3)):
+        assert torch.allclose(graph.influence([-1, -1, 0, 1], {number: inputs[number] for number in order}), expected)
 
 
 @given(scores=st.lists(st.floats(0, 10), min_size=1, max_size=20), share=st.floats(0.05, 1.0))

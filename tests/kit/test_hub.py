@@ -445,7 +445,7 @@ def test_other_folders_and_tensors_are_refused(tmp_path: Path) -> None:
     tensors = llamascopium_weights(config)
     for change, sentence in (
         ({"W_X": torch.zeros(2)}, "holds W_X, which Lorsa here does not have"),
-        ({"ln_q.w": torch.ones(N_QK, D_QK)}, 'Unexpected key.*q_norm'),
+        ({"ln_q.w": torch.ones(N_QK, D_QK)}, "Unexpected key.*q_norm"),
         ({"b_V": torch.zeros(N_OV + 1)}, "size mismatch for b_V"),
         ({"W_V": torch.full((N_OV, D), torch.nan)}, "values that are not finite"),
     ):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
-from lorsa_utils import activations, store, train
+from lorsa_utils import activations, store, training
 from lorsa_utils.config import PRESETS, PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import checkpoints, notebook
+from lorsa_utils.kit import hub, notebook, recipes
 from lorsa_utils.view import figures
 
 
@@ -68,7 +68,7 @@ def test_modules_at_hand_are_the_checkpoint_alone_until_notebook_03_has_run(
     own = {"lorsa": tmp_path / "own lorsa", "sae_equal_features": tmp_path / "own sae"}
     for folder, tokens in ((shipped["lorsa"], 2000), (own["lorsa"], 100)):
         store.write_json(cast(Path, folder) / "config.json", {"train": {"tokens": tokens}})
-    monkeypatch.setattr(checkpoints, "find", lambda model, layer, kind: shipped[kind])
+    monkeypatch.setattr(hub, "find", lambda model, layer, kind: shipped[kind])
     monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
     monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
     monkeypatch.setattr(
@@ -289,28 +289,28 @@ def test_trained_goes_on_with_runs_that_stopped_at_different_steps(
     def stop(name: str, steps: int) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(
-                train, "train_runs", functools.partial(train.train_runs, stop_after_steps=steps, progress=False)
+                recipes, "train_runs", functools.partial(training.train_runs, stop_after_steps=steps, progress=False)
             )
             notebook.trained(run, model, source, {name: modules[name]}, settings)
 
     stop("lorsa", 2)
     stop("sae", 4)
     folders = notebook.trained(run, model, source, modules, settings)
-    assert {name: train.read_log(folder)[-1]["tokens"] for name, folder in folders.items()} == {
+    assert {name: training.read_log(folder)[-1]["tokens"] for name, folder in folders.items()} == {
         "lorsa": 300,
         "sae": 300,
     }
     fresh = notebook.trained(begin(tmp_path / "fresh"), model, source, modules, settings)
     for name, folder in folders.items():
         assert store.sha256_file(folder / "model.safetensors") == store.sha256_file(fresh[name] / "model.safetensors")
-    monkeypatch.setattr(train, "train_runs", None)  # nothing is left to train
+    monkeypatch.setattr(recipes, "train_runs", None)  # nothing is left to train
     assert notebook.trained(run, model, source, modules, settings) == folders
 
 
 def test_best_modules_are_the_shipped_ones_when_both_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped: dict[str, Path | None] = {"lorsa": tmp_path / "a", "sae": tmp_path / "b"}
     monkeypatch.setattr(
-        checkpoints, "find", lambda model, layer, kind: shipped[kind] if layer == get_profile("smoke").layer else None
+        hub, "find", lambda model, layer, kind: shipped[kind] if layer == get_profile("smoke").layer else None
     )
     monkeypatch.setattr(notebook, "sequences", lambda run, model: {})
     monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)

@@ -25,7 +25,7 @@ from lorsa_utils.kit import sweeps
 from lorsa_utils.kit.sweeps import HeldTokens, Sweep, Trial, kept_dimensions, lorsa_shape, start_run
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.stats import t_interval
-from lorsa_utils.train import Run, RunSpec, train_runs
+from lorsa_utils.training import Run, RunSpec, train_runs
 
 SITE = toy_site(0)
 SOURCE = ToySource(40, 12, layers=(0, 1))
@@ -199,7 +199,7 @@ import os, signal, sys
 from pathlib import Path
 import test_sweeps
 from lorsa_utils.kit import sweeps
-from lorsa_utils.train import Run
+from lorsa_utils.training import Run
 
 writes, write, step = [], sweeps.write_results, Run.train_step
 def counted(*arguments):

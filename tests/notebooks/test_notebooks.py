@@ -7,7 +7,7 @@ import pytest
 
 from lorsa_utils.kit import notebook, reproduce
 
-NOTEBOOKS = [path.stem for path in sorted(reproduce.notebooks_dir().glob("[0-9]*_*.ipynb"))]
+NOTEBOOKS = [path.stem for path in reproduce.find_notebooks()]
 
 pytestmark = pytest.mark.slow
 

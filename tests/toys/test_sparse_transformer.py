@@ -1,20 +1,21 @@
-"""The language keeps its rules, sparse modules take the layers' places, weights are what the modules compute, circuits can be cut."""
-
-from __future__ import annotations
+"""The language keeps its rules, sparse modules take the layers' places, weights are what the modules compute."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from definitions import definitions
+from torch import Tensor
 
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.toys import sparse_transformer
 from lorsa_utils.toys.sparse_transformer import RULES, Language, SparseToyConfig, SparseTransformer
 
 SMALL = SparseToyConfig(
-    n_letters=6, n_series=4, n_keys=2, block=4, length=16, d_model=32, n_heads=2, d_mlp=32, steps=30, batch_size=16,
-    n_lorsa_heads=32, n_qk_heads=4, n_features=32, sparse_steps=20,
+    n_letters=6, n_series=4, n_keys=2, block=4, length=16, d_model=32, n_heads=2, d_mlp=32, steps=12, batch_size=8,
+    n_lorsa_heads=32, n_qk_heads=4, n_features=32, sparse_steps=8,
 )  # fmt: skip
+NOTEBOOK = definitions("14_sparse_transformer")
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +33,24 @@ def sparse(model: LanguageModel, language: Language) -> SparseTransformer:
     return sparse_transformer.make_sparse(model, language)
 
 
+def tokens_of(language: Language, n: int = 3) -> Tensor:
+    return language.sample(n, torch.Generator().manual_seed(1)).tokens
+
+
 def test_rules_hold_where_they_are_told(language: Language) -> None:
     sample = language.sample(50, torch.Generator().manual_seed(3))
-    seen = set()
+    series, keys, answers = language.series.tolist(), language.keys.tolist(), language.answers.tolist()
     for tokens, rules in zip(sample.tokens.tolist(), sample.rule.tolist(), strict=True):
-        for i, rule in enumerate(rules[:-1]):
-            token, after = tokens[i], tokens[i + 1]
-            seen.add(RULES[rule])
-            if RULES[rule] == "successor":
-                series = language.series.tolist()
+        for i, (token, after) in enumerate(zip(tokens, tokens[1:], strict=False)):
+            if RULES[rules[i]] == "successor":
                 assert series.index(after) == (series.index(token) + 1) % len(series)
-            elif RULES[rule] == "skip-bigram":
+            elif RULES[rules[i]] == "skip-bigram":
                 assert token == language.question
-                assert language.answers.tolist().index(after) == language.keys.tolist().index(tokens[1])
-            elif RULES[rule] == "induction":
+                assert answers.index(after) == keys.index(tokens[1])
+            elif RULES[rules[i]] == "induction":
                 assert tokens[tokens.index(token) + 1] == after
-    assert seen == set(RULES)
-    names = [language.name(token) for token in range(SMALL.n_tokens)]
-    assert len(set(names)) == SMALL.n_tokens
+    assert sample.rule.unique().tolist() == list(range(len(RULES)))
+    assert len(set(language.names)) == SMALL.n_tokens
 
 
 def test_training_learns(model: LanguageModel, language: Language) -> None:
@@ -59,7 +60,7 @@ def test_training_learns(model: LanguageModel, language: Language) -> None:
 
 
 def test_layers_are_read_where_they_are(model: LanguageModel, language: Language) -> None:
-    tokens = language.sample(3, torch.Generator().manual_seed(1)).tokens
+    tokens = tokens_of(language)
     batch = sparse_transformer.read_layers(model, tokens)
     assert set(batch.inputs) == {0, 1, 2, 3}
     for layer, (x, y) in model.capture(tokens, [0, 1]).items():
@@ -69,66 +70,55 @@ def test_layers_are_read_where_they_are(model: LanguageModel, language: Language
         assert torch.allclose(mlp(batch.inputs[2 + layer]), batch.outputs[2 + layer], atol=1e-6)
 
 
+@torch.no_grad()
 def test_sparse_model_runs_on_its_modules_alone(sparse: SparseTransformer, language: Language) -> None:
-    model, tokens = sparse.model, language.sample(3, torch.Generator().manual_seed(2)).tokens
-    layers = model.model.model.layers
-    with torch.no_grad():
-        stream = model.model.model.embed_tokens(tokens)
-        for layer in (0, 1):
-            stream = stream + sparse.lorsas[layer](layers[layer].input_layernorm(stream)).y
-            stream = stream + sparse.transcoders[layer](layers[layer].post_attention_layernorm(stream)).y
-        wanted = model.model.lm_head(model.model.model.norm(stream))
-        untouched = model.logits(tokens)
-        with sparse.installed():
-            assert torch.allclose(model.logits(tokens), wanted, atol=1e-4)
-        assert torch.equal(model.logits(tokens), untouched), "nothing is left behind"
-        every = torch.arange(SMALL.n_lorsa_heads)
-        with sparse.installed({("attention", 0): every, ("attention", 1): every}):
-            cut = model.logits(tokens)
-        assert not torch.allclose(cut, wanted, atol=1e-2)
-        assert torch.allclose(cut[:, 0], cut[:1, 0].expand(3, -1), atol=1e-5), (
-            "without attention, BOS alone decides at BOS"
-        )
-    for module in (*sparse.lorsas, *sparse.transcoders):
-        assert module.k == 8
+    model, tokens = sparse.model, tokens_of(language)
+    llama = model.model.model
+    stream = llama.embed_tokens(tokens)
+    for layer in (0, 1):
+        stream = stream + sparse.modules[layer](llama.layers[layer].input_layernorm(stream)).y
+        stream = stream + sparse.modules[2 + layer](llama.layers[layer].post_attention_layernorm(stream)).y
+    expected, untouched = model.model.lm_head(llama.norm(stream)), model.logits(tokens)
+    with sparse.installed():
+        assert torch.allclose(model.logits(tokens), expected, atol=1e-4)
+    assert torch.equal(model.logits(tokens), untouched), "nothing is left behind"
+    every = torch.arange(SMALL.n_lorsa_heads)
+    with sparse.installed({("attention", 0): every, ("attention", 1): every}):
+        cut = model.logits(tokens)
+    assert not torch.allclose(cut, expected, atol=1e-2)
+    assert torch.allclose(cut[:, 0], cut[:1, 0].expand(3, -1), atol=1e-5), "without attention BOS alone decides at BOS"
+    assert {module.k for module in sparse.modules} == {8}
 
 
+@torch.no_grad()
 def test_saved_and_loaded(sparse: SparseTransformer, language: Language, tmp_path: Path) -> None:
     sparse.save(tmp_path)
     again = SparseTransformer.load(tmp_path)
-    tokens = language.sample(2, torch.Generator().manual_seed(4)).tokens
-    with torch.no_grad(), sparse.installed(), again.installed():
-        assert torch.allclose(sparse.model.logits(tokens), again.model.logits(tokens), atol=1e-5)
+    with sparse.installed(), again.installed():
+        assert torch.allclose(*(toy.model.logits(tokens_of(language)) for toy in (sparse, again)), atol=1e-5)
 
 
-def test_weights_are_what_the_modules_compute(sparse: SparseTransformer, language: Language) -> None:
-    weights = sparse_transformer.Weights(sparse, language)
-    write = weights.embedding[language.letters]
-    gain = sparse.model.model.model.layers[1].input_layernorm.weight
-    scale = float((weights.scale["model.layers.1.input_layernorm"] / gain).mean())
-    read = write * gain * scale
-    assert torch.allclose(weights.values(1, write), read @ sparse.lorsas[1].W_V.T, atol=1e-5)
+@torch.no_grad()
+def test_weights_of_notebook_14_are_what_the_modules_compute(sparse: SparseTransformer, language: Language) -> None:
+    tokens = tokens_of(language, 20)
+    gains, lorsa, llama = NOTEBOOK.mean_gains(sparse, tokens), sparse.modules[1], sparse.model.model.model
+    with sparse.installed():
+        stream = sparse.model.residual(tokens, 1)
+    norm = llama.layers[1].input_layernorm
+    scale = (stream.square().mean(dim=-1) + norm.variance_epsilon).rsqrt().mean()
+    assert torch.allclose(gains[1], norm.weight * scale, atol=1e-4)
+    written = llama.embed_tokens.weight[language.letters]
+    read = written * gains[1]
+    assert torch.allclose(NOTEBOOK.moves(lorsa, gains[1], written), read @ lorsa.W_V.T, atol=1e-5)
+    raised = NOTEBOOK.raises(sparse.model.model.lm_head.weight, gains["end"], written)
+    assert torch.allclose(raised.mean(dim=1), torch.zeros(len(written)), atol=1e-4)
     # A score at one distance is the module's own score of two tokens that far apart, without their biases.
-    lorsa = sparse.lorsas[1]
-    with torch.no_grad():
-        lorsa.b_Q.zero_()
-        lorsa.b_K.zero_()
-        x = torch.zeros(1, 6, SMALL.d_model)
-        x[0, 5], x[0, 2] = read[0], read[1]
-        q, k = lorsa.queries_keys(x)
-        for group in range(SMALL.n_qk_heads):
-            own = float(q[0, group, 5] @ k[0, group, 2]) * lorsa.attn_scale
-            assert float(weights.wants(1, group, write[:1], write[1:2], range(3, 4))) == pytest.approx(own, abs=1e-4)
-    assert torch.allclose(weights.logits(write).mean(dim=1), torch.zeros(len(write)), atol=1e-4)
-
-
-def test_cut_table_has_every_model(sparse: SparseTransformer, language: Language) -> None:
-    circuit = sparse_transformer.InductionCircuit({1: [3, 4]}, {1: [7]}, [0], sparse_transformer.pd.DataFrame())
-    sample = language.sample(20, torch.Generator().manual_seed(5))
-    table = sparse_transformer.cut_table(sparse, circuit, sample).set_index("model")
-    assert list(table.index) == [
-        "original", "sparse", "circuit cut", "first layer's heads cut", "second layer's heads cut", "random heads cut",
-    ]  # fmt: skip
-    assert table.loc["circuit cut", "heads"] == 3
-    assert table.loc["random heads cut", "heads"] <= 3
-    assert table.loc["original", "all"] == pytest.approx(sparse_transformer.rule_losses(sparse.model, sample)["all"])
+    lorsa.b_Q.zero_()
+    lorsa.b_K.zero_()
+    x = torch.zeros(1, 6, SMALL.d_model)
+    x[0, 5], x[0, 2] = read[0], read[1]
+    q, k = lorsa.queries_keys(x)
+    for group in range(SMALL.n_qk_heads):
+        own = float(q[0, group, 5] @ k[0, group, 2]) * lorsa.attn_scale
+        score = NOTEBOOK.wants(lorsa, gains[1], group, written[:1], written[1:2], range(3, 4))
+        assert float(score) == pytest.approx(own, abs=1e-4)

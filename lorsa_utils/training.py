@@ -663,4 +663,4 @@ def make_logger(kind: str, folder: str | Path) -> Logger | None:
 def training_sources() -> list[str]:
     """Hashes of the source files that decide what a trained module is; runs of other code must not pass for runs of this one."""
     folder = Path(__file__).parent
-    return [store.sha256_file(folder / f"{name}.py") for name in ("ops", "lorsa", "initialize", "train")]
+    return [store.sha256_file(folder / f"{name}.py") for name in ("ops", "lorsa", "initialize", "training")]

@@ -18,13 +18,13 @@ import pytest
 import torch
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
-from lorsa_utils import store, train
+from lorsa_utils import store, training
 from lorsa_utils.activations import ActivationBatch, Part
 from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import Lorsa, Scaling, load
 from lorsa_utils.metrics import evaluate_activations
-from lorsa_utils.train import (
+from lorsa_utils.training import (
     Run,
     RunSpec,
     kept_heads,
@@ -133,7 +133,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[2]))
-import test_train
+import test_training
 from lorsa_utils import store
 
 replace, savings = os.replace, 0
@@ -144,7 +144,7 @@ def killed_at_a_saving(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 store.os.replace = killed_at_a_saving
-test_train.go([test_train.spec(Path(sys.argv[1]), name, save_every_seconds=1e-9) for name in ("lorsa", "sae")])
+test_training.go([test_training.spec(Path(sys.argv[1]), name, save_every_seconds=1e-9) for name in ("lorsa", "sae")])
 """
 
 
@@ -192,7 +192,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(
 ) -> None:
     """The signal comes when one of two runs has made its step and the other has not, or half of it."""
     names, calls = ("lorsa", "sae"), 0
-    owner: Any = train if moment == "_log" else Run
+    owner: Any = training if moment == "_log" else Run
     real = getattr(owner, moment)
 
     def pressed(*arguments: Any) -> Any:

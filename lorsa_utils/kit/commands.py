@@ -1,0 +1,771 @@
+"""What the commands of `lorsa` do: a function takes a command's options, declared in `cli`, and returns its answer.
+
+An answer is a dict of JSON values. `lines` in it is what people see in its place; `exit_code` is not shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace as Options
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorsa_utils import activations, metrics, store
+from lorsa_utils.activations import ActivationCache, ActivationSource, ActivationStream
+from lorsa_utils.config import TrainConfig, get_preset
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.layer import Layer, module_config, run_config
+from lorsa_utils.lorsa import SAE, Lorsa, read_module_settings
+from lorsa_utils.models import LanguageModel, load_model, resolve_device
+from lorsa_utils.text import Sequences, Text, load_text
+from lorsa_utils.training import Run, RunSpec, World, join_world, make_logger, train_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lorsa_utils.autointerp.judges import Answers, Judge
+    from lorsa_utils.circuits.nodes import SparseModel
+    from lorsa_utils.heads.tasks import Task
+
+Answer = dict[str, Any]
+IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+"""Of those that torchrun started."""
+FEW_NODES = 64
+"""So many nodes of a circuit are ranked by removing each, more by gradients."""
+
+
+def note(text: str | None) -> None:
+    """Say something on stderr, once however many processes there are."""
+    if text and IS_FIRST_PROCESS:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _records(table: pd.DataFrame) -> list[Answer]:
+    """Rows as JSON values: what is not a number is None."""
+    return [{key: None if value != value else value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+# ---- the machine
+
+
+def doctor(options: Options) -> Answer:
+    """What is here, what is missing, and what a profile or preset would cost."""
+    import psutil
+
+    from lorsa_utils.fetch import EMBEDDED_NAME
+    from lorsa_utils.kit import presets
+    from lorsa_utils.kit.notebook import provenance
+    from lorsa_utils.kit.reproduce import expected_minutes
+    from lorsa_utils.view.figures import can_draw_png
+
+    memory, embedded = psutil.virtual_memory(), store.data_dir() / "models" / EMBEDDED_NAME
+    fetched, images = (embedded / "source.json").is_file(), can_draw_png()
+    answer: Answer = {
+        **provenance(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "memory_gb": round(memory.total / 1e9, 1),
+        "memory_free_gb": round(memory.available / 1e9, 1),
+        "data": str(store.data_dir()),
+        "disk_free_gb": round(store.free_bytes(store.data_dir()) / 1e9, 1),
+        "embedded_model": str(embedded) if fetched else None,
+        "static_images": images,
+        "missing": _missing(fetched, images),
+    }
+    if options.profile:
+        minutes = None
+        with contextlib.suppress(UserError):  # the package without its notebooks
+            minutes = expected_minutes(options.profile)
+        answer["estimate"] = presets.profile_estimate(options.profile, minutes)
+    if options.preset:
+        answer["preset"] = presets.preset_estimate(options.preset)
+    return answer
+
+
+def _missing(fetched: bool, images: bool) -> list[str]:
+    """One sentence for each thing that is not here, with its fix."""
+    import importlib.util
+
+    from lorsa_utils.kit.notebook import check_versions
+
+    missing = [] if fetched else ["the embedded model: it is fetched when first needed, or now by `lorsa fetch`"]
+    missing += [] if images else ["Chrome or Chromium: figures have no static images; install chromium"]
+    packages = {
+        "papermill": "notebooks cannot be run by `lorsa reproduce`; pip install 'lorsa-utils[notebooks]'",
+        "datasets": "--dataset does not work; pip install 'lorsa-utils[hub]'",
+    }
+    missing += [f"{name}: {effect}" for name, effect in packages.items() if importlib.util.find_spec(name) is None]
+    try:
+        check_versions()
+    except UserError as error:
+        missing.append(str(error))
+    return missing
+
+
+def fetch(options: Options) -> Answer:
+    """The embedded model, checked by its hash."""
+    from lorsa_utils.fetch import fetch_embedded_model
+
+    folder = fetch_embedded_model(force=options.force)
+    weights = folder / "model.safetensors"
+    digest = store.sha256_file(weights)
+    if digest != store.read_json(folder / "source.json")["safetensors_sha256"]:
+        raise UserError(f"{weights} is damaged (another SHA-256 than when it was made); run `lorsa fetch --force`.")
+    return {"path": str(folder), "sha256": digest}
+
+
+def bench(options: Options) -> Answer:
+    """Timings, added to a table."""
+    from lorsa_utils.kit import bench
+
+    file = Path(options.out or store.data_dir() / "benchmarks.csv")
+    store.require_writable(file.parent)
+    rows: list[Answer] = []
+    for shape in options.shape:
+        measured = bench.measure(shape, resolve_device(options.device), options.backend, options.rounds)
+        bench.append_rows(measured, file)
+        rows += _records(measured)
+    return {"file": str(file), "rows": rows}
+
+
+# ---- the notebooks
+
+
+def _run_dir(options: Options) -> Path:
+    return Path(options.run_dir or store.data_dir() / "runs" / options.profile)
+
+
+def reproduce(options: Options) -> Answer:
+    """The notebooks in order."""
+    from lorsa_utils.kit import reproduce
+
+    statuses = reproduce.reproduce(options.profile, options.only, options.force, run_dir=options.run_dir)
+    return {
+        "profile": options.profile,
+        "index": str(_run_dir(options) / "index.html"),
+        "notebooks": [status.to_dict() for status in statuses],
+        "exit_code": int(any(status.status == "failed" for status in statuses)),
+    }
+
+
+def claims(options: Options) -> Answer:
+    """Claims, numbers, verdicts."""
+    from lorsa_utils.kit import claims, notebook
+
+    folder = _run_dir(options)
+    profile = notebook.profile_of_run(folder, options.profile)
+    readme = store.CHECKOUT / "README.md"
+    rows = claims.publish(folder, profile, readme) if options.publish else claims.of_run(folder, profile)
+    lines = {
+        f"{row['id']} {row['claim']}": f"{row['verdict']} ({row['our number']})"
+        for row in claims.table(rows, profile).to_dict("records")
+    }
+    count = claims.count(rows)
+    return {"count": count, "claims": claims.as_json(rows), "lines": lines | {"all": count}}
+
+
+# ---- training
+
+
+def _text(options: Options, model: LanguageModel) -> Text:
+    return load_text(
+        model,
+        options.tokens,
+        options.text,
+        options.dataset,
+        held_out_tokens=options.held_out_tokens,
+        context=options.context,
+        bos_policy=options.bos,
+        seed=options.seed,
+    )
+
+
+def cache(options: Options) -> Answer:
+    """Activations of several layers on disk, from one pass."""
+    model = load_model(options.model, device=options.device)
+    for layer in options.layers:
+        model.site(layer)
+    folder = store.require_writable(options.out)
+    text = _text(options, model)
+    note(text.train.shortfall)
+    splits = {split: part for split, part in text._asdict().items() if part}
+    before = _cached(folder, "n_tokens")
+    began = time.perf_counter()
+    how = {"dtype": options.dtype, "batch_size": options.batch_size, "text": text.train.origin}
+    activations.build_cache(model, splits, options.layers, folder, **how)
+    seconds = time.perf_counter() - began
+    return {
+        "path": str(folder),
+        "tokens": text.train.n_tokens,
+        "held_out_tokens": text.held_out.n_tokens if text.held_out else 0,
+        "bytes": _cached(folder, "bytes"),
+        "tokens_per_s": (_cached(folder, "n_tokens") - before) / seconds,
+        "seconds": seconds,
+    }
+
+
+def _cached(folder: Path, key: str) -> int:
+    """Sum of `n_tokens` or `bytes` over the shards that are listed so far."""
+    if not (folder / "manifest.json").is_file():
+        return 0
+    splits = store.read_json(folder / "manifest.json")["splits"]
+    return sum(shard[key] for entry in splits.values() for shard in entry["shards"])
+
+
+def train(options: Options) -> Answer:
+    """Train on activations from disk or on the way, then measure on held-out text."""
+    if options.cache and (options.text or options.dataset):
+        raise UserError("A cache brings its own text; give either --cache or --text/--dataset.")
+    if options.preset and not (options.text or options.cache):
+        options.dataset = options.dataset or get_preset(options.preset).dataset
+    layers, out = options.layer, Path(options.out)
+    folders = {layer: out / f"layer_{layer}" if len(layers) > 1 else out for layer in layers}
+    with join_world() as world:
+        if options.spread == "tokens":
+            answers = _train_layers(options, folders, world)
+        else:
+            if world.size > len(layers):
+                raise UserError(f"{world.size} processes cannot share {len(layers)} layers; start fewer.")
+            own = {layer: folders[layer] for layer in layers[world.rank :: world.size]}
+            answers = world.gather(_train_layers(options, own, World()))
+    if len(layers) == 1 and answers:
+        return {"path": options.out, **answers[str(layers[0])]}
+    return {"path": options.out, "layers": answers}
+
+
+def _train_layers(options: Options, folders: Mapping[int, Path], world: World) -> dict[str, dict[str, float]]:
+    """Train and measure; what is measured, by layer. The first process measures, the others return nothing."""
+    model = load_model(options.model, device=options.device)
+    settings = TrainConfig(**{item.name: getattr(options, item.name) for item in fields(TrainConfig)})
+    specs = []
+    for layer, folder in folders.items():
+        shape = module_config(model.site(layer), options.kind, options.n_heads, options.n_qk, options.k)
+        specs.append(RunSpec(f"{options.kind} {layer}", layer, shape, settings, folder))
+    for folder in folders.values():
+        store.require_writable(folder)
+    source, held_out = _sources(options, model, list(folders))
+    _tell_cost(specs, source, model, options.resume)
+    before = _tokens_seen(specs[0].folder) if options.resume else 0
+    logger = make_logger(options.logger, options.out) if world.rank == 0 else None
+    sites = {layer: model.site(layer) for layer in folders}
+    began = time.perf_counter()
+    runs = train_runs(specs, source, sites, device=model.device, resume=options.resume, logger=logger, world=world)
+    seconds = time.perf_counter() - began
+    if world.rank > 0:
+        return {}
+    modules = {run.spec.name: (run.spec.layer, run.finished_module()) for run in runs}
+    measured = metrics.evaluate_activations(modules, held_out, options.batch_size)
+    speed = {"tokens_per_s": (runs[0].tokens_seen - before) / seconds, "seconds": seconds}
+    answers = {}
+    for run in runs:
+        answers[str(run.spec.layer)] = measured[run.spec.name] | speed
+        store.write_json(run.spec.folder / "results.json", answers[str(run.spec.layer)])
+    return answers
+
+
+def _sources(
+    options: Options, model: LanguageModel, layers: Sequence[int]
+) -> tuple[ActivationSource, ActivationSource]:
+    """Training and held-out activations, from the cache or computed on the way."""
+    train: ActivationSource
+    held_out: ActivationSource | None = None
+    if options.cache:
+        policy = None if options.bos == "auto" else options.bos
+        train = ActivationCache(options.cache, "train", model=model, bos_policy=policy)
+        if missing := sorted(set(layers) - set(train.layers)):
+            raise UserError(f"{options.cache} holds layers {list(train.layers)}, not {missing[0]}; cache that layer.")
+        if "held_out" in store.read_json(Path(options.cache) / "manifest.json")["splits"]:
+            held_out = ActivationCache(options.cache, "held_out", model=model)
+    else:
+        text = _text(options, model)
+        train = ActivationStream(model, text.train, layers, text.train.origin)
+        held_out = ActivationStream(model, text.held_out, layers, text.train.origin) if text.held_out else None
+    if train.n_tokens < options.tokens:
+        note(f"The text holds {train.n_tokens:,} tokens, so it is read {options.tokens / train.n_tokens:.1f} times.")
+    if held_out is None:
+        note("The text is too short to hold a part of it out: results are measured on the training text.")
+    return train, held_out or train
+
+
+def _tokens_seen(folder: Path) -> int:
+    """Tokens that a run to resume was already trained on."""
+    file = folder / "state" / "state.safetensors"
+    return int(json.loads(store.read_tensor_metadata(file)["counters"])["tokens_seen"]) if file.is_file() else 0
+
+
+def _tell_cost(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel, resume: bool) -> None:
+    """Refuse a disk that is too small; say what the run costs when it takes more than a minute."""
+    how, parameters = specs[0].train, sum(spec.module.n_parameters for spec in specs)
+    disk = 4 * 4 * parameters  # weights, and a state of weights and Adam's two moments
+    store.require_free_bytes(specs[0].folder, disk, "The run")
+    if resume or how.tokens < 100_000 or (seconds := _estimate_seconds(specs, source, model)) < 60:
+        return
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+    units = max(spec.module.n_units for spec in specs)
+    memory = weights + 16 * parameters + 16 * how.batch_size * source.context * units
+    note(
+        f"Training on {how.tokens:,} tokens: about {seconds / 60:.1f} minutes, {memory / 1e9:.1f} GB of memory, "
+        f"{disk / 1e9:.2f} GB on disk."
+    )
+
+
+def _estimate_seconds(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel) -> float:
+    """Time of the second of two batches (activations and a step of every module), times the number of steps."""
+    batches = source.batches(specs[0].train.batch_size, layers=[spec.layer for spec in specs])
+    first = next(batches)
+    began = time.perf_counter()
+    second = next(batches, first)
+    seconds = time.perf_counter() - began
+    for spec in specs:
+        run = Run(spec, {}, model.device)  # nothing of it is kept
+        run.start(model.site(spec.layer), first)
+        run.train_step(first)
+        began = time.perf_counter()
+        run.train_step(second)
+        seconds += time.perf_counter() - began
+    return seconds * specs[0].train.tokens / max(1, int(second.mask.sum()))
+
+
+# ---- what a trained module does
+
+
+def _text_for(layer: Layer, options: Options, seed: int | None = None) -> Sequences:
+    """The text that the options ask for, else the held-out part of the module's own."""
+    sequences = layer.text(options.tokens, options.text, seed)
+    note(sequences.shortfall)
+    return sequences
+
+
+def _tell_passes(model: LanguageModel, sequences: Sequences, batch_size: int, passes: str = "Three passes") -> None:
+    """Say what passes of the model over the text cost when that is more than a minute."""
+    tokens, mask = next(sequences.batches(batch_size, model.device))
+    began = time.perf_counter()
+    float(model.loss(tokens, mask)[0].sum())  # reading a value waits for the device
+    seconds = (3 if passes == "Three passes" else 1) * (time.perf_counter() - began)
+    minutes = seconds * len(sequences.tokens) / len(tokens) / 60
+    if minutes > 1:
+        note(f"{passes} of the model over {sequences.n_tokens:,} tokens: about {minutes:.0f} minutes.")
+
+
+def evaluate(options: Options) -> Answer:
+    """Reconstruction and spliced loss on text of the caller's choice."""
+    layer = Layer.from_pretrained(options.folder, options.model, options.device)
+    sequences = _text_for(layer, options)
+    _tell_passes(layer.model, sequences, options.batch_size)
+    result = layer.evaluate(sequences, options.batch_size, progress=True)
+    if result["fvu"] > 1:
+        note(
+            "Warning: FVU is above 1, worse than predicting the mean; "
+            "this text or model is probably not what the module was made for."
+        )
+    return {key: value if math.isfinite(value) else None for key, value in result.items() if key in metrics.KEYS}
+
+
+def heads(options: Options) -> Answer:
+    """Families, scores, logits and contexts of every head."""
+    from lorsa_utils.heads import survey
+
+    out = Path(options.out)
+    if out.suffix != ".parquet":
+        raise UserError(f"The table is written as Parquet; give --out a name that ends in .parquet, not {out.name}.")
+    store.require_writable(out.parent)
+    layer = Layer.from_pretrained(options.folder, options.model, options.device)
+    lorsa, sequences = layer.lorsa, _text_for(layer, options, options.seed)
+    documents = [(document.id, document.text) for document in sequences.documents]
+    how = {"removed": options.removed, "seed": options.seed, "batch_size": options.batch_size}
+    began = time.perf_counter()
+    with torch.no_grad():
+        seen = survey.describe(layer.model, layer.number, lorsa, sequences, documents, **how)
+    with store.atomic_path(out) as temporary:
+        seen.table.to_parquet(temporary, index=False)
+    for sentence in seen.discovery.skipped.values():
+        note(sentence)
+    return {
+        "path": str(out),
+        "heads": len(seen.table),
+        "dead_fraction": float(seen.table["dead"].mean()),
+        "families": seen.discovery.counts(),
+        "skipped": seen.discovery.skipped,
+        "n_tokens": sequences.n_tokens,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def show(options: Options) -> Answer:
+    """Pages of heads."""
+    from lorsa_utils.view import pages
+    from lorsa_utils.view.evidence import Evidence
+
+    out, chosen = Path(options.out), list(dict.fromkeys(options.head))
+    is_page = out.suffix in (".html", ".htm")
+    if is_page != (len(chosen) == 1):
+        fitting = "a file name that ends in .html" if len(chosen) == 1 else "a folder"
+        raise UserError(f"For {len(chosen)} page{'s' * (len(chosen) > 1)} give --out {fitting}, not {out.name}.")
+    number = run_config(options.folder)["layer"]
+    beside = {
+        "sae": _beside(options.sae, "sae", number),
+        "transcoder": _beside(options.transcoder, "transcoder", number),
+        "table": _table_of_heads(options.table, Path(options.folder) / "heads.parquet"),
+        "explanations": _explanations(options.explanations, number),
+    }
+    layer = Layer.from_pretrained(options.folder, options.model, options.device)
+    lorsa = layer.lorsa
+    layer.units.check(chosen)
+    store.require_writable(out.parent if is_page else out)
+    sequences = _text_for(layer, options, options.seed)
+    how = {"batch_size": options.batch_size, "seed": options.seed}
+    began = time.perf_counter()
+    evidence = Evidence.gather(layer.model, number, lorsa, sequences, **beside, **how).heads(chosen)
+    answer: Answer = {"path": str(out)}
+    if is_page:
+        store.write_text(out, pages.head_page(next(evidence)))
+        files = [out]
+    else:
+        files = [*pages.write_pages(evidence, out, chosen).values()]
+        answer["pages"] = [str(file) for file in files]
+    return answer | {"bytes": sum(file.stat().st_size for file in files), "seconds": time.perf_counter() - began}
+
+
+def _beside(folder: str | None, kind: str, layer: int) -> SAE | None:
+    """The SAE or transcoder of the same layer that heads are compared with."""
+    if folder is None:
+        return None
+    module, its_layer = SAE.load(folder), store.read_json(Path(folder) / "config.json").get("layer")
+    if module.config.kind != kind or its_layer != layer:
+        raise UserError(f"{folder} holds a {module.config.kind} of layer {its_layer}; give a {kind} of layer {layer}.")
+    return module
+
+
+def _explanations(path: str | None, layer: int) -> dict[int, tuple[str | None, float | None]]:
+    """Explanations of the Lorsa heads of a layer, each with its detection score where there is one."""
+    import pandas as pd
+
+    if path is None:
+        return {}
+    try:
+        scores = pd.read_parquet(path)
+        own = scores[(scores["dictionary"] == "Lorsa") & (scores["layer"] == layer) & scores["explanation"].notna()]
+        own = own.assign(detection=own.get("detection", math.nan)).to_dict("records")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read as a table of explanations; make it with `lorsa autointerp`."
+        ) from error
+    return {
+        int(row["unit"]): (row["explanation"], None if math.isnan(row["detection"]) else float(row["detection"]))
+        for row in own
+    }
+
+
+def _table_of_heads(path: str | None, usual: Path) -> pd.DataFrame | None:
+    """The Parquet table of `lorsa heads`; where none is asked for the usual one, if it is there."""
+    import pandas as pd
+
+    if path is None and not usual.is_file():
+        return None
+    path = path or str(usual)
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a table of heads; make it with `lorsa heads`.") from error
+    if not {"head", "families"} <= set(table):
+        raise UserError(f"{path} is no table of heads; make it with `lorsa heads`.")
+    return table
+
+
+def _layers(options: Options, shared: Sequence[str]) -> list[Layer]:
+    """Layers of the run folders, on one model; `shared`: what their sources must have in common."""
+    folders = options.folders
+    sources = [run_config(folder)["source"] for folder in folders]
+    for folder, source in zip(folders, sources, strict=True):
+        for key in shared:
+            if source[key] != sources[0][key]:
+                raise UserError(
+                    f"{folder} and {folders[0]} differ in {key.removesuffix('_sha256')}; give runs that share it."
+                )
+    first = Layer.from_pretrained(folders[0], options.model, options.device)
+    return [first, *(Layer.from_pretrained(folder, first.model) for folder in folders[1:])]
+
+
+# ---- explanations
+
+
+def autointerp(options: Options) -> Answer:
+    """Explanations, scores, tests."""
+    from lorsa_utils.autointerp import examples, judges, study
+
+    began = time.perf_counter()
+    study.check_scorers(options.scorers)
+    out = store.require_writable(options.out)
+    has_answers = options.backend in ("local", "openai")
+    with contextlib.closing(judges.Answers(out / "answers.jsonl" if has_answers else None)) as answers:
+        judge = _judge(options, answers)
+        layers = _layers(options, ("model_sha256", "context", "bos_policy"))
+        model, dictionaries = layers[0].model, _dictionaries(layers)
+        if judge is None:
+            own = load_model(options.judge_model, device=options.device) if options.judge_model else model
+            judge = judges.LocalJudge(own, answers)
+        sequences = _text_for(layers[0], options, options.seed)
+        budget, sites = examples.Budget(units=options.units), {layer.number: layer.site for layer in layers}
+        _tell_passes(model, sequences, options.batch_size, "One pass")
+        stream = ActivationStream(model, sequences, sorted(sites))
+        draws = (budget, options.batch_size, options.seed)
+        text, firings = examples.collect(stream, dictionaries, sites, model.tokenizer, *draws)
+        sets = [examples.examples(firing, text, budget, options.seed) for firing in firings]
+        expected = study.estimate(sets, text, options.scorers, prices=options.prices)
+        study.confirmed(judge, expected, lambda sentence: _agreed(sentence, options.yes))
+        scores = study.study(sets, text, judge, options.scorers, seed=options.seed)
+    with store.atomic_path(out / "scores.parquet") as temporary:
+        scores.to_parquet(temporary, index=False)
+    answer = {
+        "path": str(out),
+        "judge": judge.name + (" (a proxy: no language model)" if judge.is_proxy else ""),
+        "prompts_sha256": judges.prompts_sha256(),
+        "unreadable": f"{judge.tally.failed} of {judge.tally.asked} answers",
+        "constant": study.constant_answer(sets[0]),
+        "scores": _records(study.summary(scores, seed=options.seed)),
+        **_tests(scores, {item.name for item in dictionaries}, options, out / "tests.csv"),
+        "left_out": {f"{item.dictionary.name} {item.dictionary.layer}": item.left_out for item in sets},
+        "n_tokens": sequences.n_tokens,
+        "seconds": time.perf_counter() - began,
+    }
+    store.write_json(out / "results.json", answer)
+    return answer
+
+
+def _judge(options: Options, answers: Answers) -> Judge | None:
+    """Who explains and judges; None for a local model, which is loaded later."""
+    from lorsa_utils.autointerp import judges
+
+    if options.backend == "rules":
+        return judges.RulesJudge()
+    if options.backend == "openai":
+        if not options.judge_model:
+            raise UserError("The openai backend needs the name of a model; give it with --judge-model.")
+        return judges.OpenAIJudge(options.judge_model, answers, options.concurrency)
+    if options.backend == "replay":
+        if not options.answers:
+            raise UserError("The replay backend needs recorded answers; give an answers.jsonl with --answers.")
+        return judges.ReplayJudge(options.answers, options.judge_model)
+    return None
+
+
+def _dictionaries(layers: Sequence[Layer]) -> list[Any]:
+    """Modules under the names of their kinds, with the folder's where a layer has two of a kind."""
+    from lorsa_utils.autointerp.examples import Dictionary
+
+    dictionaries: list[Dictionary] = []
+    for layer in layers:
+        if layer.module.config.kind == "transcoder":
+            raise UserError(f"{layer.folder} holds a transcoder, which has no source tokens; give Lorsa and SAE runs.")
+        name = "Lorsa" if isinstance(layer.module, Lorsa) else "SAE"
+        if any((item.name, item.layer) == (name, layer.number) for item in dictionaries):
+            name = f"{name} {Path(str(layer.folder)).name}"
+        dictionaries.append(Dictionary(name, layer.number, layer.module))
+    return dictionaries
+
+
+def _tests(scores: pd.DataFrame, names: set[str], options: Options, file: Path) -> Answer:
+    """Tests of two dictionaries against each other and how they came out; empty where no layer has both."""
+    from lorsa_utils.autointerp import study
+
+    if len(names) == 2:
+        first, second = sorted(names, key=lambda name: name != "Lorsa")
+        with contextlib.suppress(UserError):
+            tests = study.compare(scores, first, second, options.scorers, options.seed)
+            store.write_text(file, tests.to_csv(index=False))
+            return {"tests": _records(tests), "outcomes": _records(study.outcomes(tests))}
+    return {"tests": [], "outcomes": []}
+
+
+def _agreed(sentence: str, yes: bool) -> bool:
+    """Say a cost, and ask a person unless they have agreed beforehand."""
+    note(sentence)
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError("Nobody is there to confirm the estimate; add --yes to go on without being asked.")
+    note("Go on? [y/N]")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+# ---- circuits
+
+
+def circuit(options: Options) -> Answer:
+    """Accuracy, ranking, faithfulness and completeness, errors, and one prompt's graph."""
+    from lorsa_utils.circuits import faithfulness
+    from lorsa_utils.circuits.nodes import baseline, clean_logits, effects
+    from lorsa_utils.heads import tasks
+
+    began = time.perf_counter()
+    for path in filter(None, (options.graph, options.out)):
+        store.require_writable(Path(path).parent)
+    sparse, task = _sparse_model(options)
+    batch_size, metric, nodes = options.batch_size, options.metric, options.nodes
+    accuracy = tasks.accuracy(clean_logits(sparse.model, task, batch_size), task)
+    tasks.require_able(task.name, accuracy)
+    _tell_curves(sparse, task, batch_size)
+    settings = (metric, options.ablation)
+    curves = faithfulness.compare(
+        {nodes: sparse}, task, *settings, options.seed, exact_up_to=FEW_NODES, batch_size=batch_size
+    )
+    table = faithfulness.curve_table(curves, options.seed)
+    if options.out:
+        store.write_text(options.out, table.to_csv(index=False))
+    discovery, held_out = task.split()
+    instead = baseline(sparse, held_out, options.ablation)
+    scores = faithfulness.rank_scores(sparse, discovery, *settings, FEW_NODES, batch_size)
+    order = faithfulness.ranking(scores, sparse.error_nodes)[:10]
+    falls = effects(sparse, held_out, order, instead, metric, batch_size).mean(dim=1).tolist()
+    errors = faithfulness.error_shares(sparse, held_out, instead, metric, batch_size).iloc[-1]
+    return {
+        "task": task.name,
+        "nodes": nodes,
+        "layers": list(sparse.layers),
+        "accuracy": accuracy,
+        "metric": float(curves[nodes].all.mean()),
+        "metric_without_the_layers": float(curves[nodes].none.mean()),
+        "error_share": float(errors["errors"]),
+        "circuit": [
+            {"node": str(sparse.node(node)), "effect": effect} for node, effect in zip(order, falls, strict=True)
+        ],
+        "curves": _records(table),
+        "graph": _graph(options, sparse, task) if options.graph else None,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
+    """The model with its layers decomposed, and the task's prompts or the caller's own."""
+    from lorsa_utils.circuits.nodes import decompose
+    from lorsa_utils.heads import tasks
+    from lorsa_utils.heads.prompts import Vocabulary
+    from lorsa_utils.text import bos_id
+
+    bos_policy, modules = "auto", options.layers
+    if options.folders:
+        layers = _layers(options, ("model_sha256",))
+        numbers = [layer.number for layer in layers]
+        if twice := [number for number in numbers if numbers.count(number) > 1]:
+            raise UserError(f"Layer {twice[0]} is given twice; give one run folder for each layer.")
+        for layer in layers:
+            if options.nodes not in ("mhsa", kind := layer.module.config.kind):
+                raise UserError(
+                    f"{layer.folder} holds a {kind}, not a {options.nodes}; give --nodes or the folder that fits."
+                )
+        model, bos_policy = layers[0].model, layers[0].config["source"]["bos_policy"]
+        modules = numbers if options.nodes == "mhsa" else {layer.number: layer.module for layer in layers}
+    elif options.nodes == "mhsa" and options.layers:
+        model = load_model(options.model or "smollm2", device=options.device)
+    else:
+        raise UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
+    sparse = decompose(model, modules)
+    vocabulary = Vocabulary(model.tokenizer, bos_id(model.tokenizer, bos_policy))
+    if options.prompts:
+        return sparse, tasks.from_texts(vocabulary, Path(options.prompts).stem, _own_pairs(Path(options.prompts)))
+    return sparse, tasks.make(options.task, vocabulary, max(4, options.pairs), options.seed)
+
+
+def _own_pairs(path: Path) -> list[dict[str, Any]]:
+    """The caller's own prompts."""
+    try:
+        pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}); check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON lines ({error}); write one object per line.") from error
+    if len(pairs) < 2 or not all(isinstance(pair, dict) for pair in pairs):
+        raise UserError(
+            f"{path} needs at least two pairs, one JSON object per line: half of them rank nodes, half measure."
+        )
+    return pairs
+
+
+def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
+    """Say what the curves cost when that is more than a minute."""
+    from lorsa_utils.circuits.faithfulness import usual_sizes
+    from lorsa_utils.circuits.nodes import baseline, measure
+
+    batch, everything = task.rows(slice(0, batch_size)), torch.ones(1, sparse.n_nodes, dtype=torch.bool)
+    began = time.perf_counter()
+    measure(sparse, batch, everything, baseline(sparse, batch), batch_size=batch_size)
+    passes = 3 * len(usual_sizes(sparse.n_nodes)) + 20
+    seconds = (time.perf_counter() - began) / len(batch) * len(task) / 2 * passes
+    if seconds > 60:
+        note(f"About {passes} passes over {len(task) // 2} prompts: {seconds / 60:.0f} minutes.")
+
+
+def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
+    """Trace the first prompt and write its graph."""
+    from lorsa_utils.circuits import graph
+    from lorsa_utils.circuits.nodes import clean_logits
+
+    first = task.rows(slice(0, 1))
+    answers, wrong = ([token for token in side[0].tolist() if token >= 0] for side in (first.answers, first.wrong))
+    trace = graph.Trace(sparse, first.clean[0, : int(first.position[0]) + 1], answers, wrong)
+    traced = graph.trace_graph(trace, task.name, sparse.model.tokenizer, n_traced=options.traced, progress=True)
+    with torch.no_grad():
+        chance = clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
+    graph.write_graph(traced, options.graph, probability=float(chance))
+    return {"path": options.graph, "nodes": len(traced.nodes), "links": len(traced.links), **traced.facts}
+
+
+# ---- other people's weights
+
+
+def import_(options: Options) -> Answer:
+    """A run folder from published weights."""
+    from lorsa_utils.kit import hub
+
+    if (Path(options.source) / "checkpoint.json").is_file():
+        return {"path": str(hub.unpack(options.source, options.folder)), "format": "small", "warning": None}
+    if options.model is None:
+        answer = hub.import_checkpoint(options.source, options.folder, layer=options.layer)
+    else:
+        answer = _measured_import(options)
+    note(answer["warning"])
+    return answer
+
+
+def _measured_import(options: Options) -> Answer:
+    """The reading of published weights that the layer's own text fits best."""
+    from lorsa_utils.kit import hub
+    from lorsa_utils.text import load_corpus, tokenize
+
+    model = load_model(options.model, device=options.device)
+    corpus = load_corpus(options.text, options.dataset, max_tokens=10 * options.tokens)
+    documents = [*corpus.train, *corpus.held_out] if options.text else corpus.held_out or corpus.train
+    name = [str(Path(path).absolute()) for path in options.text] if options.text else options.dataset or "embedded"
+
+    def sequences(context: int) -> Sequences:
+        context = min(context, model.context_length)
+        return tokenize(documents, model.tokenizer, context=context, n_tokens=options.tokens)
+
+    return hub.import_checkpoint(options.source, options.folder, model, options.layer, sequences, name)
+
+
+def export(options: Options) -> Answer:
+    """Published formats, and the Hub."""
+    from lorsa_utils.kit import hub
+
+    folder = Path(options.folder)
+    read_module_settings(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
+    if options.format == "small":
+        path = hub.pack(folder, options.target)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        answer: Answer = {"path": str(path), "format": "small", "bytes": size}
+    else:
+        answer = hub.export_checkpoint(folder, options.target)
+    if options.push:
+        answer["url"] = hub.push_to_hub(options.target, options.push, options.path_in_repo, options.private)
+    return answer
