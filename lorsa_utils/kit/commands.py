@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorsa_utils import activations, metrics, store
+from lorsa_utils import activations, metrics, store, training
 from lorsa_utils.activations import ActivationCache, ActivationSource, ActivationStream
-from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig, get_preset
+from lorsa_utils.config import TrainConfig, get_preset
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
-from lorsa_utils.models import AttentionSite, LanguageModel, load_model, resolve_device
+from lorsa_utils.models import LanguageModel, load_model, resolve_device
+from lorsa_utils.processes import World, join_world
 from lorsa_utils.text import Corpus, Sequences, bos_id, load_corpus, tokenize
-from lorsa_utils.training import Run, RunSpec, World, join_world, make_logger, train_runs
+from lorsa_utils.training import RunSpec, make_logger, module_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -369,7 +370,7 @@ def train(
         language_model = load_model(model, device=device)
         sites = {number: language_model.site(number) for number in layer}
         specs = [
-            RunSpec(f"{kind} {number}", number, _shape(site, kind, n_heads, n_qk, k), how, folders[number])
+            RunSpec(f"{kind} {number}", number, module_config(site, kind, n_heads, n_qk, k), how, folders[number])
             for number, site in sites.items()
         ]
         for spec in specs:
@@ -382,22 +383,13 @@ def train(
                 split: ActivationStream(language_model, sequences, layer, name) for split, sequences in splits.items()
             }
         answers = _train_and_measure(
-            specs, sources, sites, language_model, World() if spread == "layers" else world, resume, logger, out
+            specs, sources, language_model, World() if spread == "layers" else world, resume, logger, out
         )
         if spread == "layers":
             answers = world.gather(answers)
     if len(folders) == 1 and answers:
         return {"path": out, **answers[str(layer[0])]}
     return {"path": out, "layers": answers}
-
-
-def _shape(site: AttentionSite, kind: str, n_heads: int | None, n_qk: int | None, k: int) -> LorsaConfig | SAEConfig:
-    """What was not asked for follows from the layer."""
-    n_heads = n_heads or 8 * site.d_model
-    if kind != "lorsa":
-        return SAEConfig(d_model=site.d_model, n_features=n_heads, k=k, kind=kind)
-    default = next(n for n in range(max(1, n_heads // site.d_head), 0, -1) if n_heads % n == 0)
-    return Lorsa.config_for_site(site, n_heads, n_qk or default, k)
 
 
 def _cached_sources(folder: str, model: LanguageModel, layers: Sequence[int], bos: str) -> dict[str, ActivationCache]:
@@ -414,7 +406,6 @@ def _cached_sources(folder: str, model: LanguageModel, layers: Sequence[int], bo
 def _train_and_measure(
     specs: Sequence[RunSpec],
     sources: Mapping[str, ActivationSource],
-    sites: Mapping[int, AttentionSite],
     model: LanguageModel,
     world: World,
     resume: bool,
@@ -427,84 +418,15 @@ def _train_and_measure(
         note(f"The text holds {source.n_tokens:,} tokens, so it is read {how.tokens / source.n_tokens:.1f} times.")
     if "held_out" not in sources:
         note("The text is too short to hold a part of it out: results are measured on the training text.")
-    _tell_cost(specs, source, sites, model, resume)
-    before = _tokens_seen(specs[0].folder) if resume else 0
+    if not resume and (sentence := training.cost(specs, source, model)):
+        note(sentence)
     log = make_logger(logger, out) if world.rank == 0 else None
-    began = time.perf_counter()
-    runs = train_runs(specs, source, sites, device=model.device, resume=resume, logger=log, world=world)
-    seconds = time.perf_counter() - began
-    if world.rank > 0:
-        return {}
-    modules = {run.spec.name: (run.spec.layer, run.finished_module()) for run in runs}
-    measured = metrics.evaluate_activations(modules, sources.get("held_out", source), how.batch_size)
-    speed = {"tokens_per_s": (runs[0].tokens_seen - before) / seconds, "seconds": seconds}
-    answers = {str(run.spec.layer): measured[run.spec.name] | speed for run in runs}
-    for run in runs:
-        store.write_json(run.spec.folder / "results.json", answers[str(run.spec.layer)])
-    return answers
-
-
-def _tokens_seen(folder: Path) -> int:
-    """Tokens that a run to resume was already trained on."""
-    file = folder / "state" / "state.safetensors"
-    return int(json.loads(store.read_tensor_metadata(file)["counters"])["tokens_seen"]) if file.is_file() else 0
-
-
-def _tell_cost(
-    specs: Sequence[RunSpec],
-    source: ActivationSource,
-    sites: Mapping[int, AttentionSite],
-    model: LanguageModel,
-    resume: bool,
-) -> None:
-    """Refuse a disk that is too small; say what the run costs when it takes more than a minute."""
-    parameters = sum(spec.module.n_parameters for spec in specs)
-    disk = 4 * 4 * parameters  # weights, and a state of weights and Adam's two moments
-    store.require_free_bytes(specs[0].folder, disk, "The run")
-    if resume or specs[0].train.tokens < 100_000:
-        return
-    seconds = _estimate_seconds(specs, source, sites, model)
-    if seconds < 60:
-        return
-    how = specs[0].train
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
-    units = max(spec.module.n_units for spec in specs)
-    memory = weights + 16 * parameters + 16 * how.batch_size * source.context * units
-    note(
-        f"Training on {how.tokens:,} tokens: about {seconds / 60:.1f} minutes, {memory / 1e9:.1f} GB of memory, "
-        f"{disk / 1e9:.2f} GB on disk."
-    )
-
-
-def _estimate_seconds(
-    specs: Sequence[RunSpec], source: ActivationSource, sites: Mapping[int, AttentionSite], model: LanguageModel
-) -> float:
-    """Time of the second of two batches (activations and a step of every module), times the number of steps.
-
-    Nothing is kept.
-    """
-    how = specs[0].train
-    batches = source.batches(how.batch_size, layers=list(sites))
-    first = next(batches)
-    began = time.perf_counter()
-    second = next(batches, first)
-    seconds = time.perf_counter() - began
-    for spec in specs:
-        run = Run(spec, {}, model.device)
-        run.start(sites[spec.layer], first)
-        run.train_step(first)
-        began = time.perf_counter()
-        run.train_step(second)
-        seconds += time.perf_counter() - began
-    return seconds * how.tokens / max(1, int(second.mask.sum()))
+    held_out = sources.get("held_out", source)
+    measured = training.train(specs, source, held_out, model, resume=resume, logger=log, world=world)
+    return {str(spec.layer): measured[spec.name] for spec in specs if spec.name in measured}
 
 
 # ---- what a trained module does
-
-EVALUATED = (
-    *("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered"),
-    *("l0", "dead_fraction", "n_tokens", "cosine"),
-)
 
 
 def evaluate(folder: str, text: Paths, tokens: int, model: str | None, batch_size: int, device: str) -> Answer:
@@ -516,12 +438,12 @@ def evaluate(folder: str, text: Paths, tokens: int, model: str | None, batch_siz
     _tell_passes(language_model, sequences, batch_size)
     module.to(language_model.device)
     result = metrics.evaluate(module, config["layer"], language_model, sequences, batch_size, progress=True)
-    if result["fvu"] > 1:
+    if (result["fvu"] or 0) > 1:
         note(
             "Warning: FVU is above 1, worse than predicting the mean; "
             "this text or model is probably not what the module was made for."
         )
-    return {key: result[key] if math.isfinite(result[key]) else None for key in EVALUATED}
+    return result
 
 
 def heads(
