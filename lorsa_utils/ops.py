@@ -26,6 +26,7 @@ from torch import Tensor
 from lorsa_utils import kernels, reference
 from lorsa_utils.config import RotaryConfig
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.selection import Selection
 
 BACKENDS = ("auto", "torch", "triton", "reference")
 
@@ -34,9 +35,7 @@ def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
     """The backend that "auto" means for tensors like `like`; any other stays itself.
 
     Args:
-        backend: one of `BACKENDS`.
-        like: a tensor on the device in question.
-        sizes: d_qk, group size and number of units, where the kernels have limits; the kernels know no float64 either.
+        sizes: d_qk, group size and number of units, where the kernels have limits; they know no float64 either.
 
     Raises:
         UserError: there is no such backend.
@@ -52,7 +51,7 @@ def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
 def rotary_tables(
     rotary: RotaryConfig, length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation of every position, each [length, rotary_dim / 2]; angles are computed in float64."""
+    """Cosines and sines of the rotation of every position, each [length, rotary_dim / 2], from angles in float64."""
     frequencies = torch.tensor(reference.inverse_frequencies(rotary), dtype=torch.float64)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
@@ -62,7 +61,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, back
     """Rotate queries or keys.
 
     Args:
-        x: [..., length, d_qk]; dimensions past rotary_dim are passed through (partial RoPE).
+        x: [..., length, d_qk]; dimensions past rotary_dim pass through (partial RoPE).
         cos, sin: broadcastable to [..., length, rotary_dim / 2], from `rotary_tables`.
         adjacent_pairs: which dimensions turn together, see `RotaryConfig`.
     """
@@ -114,23 +113,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "torch") -> Tensor:
-    """Causal softmax attention.
-
-    Args:
-        q, k: [batch, n_heads, length, d_qk], rotated.
-        v: [batch, n_heads, length, d_v].
-        scale: factor on q . k.
-
-    Returns:
-        [batch, n_heads, length, d_v].
-    """
+    """Causal softmax attention: rotated q, k [batch, n_heads, length, d_qk], v [..., d_v] to [..., d_v]."""
     if choose_backend(backend, q) == "reference":
-        flat = [
-            reference.causal_attention(q[b, h], k[b, h], v[b, h], scale)
-            for b in range(q.shape[0])
-            for h in range(q.shape[1])
-        ]
-        return torch.stack(flat).reshape(v.shape)
+        heads = zip(*(side.flatten(0, 1) for side in (q, k, v)), strict=True)
+        return torch.stack([reference.causal_attention(*head, scale) for head in heads]).reshape(v.shape)
     d_v, d_qk = v.shape[-1], q.shape[-1]
     if v.device.type == "cpu" and d_v < d_qk:
         # The CPU's fast path wants values as wide as keys.
@@ -147,7 +133,7 @@ def attention_pattern(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def select_top_k(scores: Tensor, k: int, backend: str = "torch", floor: float | None = None) -> Tensor:
-    """Indices [n_rows, k] of the k largest scores [n_rows, n] of each row, exactly k, in no order; ties go to the lower index.
+    """Indices [n_rows, k] of the k largest of each row of scores [n_rows, n], in no order; of equal ones the lower.
 
     Scores below `floor` count as `floor`.
     """
@@ -186,27 +172,17 @@ def _largest(scores: Tensor, k: int, fold: int = 8) -> tuple[Tensor, Tensor]:
     return values, candidates.gather(1, places)
 
 
-def select_heads(
-    z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | None = None, backend: str = "auto"
-) -> Tensor:
-    """Top-K selection of heads or features.
+def select_heads(z: Tensor, selection: Selection, among: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Kept units [n_rows, k], in no order, of activations z [n_rows, n].
 
-    Args:
-        z: activations before the selection, [n_rows, n].
-        norms: lengths of the write directions, [n].
-        k: how many to keep.
-        score: `relu`, relu(z) * norm, or `abs`, |z| * norm.
-        among: optional mask [n]; only these units compete, and where they are fewer than k, others fill up.
-
-    Returns:
-        indices [n_rows, k], in no order; ties go to the lower index.
+    With a mask `among` [n] only these units compete; where they are fewer than k, others fill up.
     """
     if choose_backend(backend, z, 1, 1, z.shape[-1]) == "triton":
-        return kernels.select_top_k(z, norms, k, score, among)[0]
-    scores = (z.abs() if score == "abs" else z) * norms
+        return kernels.select_top_k(z, selection, among)[0]
+    scores = selection.scores(z)
     if among is not None:
         scores = scores.clamp_(min=0).masked_fill_(~among, -1.0)
-    return select_top_k(scores, k, backend, floor=None if among is not None else 0.0)
+    return select_top_k(scores, selection.k, backend, floor=None if among is not None else 0.0)
 
 
 class KeptHeads(NamedTuple):
@@ -227,9 +203,7 @@ def sparse_attention(
     k: Tensor,
     v: Tensor,
     scale: float,
-    norms: Tensor,
-    n_keep: int,
-    score: str = "relu",
+    selection: Selection,
     dead: Tensor | None = None,
     aux_k: int = 0,
     backend: str = "auto",
@@ -240,21 +214,19 @@ def sparse_attention(
         q, k: [batch, n_qk, length, d_qk], rotated.
         v: [batch, n_qk, length, group size]; head g * group size + i is column i of group g.
         scale: factor on q . k.
-        norms: lengths of the write directions, [n_ov]; no gradient flows to them.
-        n_keep: heads to keep for each token.
-        score: see `select_heads`.
+        selection: of n_ov heads.
         dead: mask [n_ov] of the heads that AuxK chooses from.
         aux_k: how many it chooses.
     """
-    backend = choose_backend(backend, q, q.shape[-1], v.shape[-1], norms.shape[0])
+    n_heads = len(selection.norms)
+    backend = choose_backend(backend, q, q.shape[-1], v.shape[-1], n_heads)
     if backend == "triton" or (backend == "torch" and q.device.type == "cpu"):
-        return KeptHeads(*_SparseAttention.apply(q, k, v, norms, dead, scale, n_keep, score, aux_k, backend))
-    z = causal_attention(q, k, v, scale, backend).transpose(1, 2).reshape(-1, norms.shape[0])
+        return KeptHeads(*_SparseAttention.apply(q, k, v, scale, selection, dead, aux_k, backend))
+    z = causal_attention(q, k, v, scale, backend).transpose(1, 2).reshape(-1, n_heads)
     with torch.no_grad():
-        chosen, kept, _ = _select_kept(z, norms, n_keep, score, dead, aux_k, backend)
-    values = z.gather(1, torch.cat(chosen, dim=1)) * (kept != 0)
-    values = values.relu() if score == "relu" else values
-    return KeptHeads(chosen[0], values[:, :n_keep], chosen[1], values[:, n_keep:])
+        chosen, kept = _select_kept(z, selection, dead, aux_k, backend)
+    values = selection.activations(z.gather(1, torch.cat(chosen, dim=1)) * (kept != 0))
+    return KeptHeads(chosen[0], values[:, : selection.k], chosen[1], values[:, selection.k :])
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -266,11 +238,9 @@ class _SparseAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        norms: Tensor,
-        dead: Tensor | None,
         scale: float,
-        n_keep: int,
-        score: str,
+        selection: Selection,
+        dead: Tensor | None,
         aux_k: int,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -279,21 +249,20 @@ class _SparseAttention(torch.autograd.Function):
             z = z.flatten(0, 1)
         else:
             z, lse = _attention_with_lse(q, k, v, scale)
-        chosen, kept, values = _select_kept(z, norms, n_keep, score, dead, aux_k, backend)
+        chosen, kept = _select_kept(z, selection, dead, aux_k, backend)
         ctx.save_for_backward(q, k, v, lse, torch.cat(chosen, dim=1), kept)
-        ctx.scale, ctx.relu, ctx.backend = scale, score == "relu", backend
-        ctx.mark_non_differentiable(*chosen)
-        return chosen[0], values[:, :n_keep].contiguous(), chosen[1], values[:, n_keep:].contiguous()
+        ctx.scale, ctx.selection, ctx.backend = scale, selection, backend
+        return _outputs(ctx, selection, chosen, kept)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse, indices, kept = ctx.saved_tensors
-        grad = _gradient_of_kept(grad_outputs, kept, ctx.relu)
+        grad = _gradient_of_kept(grad_outputs, kept, ctx.selection)
         if ctx.backend == "triton":
             grads = kernels.attention_backward(q, k, v, lse, ctx.scale, indices, kept, grad, _dot_precision())
         else:
             grads = _attention_backward(q, k, v, lse, ctx.scale, indices, kept, grad)
-        return *grads, *[None] * 7
+        return *grads, *[None] * 5
 
 
 def _dot_precision() -> str:
@@ -305,34 +274,41 @@ def _dot_precision() -> str:
 
 
 def _select_kept(
-    z: Tensor, norms: Tensor, n_keep: int, score: str, dead: Tensor | None, aux_k: int, backend: str
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Both selections from z [n_rows, n]: their indices, and z and activations of both side by side, [n_rows, n_keep + aux_k]."""
-    chosen = [select_heads(z, norms, n_keep, score, backend=backend)]
+    z: Tensor, selection: Selection, dead: Tensor | None, aux_k: int, backend: str
+) -> tuple[list[Tensor], Tensor]:
+    """Both selections from z [n_rows, n]: their indices, and z at both side by side, [n_rows, k + aux_k]."""
+    chosen = [select_heads(z, selection, backend=backend)]
     if dead is None or not aux_k:
         chosen.append(chosen[0][:, :0])
     elif z.device.type == "cpu":
         numbers = dead.nonzero()[:, 0]
-        chosen.append(
-            numbers[select_heads(z[:, numbers], norms[numbers], min(aux_k, len(numbers)), score, backend=backend)]
-        )
+        chosen.append(numbers[select_heads(z[:, numbers], selection.among(numbers, aux_k), backend=backend)])
     else:  # the number of dead units is not asked for: that would wait for the GPU
-        chosen.append(select_heads(z, norms, aux_k, score, among=dead, backend=backend))
+        chosen.append(select_heads(z, selection._replace(k=aux_k), dead, backend))
     kept = z.gather(1, torch.cat(chosen, dim=1))
     if chosen[1].numel():
         assert dead is not None
-        kept = torch.cat((kept[:, :n_keep], kept[:, n_keep:] * dead[chosen[1]]), dim=1)
-    return chosen, kept, kept.relu() if score == "relu" else kept
+        kept = torch.cat((kept[:, : selection.k], kept[:, selection.k :] * dead[chosen[1]]), dim=1)
+    return chosen, kept
 
 
-def _gradient_of_kept(grad_outputs: Sequence[Tensor], kept: Tensor, relu: bool) -> Tensor:
+def _outputs(
+    ctx: Any, selection: Selection, chosen: list[Tensor], kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `KeptHeads`."""
+    ctx.mark_non_differentiable(*chosen)
+    values = selection.activations(kept)
+    return chosen[0], values[:, : selection.k].contiguous(), chosen[1], values[:, selection.k :].contiguous()
+
+
+def _gradient_of_kept(grad_outputs: Sequence[Tensor], kept: Tensor, selection: Selection) -> Tensor:
     """Gradient of z at the kept units from the gradients of the two activations that `KeptHeads` holds."""
     grad = torch.cat((grad_outputs[1], grad_outputs[3]), dim=1)
-    return grad * ((kept > 0) if relu else (kept != 0))
+    return grad * (selection.activations(kept) != 0)
 
 
 def _attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """z of every head, [batch * length, n_ov], and the log-sum-exp of the scores of every query, [batch, n_qk, length]."""
+    """z of every head, [batch * length, n_ov], and the log-sum-exp of every query's scores, [batch, n_qk, length]."""
     batch, groups, length, d_qk = q.shape
     width, size = max(d_qk, v.shape[-1]), v.shape[-1]
     # The CPU's flash attention wants values as wide as keys; zeros change neither scores nor the other columns of z.
@@ -342,7 +318,7 @@ def _attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
 
 
 class _Visits(NamedTuple):
-    """The queries that the backward pass visits, packed by (sequence, QK group), ascending by position."""
+    """The queries that the backward pass visits, packed by pairs of (sequence, QK group), ascending by position."""
 
     pairs: Tensor
     """Sequence * n_qk + group of the non-empty ones, [n_pairs]."""
@@ -390,13 +366,12 @@ QUERIES_AT_A_TIME = 96
 def _attention_backward(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, indices: Tensor, kept: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, which visit for each QK group only the queries in which one of its heads was kept.
+    """Gradients of q, k and v; of a QK group only the queries in which one of its heads was kept are visited.
 
     Args:
         q, k, v: as in `sparse_attention`.
         lse: log-sum-exp of the scores, [batch, n_qk, length].
-        indices, kept, grad: heads, their z and the gradient of it, each [batch * length, n_kept]; a head may appear
-        twice.
+        indices, kept, grad: heads, their z and its gradient, each [batch * length, n_kept]; a head may appear twice.
     """
     batch, groups, length, _ = q.shape
     visits = _pack_visits(indices, kept, grad, batch, length, groups, v.shape[-1])
@@ -418,7 +393,7 @@ def _attention_backward(
 
 
 def _as_rows(side: Tensor) -> Tensor:
-    """[batch, n_qk, length, width] as a table of rows in the memory order of the projections, [batch * length * n_qk, width]."""
+    """[batch, n_qk, length, width] as rows in the memory order of the projections, [batch * length * n_qk, width]."""
     return side.transpose(1, 2).reshape(-1, side.shape[-1])
 
 
@@ -468,7 +443,7 @@ def _backward_of_pairs(
 
 
 def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: int) -> Tensor:
-    """Row h of the result [n_units, d] sums weight * row over the rows [n_rows, d] that chose unit h: the transpose of a decode."""
+    """[n_units, d], whose row h sums weight * row over the rows [n_rows, d] that chose unit h: a decode transposed."""
     units, order = indices.flatten().sort(stable=True)
     offsets = torch.searchsorted(units, torch.arange(n_units, device=units.device))
     ordered = weights.flatten()[order].to(rows.dtype)
@@ -478,7 +453,7 @@ def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: i
 
 
 class _DecodeWeightGradient(torch.autograd.Function):
-    """Passes y = decode(indices, values, weight) through and adds the gradient of `weight`, which touches the chosen rows alone."""
+    """Passes y = decode(indices, values, weight) through and adds the gradient of `weight`, chosen rows only."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
@@ -508,7 +483,7 @@ class _KernelDecode(torch.autograd.Function):
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
-    """Sum of chosen rows: indices [n_rows, k], values [n_rows, k], weight [n, d] to [n_rows, d]; differentiable in values and weight.
+    """Sum of chosen rows, differentiable in values and weight: [n_rows, k], [n_rows, k], [n, d] to [n_rows, d].
 
     Indices of one row must differ from each other.
     """
@@ -528,22 +503,19 @@ def sparse_encode(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    norms: Tensor,
-    n_keep: int,
-    score: str = "relu",
+    selection: Selection,
     dead: Tensor | None = None,
     aux_k: int = 0,
     backend: str = "auto",
 ) -> KeptHeads:
-    """Linear encoder and selection of features, differentiable through the kept features, whose rows alone the backward pass touches.
+    """Linear encoder and selection of features; the backward pass touches the rows of kept features only.
 
     Args:
         x: [n_rows, d].
         weight, bias: [n, d] and [n].
-        norms, n_keep, score, dead, aux_k: as in `sparse_attention`.
+        selection, dead, aux_k: as in `sparse_attention`.
     """
-    backend = choose_backend(backend, x)
-    return KeptHeads(*_SparseEncoding.apply(x, weight, bias, norms, dead, n_keep, score, aux_k, backend))
+    return KeptHeads(*_SparseEncoding.apply(x, weight, bias, selection, dead, aux_k, choose_backend(backend, x)))
 
 
 class _SparseEncoding(torch.autograd.Function):
@@ -553,29 +525,23 @@ class _SparseEncoding(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        norms: Tensor,
+        selection: Selection,
         dead: Tensor | None,
-        n_keep: int,
-        score: str,
         aux_k: int,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        chosen, kept, values = _select_kept(F.linear(x, weight, bias), norms, n_keep, score, dead, aux_k, backend)
-        indices = torch.cat(chosen, dim=1)
-        ctx.save_for_backward(x, weight, indices, kept)
-        ctx.relu = score == "relu"
-        ctx.mark_non_differentiable(*chosen)
-        return chosen[0], values[:, :n_keep].contiguous(), chosen[1], values[:, n_keep:].contiguous()
+        chosen, kept = _select_kept(F.linear(x, weight, bias), selection, dead, aux_k, backend)
+        ctx.save_for_backward(x, weight, torch.cat(chosen, dim=1), kept)
+        ctx.selection = selection
+        return _outputs(ctx, selection, chosen, kept)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, indices, kept = ctx.saved_tensors
-        grad = _gradient_of_kept(grad_outputs, kept, ctx.relu).to(x.dtype)
-        grad_x = (
-            F.embedding_bag(indices, weight, per_sample_weights=grad.to(weight.dtype), mode="sum")
-            if ctx.needs_input_grad[0]
-            else None
-        )
+        grad = _gradient_of_kept(grad_outputs, kept, ctx.selection).to(x.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.embedding_bag(indices, weight, per_sample_weights=grad.to(weight.dtype), mode="sum")
         grad_weight = _sum_rows_by_unit(indices, grad, x, len(weight)).to(weight.dtype)
         grad_bias = weight.new_zeros(len(weight)).index_add_(0, indices.flatten(), grad.flatten().to(weight.dtype))
-        return grad_x, grad_weight, grad_bias, *[None] * 6
+        return grad_x, grad_weight, grad_bias, *[None] * 4

@@ -6,8 +6,7 @@ For one sequence X [length, d_model] and head h of QK group g (paper, Sec. 3):
     A_ij     = softmax over j <= i of attn_scale * q_i . k_j
     v_i      = x_i . w_v^h + b_V^h                                (a scalar)
     z_i      = sum_j A_ij v_j
-    y_i      = sum over the K heads with the largest score at i of z_i w_o^h, plus b_O
-    score    = relu(z_i) * ||w_o^h||   or   |z_i| * ||w_o^h||
+    y_i      = sum over the K heads with the largest score at i (see `selection`) of z_i w_o^h, plus b_O
 
 Nothing here is vectorised over positions or heads, on purpose.
 """
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorsa_utils.config import LorsaConfig, RotaryConfig
+from lorsa_utils.selection import Selection
 
 
 def inverse_frequencies(rotary: RotaryConfig) -> list[float]:
@@ -77,12 +77,8 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     """Sum of the chosen rows: indices, values [n_rows, k], weight [n, d] to [n_rows, d]."""
     rows = []
     for index_row, value_row in zip(indices.tolist(), values, strict=True):
-        rows.append(
-            sum(
-                (value * weight[index] for index, value in zip(index_row, value_row, strict=True)),
-                torch.zeros_like(weight[0]),
-            )
-        )
+        chosen = (value * weight[index] for index, value in zip(index_row, value_row, strict=True))
+        rows.append(sum(chosen, torch.zeros_like(weight[0])))
     return torch.stack(rows)
 
 
@@ -108,18 +104,16 @@ def lorsa_forward(x: Tensor, weights: Mapping[str, Tensor], config: LorsaConfig)
             for i in range(length):
                 row = x[i] @ weights[f"W_{side}"][group] + weights[f"b_{side}"][group]
                 if config.qk_norm:
-                    row = (
-                        row
-                        / torch.sqrt((row * row).mean() + config.qk_norm_eps)
-                        * weights[f"{side.lower()}_norm"][group]
-                    )
+                    size = torch.sqrt((row * row).mean() + config.qk_norm_eps)
+                    row = row / size * weights[f"{side.lower()}_norm"][group]
                 rows.append(rotate(row, i, config.rotary))
             sides.append(torch.stack(rows))
         v = torch.stack([x[i] @ weights["W_V"][head] + weights["b_V"][head] for i in range(length)])[:, None]
         columns.append(causal_attention(sides[0], sides[1], v, scale)[:, 0])
     z = torch.stack(columns, dim=1)
     norms = torch.stack([row.norm() for row in weights["W_O"]])
-    kept_z = z.clamp_min(0) if config.score == "relu" else z
-    indices = select_top_k(kept_z.abs() * norms, config.k)
-    values = torch.stack([torch.stack([kept_z[i, head] for head in row]) for i, row in enumerate(indices.tolist())])
+    selection = Selection(config.k, norms, config.score)
+    indices = select_top_k(selection.scores(z).clamp_min(0), config.k)
+    written = selection.activations(z)
+    values = torch.stack([torch.stack([written[i, head] for head in row]) for i, row in enumerate(indices.tolist())])
     return sparse_decode(indices, values, weights["W_O"]) + weights["b_O"], z, indices

@@ -34,6 +34,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 from lorsa_utils import kernels, ops, reference  # noqa: E402
 from lorsa_utils.config import LorsaConfig, RotaryConfig, TrainConfig  # noqa: E402
 from lorsa_utils.exceptions import UserError  # noqa: E402
+from lorsa_utils.selection import SCORES, Selection  # noqa: E402
 from lorsa_utils.training import RunSpec, prepare_runs  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -273,12 +274,12 @@ def expected_selection(z: Tensor, norms: Tensor, k: int, score: str, among: Tens
 
 
 def check_selection(z: Tensor, norms: Tensor, k: int, score: str = "relu", among: Tensor | None = None) -> None:
-    found = kernels.select_top_k(z, norms, k, score, among)
+    found = kernels.select_top_k(z, Selection(k, norms, score), among)
     for ours, exact in zip(found, expected_selection(z, norms, k, score, among), strict=True):
         assert torch.equal(ours, exact)
 
 
-@pytest.mark.parametrize("score", ["relu", "abs"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 7), (128, 64), (300, 7), (6144, 64), (2500, 2500), (33000, 128)])
 def test_selection_equals_a_full_sort(n: int, k: int, score: str) -> None:
     check_selection(draw(2, n), draw(n, seed=1).abs(), k, score)
@@ -288,7 +289,7 @@ def test_selection_equals_a_full_sort(n: int, k: int, score: str) -> None:
 levels = st.sampled_from([-3.0, -1.0, -0.0, 0.0, 1e-30, 0.5, 1.0, 3.0])
 
 
-@given(data=st.data(), n=st.integers(1, 40), score=st.sampled_from(["relu", "abs"]))
+@given(data=st.data(), n=st.integers(1, 40), score=st.sampled_from(list(SCORES)))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_selection_is_exact_and_breaks_ties_by_index(data: st.DataObject, n: int, score: str) -> None:
     z = torch.tensor(data.draw(st.lists(st.lists(levels, min_size=n, max_size=n), min_size=1, max_size=2)))
@@ -319,7 +320,7 @@ def test_selection_among_some_units_and_of_other_layouts() -> None:
 )
 def test_impossible_selections_are_refused(n: int, k: int, fix: str) -> None:
     with pytest.raises(UserError, match=fix):
-        kernels.select_top_k(torch.zeros(1, n, device=DEVICE), torch.ones(n, device=DEVICE), k)
+        kernels.select_top_k(torch.zeros(1, n, device=DEVICE), Selection(k, torch.ones(n, device=DEVICE)))
 
 
 # ---- decode
@@ -394,7 +395,7 @@ def test_rotation_equals_plain(d: int, rotary_dim: int, adjacent: bool) -> None:
 # ---- a whole step
 
 
-@pytest.mark.parametrize("score", ["relu", "abs"])
+@pytest.mark.parametrize("score", SCORES)
 def test_a_training_step_through_ops_equals_float64(score: str) -> None:
     batch, length, n_groups, d, g, n_keep, aux_k = 2, 45, 3, 16, 4, 4, 2
     n, scale = n_groups * g, 0.4
@@ -408,8 +409,8 @@ def test_a_training_step_through_ops_equals_float64(score: str) -> None:
     def step(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
         q, k, v, weight = inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
         q, k = (ops.apply_rotary(x.transpose(1, 2), cos.to(dtype), sin.to(dtype), False, backend) for x in (q, k))
-        norms = weight.detach().norm(dim=1)
-        kept = ops.sparse_attention(q, k, v.transpose(1, 2), scale, norms, n_keep, score, dead, aux_k, backend)
+        selection = Selection(n_keep, weight.detach().norm(dim=1), score)
+        kept = ops.sparse_attention(q, k, v.transpose(1, 2), scale, selection, dead, aux_k, backend)
         y = ops.sparse_decode(kept.indices, kept.values, weight, backend)
         aux = ops.sparse_decode(kept.aux_indices, kept.aux_values, weight, backend)
         loss = (y - targets[0].to(dtype)).square().mean() + (aux - targets[1].to(dtype)).square().mean()
@@ -447,7 +448,7 @@ def test_two_hundred_steps_by_loops_and_by_kernels_stay_together(tmp_path: Path)
 
 def test_float64_is_refused() -> None:
     with pytest.raises(UserError, match='"torch" for float64'):
-        kernels.select_top_k(draw(2, 8, dtype=torch.float64), torch.ones(8, device=DEVICE), 2)
+        kernels.select_top_k(draw(2, 8, dtype=torch.float64), Selection(2, torch.ones(8, device=DEVICE)))
 
 
 # ---- where kernels do not run
@@ -476,7 +477,7 @@ import torch
 from lorsa_utils import kernels
 assert not kernels.available("cpu") and not kernels.available("cuda")
 try:
-    kernels.select_top_k(torch.zeros(1, 4), torch.ones(4), 2)
+    kernels.select_top_k(torch.zeros(1, 4), kernels.Selection(2, torch.ones(4)))
 except kernels.UserError as sentence:
     print(sentence)
 """
@@ -513,7 +514,8 @@ bfloat16)]:
 for n, k, d, dtype in [(6144, 64, 768, torch.float32), (65536, 1, 48, torch.bfloat16), (1000, 1000, 576,
 torch.float32)]:
     z = torch.zeros(600, n)
-    kernels.select_top_k(z, z[0], k, "abs" if k == 1 else "relu", z[0] == 0 if k == 64 else None)
+    selection = kernels.Selection(k, z[0], "abs" if k == 1 else "relu")
+    kernels.select_top_k(z, selection, z[0] == 0 if k == 64 else None)
     indices, weight = torch.zeros(600, k, dtype=torch.int64), torch.zeros(n, d, dtype=dtype)
     kernels.sparse_decode(indices, indices.float(), weight)
     kernels.sparse_decode_backward(indices, indices.float(), weight, torch.zeros(600, d, dtype=dtype))
@@ -613,8 +615,9 @@ def test_offsets_past_32_bits_in_selection_and_decode(gpu: None, monkeypatch: py
         pytest.skip("needs 48 GB of GPU memory")
     monkeypatch.undo()
     z = large(66000, 32768, dtype=torch.float32)
-    found = kernels.select_top_k(z, z[0].abs(), 3)
-    for ours, exact in zip(found, kernels.select_top_k(z[-9:].clone(), z[0].abs(), 3), strict=True):
+    selection = Selection(3, z[0].abs())
+    found = kernels.select_top_k(z, selection)
+    for ours, exact in zip(found, kernels.select_top_k(z[-9:].clone(), selection), strict=True):
         assert torch.equal(ours[-9:], exact)
     weight = z.view(32768, 66000)
     indices = torch.tensor([[32767, 5], [32766, 32767]], device=DEVICE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,26 +15,21 @@ from tiny_models import save_tiny_model
 from toys import D_HEAD, D_MODEL, ROTARY, lorsa_configs, random_inputs, random_lorsa, random_sae, randomized
 
 from lorsa_utils import reference, store
-from lorsa_utils.config import LorsaConfig
+from lorsa_utils.config import LorsaConfig, SAEConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, Scaling, load
 from lorsa_utils.models import load_model
+from lorsa_utils.selection import SCORES
 
 LLAMA3 = ROTARY.replace(rope_type="llama3", rotary_dim=2, factor=8.0, original_context=8, adjacent_pairs=True)
 
 
-def keeps_clear_of_ties(module: Lorsa, x: torch.Tensor, gap: float = 1e-3) -> bool:
+def keeps_clear_of_ties(module: Lorsa | SAE, x: torch.Tensor, gap: float = 1e-3) -> bool:
     """Whether no score at the boundary of the selection, and no kept z at the kink of relu, is near another."""
-    z = module.pre_activations(x)
-    scores = (
-        ((z.relu() if module.score == "relu" else z.abs()) * module.W_O.norm(dim=1))
-        .sort(dim=-1, descending=True)
-        .values
-    )
-    clear = bool((z.abs() > gap).all())
-    return clear and (
-        module.k == module.n_units or bool((scores[..., module.k - 1] - scores[..., module.k] > gap).all())
-    )
+    z, k = module.pre_activations(x), module.k
+    scores = module.selection().scores(z).sort(dim=-1, descending=True).values
+    apart = k == module.n_units or bool((scores[..., k - 1] - scores[..., k] > gap).all())
+    return apart and bool((z.abs() > gap).all())
 
 
 # ---- equations
@@ -71,19 +66,18 @@ def test_the_past_does_not_see_the_future() -> None:
     assert (before[:, 7:] - after[:, 7:]).abs().min(dim=-1).values.max() > 1e-3
 
 
-@pytest.mark.parametrize("score", ["relu", "abs"])
+@pytest.mark.parametrize("score", SCORES)
 def test_kept_heads_are_those_with_the_largest_score(score: str) -> None:
     """Also where fewer than K heads are active: the count stays exact and the surplus is zero."""
     module = random_lorsa(dtype=torch.float64, score=score, k=20)
     indices, values = module.encode(random_inputs(2, 10, dtype=torch.float64))
     z = module.pre_activations(random_inputs(2, 10, dtype=torch.float64))
     assert (indices.sort(dim=-1).values.diff(dim=-1) > 0).all(), "a head was kept twice"
-    scores = (z.relu() if score == "relu" else z.abs()) * module.W_O.norm(dim=1)
+    written = module.selection().activations(z)
+    scores = written.abs() * module.W_O.norm(dim=1)
     left_out = scores.scatter(-1, indices, -1.0).max(dim=-1).values
     assert (scores.gather(-1, indices).min(dim=-1).values >= left_out).all()
-    assert torch.allclose(
-        values, z.gather(-1, indices).relu() if score == "relu" else z.gather(-1, indices), atol=1e-12
-    )
+    assert torch.allclose(values, written.gather(-1, indices), atol=1e-12)
     assert bool((values == 0).any()) == (score == "relu")
 
 
@@ -119,16 +113,9 @@ def test_selection_among_some_units_and_with_another_k() -> None:
 # ---- gradients
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"score": "abs"}, {"qk_norm": True, "rotary": LLAMA3}, {"n_qk_heads": 6, "k": 1}, {"k": 6, "score": "abs"}],
-    ids=["relu", "abs", "qk_norm", "one head a group", "all heads"],
-)
-def test_gradients_of_the_whole_layer(changes: dict[str, Any]) -> None:
-    small = {"d_model": 5, "n_ov_heads": 6, "n_qk_heads": 2, "k": 3} | changes
+def check_gradients(draw_module: Callable[[int], Lorsa | SAE], d_model: int) -> None:
     for seed in range(100):
-        module = random_lorsa(seed, torch.float64, **small)
-        x = random_inputs(1, 3, 5, seed, torch.float64)
+        module, x = draw_module(seed), random_inputs(1, 3, d_model, seed, torch.float64)
         if keeps_clear_of_ties(module, x):
             break
     else:
@@ -141,6 +128,16 @@ def test_gradients_of_the_whole_layer(changes: dict[str, Any]) -> None:
         return result
 
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *tensors))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"score": "abs"}, {"qk_norm": True, "rotary": LLAMA3}, {"n_qk_heads": 6, "k": 1}, {"k": 6, "score": "abs"}],
+    ids=["relu", "abs", "qk_norm", "one head a group", "all heads"],
+)
+def test_gradients_of_the_whole_layer(changes: dict[str, Any]) -> None:
+    small = {"d_model": 5, "n_ov_heads": 6, "n_qk_heads": 2, "k": 3} | changes
+    check_gradients(lambda seed: random_lorsa(seed, torch.float64, **small), 5)
 
 
 def test_gradients_flow_through_kept_heads_alone() -> None:
@@ -205,7 +202,7 @@ def test_config_is_derived_from_the_model(tmp_path: Path, kind: str) -> None:
 # ---- folding
 
 
-@pytest.mark.parametrize("score", ["relu", "abs"])
+@pytest.mark.parametrize("score", SCORES)
 def test_folding_norms_keeps_outputs_and_selection(score: str) -> None:
     module, x = random_lorsa(dtype=torch.float64, score=score), random_inputs(2, 6, dtype=torch.float64)
     before = module(x)
@@ -235,6 +232,63 @@ def test_folding_turns_training_space_into_raw_activations_and_back(qk_norm: boo
     assert torch.allclose(module(x).y, trained / 7.0, atol=1e-10)
     module.unfold(scaling)
     assert torch.allclose(module(scaling.inputs(x)).y, trained, atol=1e-10)
+
+
+# ---- SAE and transcoder
+
+
+@given(d=st.integers(1, 6), n=st.integers(1, 9), seed=st.integers(0, 2**20), data=st.data())
+def test_an_sae_equals_plain_loops(d: int, n: int, seed: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, n))
+    module = randomized(SAE(SAEConfig(d_model=d, n_features=n, k=k)), seed).requires_grad_(False)
+    x = random_inputs(2, 3, d, seed + 1, torch.float64)
+    output = module(x)
+    for b in range(2):
+        for i in range(3):
+            f = [max(0.0, float(module.W_E[j] @ x[b, i] + module.b_E[j])) for j in range(n)]
+            scores = [f[j] * float(module.W_O[j].norm()) for j in range(n)]
+            kept = sorted(sorted(range(n), key=lambda j: (-scores[j], j))[:k])
+            y = sum((f[j] * module.W_O[j] for j in kept), module.b_O.clone())
+            assert sorted(output.indices[b, i].tolist()) == kept
+            assert (output.y[b, i] - y).abs().max() < 1e-10
+
+
+def test_an_sae_by_hand() -> None:
+    """Two features along the axes, the second written at double length: at k = 1 the score decides, not the activation."""
+    module = SAE(SAEConfig(d_model=2, n_features=2, k=1))
+    with torch.no_grad():
+        module.W_E.copy_(torch.eye(2))
+        module.b_E.copy_(torch.tensor([0.0, -1.0]))
+        module.W_O.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        module.b_O.copy_(torch.tensor([0.5, 0.0]))
+    x = torch.tensor([[[3.0, 3.0], [3.0, 2.0], [-1.0, -1.0]]])
+    output = module(x)
+    assert module.pre_activations(x).tolist() == [[[3.0, 2.0], [3.0, 1.0], [-1.0, -2.0]]]
+    assert output.indices[0].tolist() == [[1], [0], [0]]
+    assert output.values[0].tolist() == [[2.0], [3.0], [0.0]]
+    assert output.y[0].tolist() == [[0.5, 4.0], [3.5, 0.0], [0.5, 0.0]]
+
+
+def test_gradients_of_an_sae() -> None:
+    check_gradients(lambda seed: random_sae(seed, torch.float64, d_model=4, n_features=6, k=2), 4)
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder"])
+def test_folding_an_sae_keeps_outputs(kind: Literal["sae", "transcoder"]) -> None:
+    module, x = random_sae(dtype=torch.float64, kind=kind), random_inputs(2, 5, dtype=torch.float64)
+    scaling = Scaling(torch.randn(x.shape[-1], dtype=torch.float64), 0.3, 7.0)
+    trained = module(scaling.inputs(x)).y / 7.0
+    module.fold(scaling)
+    module.fold_norms()
+    assert torch.allclose(module(x).y, trained, atol=1e-10)
+    assert torch.allclose(module.W_O.norm(dim=1), torch.ones(24, dtype=torch.float64), atol=1e-12)
+
+
+def test_the_sae_reads_the_output_and_the_others_the_input() -> None:
+    read, written = torch.zeros(1), torch.ones(1)
+    assert random_sae(kind="sae").input_from(read, written) is written
+    assert random_sae(kind="transcoder").input_from(read, written) is read
+    assert random_lorsa().input_from(read, written) is read
 
 
 # ---- saving and loading

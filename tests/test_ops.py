@@ -13,6 +13,7 @@ from toys import rotaries
 from lorsa_utils import ops, reference
 from lorsa_utils.config import RotaryConfig
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.selection import SCORES, Selection
 
 seeds = st.integers(0, 2**20)
 sizes = st.integers(1, 6)
@@ -186,7 +187,7 @@ def gradients(found: ops.KeptHeads, inputs: Layer) -> list[torch.Tensor]:
     return list(torch.autograd.grad(total, inputs[:3]))
 
 
-@pytest.mark.parametrize("score", ["relu", "abs"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
     ("shape", "n_keep", "aux_k"),
     [
@@ -201,7 +202,7 @@ def gradients(found: ops.KeptHeads, inputs: Layer) -> list[torch.Tensor]:
 def test_sparse_attention_equals_plain_autograd(shape: tuple[int, ...], n_keep: int, aux_k: int, score: str) -> None:
     """Values and gradients, for more (sequence, group) pairs and queries than are handled at a time, and heads chosen twice."""
     inputs = layer(*shape)
-    found = ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, n_keep, score, inputs.dead, aux_k, backend="torch")
+    found = ops.sparse_attention(*inputs[:3], 0.6, Selection(n_keep, inputs.norms, score), inputs.dead, aux_k)
     z = (ops.attention_pattern(inputs.q, inputs.k, 0.6) @ inputs.v).transpose(1, 2).reshape(shape[0] * shape[2], -1)
     active = z.relu() if score == "relu" else z
     plain = ops.KeptHeads(
@@ -220,7 +221,8 @@ def test_sparse_attention_equals_plain_autograd(shape: tuple[int, ...], n_keep: 
 def test_sparse_attention_by_the_loops() -> None:
     inputs = layer(1, 2, 6, 4, 3)
     results = [
-        ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, 2, backend=backend) for backend in ("torch", "reference")
+        ops.sparse_attention(*inputs[:3], 0.6, Selection(2, inputs.norms), backend=backend)
+        for backend in ("torch", "reference")
     ]
     assert torch.equal(results[0].indices.sort(dim=1).values, results[1].indices.sort(dim=1).values)
     pairs = zip(
@@ -236,26 +238,26 @@ def test_memory_of_the_backward_pass_holds_no_dense_activations() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
-        ops.sparse_attention(*inputs[:3], 0.6, inputs.norms, 3)
+        ops.sparse_attention(*inputs[:3], 0.6, Selection(3, inputs.norms))
     tokens = 2 * 50
     assert sum(saved) == sum(side.numel() for side in inputs[:3]) + tokens * (4 + 3 + 3)
 
 
-@pytest.mark.parametrize("score", ["relu", "abs"])
+@pytest.mark.parametrize("score", SCORES)
 def test_gradients_of_sparse_encode(score: str) -> None:
     x, weight, bias = (
         draw(7, 5).requires_grad_(),
         draw(12, 5, seed=1).requires_grad_(),
         draw(12, seed=2).requires_grad_(),
     )
-    norms, dead = draw(12, seed=3).abs() + 0.1, torch.arange(12) % 3 == 0
+    selection, dead = Selection(4, draw(12, seed=3).abs() + 0.1, score), torch.arange(12) % 3 == 0
 
     def encode(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        kept = ops.sparse_encode(*inputs, norms, 4, score, dead, 2)
+        kept = ops.sparse_encode(*inputs, selection, dead, 2)
         return kept.values, kept.aux_values
 
     assert torch.autograd.gradcheck(encode, (x, weight, bias))
-    kept = ops.sparse_encode(x, weight, bias, norms, 4, score)
+    kept = ops.sparse_encode(x, weight, bias, selection)
     dense = x @ weight.T + bias
     assert torch.allclose(kept.values, (dense.relu() if score == "relu" else dense).gather(1, kept.indices))
 

@@ -1,4 +1,4 @@
-"""How much of a behaviour a small set of nodes carries: curves against circuit size, with intervals; Lorsa, SAE, MHSA and random sets.
+"""How much of a behaviour a small set of nodes carries: curves against circuit size, with intervals.
 
 For a circuit C at the chosen layers and the metric M (mean over held-out prompts),
 
@@ -30,17 +30,16 @@ import torch
 from torch import Tensor
 
 from lorsa_utils import store
-from lorsa_utils.circuits.nodes import Baseline, SparseModel, attribute, baseline, effects, measure
+from lorsa_utils.circuits.nodes import Elsewhere, SparseModel, attribute, baseline, effects, measure
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.tasks import Task
-from lorsa_utils.heads.units import SparseUnits
 from lorsa_utils.stats import N_DRAWS, Interval, sample_interval
 
 # ---- rankings
 
 
 def ranking(scores: Tensor, error_nodes: Sequence[int]) -> list[int]:
-    """Nodes by the size of their mean score, largest first: scores [n_prompts, n_nodes]; error nodes and nodes without any are left out."""
+    """Units by the size of their mean score, largest first, those without any left out: scores [n_prompts, n_nodes]."""
     size = scores.mean(dim=0).abs()
     size[list(error_nodes)] = 0
     order = size.argsort(descending=True)
@@ -48,7 +47,7 @@ def ranking(scores: Tensor, error_nodes: Sequence[int]) -> list[int]:
 
 
 def random_order(order: Sequence[int], seed: int) -> list[int]:
-    """The same nodes in random order: what a set of the same size reaches that was drawn from all nodes that do anything."""
+    """The same nodes in random order: its first ones are a random set among the nodes that do anything."""
     generator = torch.Generator().manual_seed(seed)
     return [order[int(i)] for i in torch.randperm(len(order), generator=generator)]
 
@@ -61,7 +60,7 @@ def rank_scores(
     exact_up_to: int = 0,
     batch_size: int = 32,
 ) -> Tensor:
-    """Effects of all nodes on some prompts, [n_prompts, n_nodes]: exact ones where the nodes are few, else gradient times activation."""
+    """Effects of all nodes, [n_prompts, n_nodes]: exact where nodes are few, else gradient times activation."""
     instead = baseline(sparse, task, ablation)
     if sparse.n_nodes <= exact_up_to:
         return effects(sparse, task, range(sparse.n_nodes), instead, name, batch_size).T
@@ -99,7 +98,7 @@ def measure_curve(
     task: Task,
     orders: Sequence[Sequence[int]],
     sizes: Sequence[int],
-    instead: Baseline,
+    instead: Elsewhere,
     name: str = "logit_difference",
     completeness: bool = True,
     ends: Curve | None = None,
@@ -110,12 +109,12 @@ def measure_curve(
     Args:
         sparse: the model.
         task: held-out prompts.
-        orders: one ranking, made on other prompts; or one ranking for each prompt.
-        sizes: of circuits; those beyond the (shortest) ranking are left out.
+        orders: one ranking, made on other prompts; or one for each prompt.
+        sizes: of circuits; those beyond the shortest ranking are left out.
         instead: for the held-out prompts.
         name: of the metric.
-        completeness: measure that as well (as many passes again).
-        ends: another curve on the same prompts, whose `all` and `none` need not be measured again.
+        completeness: measure that as well, with as many passes again.
+        ends: another curve on the same prompts, whose `all` and `none` serve again.
         batch_size: prompts at a time.
 
     Raises:
@@ -134,7 +133,8 @@ def measure_curve(
     everything, none = (ends.all, ends.none) if ends else (values[-2], values[-1])
     if abs(float((everything - none).mean())) < 1e-6:
         raise UserError(
-            "Removing all nodes of these layers does not change the metric, so no circuit can be found in them; choose others."
+            "Removing all nodes of these layers does not change the metric, so no circuit can be found in them; "
+            "choose others."
         )
     parameters = tuple(float(np.mean([sparse.parameters(order[:size]) for order in orders])) for size in sizes)
     n = len(sizes)
@@ -208,7 +208,7 @@ def areas(curve: Curve, over: str, low: float, high: float, drawn: Tensor) -> Te
 def area_table(
     curves: Mapping[str, Curve], over: str = "sizes", against: str = "Lorsa heads", seed: int = 0
 ) -> pd.DataFrame:
-    """Areas of several kinds over the range of sizes that all of them have, and what `against` has more than each, with intervals.
+    """Areas of several kinds over the range of sizes that all of them have, with intervals.
 
     Returns:
         columns `nodes`, `from`, `to`, `area`, `low`, `high`, `lead` (area of `against` minus this one's), `lead_low`,
@@ -234,7 +234,7 @@ def area_table(
 
 
 def error_shares(
-    sparse: SparseModel, task: Task, instead: Baseline, name: str = "logit_difference", batch_size: int = 32
+    sparse: SparseModel, task: Task, instead: Elsewhere, name: str = "logit_difference", batch_size: int = 32
 ) -> pd.DataFrame:
     """How much of the behaviour the error terms carry as more layers are decomposed, from the last layer backwards.
 
@@ -260,7 +260,7 @@ def error_shares(
 
 
 @torch.no_grad()
-def match_units(one: SparseModel, other: SparseModel, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def match_units(sparse: SparseModel, other: SparseModel, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """For every node of one model the node of the other, in the same layer, that writes most nearly the same direction.
 
     `among` is a mask [n_nodes] of nodes of the other that may be matched; all without it.
@@ -268,12 +268,10 @@ def match_units(one: SparseModel, other: SparseModel, among: Tensor | None = Non
     Returns:
         match [n_nodes] and cosine [n_nodes]; error nodes match error nodes with cosine 1.
     """
-    if list(one.layers) != list(other.layers):
-        raise UserError("The two models have different layers decomposed; give modules for the same layers.")
-    match, cosine = torch.zeros(one.n_nodes, dtype=torch.long), torch.ones(one.n_nodes)
-    for layer, columns in one.columns.items():
+    match, cosine = torch.zeros(sparse.n_nodes, dtype=torch.long), torch.ones(sparse.n_nodes)
+    for layer, columns in sparse.columns.items():
         first, error = other.columns[layer].start, other.columns[layer].stop - 1
-        alike = write_directions(one, layer) @ write_directions(other, layer).T
+        alike = write_directions(sparse, layer) @ write_directions(other, layer).T
         if among is not None:
             alike[:, ~among[first:error]] = -torch.inf
         best = alike.max(dim=1)
@@ -283,11 +281,8 @@ def match_units(one: SparseModel, other: SparseModel, among: Tensor | None = Non
 
 
 def write_directions(sparse: SparseModel, layer: int) -> Tensor:
-    """What the units of a layer write, scaled to norm 1: [n_units, d_model]."""
-    units = sparse.layers[layer]
-    if not isinstance(units, SparseUnits):
-        raise UserError("MHSA heads have no write direction of their own; match Lorsa heads or SAE features.")
-    return torch.nn.functional.normalize(units.module.W_O.detach(), dim=1)
+    """What the Lorsa heads or SAE features of a layer write, scaled to norm 1: [n_units, d_model]."""
+    return torch.nn.functional.normalize(sparse.layers[layer].module.W_O.detach(), dim=1)  # type: ignore[attr-defined]
 
 
 # ---- the whole comparison
@@ -308,18 +303,11 @@ def compare(
     exact_up_to: int = 0,
     batch_size: int = 32,
 ) -> dict[str, Curve]:
-    """Curves of several kinds of nodes on one task, for one draw of prompts: half of them rank nodes, half measure circuits.
+    """Curves of several kinds of nodes on one draw of prompts: half of them rank nodes, half measure circuits.
 
-    Args:
-        kinds: name to model, with the same layers decomposed.
-        task: prompts of one seed.
-        name: of the metric.
-        ablation: see `nodes.baseline`.
-        seed: of the random sets.
-        random: kinds (all by default) of which random sets of the same sizes are measured as well, faithfulness alone,
-            as `random <name>`.
-        exact_up_to: rank by exact effects where there are no more nodes than this, else by gradient times activation.
-        batch_size: prompts at a time.
+    All kinds have the same layers decomposed. Of those in `random` (all by default) random sets of the same sizes are
+    measured as well, faithfulness alone, as `random <name>`. Ablations are those of `nodes.baseline`; see `rank_scores`
+    for `exact_up_to`.
     """
     discovery, held_out = task.split()
     curves: dict[str, Curve] = {}

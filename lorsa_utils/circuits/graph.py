@@ -1,4 +1,4 @@
-"""Attribution graphs of one prompt: exact edges through the frozen model, QK attribution, pruning, and a file for viewers.
+"""Attribution graphs of one prompt: exact edges through the frozen model, QK attribution, pruning, a file for viewers.
 
 **Frozen model.** On one prompt, hold fixed what makes a Transformer non-linear: the scale of every norm, the attention
 patterns of the layers that are not decomposed, the factor by which an MLP's activation function scales its input (for
@@ -58,19 +58,19 @@ RANKED_EVERY = 16
 # ---- frozen model
 
 
-def _norm_bias(norm: nn.Module) -> Tensor | float:
+def _norm_bias(norm: Any) -> Tensor:
     bias: Tensor | None = getattr(norm, "bias", None)
-    return 0.0 if bias is None else bias
+    return torch.zeros_like(norm.weight) if bias is None else bias
 
 
 @contextlib.contextmanager
 def frozen(model: LanguageModel) -> Iterator[None]:
-    """Inside the context the model's outputs stay the same and its gradients are those of the frozen model (see above)."""
+    """Inside the context the model's outputs stay the same and its gradients are those of the frozen model."""
     architecture = model.architecture
 
-    def norm_hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def norm_hook(norm: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = arguments[0]
-        return centred(module, x) / norm_scale(module, x).detach() * module.weight + _norm_bias(module)  # type: ignore[operator]
+        return centred(norm, x) / norm_scale(norm, x).detach() * norm.weight + _norm_bias(norm)
 
     def gate_hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if architecture.gated:
@@ -136,13 +136,9 @@ class Trace:
     """One prompt, its sources, and edges on demand."""
 
     def __init__(self, sparse: SparseModel, tokens: Tensor, answers: Sequence[int], wrong: Sequence[int]) -> None:
-        """Read a prompt.
+        """Read a prompt, tokens [length].
 
-        Args:
-            sparse: with Lorsa heads or SAE features.
-            tokens: [length].
-            answers: the logit difference is the mean logit of these tokens
-            wrong: minus the mean logit of these (none: minus the mean of all logits).
+        The logit difference is the mean logit of `answers` minus that of `wrong` (none: minus the mean of all logits).
 
         Raises:
             UserError: the layers hold MHSA heads, or the prompt is longer than `MAX_LENGTH`.
@@ -167,8 +163,6 @@ class Trace:
         self.embedding = self.model.residual(tokens[None], 0)[0].float()
         """What the first block reads, [length, d_model]."""
         self.sources = self._list_sources()
-        self.place = {tuple(source[:4]): number for number, source in enumerate(self.sources)}
-        """(kind, layer, unit, position) -> number of the source."""
         self._cut_model()
 
     def _list_sources(self) -> list[Source]:
@@ -200,7 +194,7 @@ class Trace:
         return Edges(torch.stack(rows), torch.stack(values), torch.stack(constants))
 
     def _cut_model(self) -> None:
-        """Run the frozen model once, cut where sources write: every target's gradient is a walk back through that pass."""
+        """Run the frozen model once, cut where sources write; gradients of all targets go back through that pass."""
         cuts = {-1: self.embedding[None].clone().requires_grad_()}
         self._reads: dict[int, Tensor] = {}
 
@@ -269,7 +263,7 @@ def _bytes_of_the_pass(model: LanguageModel, length: int) -> int:
 
 
 class Stream:
-    """The residual stream of a prompt as a sum of named parts: embedding, nodes, errors, biases, MLPs, other attention."""
+    """The residual stream of a prompt as a sum: embedding, nodes, errors, biases, MLPs, other attention layers."""
 
     @torch.no_grad()
     def __init__(self, trace: Trace) -> None:
@@ -298,8 +292,8 @@ class Stream:
         parts = {"embedding": trace.embedding[position]}
         for layer in range(self.model.n_layers if before is None else before):
             if activity := trace.activity.get(layer):
-                kept = zip(activity.indices[0, position].tolist(), activity.values[0, position], strict=True)
-                parts |= {f"{layer}.{unit}": value * activity.W_O[unit] for unit, value in kept if value}
+                active = zip(activity.indices[0, position].tolist(), activity.values[0, position], strict=True)
+                parts |= {f"{layer}.{unit}": value * activity.W_O[unit] for unit, value in active if value}
                 parts[f"{layer}.error"] = activity.error[0, position]
                 parts[f"{layer}.bias"] = activity.module.b_O.detach()
             else:
@@ -308,17 +302,17 @@ class Stream:
         return parts
 
     def logit_parts(self) -> list[tuple[str, float]]:
-        """Direct effect of each part of the last position on the logit difference, through the last norm; they sum to it."""
+        """Direct effects of the last position's parts, through the last norm; they sum to the logit difference."""
         parts = self._normed(final_norm(self.model), self.parts(len(self.trace.tokens) - 1))
         direction = self.trace.logit_direction()
         return [(name, float(vector @ direction)) for name, vector in parts.items()]
 
     @staticmethod
-    def _normed(norm: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _normed(norm: Any, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts of a stream through a norm whose scale is that of their sum; the norm's bias comes last."""
-        scale, gain = norm_scale(norm, torch.stack(list(parts.values())).sum(dim=0)), norm.weight.detach().float()  # type: ignore[operator]
-        normed = {name: centred(norm, vector) / scale * gain for name, vector in parts.items()}
-        return normed | {"norm bias": torch.zeros_like(gain) + _norm_bias(norm)}
+        scale = norm_scale(norm, torch.stack(list(parts.values())).sum(dim=0))
+        normed = {name: centred(norm, vector) / scale * norm.weight.float() for name, vector in parts.items()}
+        return normed | {"norm bias": _norm_bias(norm).float()}
 
     @torch.no_grad()
     def qk(self, layer: int, unit: int, query: int, key: int) -> tuple[Tensor, list[str], list[str], float]:
@@ -435,23 +429,13 @@ def trace_graph(
 ) -> Graph:
     """The graph of a prompt's logit difference.
 
-    From the logit backwards: the node with the largest influence so far is traced next, until `n_traced` units are.
-    Then nodes are pruned to the smallest set with `node_share` of the influence (embeddings and the logit stay), and
-    edges to the smallest set with `edge_share` of the influence that flows over them.
+    From the logit backwards: the node with the largest influence so far is traced next, until `n_traced` units are (at
+    most `MAX_NODES`). Then nodes are pruned to the smallest set with `node_share` of the influence (embeddings and the
+    logit stay), and edges to the smallest set with `edge_share` of the influence that flows over them.
 
-    Args:
-        trace: of the prompt.
-        name: of the graph, for its file.
-        tokenizer: for token texts.
-        n_traced: units whose inputs are traced, at most `MAX_NODES`.
-        node_share: of influence to keep.
-        edge_share: of influence to keep.
-        progress: show a bar, and an estimate first where it takes more than a minute.
-
-    Returns:
-        the graph; its facts: `logit_difference`, `edge_sum` (all edges to the logit and the constants; equal to it),
-        `active_nodes`, `traced`, `error_share` (of the influence that reaches the logit from sources without traced
-        inputs, the part that errors have), `embedding_share`, `untraced_share`, `bias_share`.
+    Its facts: `logit_difference`, `edge_sum` (all edges to the logit and the constants; equal to it), `active_nodes`,
+    `traced`, `error_share` (of the influence that reaches the logit from sources without traced inputs, the part that
+    errors have), `embedding_share`, `untraced_share`, `bias_share`.
 
     Raises:
         UserError: too many nodes, with an estimate of their memory.
@@ -512,9 +496,9 @@ def _pruned(
     edge_share: float,
 ) -> tuple[tuple[GraphNode, ...], tuple[tuple[str, str, float], ...]]:
     kinds = [*(source.kind for source in trace.sources), "logit"]
-    always, never = (torch.tensor([kind in some for kind in kinds]) for some in (("embedding", "logit"), ("bias",)))
-    kept = (keep_cumulative(reach, node_share) | always) & ~never
-    nodes = {number: _node(trace, tokenizer, number, float(reach[number])) for number in kept.nonzero()[:, 0].tolist()}
+    ends = torch.tensor([kind in ("embedding", "logit") for kind in kinds])
+    shown = (keep_cumulative(reach, node_share) | ends) & torch.tensor([kind != "bias" for kind in kinds])
+    nodes = {number: _node(trace, tokenizer, number, float(reach[number])) for number in shown.nonzero()[:, 0].tolist()}
     links, flows = [], []
     for number, row in inputs.items():
         if number in nodes:
@@ -526,8 +510,8 @@ def _pruned(
     strong = keep_cumulative(torch.tensor(flows), edge_share)
     links = [link for link, keep in zip(links, strong, strict=True) if keep]
     used = {end for link in links for end in link[:2]}
-    shown = (node for node in nodes.values() if node.node_id in used or node.kind in ("embedding", "logit"))
-    return tuple(shown), tuple(links)
+    linked = (node for node in nodes.values() if node.node_id in used or node.kind in ("embedding", "logit"))
+    return tuple(linked), tuple(links)
 
 
 def _node(trace: Trace, tokenizer: Any, number: int, reach: float) -> GraphNode:
@@ -559,14 +543,9 @@ _TYPES = {
 
 
 def write_graph(graph: Graph, path: str | Path, probability: float = 0.0, page: str = "") -> Path:
-    """Write a graph in the schema of circuit-tracer.
+    """Write a graph in the schema of circuit-tracer, with the model's probability of the answer.
 
-    Args:
-        graph: pruned.
-        path: of the JSON file.
-        probability: the model's probability of the answer.
-        page: where the page of a unit is, with `{layer}` and `{unit}`, such as `heads/{layer}_{unit}.html`; nothing
-            without it.
+    `page` says where the page of a unit is, such as `heads/{layer}_{unit}.html`.
     """
     metadata = {
         "slug": graph.name,

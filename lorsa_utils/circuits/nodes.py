@@ -23,7 +23,7 @@ them, `path_effect` measures what one set of nodes does through another alone (p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,7 +46,8 @@ from lorsa_utils.heads.units import (
 from lorsa_utils.lorsa import SAE, Lorsa
 from lorsa_utils.models import LanguageModel, Replacement
 
-KINDS = ("lorsa", "sae", "mhsa")
+Elsewhere = Mapping[int, Activity]
+"""What removed nodes write instead, for each layer."""
 
 
 class Node(NamedTuple):
@@ -94,26 +95,9 @@ class SparseModel:
 
     def node(self, number: int) -> Node:
         """Layer and unit of a node number."""
-        for layer, columns in self.columns.items():
-            if columns.start <= number < columns.stop:
-                return Node(layer, None if number == columns.stop - 1 else number - columns.start)
-        raise UserError(f"There is no node {number} among {self.n_nodes}; choose one from 0 to {self.n_nodes - 1}.")
-
-    def number(self, node: Node) -> int:
-        """The number of a node.
-
-        Raises:
-            UserError: its layer is not decomposed, or has no such unit.
-        """
-        if node.layer not in self.columns:
-            known = ", ".join(str(layer) for layer in self.layers)
-            raise UserError(
-                f"Layer {node.layer} has no {self.kind} here (layers {known} have); train one with `lorsa train --layer`."
-            )
-        columns, n = self.columns[node.layer], self.layers[node.layer].n
-        if node.unit is not None and not 0 <= node.unit < n:
-            raise UserError(f"Layer {node.layer} has no unit {node.unit}; choose one from 0 to {n - 1}.")
-        return columns.start + (n if node.unit is None else node.unit)
+        layer = [layer for layer, columns in self.columns.items() if columns.start <= number][-1]
+        unit = number - self.columns[layer].start
+        return Node(layer, unit if unit < self.layers[layer].n else None)
 
     def mask(self, nodes: Sequence[int] | Tensor) -> Tensor:
         """A set of nodes as a mask [n_nodes] bool."""
@@ -154,17 +138,15 @@ class SparseModel:
         """The columns of each layer of a mask over nodes [..., n_nodes]."""
         return {layer: nodes[..., columns] for layer, columns in self.columns.items()}
 
-    def removed(self, nodes: Tensor, instead: Mapping[int, Activity]) -> contextlib.AbstractContextManager[None]:
+    def removed(self, nodes: Tensor, instead: Elsewhere) -> contextlib.AbstractContextManager[None]:
         """Inside the context some nodes write what they write elsewhere.
 
-        Args:
-            nodes: mask [n_nodes], [batch or 1, n_nodes] or, position by position, [batch or 1, length, n_nodes].
-            instead: activity of the nodes elsewhere, for each layer.
+        `nodes` is a mask [n_nodes], [batch or 1, n_nodes] or, position by position, [batch or 1, length, n_nodes].
         """
         return ablate(self.model, self.layers, self.by_layer(nodes), instead)
 
 
-def take_apart(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequence[int]) -> SparseModel:
+def decompose(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequence[int]) -> SparseModel:
     """A model with Lorsa heads or SAE features (layer -> module for raw activations) or MHSA heads (layers) as nodes.
 
     Raises:
@@ -184,32 +166,26 @@ def take_apart(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequen
 # ---- effects
 
 
-class Baseline(NamedTuple):
-    """What removed nodes write instead, for the prompts of one task."""
-
-    kind: str
-    """`zero`, `mean` or `resample`."""
-    activity: Mapping[int, Activity]
-
-    def rows(self, rows: slice) -> dict[int, Activity]:
-        """For some prompts."""
-        return {layer: activity.rows(rows) for layer, activity in self.activity.items()}
-
-
-def baseline(sparse: SparseModel, task: Task, kind: str = "resample") -> Baseline:
+def baseline(sparse: SparseModel, task: Task, kind: str = "resample") -> Elsewhere:
     """What removed nodes write instead: `zero`, `mean` over all tokens of the task's prompts, or `resample`.
 
     Raises:
         UserError: unknown kind.
     """
     if kind == "zero":
-        return Baseline(kind, sparse.zeros())
+        return sparse.zeros()
     if kind == "mean":
         ends = torch.arange(task.clean.shape[1]) <= task.position[:, None]
-        return Baseline(kind, sparse.means(torch.cat([task.clean, task.corrupted]), torch.cat([ends, ends])))
+        return sparse.means(torch.cat([task.clean, task.corrupted]), torch.cat([ends, ends]))
     if kind == "resample":
-        return Baseline(kind, sparse.read(task.corrupted))
+        return sparse.read(task.corrupted)
     raise UserError(f"Ablation {kind!r} is not one of zero, mean and resample.")
+
+
+def _batches(task: Task, instead: Elsewhere, batch_size: int) -> Iterator[tuple[slice, Task, Elsewhere]]:
+    for first in range(0, len(task.clean), batch_size):
+        rows = slice(first, first + batch_size)
+        yield rows, task.rows(rows), {layer: activity.rows(rows) for layer, activity in instead.items()}
 
 
 def last_logits(model: LanguageModel, tokens: Tensor, position: Tensor) -> Tensor:
@@ -230,7 +206,7 @@ def measure(
     sparse: SparseModel,
     task: Task,
     removed: Tensor,
-    instead: Baseline,
+    instead: Elsewhere,
     name: str = "logit_difference",
     batch_size: int = 32,
 ) -> Tensor:
@@ -240,9 +216,7 @@ def measure(
     `instead` is for the same prompts.
     """
     values = torch.zeros(len(removed), len(task.clean))
-    for first in range(0, len(task.clean), batch_size):
-        rows = slice(first, first + batch_size)
-        batch, elsewhere = task.rows(rows), instead.rows(rows)
+    for rows, batch, elsewhere in _batches(task, instead, batch_size):
         reference = clean_logits(sparse.model, batch, batch_size) if name == "kl" else None
         for number, nodes in enumerate(removed):
             with sparse.removed(nodes if nodes.dim() == 1 else nodes[rows], elsewhere):
@@ -255,7 +229,7 @@ def effects(
     sparse: SparseModel,
     task: Task,
     nodes: Sequence[int],
-    instead: Baseline,
+    instead: Elsewhere,
     name: str = "logit_difference",
     batch_size: int = 32,
 ) -> Tensor:
@@ -271,7 +245,7 @@ def effects(
 def attribute(
     sparse: SparseModel,
     task: Task,
-    instead: Baseline,
+    instead: Elsewhere,
     name: str = "logit_difference",
     steps: int = 1,
     batch_size: int = 16,
@@ -286,9 +260,7 @@ def attribute(
     Cost: one forward and backward pass for each batch, with more steps one for each layer and step.
     """
     scores = torch.zeros(len(task.clean), sparse.n_nodes)
-    for first in range(0, len(task.clean), batch_size):
-        rows = slice(first, first + batch_size)
-        batch, other = task.rows(rows), instead.rows(rows)
+    for rows, batch, other in _batches(task, instead, batch_size):
         clean = sparse.read(batch.clean)
         if steps == 1:
             slopes = gradients(sparse, batch, name, {}, list(sparse.layers))
@@ -306,7 +278,7 @@ def attribute(
 def gradients(
     sparse: SparseModel, task: Task, name: str, shifts: Mapping[int, Tensor], layers: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Gradient of the summed metric with respect to what layers write, where some outputs are shifted: [batch, length, d_model] each."""
+    """Gradient of the summed metric by what layers write, some of them shifted: [batch, length, d_model] each."""
     leaves: dict[int, Tensor] = {}
     reference = clean_logits(sparse.model, task) if name == "kl" else None
 
@@ -340,7 +312,7 @@ def path_effect(
     task: Task,
     senders: Sequence[int],
     receivers: Sequence[int],
-    instead: Baseline,
+    instead: Elsewhere,
     name: str = "logit_difference",
 ) -> Tensor:
     """The metric's fall when the change of the senders reaches the receivers alone, [n_prompts].
@@ -350,7 +322,7 @@ def path_effect(
     receivers would write is recorded. In the second only the receivers write that. Without receivers the result is the
     first pass's: the effect on the logits that passes through no other node.
     """
-    clean, other = sparse.read(task.clean), instead.activity
+    clean = sparse.read(task.clean)
     outputs = {layer: y for layer, (_, y) in sparse.model.capture(task.clean, list(sparse.layers)).items()}
     sent = sparse.by_layer(sparse.mask(senders)[None, None])
     live: dict[int, Activity] = {}
@@ -358,7 +330,7 @@ def path_effect(
     def freezer(layer: int) -> Replacement:
         def freeze(x: Tensor, y: Tensor) -> Tensor:
             live[layer] = sparse.layers[layer].activity(x.float(), y.float())
-            change = clean[layer].written(sent[layer]) - other[layer].written(sent[layer])
+            change = clean[layer].written(sent[layer]) - instead[layer].written(sent[layer])
             return outputs[layer] - change.to(y.dtype)
 
         return freeze

@@ -1,4 +1,4 @@
-"""Units of an attention layer: Lorsa heads, SAE features and MHSA heads behind one interface, and one way to remove them.
+"""Units of an attention layer, Lorsa heads, SAE features and MHSA heads, behind one interface; one way to remove them.
 
 Whatever the kind, a unit has at every token an activation, an exact split of that activation over source tokens, and a
 vector that it writes:
@@ -71,7 +71,7 @@ class Activity(abc.ABC):
 
     @abc.abstractmethod
     def written(self, mask: Tensor) -> Tensor:
-        """What some nodes write together: mask [batch or 1, length or 1, n_nodes] to [batch, length, d_model] (or broadcastable)."""
+        """What nodes write together, [batch, length, d_model], by share: mask [batch or 1, length or 1, n_nodes]."""
 
     @abc.abstractmethod
     def along(self, direction: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class ConstantActivity(Activity):
 
 
 class SparseActivity(Activity):
-    """Kept units, indices and values [batch, length, k], and the error, what they leave over of y [batch, length, d_model]."""
+    """Kept units, indices and values [batch, length, k]; the error is what they leave of y [batch, length, d_model]."""
 
     def __init__(self, module: SparseModule, indices: Tensor, values: Tensor, y: Tensor) -> None:
         self.module, self.indices, self.values, self.y = module, indices, values, y
@@ -174,12 +174,12 @@ class HeadActivity(Activity):
 
 
 class Units(abc.ABC):
-    """Units of one kind at one attention layer. x is what the layer reads and y what it writes, each [batch, length, d_model]."""
+    """Units of one kind at one layer. x is what the layer reads, y what it writes, each [batch, length, d_model]."""
 
     kind: str
     """`lorsa`, `sae` or `mhsa`."""
     label: str
-    """Name for people, plural."""
+    """Human-readable name, plural."""
     n: int
     """How many there are; the error node is not among them."""
 
@@ -197,13 +197,9 @@ class Units(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
-        """Read units at some queries of one sequence.
+        """Read units at queries, positions [n_queries], of one sequence (the number `place`) of a prepared batch.
 
-        Args:
-            batch: of `prepare`.
-            place: which sequence of it.
-            positions: queries, [n_queries].
-            maps: weights of source positions for each query, [n_maps, n_queries, length].
+        Maps are weights of source positions for each query, [n_maps, n_queries, length].
         """
 
     @abc.abstractmethod
@@ -425,9 +421,8 @@ def ablate(
     Args:
         model: the language model.
         units: layer to its units.
-        chosen: layer to nodes of it: unit numbers; unit to the share of it that is removed (1 all of it, 0 nothing, -1
-            makes it write twice as much); or a mask, for each sequence or position its own, which reaches the error too.
-            Where nothing is chosen the layer's output stays as it is, bit for bit.
+        chosen: layer to nodes of it: unit numbers; unit to the share of it that is removed (1 all of it, -1 makes it
+            write twice as much); or a mask. Where nothing is chosen the output stays as it is, bit for bit.
         instead: layer to what the nodes write in place, such as their mean or what they write on another prompt;
             nothing without it.
 
@@ -480,7 +475,7 @@ class Unembedding:
         self.gain = self.norm.weight.detach().float()  # type: ignore[operator]
 
     def directions(self, residual: Tensor, tokens: Tensor) -> Tensor:
-        """Directions whose dot product with a written vector is its direct effect on a token's logit (above the mean logit).
+        """Directions whose dot product with a written vector is its direct effect on a token's logit (above the mean).
 
         `residual` is what the last norm reads at each query, [n_queries, d_model], whose scale is taken as given;
         `tokens` [n_queries]; the result is [n_queries, d_model].
@@ -581,17 +576,17 @@ class Removals:
             UserError: there is no such unit.
         """
         indices = {name: units.check(chosen).to(self.model.device) for name, chosen in sets_of_units.items()}
-        parts: dict[str, list[Tensor]] = {name: [] for name in indices}
-        for some in torch.arange(len(self.prompts.tokens)).split(self.batch_size):
-            with self.model.resume(self.layer, self._residual[some]):
-                sides = self.model.capture(self.prompts.tokens[some], [self.layer])[self.layer]
+        places: dict[str, list[Tensor]] = {name: [] for name in indices}
+        for batch in torch.arange(len(self.prompts.tokens)).split(self.batch_size):
+            with self.model.resume(self.layer, self._residual[batch]):
+                sides = self.model.capture(self.prompts.tokens[batch], [self.layer])[self.layer]
             active = units.active(*(side.float() for side in sides))
             for name, chosen in indices.items():
-                parts[name].append(active[..., chosen].any(dim=-1).cpu())
-        return {name: torch.cat(some) for name, some in parts.items()}
+                places[name].append(active[..., chosen].any(dim=-1).cpu())
+        return {name: torch.cat(batches) for name, batches in places.items()}
 
     def effects(self, units: Units, sets_of_units: Mapping[str, Sequence[int]], progress: bool = False) -> pd.DataFrame:
-        """Effects of removing several sets of units, one row a set: `removed` (its name), `n`, and the fields of `Effect`.
+        """Effects of removing sets of units, one row per set: `removed` (its name), `n`, and the fields of `Effect`.
 
         Each set runs over the prompts in which one of its units is active; in all others nothing changes.
 

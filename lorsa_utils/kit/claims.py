@@ -13,10 +13,10 @@ data/paper/results.csv keeps the numbers of one run, from which README's table i
 from __future__ import annotations
 
 import csv
-import io
 import math
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +68,7 @@ COLUMNS = ("id", "claim", "source", "trust", "our number", "interval", "profile"
 
 _BEGIN, _END = "<!-- claims: written by lorsa claims --publish -->", "<!-- end of claims -->"
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+_COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
 class Number(NamedTuple):
@@ -85,16 +86,13 @@ class Claim:
     id: str
     """One of `ITEMS`."""
     claim: str
-    """In our words."""
     source: str
-    """Where the paper is said to say it."""
     trust: str
     """One of `TRUST`."""
     measure: str
     """What our number is; empty when there is none."""
     at: str
-    """`notebook/key`, or two of them joined by ` - `, ` + ` or ` / `; {layer}, {first} and {last} stand for layers of the profile,
-    {k} for its K."""
+    """`notebook/key`, or two joined by ` - `, ` + ` or ` / `; {layer}, {first}, {last} and {k} are the profile's."""
     bound: str
     """`> 0`, `>= 0`, `< 1`, `<= 1` or `0.1 .. 0.3`; empty when no number could settle the claim here."""
     why: str
@@ -109,11 +107,6 @@ class Finding:
     number: Number | None
     verdict: str
     why: str
-
-    @property
-    def notebook(self) -> str:
-        """Where the number comes from, empty when there is none."""
-        return ", ".join(dict.fromkeys(place.split("/")[0] for place in _places(self.claim.at)))
 
 
 # ---- reading
@@ -143,8 +136,9 @@ def read_claims(file: str | Path | None = None) -> list[Claim]:
 def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path} is missing; restore it from the repository.")
-    reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
-    rows = list(reader)
+    with open(path, encoding="utf-8", newline="") as handle:
+        reader = csv.DictReader(handle)
+        rows = list(reader)
     if tuple(reader.fieldnames or ()) != tuple(columns) or any(None in row or None in row.values() for row in rows):
         raise UserError(f"{path} must have the columns {', '.join(columns)} in every line; repair it.")
     return rows
@@ -155,7 +149,7 @@ def _problem(claim: Claim) -> str | None:
         return f"has the id {claim.id!r} and the trust {claim.trust!r}, of which one is unknown"
     if not claim.claim or not claim.source:
         return "has no claim or no source"
-    if claim.bound and not _bound(claim.bound):
+    if claim.bound and not _conditions(claim.bound):
         return f"has the bound {claim.bound!r}, which is none"
     if bool(claim.at) != bool(claim.measure):
         return "must say both where its number is and what it is, or neither"
@@ -164,14 +158,13 @@ def _problem(claim: Claim) -> str | None:
     return None
 
 
-def _bound(text: str) -> tuple[float, bool, float, bool] | None:
-    """Lowest, whether it is allowed, highest, whether it is allowed; None when the text is no bound."""
-    if match := re.fullmatch(rf"({_NUMBER}) \.\. ({_NUMBER})", text):
-        return float(match[1]), True, float(match[2]), True
-    if match := re.fullmatch(rf"(>=|>|<=|<) ({_NUMBER})", text):
-        at, closed = float(match[2]), match[1].endswith("=")
-        return (at, closed, math.inf, False) if match[1].startswith(">") else (-math.inf, False, at, closed)
-    return None
+def _conditions(bound: str) -> list[tuple[Callable[[float, float], bool], float]]:
+    """Comparisons that a number must pass; none when the text is no bound."""
+    if match := re.fullmatch(rf"({_NUMBER}) \.\. ({_NUMBER})", bound):
+        return [(operator.ge, float(match[1])), (operator.le, float(match[2]))]
+    if match := re.fullmatch(rf"(>=|>|<=|<) ({_NUMBER})", bound):
+        return [(_COMPARISONS[match[1]], float(match[2]))]
+    return []
 
 
 def _places(at: str) -> list[str]:
@@ -182,84 +175,53 @@ def _places(at: str) -> list[str]:
 
 
 def numbers(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]], profile: Profile) -> dict[str, Number]:
-    """What a run recorded for the claims.
-
-    Args:
-        claims: of `read_claims`.
-        results: of `notebook.read_results`.
-        profile: of the run.
-
-    Returns:
-        `at` of a claim to its number, where all of its parts were recorded.
-    """
-    found = {}
-    for at in {claim.at for claim in claims if claim.at}:
+    """`at` of a claim to what a run recorded there (`notebook.read_results`), where all of its parts were recorded."""
+    recorded = {}
+    for at in {claim.at for claim in claims}:
         parts = [_recorded(place, results, profile) for place in _places(at)]
-        if all(parts):
-            found[at] = _combine([part for part in parts if part], re.findall(r" ([-+/]) ", at))
-    return {at: number for at, number in found.items() if math.isfinite(number.value)}
+        if parts and None not in parts:
+            number = _combine([part for part in parts if part], re.findall(r" ([-+/]) ", at))
+            if math.isfinite(number.value):
+                recorded[at] = number
+    return recorded
 
 
 def _recorded(place: str, results: Mapping[str, Mapping[str, Any]], profile: Profile) -> Number | None:
-    """A recorded number.
-
-    Its interval is recorded with it as {value, low, high}, or beside it as key_low and key_high.
-    """
+    """A recorded number; its interval is recorded with it as {value, low, high} or beside it as key_low, key_high."""
     layers = {"layer": f"{profile.layer:02d}", "first": f"{profile.layers[0]:02d}", "last": f"{profile.layers[-1]:02d}"}
     name, pattern = place.split("/", 1)
     key, values = pattern.format(k=profile.k, **layers), results.get(name, {})
-    value = values.get(key)
+    value, low, high = values.get(key), values.get(f"{key}_low"), values.get(f"{key}_high")
     if isinstance(value, Mapping):
-        main = [item for part, item in value.items() if part not in ("low", "high") and isinstance(item, int | float)]
-        return Number(float(main[0]), value.get("low"), value.get("high")) if main else None
-    return (
-        Number(float(value), values.get(f"{key}_low"), values.get(f"{key}_high"))
-        if isinstance(value, int | float)
-        else None
-    )
+        low, high = value.get("low"), value.get("high")
+        rest = (item for part, item in value.items() if part not in ("low", "high"))
+        value = next((item for item in rest if isinstance(item, int | float)), None)
+    return Number(float(value), low, high) if isinstance(value, int | float) else None
 
 
 def _combine(parts: Sequence[Number], signs: Sequence[str]) -> Number:
-    if not signs:
-        return parts[0]
-    total = parts[0].value
-    for sign, part in zip(signs, parts[1:], strict=True):
-        total = (
-            total - part.value
-            if sign == "-"
-            else total + part.value
-            if sign == "+"
-            else total / part.value
-            if part.value
-            else math.nan
-        )
-    return Number(total)
+    """A sum, difference or ratio, without an interval; one part alone keeps its own."""
+    total = parts[0]
+    for sign, (value, *_) in zip(signs, parts[1:], strict=True):
+        ratio = total.value / value if value else math.nan
+        total = Number({"+": total.value + value, "-": total.value - value, "/": ratio}[sign])
+    return total
 
 
 def judge(number: Number, bound: str) -> str | None:
     """`HOLDS`, `FAILS`, or None when the interval reaches across the bound."""
-    limits = _bound(bound)
-    if limits is None:
-        raise UserError(f"{bound!r} is no bound; write it as `> 0`, `<= 1` or `0.1 .. 0.3`.")
-    lowest, with_lowest, highest, with_highest = limits
     ends = (number.value if number.low is None else number.low, number.value if number.high is None else number.high)
-    above = [end > lowest or (with_lowest and end == lowest) for end in ends]
-    below = [end < highest or (with_highest and end == highest) for end in ends]
-    if all(above) and all(below):
+    passed = [[compare(end, limit) for end in ends] for compare, limit in _conditions(bound)]
+    if all(all(both) for both in passed):
         return HOLDS
-    return FAILS if not above[1] or not below[0] else None
+    return None if all(any(both) for both in passed) else FAILS
 
 
-def findings(claims: Sequence[Claim], found: Mapping[str, Number]) -> list[Finding]:
-    """Every claim with its number and verdict.
-
-    Args:
-        claims: of `read_claims`.
-        found: of `numbers`.
-    """
+def findings(claims: Sequence[Claim], recorded: Mapping[str, Number]) -> list[Finding]:
+    """Every claim with its number, of `numbers`, and verdict."""
     rows = []
     for claim in claims:
-        number = found.get(claim.at)
+        number = recorded.get(claim.at)
         if claim.at and number is None:
             rows.append(Finding(claim, None, UNTESTED, "not run in this profile"))
         elif number is None or not claim.bound:
@@ -271,27 +233,26 @@ def findings(claims: Sequence[Claim], found: Mapping[str, Number]) -> list[Findi
     return rows
 
 
+def of_run(folder: str | Path, profile: str) -> list[Finding]:
+    """All claims with the numbers of a run folder."""
+    claims = read_claims()
+    return findings(claims, numbers(claims, notebook.read_results(folder), get_profile(profile)))
+
+
 # ---- tables
 
 
 def table(rows: Sequence[Finding], profile: str) -> pd.DataFrame:
     """The table of all claims, every cell filled: `COLUMNS`."""
     lines = []
-    for row in rows:
-        claim, number = row.claim, row.number
-        ours = f"{claim.measure}: {short(number.value)}" if number else "none"
-        interval = (
-            "none"
-            if number is None
-            else "one value"
-            if number.low is None
-            else f"{short(number.low)} to {short(number.high)}"
-        )
-        place = row.notebook.replace(", ", ",\n") or "none"
-        about = (claim.id, claim.claim, claim.source, claim.trust)
-        lines.append(
-            (*about, ours, interval, profile if number else "none", place, row.verdict, row.why or "no remark")
-        )
+    for claim, number, verdict, why in ((row.claim, row.number, row.verdict, row.why) for row in rows):
+        ours = interval = "none"
+        if number:
+            ours = f"{claim.measure}: {short(number.value)}"
+            interval = "one value" if number.low is None else f"{short(number.low)} to {short(number.high)}"
+        places = ",\n".join(dict.fromkeys(place.split("/")[0] for place in _places(claim.at))) or "none"
+        about = (claim.id, claim.claim, claim.source, claim.trust, ours, interval)
+        lines.append((*about, profile if number else "none", places, verdict, why or "no remark"))
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
@@ -305,17 +266,16 @@ def short(value: float | None) -> str:
 def count(rows: Sequence[Finding]) -> str:
     """How many claims hold, do not hold and were not tested, in a sentence."""
     verdicts = [row.verdict for row in rows]
-    return (
-        f"{len(rows)} statements: "
-        + ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in (HOLDS, FAILS, UNTESTED))
-        + "."
-    )
+    counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in (HOLDS, FAILS, UNTESTED))
+    return f"{len(rows)} statements: {counts}."
 
 
-def of_run(folder: str | Path, profile: str) -> list[Finding]:
-    """All claims with the numbers of a run folder."""
-    claims = read_claims()
-    return findings(claims, numbers(claims, notebook.read_results(folder), get_profile(profile)))
+def as_json(rows: Sequence[Finding]) -> list[dict[str, Any]]:
+    """The findings as JSON values."""
+    none = Number._make((None,) * 3)  # type: ignore[arg-type]
+    return [
+        asdict(row.claim) | (row.number or none)._asdict() | {"verdict": row.verdict, "why": row.why} for row in rows
+    ]
 
 
 # ---- publishing
@@ -324,19 +284,13 @@ _PUBLISHED = ("at", "value", "low", "high", "profile", "commit")
 
 
 def publish(folder: str | Path, profile: str, readme: str | Path) -> list[Finding]:
-    """Keep a run's numbers in results.csv and write README's table from them.
-
-    Args:
-        folder: run folder.
-        profile: its profile.
-        readme: the file with the two marks between which the table stands.
+    """Keep a run's numbers in results.csv and write README's table, between its two marks, from them.
 
     Raises:
         UserError: the run recorded nothing for the claims, or the file has no such marks.
     """
-    claims = read_claims()
-    found = numbers(claims, notebook.read_results(folder), get_profile(profile))
-    if not found:
+    recorded = numbers(read_claims(), notebook.read_results(folder), get_profile(profile))
+    if not recorded:
         raise UserError(f"{folder} has no recorded numbers for the claims; run `lorsa reproduce` first.")
     place = Path(readme)
     text = place.read_text(encoding="utf-8") if place.is_file() else ""
@@ -344,15 +298,14 @@ def publish(folder: str | Path, profile: str, readme: str | Path) -> list[Findin
         raise UserError(
             f"{place} has no place for the table; put the lines {_BEGIN!r} and {_END!r} where it shall stand."
         )
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_PUBLISHED)
     log = Path(folder) / "reproduce.json"
     runs = store.read_json(log) if log.is_file() else {}
-    for at, number in sorted(found.items()):
-        commit = runs.get(at.split("/")[0], {}).get("commit") or "unknown"
-        writer.writerow([at, *("" if value is None else f"{value:.6g}" for value in number), profile, commit])
-    store.write_text(paper_dir() / "results.csv", buffer.getvalue())
+    lines = [
+        (at, *number, profile, runs.get(at.split("/")[0], {}).get("commit") or "unknown")
+        for at, number in sorted(recorded.items())
+    ]
+    frame = pd.DataFrame(lines, columns=list(_PUBLISHED)).astype(dict.fromkeys(Number._fields, float))
+    store.write_text(paper_dir() / "results.csv", frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     before, after = text.split(_BEGIN)[0], text.split(_END)[1]
     store.write_text(place, f"{before}{_BEGIN}\n{published_table()}\n{_END}{after}")
     return published()[0]
@@ -367,7 +320,7 @@ def published() -> tuple[list[Finding], str]:
     file = paper_dir() / "results.csv"
     lines = _read_csv(file, _PUBLISHED)
     try:
-        found = {
+        recorded = {
             line["at"]: Number(
                 float(line["value"]), *(float(line[key]) if line[key] else None for key in ("low", "high"))
             )
@@ -375,34 +328,18 @@ def published() -> tuple[list[Finding], str]:
         }
     except ValueError as error:
         raise UserError(f"{file} holds something that is no number ({error}); run `lorsa claims --publish`.") from error
-    return findings(read_claims(), found), ", ".join(sorted({line["profile"] for line in lines})) or "none"
+    return findings(read_claims(), recorded), ", ".join(sorted({line["profile"] for line in lines})) or "none"
 
 
 def published_table() -> str:
     """README's table: numbers of results.csv, as Markdown."""
     rows, profile = published()
     shown = table(rows, profile)
-    shown["source"] = shown["source"] + " (" + shown["trust"] + ")"
-    shown["our number"] = shown["our number"] + [f" ({each})" if " to " in each else "" for each in shown["interval"]]
-    shown["notebook"] = shown["notebook"].str.replace(r"(\d\d)_\w+", r"\1", regex=True).str.replace("\n", " ")
+    shown["source"] += " (" + shown["trust"] + ")"
+    shown["our number"] += [f" ({interval})" if " to " in interval else "" for interval in shown["interval"]]
+    shown["notebook"] = shown["notebook"].str.replace(r"(\d\d)_\w+", r"\1", regex=True)
     shown["verdict"] = "**" + shown["verdict"] + "**"
     columns = ["id", "claim", "source", "our number", "notebook", "verdict", "why"]
     lines = [columns, ["---"] * len(columns), *shown[columns].to_numpy().tolist()]
-    cells = (
-        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-    )
+    cells = ("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
     return f"{count(rows)} Numbers are those of the {profile} profile.\n\n" + "\n".join(cells)
-
-
-def as_json(rows: Sequence[Finding]) -> list[dict[str, Any]]:
-    """The findings as JSON values."""
-    keys = ("value", "low", "high")
-    return [
-        {
-            **asdict(row.claim),
-            **dict(zip(keys, row.number or (None,) * 3, strict=True)),
-            "verdict": row.verdict,
-            "why": row.why,
-        }
-        for row in rows
-    ]

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -58,7 +59,7 @@ def _answer(name: str, function: str, values: Mapping[str, Any], as_json: bool) 
         with contextlib.redirect_stdout(sys.stderr):
             from lorsa_utils.kit import commands
 
-            answer = getattr(commands, function)(**values)
+            answer = getattr(commands, function)(SimpleNamespace(**values))
         code, lines = answer.pop("exit_code", 0), answer.pop("lines", None)
         if commands.IS_FIRST_PROCESS:
             print(json.dumps(answer, allow_nan=False) if as_json else _readable(lines or answer), flush=True)

@@ -1,6 +1,6 @@
 """What the commands of `lorsa` do: a function takes a command's options, declared in `cli`, and returns its answer.
 
-An answer is a dict of JSON values. `lines` in it is what people see in its place, `exit_code` is not shown.
+An answer is a dict of JSON values. `lines` in it is what people see in its place; `exit_code` is not shown.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace as Options
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorsa_utils import activations, metrics, store, training
+from lorsa_utils import activations, store, training
 from lorsa_utils.activations import ActivationCache, ActivationSource, ActivationStream
 from lorsa_utils.config import TrainConfig, get_preset
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
+from lorsa_utils.layer import Layer, run_config
+from lorsa_utils.lorsa import SAE, Lorsa, read_module_settings
 from lorsa_utils.models import LanguageModel, load_model, resolve_device
 from lorsa_utils.processes import World, join_world
-from lorsa_utils.text import Corpus, Sequences, bos_id, load_corpus, tokenize
+from lorsa_utils.text import Sequences, Text, load_text
 from lorsa_utils.training import RunSpec, make_logger, module_config
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lorsa_utils.autointerp.examples import Dictionary
+    from lorsa_utils.autointerp.judges import Answers, Judge
     from lorsa_utils.circuits.nodes import SparseModel
-    from lorsa_utils.heads.prompts import Vocabulary
     from lorsa_utils.heads.tasks import Task
 
-Paths = Sequence[str] | None
 Answer = dict[str, Any]
-
 IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
 """Of those that torchrun started."""
 FEW_NODES = 64
 """So many nodes of a circuit are ranked by removing each, more by gradients."""
 
 
-def note(text: str) -> None:
+def note(text: str | None) -> None:
     """Say something on stderr, once however many processes there are."""
-    if IS_FIRST_PROCESS:
+    if text and IS_FIRST_PROCESS:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -55,120 +55,10 @@ def _records(table: pd.DataFrame) -> list[Answer]:
     return [{key: None if value != value else value for key, value in row.items()} for row in table.to_dict("records")]
 
 
-# ---- text, and what a run folder was trained on
-
-
-def _corpus(text: Paths, dataset: str | None, n_tokens: int) -> tuple[Corpus, str | list[str]]:
-    """The text that the options ask for, and its name as it is saved with a run."""
-    corpus = load_corpus(text, dataset, max_tokens=n_tokens)
-    return corpus, [str(Path(path).absolute()) for path in text] if text else dataset or "embedded"
-
-
-def _splits(
-    model: LanguageModel,
-    text: Paths,
-    dataset: str | None,
-    tokens: int,
-    held_out_tokens: int,
-    context: int,
-    bos: str,
-    seed: int,
-) -> tuple[dict[str, Sequences], str | list[str]]:
-    """`train` and, where there is text to hold out, `held_out` sequences; and the text's name."""
-    corpus, name = _corpus(text, dataset, tokens + held_out_tokens)
-    parts = {"train": (corpus.train, tokens), "held_out": (corpus.held_out, held_out_tokens)}
-    return {
-        split: tokenize(documents, model.tokenizer, context=context, n_tokens=n, bos_policy=bos, seed=seed)
-        for split, (documents, n) in parts.items()
-        if documents or split == "train"
-    }, name
-
-
-def _require_finished(folder: Path) -> None:
-    read_module_settings(folder)
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
-
-
-def _run_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a finished run that says which model and layer it is for."""
-    _require_finished(folder)
-    config: dict[str, Any] = store.read_json(folder / "config.json")
-    if "source" not in config or config.get("layer") is None:
-        raise UserError(
-            f"{folder} does not say which model and layer it is for; import it again with --model and --layer."
-        )
-    return config
-
-
-def _model_of_run(folder: Path, source: Mapping[str, Any], override: str | None, device: str) -> LanguageModel:
-    """The very model that a run was trained on, in whichever dtype that was."""
-    name = override or source["model"]
-    revision = None if override else source["revision"]
-    # The hash of the weights depends on their dtype, which follows the machine that trained: try this machine's first.
-    here = torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
-    for dtype in dict.fromkeys((here, torch.float32, torch.bfloat16, torch.float16)):
-        model = load_model(name, revision=revision, device=device, dtype=dtype)
-        if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
-            raise UserError(
-                f"{name} has another tokenizer than the model that {folder} was trained on; "
-                "give that model with --model."
-            )
-        if model.fingerprint == source["model_sha256"]:
-            return model
-    raise UserError(
-        f"{name} is not the model that {folder} was trained on ({source['model']}, other weights); "
-        "give that one with --model."
-    )
-
-
-def _documents(text: Paths, trained_on: str | list[str] | None, n_tokens: int) -> list[Any]:
-    """What to measure on: all of the caller's text, else the held-out part of what the run was trained on."""
-    if text:
-        corpus, _ = _corpus(text, None, n_tokens)
-        return [*corpus.train, *corpus.held_out]
-    if trained_on is None:
-        raise UserError("This run does not say which text it was trained on; give a text with --text.")
-    if isinstance(trained_on, list):
-        if missing := [path for path in trained_on if not Path(path).exists()]:
-            raise UserError(f"The run's own text {missing[0]} is no longer there; give a text with --text.")
-        corpus, _ = _corpus(trained_on, None, n_tokens)
-    else:
-        corpus, _ = _corpus(None, None if trained_on == "embedded" else trained_on, 10 * n_tokens)
-    if not corpus.held_out:
-        note("The run's text is too short to hold a part of it out: results are measured on the training text.")
-    return corpus.held_out or corpus.train
-
-
-def _to_measure_on(
-    folder: Path, config: Mapping[str, Any], text: Paths, n_tokens: int, seed: int, model: str | None, device: str
-) -> tuple[LanguageModel, list[Any], Sequences]:
-    """The model of a run, documents, and these cut into sequences as the run's training text was."""
-    source = config["source"]
-    loaded = _model_of_run(folder, source, model, device)
-    documents = _documents(text, source.get("text"), n_tokens)
-    cut = {"context": source["context"], "bos_policy": source["bos_policy"]}
-    sequences = tokenize(documents, loaded.tokenizer, n_tokens=n_tokens, seed=seed, **cut)
-    if sequences.shortfall:
-        note(sequences.shortfall)
-    return loaded, documents, sequences
-
-
-def _tell_passes(model: LanguageModel, sequences: Sequences, batch_size: int, passes: int = 3) -> None:
-    """Say what passes of the model over the text cost when that is more than a minute."""
-    tokens, mask = sequences.tokens[:batch_size].to(model.device), sequences.mask[:batch_size].to(model.device)
-    began = time.perf_counter()
-    float(model.loss(tokens.long(), mask)[0].sum())  # reading a value waits for the device
-    seconds = passes * (time.perf_counter() - began) * len(sequences.tokens) / len(tokens)
-    if seconds > 60:
-        times = "Three passes" if passes == 3 else "One pass"
-        note(f"{times} of the model over {sequences.n_tokens:,} tokens: about {seconds / 60:.0f} minutes.")
-
-
 # ---- the machine
 
 
-def doctor(profile: str | None, preset: str | None) -> Answer:
+def doctor(options: Options) -> Answer:
     """What is here, what is missing, and what a profile or preset would cost."""
     import psutil
 
@@ -179,7 +69,7 @@ def doctor(profile: str | None, preset: str | None) -> Answer:
     from lorsa_utils.view.figures import can_draw_png
 
     memory, embedded = psutil.virtual_memory(), store.data_dir() / "models" / EMBEDDED_NAME
-    fetched = (embedded / "source.json").is_file()
+    fetched, images = (embedded / "source.json").is_file(), can_draw_png()
     answer: Answer = {
         **provenance(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
@@ -188,16 +78,16 @@ def doctor(profile: str | None, preset: str | None) -> Answer:
         "data": str(store.data_dir()),
         "disk_free_gb": round(store.free_bytes(store.data_dir()) / 1e9, 1),
         "embedded_model": str(embedded) if fetched else None,
-        "static_images": can_draw_png(),
-        "missing": _missing(fetched, can_draw_png()),
+        "static_images": images,
+        "missing": _missing(fetched, images),
     }
-    if profile:
+    if options.profile:
         minutes = None
         with contextlib.suppress(UserError):  # the package without its notebooks
-            minutes = expected_minutes(profile)
-        answer["estimate"] = presets.profile_estimate(profile, minutes)
-    if preset:
-        answer["preset"] = presets.preset_estimate(preset)
+            minutes = expected_minutes(options.profile)
+        answer["estimate"] = presets.profile_estimate(options.profile, minutes)
+    if options.preset:
+        answer["preset"] = presets.preset_estimate(options.preset)
     return answer
 
 
@@ -221,30 +111,27 @@ def _missing(fetched: bool, images: bool) -> list[str]:
     return missing
 
 
-def fetch(force: bool) -> Answer:
+def fetch(options: Options) -> Answer:
     """The embedded model, checked by its hash."""
     from lorsa_utils.fetch import fetch_embedded_model
 
-    folder = fetch_embedded_model(force=force)
-    recorded = store.read_json(folder / "source.json")["safetensors_sha256"]
-    digest = store.sha256_file(folder / "model.safetensors")
-    if digest != recorded:
-        raise UserError(
-            f"{folder / 'model.safetensors'} is damaged (another SHA-256 than when it was made); "
-            "run `lorsa fetch --force`."
-        )
+    folder = fetch_embedded_model(force=options.force)
+    weights = folder / "model.safetensors"
+    digest = store.sha256_file(weights)
+    if digest != store.read_json(folder / "source.json")["safetensors_sha256"]:
+        raise UserError(f"{weights} is damaged (another SHA-256 than when it was made); run `lorsa fetch --force`.")
     return {"path": str(folder), "sha256": digest}
 
 
-def bench(shape: Sequence[str], backend: Sequence[str] | None, rounds: int, device: str, out: str | None) -> Answer:
+def bench(options: Options) -> Answer:
     """Timings, added to a table."""
     from lorsa_utils.kit import bench
 
-    file = Path(out) if out else store.data_dir() / "benchmarks.csv"
+    file = Path(options.out or store.data_dir() / "benchmarks.csv")
     store.require_writable(file.parent)
     rows: list[Answer] = []
-    for name in shape:
-        measured = bench.measure(name, resolve_device(device), backend, rounds)
+    for shape in options.shape:
+        measured = bench.measure(shape, resolve_device(options.device), options.backend, options.rounds)
         bench.append_rows(measured, file)
         rows += _records(measured)
     return {"file": str(file), "rows": rows}
@@ -253,31 +140,31 @@ def bench(shape: Sequence[str], backend: Sequence[str] | None, rounds: int, devi
 # ---- the notebooks
 
 
-def _run_dir(run_dir: str | None, profile: str) -> Path:
-    return Path(run_dir) if run_dir else store.data_dir() / "runs" / profile
+def _run_dir(options: Options) -> Path:
+    return Path(options.run_dir or store.data_dir() / "runs" / options.profile)
 
 
-def reproduce(profile: str, only: Sequence[str] | None, force: bool, run_dir: str | None) -> Answer:
+def reproduce(options: Options) -> Answer:
     """The notebooks in order."""
     from lorsa_utils.kit import reproduce
 
-    statuses = reproduce.reproduce(profile, only, force, run_dir=run_dir)
+    statuses = reproduce.reproduce(options.profile, options.only, options.force, run_dir=options.run_dir)
     return {
-        "profile": profile,
-        "index": str(_run_dir(run_dir, profile) / "index.html"),
+        "profile": options.profile,
+        "index": str(_run_dir(options) / "index.html"),
         "notebooks": [status.to_dict() for status in statuses],
         "exit_code": int(any(status.status == "failed" for status in statuses)),
     }
 
 
-def claims(profile: str, run_dir: str | None, publish: bool) -> Answer:
+def claims(options: Options) -> Answer:
     """Claims, numbers, verdicts."""
     from lorsa_utils.kit import claims, notebook
 
-    folder = _run_dir(run_dir, profile)
-    profile = notebook.profile_of_run(folder, profile)
+    folder = _run_dir(options)
+    profile = notebook.profile_of_run(folder, options.profile)
     readme = store.CHECKOUT / "README.md"
-    rows = claims.publish(folder, profile, readme) if publish else claims.of_run(folder, profile)
+    rows = claims.publish(folder, profile, readme) if options.publish else claims.of_run(folder, profile)
     lines = {
         f"{row['id']} {row['claim']}": f"{row['verdict']} ({row['our number']})"
         for row in claims.table(rows, profile).to_dict("records")
@@ -289,37 +176,37 @@ def claims(profile: str, run_dir: str | None, publish: bool) -> Answer:
 # ---- training
 
 
-def cache(
-    layers: Sequence[int],
-    tokens: int,
-    out: str,
-    model: str,
-    text: Paths,
-    dataset: str | None,
-    context: int,
-    bos: str,
-    held_out_tokens: int,
-    seed: int,
-    batch_size: int,
-    device: str,
-    dtype: str,
-) -> Answer:
+def _text(options: Options, model: LanguageModel) -> Text:
+    return load_text(
+        model,
+        options.tokens,
+        options.text,
+        options.dataset,
+        held_out_tokens=options.held_out_tokens,
+        context=options.context,
+        bos_policy=options.bos,
+        seed=options.seed,
+    )
+
+
+def cache(options: Options) -> Answer:
     """Activations of several layers on disk, from one pass."""
-    language_model = load_model(model, device=device)
-    for layer in layers:
-        language_model.site(layer)
-    folder = store.require_writable(out)
-    splits, name = _splits(language_model, text, dataset, tokens, held_out_tokens, context, bos, seed)
-    if sentence := splits["train"].shortfall:
-        note(sentence)
+    model = load_model(options.model, device=options.device)
+    for layer in options.layers:
+        model.site(layer)
+    folder = store.require_writable(options.out)
+    text = _text(options, model)
+    note(text.train.shortfall)
+    splits = {split: part for split, part in text._asdict().items() if part}
     before = _cached(folder, "n_tokens")
     began = time.perf_counter()
-    activations.build_cache(language_model, splits, layers, folder, dtype=dtype, batch_size=batch_size, text=name)
+    how = {"dtype": options.dtype, "batch_size": options.batch_size, "text": text.train.origin}
+    activations.build_cache(model, splits, options.layers, folder, **how)
     seconds = time.perf_counter() - began
     return {
         "path": str(folder),
-        "tokens": splits["train"].n_tokens,
-        "held_out_tokens": splits["held_out"].n_tokens if "held_out" in splits else 0,
+        "tokens": text.train.n_tokens,
+        "held_out_tokens": text.held_out.n_tokens if text.held_out else 0,
         "bytes": _cached(folder, "bytes"),
         "tokens_per_s": (_cached(folder, "n_tokens") - before) / seconds,
         "seconds": seconds,
@@ -334,110 +221,95 @@ def _cached(folder: Path, key: str) -> int:
     return sum(shard[key] for entry in splits.values() for shard in entry["shards"])
 
 
-def train(
-    layer: Sequence[int],
-    out: str,
-    preset: str | None,
-    kind: str,
-    n_heads: int | None,
-    n_qk: int | None,
-    k: int,
-    model: str,
-    text: Paths,
-    dataset: str | None,
-    cache: str | None,
-    context: int,
-    bos: str,
-    held_out_tokens: int,
-    device: str,
-    resume: bool,
-    spread: str,
-    logger: str,
-    **settings: Any,
-) -> Answer:
-    """Train on activations from disk or on the way, then measure on held-out text; `settings`: of TrainConfig."""
-    if cache and (text or dataset):
+def train(options: Options) -> Answer:
+    """Train on activations from disk or on the way, then measure on held-out text."""
+    if options.cache and (options.text or options.dataset):
         raise UserError("A cache brings its own text; give either --cache or --text/--dataset.")
-    if preset and not (text or cache):
-        dataset = dataset or get_preset(preset).dataset
-    folders = {number: Path(out) / f"layer_{number}" if len(layer) > 1 else Path(out) for number in layer}
-    how = TrainConfig(**settings)
+    if options.preset and not (options.text or options.cache):
+        options.dataset = options.dataset or get_preset(options.preset).dataset
+    layers, out = options.layer, Path(options.out)
+    folders = {layer: out / f"layer_{layer}" if len(layers) > 1 else out for layer in layers}
     with join_world() as world:
-        if spread == "layers":
-            if world.size > len(layer):
-                raise UserError(f"{world.size} processes cannot share {len(layer)} layers; start fewer.")
-            layer = layer[world.rank :: world.size]
-        language_model = load_model(model, device=device)
-        sites = {number: language_model.site(number) for number in layer}
-        specs = [
-            RunSpec(f"{kind} {number}", number, module_config(site, kind, n_heads, n_qk, k), how, folders[number])
-            for number, site in sites.items()
-        ]
-        for spec in specs:
-            store.require_writable(spec.folder)
-        if cache:
-            sources = _cached_sources(cache, language_model, layer, bos)
+        if options.spread == "tokens":
+            answers = _train_layers(options, folders, world)
         else:
-            splits, name = _splits(language_model, text, dataset, how.tokens, held_out_tokens, context, bos, how.seed)
-            sources = {
-                split: ActivationStream(language_model, sequences, layer, name) for split, sequences in splits.items()
-            }
-        answers = _train_and_measure(
-            specs, sources, language_model, World() if spread == "layers" else world, resume, logger, out
-        )
-        if spread == "layers":
-            answers = world.gather(answers)
-    if len(folders) == 1 and answers:
-        return {"path": out, **answers[str(layer[0])]}
-    return {"path": out, "layers": answers}
+            if world.size > len(layers):
+                raise UserError(f"{world.size} processes cannot share {len(layers)} layers; start fewer.")
+            own = {layer: folders[layer] for layer in layers[world.rank :: world.size]}
+            answers = world.gather(_train_layers(options, own, World()))
+    if len(layers) == 1 and answers:
+        return {"path": options.out, **answers[str(layers[0])]}
+    return {"path": options.out, "layers": answers}
 
 
-def _cached_sources(folder: str, model: LanguageModel, layers: Sequence[int], bos: str) -> dict[str, ActivationCache]:
-    """Activations from the disk by split, of the layers, model and BOS policy asked for."""
-    policy = None if bos == "auto" else bos
-    sources = {"train": ActivationCache(folder, "train", model=model, bos_policy=policy)}
-    if missing := sorted(set(layers) - set(sources["train"].layers)):
-        raise UserError(f"{folder} holds layers {list(sources['train'].layers)}, not {missing[0]}; cache that layer.")
-    if "held_out" in store.read_json(Path(folder) / "manifest.json")["splits"]:
-        sources["held_out"] = ActivationCache(folder, "held_out", model=model)
-    return sources
-
-
-def _train_and_measure(
-    specs: Sequence[RunSpec],
-    sources: Mapping[str, ActivationSource],
-    model: LanguageModel,
-    world: World,
-    resume: bool,
-    logger: str,
-    out: str,
-) -> dict[str, dict[str, float]]:
-    """What is measured, by layer. The first process measures, the others return nothing."""
-    source, how = sources["train"], specs[0].train
-    if source.n_tokens < how.tokens:
-        note(f"The text holds {source.n_tokens:,} tokens, so it is read {how.tokens / source.n_tokens:.1f} times.")
-    if "held_out" not in sources:
-        note("The text is too short to hold a part of it out: results are measured on the training text.")
-    if not resume and (sentence := training.cost(specs, source, model)):
-        note(sentence)
-    log = make_logger(logger, out) if world.rank == 0 else None
-    held_out = sources.get("held_out", source)
-    measured = training.train(specs, source, held_out, model, resume=resume, logger=log, world=world)
+def _train_layers(options: Options, folders: Mapping[int, Path], world: World) -> dict[str, dict[str, float]]:
+    """Train and measure; what is measured, by layer. The first process measures, the others return nothing."""
+    model = load_model(options.model, device=options.device)
+    settings = TrainConfig(**{item.name: getattr(options, item.name) for item in fields(TrainConfig)})
+    specs = []
+    for layer, folder in folders.items():
+        shape = module_config(model.site(layer), options.kind, options.n_heads, options.n_qk, options.k)
+        specs.append(RunSpec(f"{options.kind} {layer}", layer, shape, settings, folder))
+    for folder in folders.values():
+        store.require_writable(folder)
+    source, held_out = _sources(options, model, list(folders))
+    note(None if options.resume else training.cost(specs, source, model))
+    logger = make_logger(options.logger, options.out) if world.rank == 0 else None
+    measured = training.train(specs, source, held_out, model, resume=options.resume, logger=logger, world=world)
     return {str(spec.layer): measured[spec.name] for spec in specs if spec.name in measured}
+
+
+def _sources(
+    options: Options, model: LanguageModel, layers: Sequence[int]
+) -> tuple[ActivationSource, ActivationSource]:
+    """Training and held-out activations, from the cache or computed on the way."""
+    train: ActivationSource
+    held_out: ActivationSource | None = None
+    if options.cache:
+        policy = None if options.bos == "auto" else options.bos
+        train = ActivationCache(options.cache, "train", model=model, bos_policy=policy)
+        if missing := sorted(set(layers) - set(train.layers)):
+            raise UserError(f"{options.cache} holds layers {list(train.layers)}, not {missing[0]}; cache that layer.")
+        if "held_out" in store.read_json(Path(options.cache) / "manifest.json")["splits"]:
+            held_out = ActivationCache(options.cache, "held_out", model=model)
+    else:
+        text = _text(options, model)
+        train = ActivationStream(model, text.train, layers, text.train.origin)
+        held_out = ActivationStream(model, text.held_out, layers, text.train.origin) if text.held_out else None
+    if train.n_tokens < options.tokens:
+        note(f"The text holds {train.n_tokens:,} tokens, so it is read {options.tokens / train.n_tokens:.1f} times.")
+    if held_out is None:
+        note("The text is too short to hold a part of it out: results are measured on the training text.")
+    return train, held_out or train
 
 
 # ---- what a trained module does
 
 
-def evaluate(folder: str, text: Paths, tokens: int, model: str | None, batch_size: int, device: str) -> Answer:
+def _text_for(layer: Layer, options: Options, seed: int | None = None) -> Sequences:
+    """The text that the options ask for, else the held-out part of the module's own."""
+    sequences = layer.text(options.tokens, options.text, seed)
+    note(sequences.shortfall)
+    return sequences
+
+
+def _tell_passes(model: LanguageModel, sequences: Sequences, batch_size: int, passes: str = "Three passes") -> None:
+    """Say what passes of the model over the text cost when that is more than a minute."""
+    tokens, mask = next(sequences.batches(batch_size, model.device))
+    began = time.perf_counter()
+    float(model.loss(tokens, mask)[0].sum())  # reading a value waits for the device
+    seconds = (3 if passes == "Three passes" else 1) * (time.perf_counter() - began)
+    minutes = seconds * len(sequences.tokens) / len(tokens) / 60
+    if minutes > 1:
+        note(f"{passes} of the model over {sequences.n_tokens:,} tokens: about {minutes:.0f} minutes.")
+
+
+def evaluate(options: Options) -> Answer:
     """Reconstruction and spliced loss on text of the caller's choice."""
-    place = Path(folder)
-    config, module = _run_config(place), load(folder)
-    seed = config.get("train", {}).get("seed", 0)
-    language_model, _, sequences = _to_measure_on(place, config, text, tokens, seed, model, device)
-    _tell_passes(language_model, sequences, batch_size)
-    module.to(language_model.device)
-    result = metrics.evaluate(module, config["layer"], language_model, sequences, batch_size, progress=True)
+    layer = Layer.from_pretrained(options.folder, options.model, options.device)
+    sequences = _text_for(layer, options)
+    _tell_passes(layer.model, sequences, options.batch_size)
+    result = layer.evaluate(sequences, options.batch_size, progress=True)
     if (result["fvu"] or 0) > 1:
         note(
             "Warning: FVU is above 1, worse than predicting the mean; "
@@ -446,104 +318,69 @@ def evaluate(folder: str, text: Paths, tokens: int, model: str | None, batch_siz
     return result
 
 
-def heads(
-    folder: str,
-    out: str,
-    text: Paths,
-    tokens: int,
-    removed: int,
-    seed: int,
-    model: str | None,
-    batch_size: int,
-    device: str,
-) -> Answer:
+def heads(options: Options) -> Answer:
     """Families, scores, logits and contexts of every head."""
     from lorsa_utils.heads import survey
 
-    place, file = Path(folder), Path(out)
-    config = _run_config(place)
-    if file.suffix != ".parquet":
-        raise UserError(f"The table is written as Parquet; give --out a name that ends in .parquet, not {file.name}.")
-    lorsa = Lorsa.load(folder)
-    store.require_writable(file.parent)
-    language_model, documents, sequences = _to_measure_on(place, config, text, tokens, seed, model, device)
+    out = Path(options.out)
+    if out.suffix != ".parquet":
+        raise UserError(f"The table is written as Parquet; give --out a name that ends in .parquet, not {out.name}.")
+    store.require_writable(out.parent)
+    layer = Layer.from_pretrained(options.folder, options.model, options.device)
+    lorsa, sequences = layer.lorsa, _text_for(layer, options, options.seed)
+    documents = [(document.id, document.text) for document in sequences.documents]
+    how = {"removed": options.removed, "seed": options.seed, "batch_size": options.batch_size}
     began = time.perf_counter()
     with torch.no_grad():
-        description = survey.describe(
-            language_model,
-            config["layer"],
-            lorsa.to(language_model.device),
-            sequences,
-            [(document.id, document.text) for document in documents],
-            removed=removed,
-            seed=seed,
-            batch_size=batch_size,
-        )
-    table, discovery = description.table, description.discovery
-    with store.atomic_path(file) as temporary:
-        table.to_parquet(temporary, index=False)
-    for sentence in discovery.skipped.values():
+        seen = survey.describe(layer.model, layer.number, lorsa, sequences, documents, **how)
+    with store.atomic_path(out) as temporary:
+        seen.table.to_parquet(temporary, index=False)
+    for sentence in seen.discovery.skipped.values():
         note(sentence)
     return {
-        "path": str(file),
-        "heads": len(table),
-        "dead_fraction": float(table["dead"].mean()),
-        "families": discovery.counts(),
-        "skipped": discovery.skipped,
+        "path": str(out),
+        "heads": len(seen.table),
+        "dead_fraction": float(seen.table["dead"].mean()),
+        "families": seen.discovery.counts(),
+        "skipped": seen.discovery.skipped,
         "n_tokens": sequences.n_tokens,
         "seconds": time.perf_counter() - began,
     }
 
 
-def show(
-    folder: str,
-    head: Sequence[int],
-    out: str,
-    table: str | None,
-    explanations: str | None,
-    sae: str | None,
-    transcoder: str | None,
-    text: Paths,
-    tokens: int,
-    seed: int,
-    model: str | None,
-    batch_size: int,
-    device: str,
-) -> Answer:
+def show(options: Options) -> Answer:
     """Pages of heads."""
-    from lorsa_utils.heads import units
     from lorsa_utils.view import pages
     from lorsa_utils.view.evidence import Evidence
 
-    place, target, chosen = Path(folder), Path(out), list(dict.fromkeys(head))
-    config, lorsa = _run_config(place), Lorsa.load(folder)
-    layer = config["layer"]
-    units.LorsaHeads(lorsa).check(chosen)
-    is_page = target.suffix in (".html", ".htm")
+    out, chosen = Path(options.out), list(dict.fromkeys(options.head))
+    is_page = out.suffix in (".html", ".htm")
     if is_page != (len(chosen) == 1):
         fitting = "a file name that ends in .html" if len(chosen) == 1 else "a folder"
-        raise UserError(f"For {len(chosen)} page{'s' * (len(chosen) > 1)} give --out {fitting}, not {target.name}.")
-    store.require_writable(target.parent if is_page else target)
+        raise UserError(f"For {len(chosen)} page{'s' * (len(chosen) > 1)} give --out {fitting}, not {out.name}.")
+    number = run_config(options.folder)["layer"]
     beside = {
-        "sae": _beside(sae, "sae", layer),
-        "transcoder": _beside(transcoder, "transcoder", layer),
-        "table": _table_of_heads(table or place / "heads.parquet", required=table is not None),
-        "explanations": _explanations(explanations, layer),
+        "sae": _beside(options.sae, "sae", number),
+        "transcoder": _beside(options.transcoder, "transcoder", number),
+        "table": _table_of_heads(options.table, Path(options.folder) / "heads.parquet"),
+        "explanations": _explanations(options.explanations, number),
     }
-    language_model, _, sequences = _to_measure_on(place, config, text, tokens, seed, model, device)
+    layer = Layer.from_pretrained(options.folder, options.model, options.device)
+    lorsa = layer.lorsa
+    layer.units.check(chosen)
+    store.require_writable(out.parent if is_page else out)
+    sequences = _text_for(layer, options, options.seed)
+    how = {"batch_size": options.batch_size, "seed": options.seed}
     began = time.perf_counter()
-    lorsa.to(language_model.device)
-    with torch.no_grad():
-        evidence = Evidence.gather(
-            language_model, layer, lorsa, sequences, batch_size=batch_size, seed=seed, **beside
-        ).heads(chosen)
-        if is_page:
-            store.write_text(target, pages.head_page(next(evidence)))
-            written = [target]
-        else:
-            written = [*pages.write_pages(evidence, target, chosen).values()]
-    answer: Answer = {"path": str(target)} | ({} if is_page else {"pages": [str(path) for path in written]})
-    return answer | {"bytes": sum(path.stat().st_size for path in written), "seconds": time.perf_counter() - began}
+    evidence = Evidence.gather(layer.model, number, lorsa, sequences, **beside, **how).heads(chosen)
+    answer: Answer = {"path": str(out)}
+    if is_page:
+        store.write_text(out, pages.head_page(next(evidence)))
+        files = [out]
+    else:
+        files = [*pages.write_pages(evidence, out, chosen).values()]
+        answer["pages"] = [str(file) for file in files]
+    return answer | {"bytes": sum(file.stat().st_size for file in files), "seconds": time.perf_counter() - began}
 
 
 def _beside(folder: str | None, kind: str, layer: int) -> SAE | None:
@@ -565,21 +402,24 @@ def _explanations(path: str | None, layer: int) -> dict[int, tuple[str | None, f
     try:
         scores = pd.read_parquet(path)
         own = scores[(scores["dictionary"] == "Lorsa") & (scores["layer"] == layer) & scores["explanation"].notna()]
-        detection = (own["detection"] if "detection" in own else pd.Series(math.nan, index=own.index)).tolist()
-        rows = zip(own["unit"].tolist(), own["explanation"].tolist(), detection, strict=True)
-        return {int(unit): (str(text), None if math.isnan(score) else float(score)) for unit, text, score in rows}
+        own = own.assign(detection=own.get("detection", math.nan)).to_dict("records")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} cannot be read as a table of explanations; make it with `lorsa autointerp`."
         ) from error
+    return {
+        int(row["unit"]): (row["explanation"], None if math.isnan(row["detection"]) else float(row["detection"]))
+        for row in own
+    }
 
 
-def _table_of_heads(path: str | Path, required: bool) -> pd.DataFrame | None:
-    """The Parquet table of `lorsa heads`, None when it is not there and need not be."""
+def _table_of_heads(path: str | None, usual: Path) -> pd.DataFrame | None:
+    """The Parquet table of `lorsa heads`; where none is asked for the usual one, if it is there."""
     import pandas as pd
 
-    if not required and not Path(path).is_file():
+    if path is None and not usual.is_file():
         return None
+    path = path or str(usual)
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
@@ -589,119 +429,109 @@ def _table_of_heads(path: str | Path, required: bool) -> pd.DataFrame | None:
     return table
 
 
+def _layers(options: Options, shared: Sequence[str]) -> list[Layer]:
+    """Layers of the run folders, on one model; `shared`: what their sources must have in common."""
+    folders = options.folders
+    sources = [run_config(folder)["source"] for folder in folders]
+    for folder, source in zip(folders, sources, strict=True):
+        for key in shared:
+            if source[key] != sources[0][key]:
+                raise UserError(
+                    f"{folder} and {folders[0]} differ in {key.removesuffix('_sha256')}; give runs that share it."
+                )
+    first = Layer.from_pretrained(folders[0], options.model, options.device)
+    return [first, *(Layer.from_pretrained(folder, first.model) for folder in folders[1:])]
+
+
 # ---- explanations
 
 
-def autointerp(
-    folders: Sequence[str],
-    out: str,
-    backend: str,
-    units: int,
-    judge_model: str | None,
-    answers: str | None,
-    scorers: Sequence[str],
-    yes: bool,
-    prices: tuple[float, float] | None,
-    concurrency: int,
-    text: Paths,
-    tokens: int,
-    seed: int,
-    model: str | None,
-    batch_size: int,
-    device: str,
-) -> Answer:
+def autointerp(options: Options) -> Answer:
     """Explanations, scores, tests."""
     from lorsa_utils.autointerp import examples, judges, study
 
     began = time.perf_counter()
-    study.check_scorers(scorers)
-    dictionaries, config = _dictionaries(folders)
-    place = store.require_writable(out)
-    if backend == "openai" and not judge_model:
-        raise UserError("The openai backend needs the name of a model; give it with --judge-model.")
-    if backend == "replay" and not answers:
-        raise UserError("The replay backend needs recorded answers; give an answers.jsonl with --answers.")
-    kept = judges.Answers(place / "answers.jsonl" if backend in ("local", "openai") else None)
-    with contextlib.closing(kept):
-        judge: judges.Judge | None = None
-        if backend == "rules":
-            judge = judges.RulesJudge()
-        elif backend == "replay":
-            judge = judges.ReplayJudge(str(answers), judge_model)
-        elif backend == "openai":
-            judge = judges.OpenAIJudge(str(judge_model), kept, concurrency)
-        language_model, _, sequences = _to_measure_on(Path(folders[0]), config, text, tokens, seed, model, device)
+    study.check_scorers(options.scorers)
+    out = store.require_writable(options.out)
+    has_answers = options.backend in ("local", "openai")
+    with contextlib.closing(judges.Answers(out / "answers.jsonl" if has_answers else None)) as answers:
+        judge = _judge(options, answers)
+        layers = _layers(options, ("model_sha256", "context", "bos_policy"))
+        model, dictionaries = layers[0].model, _dictionaries(layers)
         if judge is None:
-            own = load_model(judge_model, device=device) if judge_model else language_model
-            judge = judges.LocalJudge(own, kept)
-        layers = sorted({item.layer for item in dictionaries})
-        moved = [item._replace(module=item.module.to(language_model.device)) for item in dictionaries]
-        budget, sites = examples.Budget(units=units), {layer: language_model.site(layer) for layer in layers}
-        _tell_passes(language_model, sequences, batch_size, passes=1)
-        stream = ActivationStream(language_model, sequences, layers)
-        tokenizer = language_model.tokenizer
-        words, firings = examples.collect(stream, moved, sites, tokenizer, budget, batch_size, seed)
-        sets = [examples.examples(firing, words, budget, seed) for firing in firings]
-        expected = study.estimate(sets, words, scorers, prices=prices)
-        study.confirmed(judge, expected, lambda sentence: _agreed(sentence, yes))
-        scores = study.study(sets, words, judge, scorers, seed=seed)
-    with store.atomic_path(place / "scores.parquet") as temporary:
+            own = load_model(options.judge_model, device=options.device) if options.judge_model else model
+            judge = judges.LocalJudge(own, answers)
+        sequences = _text_for(layers[0], options, options.seed)
+        budget, sites = examples.Budget(units=options.units), {layer.number: layer.site for layer in layers}
+        _tell_passes(model, sequences, options.batch_size, "One pass")
+        stream = ActivationStream(model, sequences, sorted(sites))
+        draws = (budget, options.batch_size, options.seed)
+        text, firings = examples.collect(stream, dictionaries, sites, model.tokenizer, *draws)
+        sets = [examples.examples(firing, text, budget, options.seed) for firing in firings]
+        expected = study.estimate(sets, text, options.scorers, prices=options.prices)
+        study.confirmed(judge, expected, lambda sentence: _agreed(sentence, options.yes))
+        scores = study.study(sets, text, judge, options.scorers, seed=options.seed)
+    with store.atomic_path(out / "scores.parquet") as temporary:
         scores.to_parquet(temporary, index=False)
-    tests, outcomes = _tests(scores, {item.name for item in dictionaries}, scorers, seed, place / "tests.csv")
     answer = {
-        "path": str(place),
+        "path": str(out),
         "judge": judge.name + (" (a proxy: no language model)" if judge.is_proxy else ""),
         "prompts_sha256": judges.prompts_sha256(),
         "unreadable": f"{judge.tally.failed} of {judge.tally.asked} answers",
         "constant": study.constant_answer(sets[0]),
-        "scores": _records(study.summary(scores, seed=seed)),
-        "tests": tests,
-        "outcomes": outcomes,
+        "scores": _records(study.summary(scores, seed=options.seed)),
+        **_tests(scores, {item.name for item in dictionaries}, options, out / "tests.csv"),
         "left_out": {f"{item.dictionary.name} {item.dictionary.layer}": item.left_out for item in sets},
         "n_tokens": sequences.n_tokens,
         "seconds": time.perf_counter() - began,
     }
-    store.write_json(place / "results.json", answer)
+    store.write_json(out / "results.json", answer)
     return answer
 
 
-def _tests(
-    scores: pd.DataFrame, names: set[str], scorers: Sequence[str], seed: int, file: Path
-) -> tuple[list[Answer], list[Answer]]:
-    """Tests of two dictionaries against each other, and how they came out; nothing where no layer has both."""
-    from lorsa_utils.autointerp import study
+def _judge(options: Options, answers: Answers) -> Judge | None:
+    """Who explains and judges; None for a local model, which is loaded later."""
+    from lorsa_utils.autointerp import judges
 
-    if len(names) != 2:
-        return [], []
-    first, second = sorted(names, key=lambda name: name != "Lorsa")
-    try:
-        tests = study.compare(scores, first, second, scorers, seed)
-    except UserError:  # no layer has both
-        return [], []
-    store.write_text(file, tests.to_csv(index=False))
-    return _records(tests), _records(study.outcomes(tests))
+    if options.backend == "rules":
+        return judges.RulesJudge()
+    if options.backend == "openai":
+        if not options.judge_model:
+            raise UserError("The openai backend needs the name of a model; give it with --judge-model.")
+        return judges.OpenAIJudge(options.judge_model, answers, options.concurrency)
+    if options.backend == "replay":
+        if not options.answers:
+            raise UserError("The replay backend needs recorded answers; give an answers.jsonl with --answers.")
+        return judges.ReplayJudge(options.answers, options.judge_model)
+    return None
 
 
-def _dictionaries(folders: Sequence[str]) -> tuple[list[Dictionary], dict[str, Any]]:
-    """Modules of several run folders that read the same model and text, and the config of the first."""
+def _dictionaries(layers: Sequence[Layer]) -> list[Any]:
+    """Modules under the names of their kinds, with the folder's where a layer has two of a kind."""
     from lorsa_utils.autointerp.examples import Dictionary
 
     dictionaries: list[Dictionary] = []
-    configs = [_run_config(Path(folder)) for folder in folders]
-    for folder, config in zip(folders, configs, strict=True):
-        module = load(folder)
-        if module.config.kind == "transcoder":
-            raise UserError(f"{folder} holds a transcoder, which has no source tokens; give Lorsa and SAE runs.")
-        name = "Lorsa" if isinstance(module, Lorsa) else "SAE"
-        if any((item.name, item.layer) == (name, config["layer"]) for item in dictionaries):
-            name = f"{name} {Path(folder).name}"
-        dictionaries.append(Dictionary(name, config["layer"], module))
-        for key in ("model_sha256", "context", "bos_policy"):
-            if config["source"][key] != configs[0]["source"][key]:
-                raise UserError(
-                    f"{folder} and {folders[0]} differ in {key.removesuffix('_sha256')}; give runs that share it."
-                )
-    return dictionaries, configs[0]
+    for layer in layers:
+        if layer.module.config.kind == "transcoder":
+            raise UserError(f"{layer.folder} holds a transcoder, which has no source tokens; give Lorsa and SAE runs.")
+        name = "Lorsa" if isinstance(layer.module, Lorsa) else "SAE"
+        if any((item.name, item.layer) == (name, layer.number) for item in dictionaries):
+            name = f"{name} {Path(str(layer.folder)).name}"
+        dictionaries.append(Dictionary(name, layer.number, layer.module))
+    return dictionaries
+
+
+def _tests(scores: pd.DataFrame, names: set[str], options: Options, file: Path) -> Answer:
+    """Tests of two dictionaries against each other and how they came out; empty where no layer has both."""
+    from lorsa_utils.autointerp import study
+
+    if len(names) == 2:
+        first, second = sorted(names, key=lambda name: name != "Lorsa")
+        with contextlib.suppress(UserError):
+            tests = study.compare(scores, first, second, options.scorers, options.seed)
+            store.write_text(file, tests.to_csv(index=False))
+            return {"tests": _records(tests), "outcomes": _records(study.outcomes(tests))}
+    return {"tests": [], "outcomes": []}
 
 
 def _agreed(sentence: str, yes: bool) -> bool:
@@ -718,53 +548,35 @@ def _agreed(sentence: str, yes: bool) -> bool:
 # ---- circuits
 
 
-def circuit(
-    folders: Paths,
-    nodes: str,
-    task: str,
-    prompts: str | None,
-    layers: Sequence[int] | None,
-    metric: str,
-    ablation: str,
-    pairs: int,
-    graph: str | None,
-    traced: int,
-    out: str | None,
-    seed: int,
-    model: str | None,
-    batch_size: int,
-    device: str,
-) -> Answer:
+def circuit(options: Options) -> Answer:
     """Accuracy, ranking, faithfulness and completeness, errors, and one prompt's graph."""
     from lorsa_utils.circuits import faithfulness
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits.nodes import baseline, clean_logits, effects
     from lorsa_utils.heads import tasks
 
     began = time.perf_counter()
-    for path in filter(None, (graph, out)):
+    for path in filter(None, (options.graph, options.out)):
         store.require_writable(Path(path).parent)
-    sparse, vocabulary = _sparse_model([Path(folder) for folder in folders or ()], nodes, layers, model, device)
-    if prompts:
-        pairs_of = tasks.from_texts(vocabulary, Path(prompts).stem, _own_pairs(Path(prompts)))
-    else:
-        pairs_of = tasks.make(task, vocabulary, max(4, pairs), seed)
-    accuracy = tasks.accuracy(circuits.clean_logits(sparse.model, pairs_of, batch_size), pairs_of)
-    tasks.require_able(pairs_of.name, accuracy)
-    _tell_curves(sparse, pairs_of, batch_size)
+    sparse, task = _sparse_model(options)
+    batch_size, metric, nodes = options.batch_size, options.metric, options.nodes
+    accuracy = tasks.accuracy(clean_logits(sparse.model, task, batch_size), task)
+    tasks.require_able(task.name, accuracy)
+    _tell_curves(sparse, task, batch_size)
+    settings = (metric, options.ablation)
     curves = faithfulness.compare(
-        {nodes: sparse}, pairs_of, metric, ablation, seed, exact_up_to=FEW_NODES, batch_size=batch_size
+        {nodes: sparse}, task, *settings, options.seed, exact_up_to=FEW_NODES, batch_size=batch_size
     )
-    table = faithfulness.curve_table(curves, seed)
-    if out:
-        store.write_text(out, table.to_csv(index=False))
-    discovery, held_out = pairs_of.split()
-    instead = circuits.baseline(sparse, held_out, ablation)
-    scores = faithfulness.rank_scores(sparse, discovery, metric, ablation, FEW_NODES, batch_size)
+    table = faithfulness.curve_table(curves, options.seed)
+    if options.out:
+        store.write_text(options.out, table.to_csv(index=False))
+    discovery, held_out = task.split()
+    instead = baseline(sparse, held_out, options.ablation)
+    scores = faithfulness.rank_scores(sparse, discovery, *settings, FEW_NODES, batch_size)
     order = faithfulness.ranking(scores, sparse.error_nodes)[:10]
-    effects = circuits.effects(sparse, held_out, order, instead, metric, batch_size).mean(dim=1).tolist()
+    falls = effects(sparse, held_out, order, instead, metric, batch_size).mean(dim=1).tolist()
     errors = faithfulness.error_shares(sparse, held_out, instead, metric, batch_size).iloc[-1]
     return {
-        "task": pairs_of.name,
+        "task": task.name,
         "nodes": nodes,
         "layers": list(sparse.layers),
         "accuracy": accuracy,
@@ -772,46 +584,43 @@ def circuit(
         "metric_without_the_layers": float(curves[nodes].none.mean()),
         "error_share": float(errors["errors"]),
         "circuit": [
-            {"node": str(sparse.node(node)), "effect": effect} for node, effect in zip(order, effects, strict=True)
+            {"node": str(sparse.node(node)), "effect": effect} for node, effect in zip(order, falls, strict=True)
         ],
         "curves": _records(table),
-        "graph": _graph(graph, sparse, pairs_of, vocabulary, traced) if graph else None,
+        "graph": _graph(options, sparse, task) if options.graph else None,
         "seconds": time.perf_counter() - began,
     }
 
 
-def _sparse_model(
-    folders: Sequence[Path], nodes: str, layers: Sequence[int] | None, model: str | None, device: str
-) -> tuple[SparseModel, Vocabulary]:
-    """The model with its layers decomposed, and its vocabulary."""
-    from lorsa_utils.circuits.nodes import take_apart
+def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
+    """The model with its layers decomposed, and the task's prompts or the caller's own."""
+    from lorsa_utils.circuits.nodes import decompose
+    from lorsa_utils.heads import tasks
     from lorsa_utils.heads.prompts import Vocabulary
+    from lorsa_utils.text import bos_id
 
-    def with_words(bos_policy: str, modules: Any) -> tuple[SparseModel, Vocabulary]:
-        tokenizer = language_model.tokenizer
-        return take_apart(language_model, modules), Vocabulary(tokenizer, bos_id(tokenizer, bos_policy))
-
-    if not folders:
-        if nodes != "mhsa" or not layers:
-            raise UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
-        language_model = load_model(model or "smollm2", device=device)
-        return with_words("auto", layers)
-    configs = [_run_config(folder) for folder in folders]
-    if len({config["source"]["model_sha256"] for config in configs}) > 1:
-        raise UserError("These runs were trained on different models; give runs of one model.")
-    layers = [config["layer"] for config in configs]
-    if twice := [layer for layer in layers if layers.count(layer) > 1]:
-        raise UserError(f"Layer {twice[0]} is given twice; give one run folder for each layer.")
-    language_model = _model_of_run(folders[0], configs[0]["source"], model, device)
-    bos_policy = configs[0]["source"]["bos_policy"]
-    if nodes == "mhsa":
-        return with_words(bos_policy, layers)
-    modules = {}
-    for folder, layer, kind in zip(folders, layers, (config["module"]["kind"] for config in configs), strict=True):
-        if kind != nodes:
-            raise UserError(f"{folder} holds a {kind}, not a {nodes}; give --nodes or the folder that fits.")
-        modules[layer] = load(folder, language_model.device)
-    return with_words(bos_policy, modules)
+    bos_policy, modules = "auto", options.layers
+    if options.folders:
+        layers = _layers(options, ("model_sha256",))
+        numbers = [layer.number for layer in layers]
+        if twice := [number for number in numbers if numbers.count(number) > 1]:
+            raise UserError(f"Layer {twice[0]} is given twice; give one run folder for each layer.")
+        for layer in layers:
+            if options.nodes not in ("mhsa", kind := layer.module.config.kind):
+                raise UserError(
+                    f"{layer.folder} holds a {kind}, not a {options.nodes}; give --nodes or the folder that fits."
+                )
+        model, bos_policy = layers[0].model, layers[0].config["source"]["bos_policy"]
+        modules = numbers if options.nodes == "mhsa" else {layer.number: layer.module for layer in layers}
+    elif options.nodes == "mhsa" and options.layers:
+        model = load_model(options.model or "smollm2", device=options.device)
+    else:
+        raise UserError("No run folder was given; name those of `lorsa train`, or take --nodes mhsa with --layers.")
+    sparse = decompose(model, modules)
+    vocabulary = Vocabulary(model.tokenizer, bos_id(model.tokenizer, bos_policy))
+    if options.prompts:
+        return sparse, tasks.from_texts(vocabulary, Path(options.prompts).stem, _own_pairs(Path(options.prompts)))
+    return sparse, tasks.make(options.task, vocabulary, max(4, options.pairs), options.seed)
 
 
 def _own_pairs(path: Path) -> list[dict[str, Any]]:
@@ -831,79 +640,81 @@ def _own_pairs(path: Path) -> list[dict[str, Any]]:
 
 def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
     """Say what the curves cost when that is more than a minute."""
-    from lorsa_utils.circuits import nodes as circuits
     from lorsa_utils.circuits.faithfulness import usual_sizes
+    from lorsa_utils.circuits.nodes import baseline, measure
 
     batch, everything = task.rows(slice(0, batch_size)), torch.ones(1, sparse.n_nodes, dtype=torch.bool)
     began = time.perf_counter()
-    circuits.measure(sparse, batch, everything, circuits.baseline(sparse, batch), batch_size=batch_size)
+    measure(sparse, batch, everything, baseline(sparse, batch), batch_size=batch_size)
     passes = 3 * len(usual_sizes(sparse.n_nodes)) + 20
     seconds = (time.perf_counter() - began) / len(batch) * len(task) / 2 * passes
     if seconds > 60:
         note(f"About {passes} passes over {len(task) // 2} prompts: {seconds / 60:.0f} minutes.")
 
 
-def _graph(path: str, sparse: SparseModel, task: Task, vocabulary: Vocabulary, traced: int) -> Answer:
+def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
     """Trace the first prompt and write its graph."""
     from lorsa_utils.circuits import graph
-    from lorsa_utils.circuits import nodes as circuits
+    from lorsa_utils.circuits.nodes import clean_logits
 
     first = task.rows(slice(0, 1))
     answers, wrong = ([token for token in side[0].tolist() if token >= 0] for side in (first.answers, first.wrong))
     trace = graph.Trace(sparse, first.clean[0, : int(first.position[0]) + 1], answers, wrong)
-    traced_graph = graph.trace_graph(trace, task.name, vocabulary.tokenizer, n_traced=traced, progress=True)
+    traced = graph.trace_graph(trace, task.name, sparse.model.tokenizer, n_traced=options.traced, progress=True)
     with torch.no_grad():
-        chance = circuits.clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
-    graph.write_graph(traced_graph, path, probability=float(chance))
-    return {"path": path, "nodes": len(traced_graph.nodes), "links": len(traced_graph.links), **traced_graph.facts}
+        chance = clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
+    graph.write_graph(traced, options.graph, probability=float(chance))
+    return {"path": options.graph, "nodes": len(traced.nodes), "links": len(traced.links), **traced.facts}
 
 
 # ---- other people's weights
 
 
-def import_(
-    source: str,
-    folder: str,
-    model: str | None,
-    layer: int | None,
-    text: Paths,
-    dataset: str | None,
-    tokens: int,
-    device: str,
-) -> Answer:
+def import_(options: Options) -> Answer:
     """A run folder from published weights."""
     from lorsa_utils.kit import hub
 
-    if (Path(source) / "checkpoint.json").is_file():
-        return {"path": str(hub.unpack(source, folder)), "format": "small", "warning": None}
-    if model is None:
-        answer = hub.import_checkpoint(source, folder, layer=layer)
+    if (Path(options.source) / "checkpoint.json").is_file():
+        return {"path": str(hub.unpack(options.source, options.folder)), "format": "small", "warning": None}
+    if options.model is None:
+        answer = hub.import_checkpoint(options.source, options.folder, layer=options.layer)
     else:
-        language_model = load_model(model, device=device)
-        corpus, name = _corpus(text, dataset, 10 * tokens)
-        documents = [*corpus.train, *corpus.held_out] if text else corpus.held_out or corpus.train
-
-        def sequences(context: int) -> Sequences:
-            context = min(context, language_model.context_length)
-            return tokenize(documents, language_model.tokenizer, context=context, n_tokens=tokens)
-
-        answer = hub.import_checkpoint(source, folder, language_model, layer, sequences, name)
-    if answer["warning"]:
-        note(answer["warning"])
+        answer = _measured_import(options)
+    note(answer["warning"])
     return answer
 
 
-def export(folder: str, target: str, format: str, push: str | None, path_in_repo: str | None, private: bool) -> Answer:
+def _measured_import(options: Options) -> Answer:
+    """The reading of published weights that the layer's own text fits best."""
+    from lorsa_utils.kit import hub
+    from lorsa_utils.text import load_corpus, tokenize
+
+    model = load_model(options.model, device=options.device)
+    corpus = load_corpus(options.text, options.dataset, max_tokens=10 * options.tokens)
+    documents = [*corpus.train, *corpus.held_out] if options.text else corpus.held_out or corpus.train
+    name = [str(Path(path).absolute()) for path in options.text] if options.text else options.dataset or "embedded"
+
+    def sequences(context: int) -> Sequences:
+        context = min(context, model.context_length)
+        return tokenize(documents, model.tokenizer, context=context, n_tokens=options.tokens)
+
+    return hub.import_checkpoint(options.source, options.folder, model, options.layer, sequences, name)
+
+
+def export(options: Options) -> Answer:
     """Published formats, and the Hub."""
     from lorsa_utils.kit import hub
 
-    _require_finished(Path(folder))
-    if format == "small":
-        path = hub.pack(folder, target)
+    folder = Path(options.folder)
+    read_module_settings(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
+    if options.format == "small":
+        path = hub.pack(folder, options.target)
         size = sum(file.stat().st_size for file in path.iterdir())
         answer: Answer = {"path": str(path), "format": "small", "bytes": size}
     else:
-        answer = hub.export_checkpoint(folder, target)
-    if push:
-        answer["url"] = hub.push_to_hub(target, push, path_in_repo, private)
+        answer = hub.export_checkpoint(folder, options.target)
+    if options.push:
+        answer["url"] = hub.push_to_hub(options.target, options.push, options.path_in_repo, options.private)
     return answer

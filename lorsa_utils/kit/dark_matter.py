@@ -140,7 +140,7 @@ PAIR_STATISTICS: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
 
 
 def pair_columns(a: Tensor, b: Tensor, size: Tensor) -> dict[str, Tensor]:
-    """Errors a, b [n_tokens, d_model] and the size |y - mean(y)| of the target [n_tokens] as columns for `PAIR_STATISTICS`."""
+    """Columns of `PAIR_STATISTICS`: errors a, b [n_tokens, d_model] and the target's size |y - mean(y)| [n_tokens]."""
     dot, aa, bb = (a * b).sum(dim=1).double(), a.square().sum(dim=1).double(), b.square().sum(dim=1).double()
     norm_a, norm_b = aa.sqrt(), bb.sqrt()
     norms = {"log_a": norm_a, "log_b": norm_b, "log_size": size.double()}
@@ -185,7 +185,7 @@ class Prediction(NamedTuple):
 
 
 def predictability(inputs: Tensor, targets: Tensor, sequence: Tensor, seed: int = 0) -> Prediction:
-    """Ridge regression of targets on inputs: fitted on half of the sequences, penalty chosen on a fifth, R^2 on the rest.
+    """Ridge regression, fitted on half of the sequences, penalty chosen on a fifth, R^2 on the rest.
 
     Args:
         inputs: [n_tokens, d].
@@ -224,7 +224,7 @@ def predictability(inputs: Tensor, targets: Tensor, sequence: Tensor, seed: int 
 
 
 def shared_part(error: Tensor, other: Tensor) -> Tensor:
-    """The part of each token's error [..., d_model] along the other module's error there; its energy is cosine^2 of the whole."""
+    """The part of errors [..., d_model] along those of another module; its energy is cosine^2 of the whole."""
     energy = other.square().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(other.dtype).tiny)
     return (error * other).sum(dim=-1, keepdim=True) / energy * other
 

@@ -37,6 +37,7 @@ from lorsa_utils import store
 from lorsa_utils.config import LorsaConfig, RotaryConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import Lorsa, Scaling
+from lorsa_utils.selection import FIXED_K, SCORES
 
 NAMES = {name: name for name in ("W_Q", "W_K", "b_Q", "b_K", "W_V", "b_V", "W_O", "b_O")}
 NAMES |= {"b_D": "b_O", "ln_q.w": "q_norm", "ln_k.w": "k_norm"}
@@ -46,7 +47,7 @@ QK_WEIGHTS = ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm")
 NORM_PREFIX = "dataset_average_activation_norm."
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "sae_type": ("lorsa",),
-    "act_fn": ("topk", "relu"),
+    "act_fn": FIXED_K,
     "norm_activation": ("dataset-wise", "inference"),
     "rotary_scale": (1,),
     "virtual_kv_num": (0,),
@@ -362,12 +363,11 @@ def write_llamascopium(lorsa: Lorsa, run: Mapping[str, Any], folder: Path) -> di
 def llamascopium_config(config: LorsaConfig, run: Mapping[str, Any]) -> dict[str, Any]:
     """Their settings for a Lorsa; see `write_llamascopium`."""
     rotary, layer = config.rotary, run.get("layer") or 0
-    if config.score == "abs" and config.k < config.n_ov_heads:
+    if not SCORES[config.score]:
+        what = "Selection by |z|" if config.k < config.n_ov_heads else "A layer that keeps every head with its sign"
         raise UserError(
-            "Selection by |z| (score abs) is unknown to Language-Model-SAEs; only score relu can be exported."
+            f"{what} (score {config.score}) is unknown to Language-Model-SAEs; only score relu can be exported."
         )
-    if config.score == "abs":
-        raise UserError("A layer that keeps every head with its sign (score abs) is unknown to Language-Model-SAEs.")
     if rotary.rope_type == "linear":
         raise UserError("RoPE scaling 'linear' is unknown to Language-Model-SAEs; default and llama3 can be exported.")
     if rotary.theta != int(rotary.theta):

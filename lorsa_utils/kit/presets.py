@@ -14,7 +14,7 @@ from lorsa_utils.config import PRESETS, LorsaConfig, Preset, get_preset, get_pro
 from lorsa_utils.kit.bench import Shape, count_flops
 
 H100_RATE = 400e12
-"""Operations a second that large bf16 products reach on an H100; expect several times the hours until you have measured."""
+"""Operations per second that large bf16 products reach on an H100; before you measure, expect several times the hours."""
 BYTES_OF_TRAINING = 16
 """A parameter under training in fp32: weight, gradient, Adam's two moments."""
 
@@ -26,8 +26,8 @@ def shape(preset: Preset) -> Shape:
 
 
 def step_flops(layer: Shape) -> float:
-    """Operations a token of one Lorsa's training step."""
-    share = 1 - (1 - 1 / layer.n_qk) ** layer.k  # of QK groups that have a kept head at a token
+    """Operations per token of one Lorsa's training step."""
+    share = 1 - (1 - 1 / layer.n_qk) ** layer.k  # of QK groups with a kept head at a token
     pairs = layer.batch * layer.n_qk * layer.length * (layer.length + 1) / 2 * share
     return count_flops(layer, round(pairs)) / layer.n_tokens
 
@@ -42,8 +42,8 @@ def estimate(preset: Preset, rate: float = H100_RATE, memory: float = 80e9) -> d
     """Memory, disk and hours of all layers of a preset on one device.
 
     Args:
-        preset: the preset.
-        rate: operations a second.
+        preset: model, shape and budget.
+        rate: operations per second.
         memory: bytes of the device; as many layers are trained together, from one pass of the model, as fit.
 
     Returns:
@@ -75,17 +75,8 @@ def estimate(preset: Preset, rate: float = H100_RATE, memory: float = 80e9) -> d
 
 def train_options(preset: Preset) -> dict[str, Any]:
     """The options of `lorsa train` that a preset stands for, by their names in the parser."""
-    p = preset
-    return {
-        "model": p.model,
-        "dataset": p.dataset,
-        "n_heads": p.n_heads,
-        "n_qk": p.n_qk,
-        "k": p.k,
-        "context": p.context,
-        "tokens": p.tokens,
-        "batch_size": p.batch_size,
-    }
+    names = ("model", "dataset", "n_heads", "n_qk", "k", "context", "tokens", "batch_size")
+    return {name: getattr(preset, name) for name in names}
 
 
 # ---- what `lorsa doctor` says

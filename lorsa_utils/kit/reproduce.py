@@ -1,24 +1,23 @@
 """Run all notebooks in order and write one page that shows what came out.
 
-1. Notebooks are taken in the order of their numbers; one is skipped while its source, the package, the profile and its
-   expected values are those of its last good run and its outputs are still there. One that shows what the others made
-   (`reads_run` in its metadata) comes after them, and is skipped only while that is the same too.
-2. papermill executes it with PROFILE and RUN_DIR set (and TRAIN where it has that), into a temporary file that becomes
-   `NN_name.ipynb` only when every cell passed. A failing one is kept as `NN_name.failed.ipynb`, and the run stops
-   there: later notebooks read earlier artefacts.
+1. A notebook is skipped while its cells, the modules that it imports, the profile and its expected values are those of
+   its last good run and its outputs are still there. One that shows what the others made (`reads_run` in its metadata)
+   comes after them, and is skipped only while that is the same too.
+2. papermill executes it with PROFILE and RUN_DIR set (and TRAIN where it has that), into `NN_name.failed.ipynb`, which
+   becomes `NN_name.ipynb` only when every cell passed. When one fails, the run stops there: later notebooks read
+   earlier artefacts.
 3. `index.html` lists figures and recorded values. It opens from the disk, offline.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import ast
+import functools
 import os
 import re
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ from lorsa_utils.kit import notebook
 from lorsa_utils.kit.claims import paper_dir
 from lorsa_utils.view.gallery import figure_records, write_index
 
-CELL_TIMEOUT_SECONDS = {"smoke": 900, "laptop": 3600, "paper": 14 * 24 * 3600}
-"""A cell that runs longer is stopped, and its notebook fails."""
+PACKAGE = store.CHECKOUT / "lorsa_utils"
+CELL_TIMEOUT_SECONDS = {"smoke": 900, "laptop": 3600}
+"""A cell that runs longer is stopped, and its notebook fails; 14 days in larger profiles."""
 
 
 @dataclass
@@ -39,7 +39,6 @@ class NotebookStatus:
     """What happened to one notebook."""
 
     name: str
-    """As `02_train_lorsa`."""
     status: str = "not run"
     """`done`, `up to date`, `failed` or `not run`."""
     seconds: float = 0.0
@@ -58,37 +57,30 @@ def notebooks_dir() -> Path:
 
 
 def find_notebooks(folder: str | Path | None = None, only: Sequence[str] | None = None) -> list[Path]:
-    """Notebooks `NN_name.ipynb` in the order of their numbers; those that show what the others made come last.
+    """Notebooks `NN_name.ipynb` in the order of their numbers, last those that show what the others made.
 
-    Args:
-        folder: where they are; those of the checkout by default.
-        only: numbers or names to keep, as `02` or `02_train_lorsa`.
+    `only` keeps those of a number or name, such as `02`.
 
     Raises:
         UserError: there are none, or one in `only` does not exist.
     """
     place = notebooks_dir() if folder is None else Path(folder)
-    found = sorted(
-        (path for path in place.glob("*.ipynb") if re.match(r"\d+_", path.name)),
-        key=lambda path: (_reads_run(path), _number(path.stem), path.stem),
-    )
-    if not found:
+    paths = [path for path in place.glob("*.ipynb") if re.match(r"\d+_", path.name)]
+    paths.sort(key=lambda path: ("reads_run" in _about(path), _number(path.stem), path.stem))
+    if not paths:
         raise UserError(f"There are no notebooks in {place}; run this in a clone of the repository.")
-    if only is None:
-        return found
-    for asked in only:
-        if not any(_is_asked(path.stem, asked) for path in found):
-            raise UserError(f"There is no notebook {asked!r}; choose among {', '.join(path.stem for path in found)}.")
-    return [path for path in found if any(_is_asked(path.stem, asked) for asked in only)]
+    chosen = set(paths if only is None else ())
+    for asked in only or ():
+        name = asked.strip().removesuffix(".ipynb")
+        fitting = {path for path in paths if path.stem == name or (name.isdigit() and _number(path.stem) == int(name))}
+        if not fitting:
+            raise UserError(f"There is no notebook {asked!r}; choose among {', '.join(path.stem for path in paths)}.")
+        chosen |= fitting
+    return [path for path in paths if path in chosen]
 
 
 def _number(stem: str) -> int:
     return int(stem.split("_")[0])
-
-
-def _is_asked(stem: str, asked: str) -> bool:
-    name = asked.strip().removesuffix(".ipynb")
-    return stem == name or (name.isdigit() and _number(stem) == int(name))
 
 
 def reproduce(
@@ -99,17 +91,17 @@ def reproduce(
     run_dir: str | Path | None = None,
     source: str | Path | None = None,
 ) -> list[NotebookStatus]:
-    """Run the notebooks and write the page; tells its progress on stderr.
+    """Run the notebooks and write the page; progress goes to stderr.
 
     Args:
-        profile: `smoke`, `laptop` or `paper`.
+        profile: size of the run.
         only: numbers or names of notebooks; all without it.
         force: run also what is up to date.
         run_dir: where results go; data/runs/<profile> by default.
         source: folder with the notebooks; that of the checkout by default.
 
     Returns:
-        one status a notebook; the run stops at the first that fails.
+        one status per notebook; the run stops at the first that fails.
 
     Raises:
         UserError: the profile or a notebook does not exist, papermill is missing, or the folder cannot be written.
@@ -121,11 +113,8 @@ def reproduce(
     todo: list[Path] = []
     for path in notebooks:
         # What is about to run will change what a later notebook reads of this run.
-        if (
-            force
-            or (todo and _reads_run(path))
-            or not _is_up_to_date(folder, path.stem, _hash(path, settings, folder), log)
-        ):
+        waits = bool(todo) and _about(path).get("reads_run")
+        if force or waits or not _is_up_to_date(folder, path.stem, _hash(path, settings, folder), log):
             todo.append(path)
     _tell(_plan(todo, len(notebooks), profile, log))
     statuses = [NotebookStatus(path.stem) for path in notebooks]
@@ -135,7 +124,7 @@ def reproduce(
             continue
         _tell(f"[{todo.index(path) + 1}/{len(todo)}] {path.stem} ...")
         digest = _hash(path, settings, folder)
-        _run_one(path, folder, settings, status)
+        _run(path, folder, settings, status)
         if status.status == "failed":
             _tell(status.error or "")
             break
@@ -159,8 +148,8 @@ def _plan(todo: Sequence[Path], n_all: int, profile: str, log: dict[str, Any]) -
     """One line: what will run and how long it may take."""
     if not todo:
         return f"All {n_all} notebooks are up to date (profile {profile}); --force runs them again."
-    known = [_expected_seconds(path, profile, log) for path in todo]
-    estimate = f"about {_minutes(sum(seconds for seconds in known if seconds))}" if all(known) else "time not known yet"
+    seconds = _expected_seconds(todo, profile, log)
+    estimate = "time not known yet" if seconds is None else f"about {_minutes(seconds)}"
     return f"{len(todo)} of {n_all} notebooks to run (profile {profile}): {estimate}."
 
 
@@ -171,22 +160,19 @@ def expected_minutes(profile: str, run_dir: str | Path | None = None) -> float |
         UserError: there are no notebooks.
     """
     log = _read_log(Path(run_dir) if run_dir else store.data_dir() / "runs" / profile)
-    known = [_expected_seconds(path, profile, log) for path in find_notebooks()]
-    return sum(seconds for seconds in known if seconds) / 60 if all(known) else None
+    seconds = _expected_seconds(find_notebooks(), profile, log)
+    return None if seconds is None else seconds / 60
 
 
-def _expected_seconds(path: Path, profile: str, log: dict[str, Any]) -> float | None:
-    """Seconds of the last run here, else the minutes in the notebook's metadata: {"lorsa": {"minutes": {"smoke": 1}}}."""
-    if path.stem in log:
-        return float(log[path.stem]["seconds"])
-    minutes = (
-        json.loads(path.read_text(encoding="utf-8"))
-        .get("metadata", {})
-        .get("lorsa", {})
-        .get("minutes", {})
-        .get(profile)
-    )
-    return None if minutes is None else 60.0 * minutes
+def _expected_seconds(paths: Sequence[Path], profile: str, log: dict[str, Any]) -> float | None:
+    """Seconds of the last runs here, else the minutes in the notebooks' metadata, such as {"minutes": {"smoke": 1}}."""
+    total = 0.0
+    for path in paths:
+        minutes = _about(path).get("minutes", {}).get(profile)
+        if path.stem not in log and minutes is None:
+            return None
+        total += log[path.stem]["seconds"] if path.stem in log else 60 * minutes
+    return total
 
 
 # ---- up to date
@@ -197,34 +183,77 @@ def _read_log(folder: Path) -> dict[str, Any]:
     return dict(store.read_json(file)) if file.is_file() else {}
 
 
+def _about(path: Path) -> dict[str, Any]:
+    """What a notebook's metadata say for this module: `minutes` by profile, `reads_run`."""
+    return dict(store.read_json(path).get("metadata", {}).get("lorsa", {}))
+
+
 def _hash(path: Path, profile: Profile, folder: Path) -> str:
-    """Hash of everything that decides a notebook's outputs: its cells, the package, the profile, the expected values, recorded tables."""
+    """Hash of all that decides a notebook's outputs: cells, modules, profile, expected values, recorded tables."""
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in store.read_json(path)["cells"]]
-    root = store.CHECKOUT / "lorsa_utils"
-    package = {file.relative_to(root).as_posix(): store.sha256_file(file) for file in sorted(root.rglob("*.py"))}
-    expected = notebook.expected_values(path.stem, profile.name)
-    tables = {file.name: store.sha256_file(file) for file in sorted(store.data_dir().glob("*.csv"))}
-    content = {"cells": cells, "package": package, "profile": profile.to_dict(), "expected": expected, "tables": tables}
-    return store.sha256_json(content | ({"run": _run_state(folder, path.stem)} if _reads_run(path) else {}))
+    code = "\n".join(source for kind, source in cells if kind == "code")
+    content = {
+        "cells": cells,
+        "package": _digests(imported_files(code), PACKAGE),
+        "profile": profile.to_dict(),
+        "expected": notebook.expected_values(path.stem, profile.name),
+        "tables": _digests(store.data_dir().glob("*.csv"), store.data_dir()),
+    }
+    if _about(path).get("reads_run"):
+        content["run"] = _run_state(folder, path.stem)
+    return store.sha256_json(content)
 
 
-def _reads_run(path: Path) -> bool:
-    return bool(store.read_json(path).get("metadata", {}).get("lorsa", {}).get("reads_run"))
+def _digests(files: Iterable[Path], root: Path) -> dict[str, str]:
+    return {file.relative_to(root).as_posix(): store.sha256_file(file) for file in files}
+
+
+def imported_files(code: str) -> set[Path]:
+    """Files of the package that some code imports, directly or through others, with the data files beside them."""
+    files: set[Path] = set()
+    waiting = _imports(re.sub(r"^[%!].*", "", code, flags=re.MULTILINE))
+    while waiting:
+        files.add(file := waiting.pop())
+        waiting |= _imports_of(file, file.stat().st_mtime_ns) - files
+    return files | {data for file in files for kind in ("*.toml", "templates/*") for data in file.parent.glob(kind)}
+
+
+@functools.cache
+def _imports_of(file: Path, changed: int) -> set[Path]:
+    # The package itself declares for the type checker what it imports when a public name is used.
+    return _imports(file.read_text(encoding="utf-8"), with_types=file == PACKAGE / "__init__.py")
+
+
+def _imports(code: str, with_types: bool = False) -> set[Path]:
+    """Files of the package that one piece of code imports; imports for the type checker alone count `with_types`."""
+    nodes = [*ast.walk(ast.parse(code))]
+    guards = [node for node in nodes if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
+    skipped = set() if with_types else {inner for guard in guards for inner in ast.walk(guard)}
+    files: set[Path | None] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import) and node not in skipped:
+            files |= {_file(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node not in skipped:
+            files |= {_file(f"{node.module}.{alias.name}") or _file(str(node.module)) for alias in node.names}
+    return {file for file in files if file}
+
+
+def _file(name: str) -> Path | None:
+    package, *path = name.split(".")
+    place = PACKAGE.joinpath(*path)
+    files = (place.with_suffix(".py"), place / "__init__.py") if package == PACKAGE.name else ()
+    return next((file for file in files if file.is_file()), None)
 
 
 def _run_state(folder: Path, name: str) -> dict[str, Any]:
     """Everything that a notebook can show of the others: their values, their figures, the claims."""
-    results = {other: values for other, values in notebook.read_results(folder).items() if other != name}
-    figures = {}
-    for record in figure_records(folder):
-        if record["notebook"] != name:
-            files = (folder / "figures" / f"{record['label']}.{ending}" for ending in ("json", "csv"))
-            figures[record["label"]] = [store.sha256_file(file) for file in files if file.is_file()]
-    lists = (paper_dir() / "claims.csv", paper_dir() / "figures.csv")
+    labels = [record["label"] for record in figure_records(folder) if record["notebook"] != name]
+    figures = (folder / "figures" / f"{label}.{ending}" for label in labels for ending in ("json", "csv"))
+    lists = (paper_dir() / file for file in ("claims.csv", "figures.csv"))
     return {
-        "results": results,
-        "figures": figures,
-        "lists": [store.sha256_file(file) for file in lists if file.is_file()],
+        "results": {other: values for other, values in notebook.read_results(folder).items() if other != name},
+        "figures": _digests(filter(Path.is_file, figures), folder),
+        "lists": _digests(filter(Path.is_file, lists), paper_dir()),
     }
 
 
@@ -236,30 +265,23 @@ def _is_up_to_date(folder: Path, name: str, digest: str, log: dict[str, Any]) ->
 # ---- executing
 
 
-def _run_one(path: Path, folder: Path, profile: Profile, status: NotebookStatus) -> None:
-    """Execute one notebook; its output takes its place only when all cells passed."""
-    for left in folder.glob(f".{path.stem}.*.tmp.ipynb"):  # of a run that was killed
-        left.unlink()
-    partial = folder / f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp.ipynb"
-    failed = folder / f"{path.stem}.failed.ipynb"
+def _run(path: Path, folder: Path, profile: Profile, status: NotebookStatus) -> None:
+    """Execute one notebook; until all of its cells have passed its output is called failed."""
+    output = folder / f"{path.stem}.failed.ipynb"
+    output.unlink(missing_ok=True)
     began = time.perf_counter()
     try:
-        _execute(path, partial, folder, profile)
+        _execute(path, output, folder, profile)
     except UserError:
         raise
     except Exception as error:  # papermill and its kernel raise many types
-        status.status = "failed"
-        status.error = _failure(path.stem, partial, failed, error)
-        if partial.is_file():
-            os.replace(partial, failed)
+        status.status, status.error = "failed", _failure(path.stem, output, error)
     else:
-        _clean(partial)
-        os.replace(partial, folder / path.name)
-        failed.unlink(missing_ok=True)
+        _clean(output)
+        os.replace(output, folder / path.name)
         _write_page(folder / path.name)
         status.status = "done"
     finally:
-        partial.unlink(missing_ok=True)
         status.seconds = time.perf_counter() - began
 
 
@@ -268,36 +290,24 @@ def _execute(path: Path, output: Path, folder: Path, profile: Profile) -> None:
         import papermill
     except ImportError as error:
         raise UserError('papermill is not installed; run: pip install "lorsa-utils[notebooks]"') from error
-    # A reader may look at the checkpoint alone; a reproduction trains what is missing.
-    trained = {"TRAIN": True} if "TRAIN" in papermill.inspect_notebook(str(path)) else {}
-    with _importable():
-        papermill.execute_notebook(
-            str(path),
-            str(output),
-            parameters={"PROFILE": profile.name, "RUN_DIR": str(folder.absolute())} | trained,
-            cwd=str(path.parent),
-            progress_bar=sys.stderr.isatty(),
-            execution_timeout=CELL_TIMEOUT_SECONDS.get(profile.name, CELL_TIMEOUT_SECONDS["paper"]),
-            start_timeout=180,
-        )
+    parameters: dict[str, Any] = {"PROFILE": profile.name, "RUN_DIR": str(folder.absolute())}
+    if "TRAIN" in papermill.inspect_notebook(str(path)):
+        parameters["TRAIN"] = True  # a reader may look at the checkpoint alone; a reproduction trains what is missing
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(store.CHECKOUT) not in places:  # kernels import this very package, also where it is not installed
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(store.CHECKOUT), *places)))
+    papermill.execute_notebook(
+        str(path),
+        str(output),
+        parameters=parameters,
+        cwd=str(path.parent),
+        progress_bar=sys.stderr.isatty(),
+        execution_timeout=CELL_TIMEOUT_SECONDS.get(profile.name, 14 * 24 * 3600),
+        start_timeout=180,
+    )
 
 
-@contextlib.contextmanager
-def _importable() -> Iterator[None]:
-    """Let kernels import this very package, also where it is not installed."""
-    before = os.environ.get("PYTHONPATH")
-    root = str(store.CHECKOUT)
-    os.environ["PYTHONPATH"] = root if not before else f"{root}{os.pathsep}{before}"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-
-
-def _failure(name: str, partial: Path, failed: Path, error: Exception) -> str:
+def _failure(name: str, output: Path, error: Exception) -> str:
     """Which cell failed and with what, in one sentence."""
     if name_of_error := getattr(error, "ename", None):
         reason = f"{name_of_error}: {getattr(error, 'evalue', '')}"
@@ -305,27 +315,17 @@ def _failure(name: str, partial: Path, failed: Path, error: Exception) -> str:
         reason = "it ran longer than allowed"
     else:
         reason = f"{type(error).__name__}: {error}"
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
     # The message's first line says what happened; assertions and torch put explanations below it.
-    reason = lines[0] if lines else type(error).__name__
-    cell = _failing_cell(partial)
+    reason = next(line.strip() for line in reason.splitlines() if line.strip())
+    cells = store.read_json(output)["cells"] if output.is_file() else []
+    states = [cell["metadata"].get("papermill", {}).get("status") for cell in cells if cell["cell_type"] == "code"]
+    # The last one that began, counted as Jupyter does; papermill calls one completed whose kernel died.
+    cell = max((number for number, state in enumerate(states, 1) if state not in (None, "pending")), default=None)
     where = f"in cell [{cell}]" if cell else "before its first cell"
-    return f"{name} failed {where} ({reason}); see {failed}, repair it and run the same command again: finished notebooks are skipped."
-
-
-def _failing_cell(partial: Path) -> int | None:
-    """Number of the cell that was running, counting code cells as Jupyter does."""
-    if not partial.is_file():
-        return None
-    code = [cell for cell in store.read_json(partial)["cells"] if cell["cell_type"] == "code"]
-    begun = None
-    for number, cell in enumerate(code, 1):
-        state = cell["metadata"].get("papermill", {})
-        if state.get("exception") or state.get("status") in ("failed", "running"):
-            return number
-        if state.get("status") == "completed":
-            begun = number
-    return begun  # papermill calls a cell completed whose kernel died
+    return (
+        f"{name} failed {where} ({reason}); see {output}, repair it and run the same command again: "
+        "finished notebooks are skipped."
+    )
 
 
 def _clean(path: Path) -> None:
@@ -339,7 +339,7 @@ def _clean(path: Path) -> None:
 
 
 def _write_page(path: Path) -> None:
-    """The executed notebook as a page that asks nobody, when nbconvert is installed; formulas stand in it as they were typed."""
+    """The executed notebook as a page that loads nothing, when nbconvert is installed; formulas stay as typed."""
     try:
         from nbconvert import HTMLExporter
     except ImportError:

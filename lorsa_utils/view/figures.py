@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,10 +23,6 @@ from plotly.subplots import make_subplots
 
 from lorsa_utils import store
 from lorsa_utils.exceptions import UserError
-
-if TYPE_CHECKING:
-    from lorsa_utils.circuits.graph import Graph
-    from lorsa_utils.view.evidence import Context
 
 # Okabe and Ito's palette (2008): told apart with every common colour blindness. Black comes last, it is also the ink.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -72,160 +68,40 @@ def new_figure(title: str, x_title: str, y_title: str) -> go.Figure:
     )
 
 
+def series_style(number: int) -> dict[str, Any]:
+    """Line and marker of the n-th series; colour and symbol both tell it apart."""
+    colour = PALETTE[number % len(PALETTE)]
+    marker = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": colour}
+    return {"line": {"color": colour, "width": 2}, "marker": marker}
+
+
 # ---- drawings
 
 
 def lines(
     data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
 ) -> go.Figure:
-    """Lines with markers, one for each value of column `by`; colour and symbol both tell them apart.
-
-    Args:
-        data: one row a point.
-        x: column of the horizontal axis.
-        y: column of the vertical axis.
-        by: column that separates the lines; one line without it.
-        title: of the figure.
-        x_title: with its unit.
-        y_title: with its unit.
-    """
+    """Lines with markers over the columns `x` and `y`, one for each value of column `by`."""
     figure = new_figure(title, x_title, y_title)
-    groups: list[tuple[str, pd.DataFrame]] = (
-        [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
-    )
-    for number, (name, part) in enumerate(groups):
-        style = _style(number)
-        figure.add_scatter(x=part[x], y=part[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
+    for number, (name, rows) in enumerate(_series(data, by)):
+        style = series_style(number)
+        figure.add_scatter(x=rows[x], y=rows[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
     return figure
 
 
 def bars(
     data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
 ) -> go.Figure:
-    """Grouped bars over the categories in column `x`, one colour for each value of column `by`; arguments as in `lines`."""
+    """Grouped bars of column `y` over the categories in column `x`, one colour for each value of column `by`."""
     figure = new_figure(title, x_title, y_title)
-    groups: list[tuple[str, pd.DataFrame]] = (
-        [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
-    )
-    for number, (name, part) in enumerate(groups):
+    for number, (name, rows) in enumerate(_series(data, by)):
         colour = PALETTE[number % len(PALETTE)]
-        figure.add_bar(x=part[x].astype(str), y=part[y], name=name, marker_color=colour, showlegend=by is not None)
-    figure.update_layout(barmode="group", xaxis_type="category")
-    return figure
+        figure.add_bar(x=rows[x].astype(str), y=rows[y], name=name, marker_color=colour, showlegend=by is not None)
+    return figure.update_layout(barmode="group", xaxis_type="category")
 
 
-def _style(number: int) -> dict[str, Any]:
-    return {
-        "line": {"color": PALETTE[number % len(PALETTE)], "width": 2},
-        "marker": {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": PALETTE[number % len(PALETTE)]},
-    }
-
-
-def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], title: str = "Training") -> go.Figure:
-    """FVU (above) and dead fraction (below) against training tokens.
-
-    Args:
-        logs: run name to the rows of its metrics.jsonl (`train.read_log`).
-        title: of the figure.
-    """
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
-    for number, (name, rows) in enumerate(logs.items()):
-        tokens = [row["tokens"] for row in rows]
-        for panel, key in ((1, "fvu"), (2, "dead_fraction")):
-            figure.add_scatter(
-                x=tokens,
-                y=[row[key] for row in rows],
-                name=name,
-                legendgroup=name,
-                showlegend=panel == 1,
-                mode="lines",
-                line=_style(number)["line"],
-                row=panel,
-                col=1,
-            )
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=520)
-    figure.update_yaxes(title="FVU (training batch)", type="log", row=1, col=1)
-    figure.update_yaxes(title="dead heads (share)", rangemode="tozero", row=2, col=1)
-    figure.update_xaxes(title="training tokens", row=2, col=1)
-    return figure
-
-
-def layer_fvu(data: pd.DataFrame, title: str = "P4: reconstruction of attention layers") -> go.Figure:
-    """Held-out FVU over layers, one line for each kind of module.
-
-    Args:
-        data: columns `layer`, `module` (name in the legend) and `fvu`.
-        title: of the figure.
-    """
-    figure = lines(data, "layer", "fvu", "module", title=title, x_title="layer", y_title="FVU (held-out)")
-    # As names, not as numbers: the labels of neighbouring layers would cover each other.
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=sorted(set(data["layer"])))
-    figure.update_yaxes(rangemode="tozero")
-    return figure
-
-
-def scatter_fvu(data: pd.DataFrame, title: str = "P4: FVU of Lorsa against the SAE") -> go.Figure:
-    """One point a layer, Lorsa's FVU against the SAE's, with Pearson's correlation (from three layers on) and the diagonal.
-
-    Args:
-        data: columns `layer`, `lorsa` and `sae`.
-        title: of the figure.
-    """
-    figure = new_figure(title, "FVU of the SAE (held-out)", "FVU of Lorsa (held-out)")
-    end = 1.05 * float(data[["lorsa", "sae"]].to_numpy().max())
-    figure.add_scatter(x=[0, end], y=[0, end], mode="lines", line={"color": "#999999", "dash": "dash"}, name="equal")
-    data = data.sort_values("sae")
-    labels = [f"layer {layer}" for layer in data["layer"]]
-    sides = [
-        ("top center", "bottom center")[number % 2] for number in range(len(data))
-    ]  # neighbours would cover each other
-    marker = {"size": 10, "color": PALETTE[0]}
-    figure.add_scatter(
-        x=data["sae"],
-        y=data["lorsa"],
-        text=labels,
-        mode="markers+text",
-        textposition=sides,
-        marker=marker,
-        name="layers",
-    )
-    if len(data) >= 3:
-        correlation = float(np.corrcoef(data["sae"], data["lorsa"])[0, 1])
-        note = f"r = {correlation:.2f} over {len(data)} layers"
-        figure.add_annotation(
-            x=0.02, y=0.98, xref="paper", yref="paper", xanchor="left", yanchor="top", showarrow=False, text=note
-        )
-    figure.update_layout(showlegend=False)
-    return figure
-
-
-def loss_recovered(data: pd.DataFrame, title: str = "Loss of the model with the layer replaced") -> go.Figure:
-    """Share of the loss recovered when a module takes the layer's place: 0 is the mean output, 1 the layer itself.
-
-    Args:
-        data: columns `layer`, `module` and `ce_recovered`.
-        title: of the figure.
-    """
-    figure = bars(
-        data, "layer", "ce_recovered", "module", title=title, x_title="layer", y_title="loss recovered (share)"
-    )
-    figure.add_hline(y=1, line={"color": "#444444", "dash": "dot"})
-    return figure
-
-
-def sink_bars(attention: Sequence[float], title: str = "P8: attention to the first token") -> go.Figure:
-    """Mean attention that each head pays to the first token.
-
-    Args:
-        attention: one share for each head.
-        title: of the figure.
-    """
-    data = pd.DataFrame({"head": range(len(attention)), "attention": np.asarray(attention, dtype=float)})
-    figure = bars(
-        data, "head", "attention", title=title, x_title="head", y_title="attention to the first token (share)"
-    )
-    figure.update_yaxes(range=[0, 1])
-    return figure
+def _series(data: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]]:
+    return [("", data)] if by is None else [(str(name), rows) for name, rows in data.groupby(by, sort=False)]
 
 
 def pattern_heatmap(
@@ -437,51 +313,6 @@ def toy_table(data: pd.DataFrame, title: str, widths: Sequence[float] | None = N
     return figure
 
 
-# ---- the kernels of notebook 12
-
-
-def attention_tiles(data: pd.DataFrame, title: str = "T2: tiles of the attention kernels") -> go.Figure:
-    """Rectangles of queries (down) by keys (across) that kernels compute, one panel a kernel; what stays white is never computed.
-
-    Args:
-        data: one row a tile, columns `kernel`, `query`, `query_end`, `key`, `key_end` and `used`, the share of entries
-            that count.
-        title: of the figure.
-    """
-    kernels = list(dict.fromkeys(data["kernel"]))
-    figure = make_subplots(cols=len(kernels), shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=kernels)
-    kinds = {"all entries used": (data["used"] == 1, PALETTE[0]), "some entries masked": (data["used"] < 1, PALETTE[5])}
-    for column, kernel in enumerate(kernels, 1):
-        for name, (chosen, colour) in kinds.items():
-            xs: list[Any] = []
-            ys: list[Any] = []
-            for tile in data[chosen & (data["kernel"] == kernel)].itertuples():
-                xs += [tile.key, tile.key_end, tile.key_end, tile.key, tile.key, None]
-                ys += [tile.query, tile.query, tile.query_end, tile.query_end, tile.query, None]
-            figure.add_scatter(
-                x=xs,
-                y=ys,
-                name=name,
-                mode="lines",
-                fill="toself",
-                fillcolor=colour,
-                line={"color": "white", "width": 1},
-                legendgroup=name,
-                showlegend=column == 1,
-                row=1,
-                col=column,
-            )
-    ends = float(data["key_end"].max()), float(data["query_end"].max())
-    figure.update_layout(
-        template=TEMPLATE, title={"text": title, "y": 0.97, "yanchor": "top"}, height=400, margin={"t": 80, "b": 100}
-    )
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.3})
-    figure.update_xaxes(range=[0, ends[0]], tickvals=[0, ends[0] / 2, ends[0]], title="key", showgrid=False)
-    figure.update_yaxes(range=[ends[1], 0], showgrid=False)
-    figure.update_yaxes(title="query", col=1)
-    return figure
-
-
 # ---- head discovery
 
 
@@ -687,205 +518,6 @@ def family_map(data: pd.DataFrame, title: str = "P12: which MHSA heads carry whi
     return figure
 
 
-# ---- circuits
-
-
-def circuit_curves(
-    data: pd.DataFrame, x: str = "size", y: str = "faithfulness", *, title: str = "P17: faithfulness"
-) -> go.Figure:
-    """Faithfulness or completeness against circuit size, one line a kind with its interval as a band; size on a logarithmic axis.
-
-    Args:
-        data: of `faithfulness.curve_table`.
-        x: `size` (nodes) or `parameters` (weights).
-        y: `faithfulness` or `completeness`.
-        title: of the figure.
-    """
-    x_title = {"size": "nodes in the circuit", "parameters": "weights that its nodes are computed with"}[x]
-    figure = new_figure(title, x_title, f"{y} (share of the behaviour)")
-    ends = ("low", "high") if y == "faithfulness" else (f"{y}_low", f"{y}_high")
-    for number, (name, part) in enumerate(data[data[y].notna()].groupby("nodes", sort=False)):
-        style = _style(number)
-        band = pd.concat(
-            [
-                part[[x, ends[1]]].set_axis(["x", "y"], axis=1),
-                part[[x, ends[0]]].iloc[::-1].set_axis(["x", "y"], axis=1),
-            ]
-        )
-        colour = PALETTE[number % len(PALETTE)]
-        figure.add_scatter(
-            x=band["x"],
-            y=band["y"],
-            fill="toself",
-            fillcolor=_faint(colour),
-            line={"width": 0},
-            hoverinfo="skip",
-            showlegend=False,
-            mode="lines",
-        )
-        dash = "dot" if "random" in str(name) else "solid"
-        figure.add_scatter(x=part[x], y=part[y], name=str(name), **style)
-        figure.data[-1].line.dash = dash
-    # A share of little has wide intervals; they may leave the picture, the lines may not hide in it.
-    low, high = (
-        float(getattr(data[[y, end]], side)().agg(side)) for end, side in zip(ends, ("min", "max"), strict=True)
-    )
-    figure.update_yaxes(range=[max(min(low, -0.1), -0.6), min(max(high, 1.1), 1.6)])
-    for level in (0.0, 1.0):
-        figure.add_hline(y=level, line={"color": "#888888", "dash": "dot", "width": 1})
-    figure.update_xaxes(type="log", exponentformat="power")
-    figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 60)
-    return figure
-
-
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.15)"
-
-
-def effect_scatter(data: pd.DataFrame, title: str = "P17: estimated against exact effects") -> go.Figure:
-    """Exact effects of nodes against estimated ones.
-
-    Args:
-        data: columns `exact`, `estimated`, `estimate` (how it was estimated) and `node`.
-        title: of the figure.
-    """
-    figure = new_figure(title, "estimated effect (fall of the logit difference)", "exact effect")
-    for number, (name, part) in enumerate(data.groupby("estimate", sort=False)):
-        marker = {"size": 8, "symbol": SYMBOLS[number], "color": PALETTE[number], "opacity": 0.7}
-        figure.add_scatter(
-            x=part["estimated"], y=part["exact"], mode="markers", name=str(name), marker=marker, text=part["node"]
-        )
-    ends = [float(data[["exact", "estimated"]].min().min()), float(data[["exact", "estimated"]].max().max())]
-    figure.add_scatter(
-        x=ends, y=ends, mode="lines", line={"color": "#888888", "dash": "dash"}, name="equal", hoverinfo="skip"
-    )
-    figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
-    return figure
-
-
-_NODE_STYLES = {
-    "embedding": ("square", "#888888"),
-    "unit": ("circle", PALETTE[0]),
-    "error": ("diamond", PALETTE[1]),
-    "logit": ("square", PALETTE[2]),
-}
-
-
-def attribution_graph(graph: Graph, title: str = "P17: attribution graph", n_labels: int = 12) -> go.Figure:
-    """A graph as read from its file: tokens across, layers up, errors as diamonds; edges as wide as their share of their target's largest.
-
-    Args:
-        graph: of `graph.read_graph`.
-        title: of the figure.
-        n_labels: places (a token and a layer) whose most influential unit is named.
-    """
-    layers = sorted({node.layer for node in graph.nodes})
-    height = {layer: number for number, layer in enumerate(layers)}
-    place = _node_places(graph, height)
-    figure = new_figure(title, "token", "layer")
-    largest: dict[str, float] = {}
-    for _, target, weight in graph.links:
-        largest[target] = max(largest.get(target, 0.0), abs(weight))
-    for source, target, weight in sorted(graph.links, key=lambda link: abs(link[2]) / (largest[link[1]] or 1.0))[-300:]:
-        (x0, y0), (x1, y1) = place[source], place[target]
-        share = abs(weight) / (largest[target] or 1.0)
-        line = {
-            "width": 0.3 + 2 * share,
-            "color": _faint(PALETTE[0] if weight > 0 else PALETTE[1]).replace("0.15", f"{0.1 + 0.4 * share:.2f}"),
-        }
-        figure.add_scatter(x=[x0, x1], y=[y0, y1], mode="lines", line=line, hoverinfo="skip", showlegend=False)
-    for kind, (symbol, colour) in _NODE_STYLES.items():
-        nodes = [node for node in graph.nodes if node.kind == kind]
-        texts = [
-            f"{node.label}<br>influence {node.influence or 0:.3f}, activation {node.activation or 0:.2f}"
-            for node in nodes
-        ]
-        xs, ys = [place[node.node_id][0] for node in nodes], [place[node.node_id][1] for node in nodes]
-        marker = {
-            "symbol": symbol,
-            "color": colour,
-            "size": [7 + 14 * min(1.0, node.influence or 0) ** 0.5 for node in nodes],
-        }
-        figure.add_scatter(x=xs, y=ys, mode="markers", name=kind, marker=marker, text=texts, hoverinfo="text")
-    # One name for each token and layer, its most influential unit's: more would lie over each other. The rest show
-    # theirs on hover.
-    named: dict[tuple[int, int], Any] = {}
-    for node in sorted((node for node in graph.nodes if node.kind == "unit"), key=lambda node: -(node.influence or 0)):
-        named.setdefault((node.position, node.layer), node)
-    for node in list(named.values())[:n_labels]:
-        x, y = place[node.node_id]
-        figure.add_annotation(x=x, y=y, text=f"{node.layer}.{node.unit}", showarrow=False, yshift=13, font={"size": 9})
-    figure.update_xaxes(
-        tickvals=list(range(len(graph.tokens))), ticktext=list(graph.tokens), tickangle=-60, showgrid=False
-    )
-    names = ["tokens" if layer < 0 else "logit" if layer >= graph.n_layers else str(layer) for layer in layers]
-    figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=names)
-    figure.update_layout(height=560, width=WIDTH + 120, legend={"orientation": "h", "y": 1.08, "x": 0.35})
-    return figure
-
-
-def _node_places(graph: Graph, height: Mapping[int, int]) -> dict[str, tuple[float, float]]:
-    """Nodes of one token and layer side by side, the most influential in the middle."""
-    cells: dict[tuple[int, int], list[Any]] = {}
-    for node in sorted(graph.nodes, key=lambda node: -(node.influence or 0)):
-        cells.setdefault((node.position, height[node.layer]), []).append(node)
-    place = {}
-    for (position, level), nodes in cells.items():
-        for number, node in enumerate(nodes):
-            ring = (number + 1) // 2 * (1 if number % 2 else -1)
-            spread = 0.85 / max(3, len(nodes))
-            place[node.node_id] = (
-                position + ring * spread,
-                level + (0.14 if number % 3 == 1 else -0.14 if number % 3 == 2 else 0.0),
-            )
-    return place
-
-
-def pair_map(
-    pairs: Any, queries: Sequence[str], keys: Sequence[str], n: int = 10, title: str = "P17: why a head looks there"
-) -> go.Figure:
-    """Score contributions of pairs of parts: the largest rows and columns, and the rest of each side summed.
-
-    Args:
-        pairs: [n_queries, n_keys], they sum to the score.
-        queries: names of the query side's parts.
-        keys: names of the key side's parts.
-        n: parts shown of each side.
-        title: of the figure.
-    """
-    values = np.asarray(pairs, dtype=float)
-    shown = []
-    for axis, names in ((0, list(queries)), (1, list(keys))):
-        order = np.argsort(-np.abs(values).sum(axis=1 - axis))
-        kept = order[:n]
-        rest = np.delete(values, kept, axis=axis).sum(axis=axis, keepdims=True)
-        values = np.concatenate([np.take(values, kept, axis=axis), rest], axis=axis)
-        shown.append([names[i] for i in kept] + ["all others"])
-    largest = float(np.abs(values).max()) or 1.0
-    figure = new_figure(title, "key side", "query side")
-    figure.add_heatmap(
-        z=values, x=shown[1], y=shown[0], zmin=-largest, zmax=largest, colorscale="RdBu_r", colorbar={"title": "score"}
-    )
-    figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(type="category", tickangle=-45)
-    figure.update_layout(height=480)
-    return figure
-
-
-def weight_map(
-    values: Any, rows: Sequence[str], columns: Sequence[str], *, title: str, x_title: str, y_title: str
-) -> go.Figure:
-    """A matrix of weights with zero in white: [n_rows, n_columns]."""
-    matrix = np.asarray(values, dtype=float)
-    largest = float(np.abs(matrix).max()) or 1.0
-    figure = new_figure(title, x_title, y_title)
-    figure.add_heatmap(z=matrix, x=list(columns), y=list(rows), zmin=-largest, zmax=largest, colorscale="RdBu_r")
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(autorange="reversed", type="category")
-    return figure
-
-
 # ---- automated interpretability
 
 
@@ -911,7 +543,7 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
             # Dictionaries are moved apart, so that intervals do not hide each other.
             figure.add_scatter(
                 **{"x": x, "y": part["mean"], "error_y": error, "name": str(name), "legendgroup": str(name)},
-                **{"showlegend": panel == 1, "mode": "markers", "marker": _style(number)["marker"], **place},
+                **{"showlegend": panel == 1, "mode": "markers", "marker": series_style(number)["marker"], **place},
             )
         figure.add_hline(
             y=0 if score == "simulation" else chance, line={"dash": "dash", "color": "#888888", "width": 1}, **place
@@ -943,111 +575,12 @@ def score_against(
     """
     figure = new_figure(title, x_title, y_title)
     for number, (name, part) in enumerate(data.groupby("dictionary", sort=False)):
-        marker = _style(number)["marker"] | {"size": 5, "opacity": 0.5}
+        marker = series_style(number)["marker"] | {"size": 5, "opacity": 0.5}
         figure.add_scatter(x=part[x], y=part[y], name=str(name), mode="markers", marker=marker)
     figure.add_hline(y=0.5, line={"dash": "dash", "color": "#888888", "width": 1})
     if log:
         decades = [base * factor for base in (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0) for factor in (1, 3)]
         figure.update_xaxes(type="log", tickvals=decades, ticktext=[f"{value:g}" for value in decades])
-    return figure
-
-
-# ---- looking at heads
-
-
-def head_context(context: Context, title: str = "P5: one context of a head", n: int = 44) -> go.Figure:
-    """A context as a head page shows it: activation of each token, and z pattern and attention of the token it was chosen for.
-
-    Args:
-        context: of `evidence.read_context`.
-        title: of the figure.
-        n: tokens to draw: the last ones up to the chosen one, with its main sources where these are further back.
-    """
-    peak = context.n_before + context.peak
-    shown = sorted({*range(max(0, peak - n), peak + 1), *context.main_sources})
-    names = [f"{column} {context.tokens[column] or 'added up'}" for column in shown]
-    activation = [0.0] * context.n_before + context.activation.tolist()
-    z, attention = context.z_pattern[context.peak].tolist(), context.attention[context.peak].tolist()
-    panels = (("activation", activation, PALETTE[4]), ("z pattern", z, PALETTE[0]), ("attention", attention, "#767676"))
-    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.04)
-    for row, (name, values, colour) in enumerate(panels, 1):
-        drawn = [values[column] for column in shown]
-        colours = [PALETTE[3] if value < 0 else colour for value in drawn]
-        figure.add_bar(x=names, y=drawn, name=name, marker_color=colours, showlegend=False, row=row, col=1)
-        figure.update_yaxes(title=name, row=row, col=1)
-    figure.update_xaxes(type="category", showgrid=False, tickangle=90, tickfont={"size": 10})
-    figure.update_xaxes(title=f"source tokens, up to “{context.tokens[peak].strip() or 'white space'}”", row=3, col=1)
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=620)
-    return figure
-
-
-def next_tokens(data: pd.DataFrame, title: str = "P5: next-token probabilities before and after") -> go.Figure:
-    """Bars of `dashboard.steer`: columns `token`, `before` and `after`."""
-    long = data.melt("token", ["before", "after"], var_name="when", value_name="probability")
-    long["token"] = [repr(token) for token in long["token"]]
-    return bars(long, "token", "probability", "when", title=title, x_title="next token", y_title="probability")
-
-
-def head_list(data: pd.DataFrame, title: str = "P5: heads of the layer", n: int = 12) -> go.Figure:
-    """The first rows of a table of heads, as a picture."""
-    rows = data.head(n)
-    percents = {
-        "active (%)": "frequency",
-        "first token (%)": "first_share",
-        "token before (%)": "previous_share",
-        "itself (%)": "self_share",
-    }
-    columns = {"head": rows["head"].astype(str), "family": rows["family"].replace("", "–")}
-    columns |= {name: (100 * rows[key]).map("{:.1f}".format) for name, key in percents.items()}
-    columns["tokens back"] = rows["distance"].map("{:.0f}".format)
-    return toy_table(pd.DataFrame(columns), title, [1, 2, 1, 1, 1, 1, 1])
-
-
-# ---- error analysis
-
-
-def intervals(
-    data: pd.DataFrame,
-    x: str,
-    by: str,
-    *,
-    title: str,
-    x_title: str,
-    y_title: str,
-    value: str = "value",
-    line: float | None = 0.0,
-) -> go.Figure:
-    """Values with intervals over categories; colour and symbol tell the values of column `by` apart.
-
-    Args:
-        data: one row a point, with columns `low` and `high` beside `value`.
-        x: column of the categories.
-        by: column that separates the points of one category.
-        title: of the figure.
-        x_title: of the categories.
-        y_title: with its unit.
-        value: column of the values.
-        line: where a dashed line is drawn, if anywhere.
-    """
-    figure = new_figure(title, x_title, y_title)
-    names, groups = list(dict.fromkeys(data[x].astype(str))), list(data.groupby(by, sort=False))
-    step = min(0.16, 0.7 / len(groups))
-    for number, (name, part) in enumerate(groups):
-        # Points of one category stand side by side, so that intervals do not hide each other.
-        places = [names.index(str(category)) + step * (number - (len(groups) - 1) / 2) for category in part[x]]
-        error = {"array": part["high"] - part[value], "arrayminus": part[value] - part["low"], "symmetric": False}
-        figure.add_scatter(
-            x=places, y=part[value], error_y=error, name=str(name), mode="markers", marker=_style(number)["marker"]
-        )
-    if line is not None:
-        figure.add_hline(y=line, line={"dash": "dash", "color": "#888888", "width": 1})
-    shown = ["<br>".join(textwrap.wrap(name, 66 // len(names), break_long_words=False)) for name in names]
-    figure.update_xaxes(
-        tickvals=list(range(len(names))), ticktext=shown, range=[-0.5, len(names) - 0.5], title_standoff=12
-    )
-    rows = (len(groups) + 1) // 2
-    figure.update_layout(height=HEIGHT + 20 * rows, margin={"t": 70 + 20 * rows}, title={"y": 0.96, "yanchor": "top"})
-    figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "entrywidth": 190})
     return figure
 
 
@@ -1071,7 +604,12 @@ def ablation_changes(data: pd.DataFrame, title: str = "P14: what each change doe
         }
         rows = [[str(factor)] * len(part), part["level"].astype(str).tolist()]
         figure.add_scatter(
-            x=part["change"], y=rows, error_x=error, mode="markers", marker=_style(number)["marker"], showlegend=False
+            x=part["change"],
+            y=rows,
+            error_x=error,
+            mode="markers",
+            marker=series_style(number)["marker"],
+            showlegend=False,
         )
     figure.add_vline(x=0, line={"color": "#444444"})
     figure.update_yaxes(autorange="reversed", type="multicategory", dividercolor="#BBBBBB", tickfont={"size": 12})
@@ -1089,7 +627,7 @@ def start_fvu(data: pd.DataFrame, title: str = "P14: where training starts") -> 
     figure = new_figure(title, "FVU (held-out text)", "taken from the MHSA")
     error = {"array": data["high"] - data["fvu"], "arrayminus": data["fvu"] - data["low"], "symmetric": False}
     figure.add_scatter(
-        x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**_style(0)["marker"], "size": 10}
+        x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**series_style(0)["marker"], "size": 10}
     )
     figure.add_vline(x=1, line={"color": "#888888", "dash": "dash"})
     figure.update_yaxes(autorange="reversed", type="category")
@@ -1163,7 +701,7 @@ def scaling_laws(
     names = list(dict.fromkeys(points["line"]))
     for number, name in enumerate(names):
         part = points[points["line"] == name]
-        column, style = panels.index(part["panel"].iloc[0]) + 1, _style(number)
+        column, style = panels.index(part["panel"].iloc[0]) + 1, series_style(number)
         place = {"row": 1, "col": column, "legendgroup": str(name)}
         grid = np.geomspace(points["x"].min(), points["x"].max(), 40)
         low, high = laws[name].band(grid)

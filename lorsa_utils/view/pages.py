@@ -1,44 +1,26 @@
 """Head pages: one self-contained HTML file for each head, without network or server (paper item P5).
 
+templates/head.html holds the page, templates/macros.html what it shares with the page of a run and with the explorer.
 The text of every context is in the HTML itself; templates/page.js adds the z pattern of the token under the pointer or
-the focus: z_ij = A_ij v_j from the group's attention A, stored in steps of 1/65535, and v. All text from the model goes
-through `html.escape` on its way into the page, the embedded JSON holds numbers alone, and a content policy forbids
-every request.
+the focus: z_ij = A_ij v_j from the group's attention A, stored in steps of 1/65535, and v. Jinja escapes all text from
+the model, the embedded JSON holds numbers alone, and a content policy forbids every request.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
-import html
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 
 from lorsa_utils import store
 from lorsa_utils.heads.families import FAMILIES
 from lorsa_utils.view.evidence import AROUND, Context, Head
-
-MEANINGS = {
-    "subtoken_induction": "an earlier word began with the current piece of a word; it looks at the piece that followed there and raises it",
-    "copy_suppression": "it looks at earlier copies of a token the model is about to say, and lowers that token",
-    "name_mover": "it looks at the name that the sentence needs next and raises it",
-    "successor": "it looks at an item of a series and raises the next one (Monday, Tuesday)",
-    "arithmetic": "it looks at the numbers of a sum",
-    "induction": "after A B ... A it looks at B, the token that followed the last time",
-    "duplicate_token": "it looks at an earlier copy of the current token",
-    "previous_token": "it looks at the token just before",
-    "attention_sink": "it looks at the first token, whatever the text says",
-    "thematic_anchor": "it looks far back, at words of the passage's topic",
-    "local": "it looks at the last few tokens, whatever they are",
-}
-"""What the name of a family means, for a sentence on the page."""
 
 KINDS = {
     "top": ("Where it is most active", "The largest activations, each from another text."),
@@ -48,33 +30,46 @@ KINDS = {
     ),
     "random": ("Anywhere", "Tokens drawn at random, the same for every head: most heads are silent at most tokens."),
 }
+SCORES = {
+    "share": "of the z pattern on the predicted source",
+    "precision": "active there and not at controls; chance is 0.5",
+    "recall": "of the places where the name asks for it",
+    "auc": "more active there than at controls; chance is 0.5",
+    "logit": "effect on the predicted token",
+}
 SHOWN_BEFORE, SHOWN_AFTER = 24, 10
 """Tokens around the chosen one that are shown before a context is opened in full; the main sources are shown too."""
-
-
 PAGES_FILE = "pages.json"
 """In a folder of pages: a list of {file, layer, head, about}."""
 
 
 def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
-    """The page of one head, as HTML.
-
-    Args:
-        head: of `evidence.collect`.
-        links: heads that have pages, to relative addresses.
-    """
-    sections = [_lead(head), _cards(head), _contexts(head), _features(head), _siblings(head, links or {})]
-    contexts = {"contexts": [_numbers(context) for context in head.contexts]}
-    script = f'<script type="application/json" id="data">{safe_json(contexts)}</script><script>{template("page.js")}</script>'
-    title = f"Layer {head.layer}, head {head.head}"
-    return document(title, "".join(sections) + '<p id="live" class="sr" aria-live="polite"></p>', script)
+    """The page of one head, as HTML; `links` are addresses of the pages of other heads."""
+    facts = head.facts
+    shares = {"first token": "first_share", "token before": "previous_share", "itself": "self_share"}
+    looks = [(place, facts[key]) for place, key in shares.items()]
+    origins = sorted(enumerate(head.shares or []), key=lambda pair: -pair[1])[:9]
+    siblings = head.siblings.sort_values(["frequency", "head"], ascending=[False, True])
+    return render(
+        "head.html",
+        head=head,
+        links=links or {},
+        lead=describe(head),
+        looks=[*looks, ("elsewhere", max(0.0, 1 - sum(share for _, share in looks)))],
+        largest_logit=max(abs(value) for _, value in [*head.raised, *head.lowered]) or 1.0,
+        origins=[(index, share) for index, share in origins if share >= 0.005],
+        scores=SCORES,
+        kinds=_kinds(head),
+        siblings=list(siblings.itertuples()),
+        data={"contexts": [_numbers(context) for context in head.contexts]},
+    )
 
 
 def write_pages(heads: Iterable[Head], folder: str | Path, pages: Sequence[int] = ()) -> dict[int, Path]:
     """Write the pages of some heads into a folder, and `PAGES_FILE` with a line about each.
 
     Args:
-        heads: of `evidence.collect`.
+        heads: of `Evidence.heads`.
         folder: made when missing.
         pages: all heads that get a page here, so that siblings can be linked.
 
@@ -96,53 +91,17 @@ def page_name(layer: int, head: int) -> str:
     return f"layer{layer:02d}_head{head:05d}.html"
 
 
-# ---- the shell
-
-
-@functools.cache
-def template(name: str) -> str:
-    """A file of the package's templates."""
-    return (resources.files("lorsa_utils.view") / "templates" / name).read_text(encoding="utf-8")
-
-
-def document(title: str, main: str, scripts: str = "", policy: str = "default-src 'none'") -> str:
-    """A whole page. `main` is HTML, the title is text."""
-    rules = f"{policy}; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: 'self' file:"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{text(rules)}">
-<title>{text(title)}</title><link rel="icon" href="data:,"><style>{template("page.css")}</style></head>
-<body>
-{main}
-{scripts}
-</body></html>
-"""
-
-
-def text(value: Any) -> str:
-    """Text as HTML."""
-    return html.escape(str(value), quote=True)
-
-
-def safe_json(value: Any) -> str:
-    """JSON that can stand inside a script element, whatever its strings hold."""
-    plain = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def word(token: str) -> str:
-    """A token in a box, white space made visible, in its own writing direction."""
-    return f'<span class="word">{text(visible(token))}</span>'
+# ---- templates
 
 
 def visible(token: str) -> str:
     """A token with line ends, tabs and other controls as signs; a leading space stays."""
-    signs = {"\n": "⏎", "\r": "␍", "\t": "⇥", "": "∅"}
-    if token in signs:
-        return signs[token]
-    if token.isspace():
-        return "".join(signs.get(c, "␣" if c == " " else _control(c)) for c in token)
-    return "".join(signs.get(c, c) if c.isprintable() or c in signs or c.isspace() else _control(c) for c in token)
+    signs = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
+    if not token:
+        return "∅"
+    if token in signs or not token.isspace():
+        return "".join(signs.get(c, c if c.isprintable() or c.isspace() else _control(c)) for c in token)
+    return "".join(signs.get(c, "␣" if c == " " else _control(c)) for c in token)
 
 
 def _control(character: str) -> str:
@@ -152,9 +111,7 @@ def _control(character: str) -> str:
 
 def number(value: float) -> str:
     """A number of three digits or so, with a true minus sign."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:.3g}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def fixed(value: float) -> str:
@@ -163,29 +120,29 @@ def fixed(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent, for a person."""
+    """A share in percent."""
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
-def _bar(share: float, kind: str = "") -> str:
-    return f'<span class="bar {kind}" style="width:{100 * min(1.0, max(0.0, share)):.1f}%"></span>'
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("lorsa_utils.view"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+_TEMPLATES.filters |= {"visible": visible, "number": number, "fixed": fixed, "percent": percent}
+_TEMPLATES.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
 
 
-def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """Cells are HTML; columns in `numeric` are aligned to the right."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        scope = ' scope="col"' if tag == "th" else ""
-        return "".join(f"<{tag}{scope}{_right(place in numeric)}>{cell}</{tag}>" for place, cell in enumerate(cells))
-
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return (
-        f"<table><caption>{caption}</caption><thead><tr>{line(columns, 'th')}</tr></thead><tbody>{body}</tbody></table>"
-    )
+def render(name: str, **values: Any) -> str:
+    """A template of the package, filled; all text is escaped."""
+    return _TEMPLATES.get_template(name).render(values)
 
 
-def _right(is_numeric: bool) -> str:
-    return ' class="n"' if is_numeric else ""
+def macros(name: str) -> Any:
+    """The macros of a template of the package, as functions that return HTML."""
+    return _TEMPLATES.get_template(name).module
 
 
 # ---- what it is
@@ -198,9 +155,8 @@ def describe(head: Head) -> str:
         return f"A dead head: never among the kept heads of any of {head.n_tokens:,} tokens. It is {where}."
     activity = f"Active at {percent(head.facts['frequency'])} of {head.n_tokens:,} tokens"
     if head.families:
-        label = head.families[0]
-        key = next(key for key, family in FAMILIES.items() if family.label == label)
-        return f"{label[0].upper()}{label[1:]} head: {MEANINGS[key]}. {activity}; {where}."
+        family = next(family for family in FAMILIES.values() if family.label == head.families[0])
+        return f"{family.label[0].upper()}{family.label[1:]} head: {family.meaning}. {activity}; {where}."
     unnamed = "A head without a name" if head.named else "A head whose name was not looked for"
     return f"{unnamed}: {_where_it_looks(head)}. {activity}; {where}."
 
@@ -214,153 +170,27 @@ def _where_it_looks(head: Head) -> str:
     return f"it looks {head.facts['distance']:.0f} tokens back on average"
 
 
-def _lead(head: Head) -> str:
-    parts = [f"<header><h1>Head {head.head} <small>layer {head.layer}, {text(head.model)}</small></h1>"]
-    parts.append(f'<p class="lead">{text(describe(head))}</p>')
-    if len(head.families) > 1:
-        parts.append(f"<p>It earns more names: {text(', '.join(head.families[1:]))}.</p>")
-    if head.explanation:
-        score = (
-            ""
-            if head.score is None
-            else f' <span class="soft">(balanced accuracy {head.score:.2f}; chance is 0.50)</span>'
-        )
-        parts.append(f"<p><b>Explanation</b>: {text(head.explanation)}{score}</p>")
-    if head.dead:
-        parts.append('<p class="warn">There is no text where it is active, so nothing is shown but its weights.</p>')
-    return "".join(parts) + "</header><main>"
-
-
-def _cards(head: Head) -> str:
-    cards = [_card("What it writes", _logits(head))]
-    if not head.dead:
-        cards.insert(0, _card("Where it looks", _looks(head)))
-    if head.shares is not None:
-        cards.append(_card("Which MHSA heads it comes from", _shares(head.shares)))
-    if head.scores:
-        cards.append(_card("Scores on unseen prompts", _scores(head)))
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def _card(title: str, body: str) -> str:
-    return f'<section class="card wide"><h3>{title}</h3>{body}</section>'
-
-
-def _looks(head: Head) -> str:
-    facts = head.facts
-    shares = {
-        "first token": facts["first_share"],
-        "token before": facts["previous_share"],
-        "itself": facts["self_share"],
-    }
-    shares["elsewhere"] = max(0.0, 1 - sum(shares.values()))
-    rows = [(name, percent(share), _bar(share)) for name, share in shares.items()]
-    rows = [(name, share, f'<div class="barcell">{bar}</div>') for name, share, bar in rows]
-    caption = f"Share of the z pattern where active; {facts['distance']:.0f} tokens back on average"
-    sizes = f"Activation: {number(facts['mean_activation'])} on average where active, {number(facts['max_activation'])} at most."
-    return _table(caption, ("source", "share", ""), rows, (1,)) + f'<p class="soft">{sizes}</p>'
-
-
-def _logits(head: Head) -> str:
-    largest = max(abs(value) for _, value in [*head.raised, *head.lowered]) or 1.0
-
-    def rows(side: Sequence[tuple[str, float]]) -> list[tuple[str, ...]]:
-        kind = ["plus", "minus"]
-        return [
-            (word(token), number(value), f'<div class="barcell">{_bar(abs(value) / largest, kind[value < 0])}</div>')
-            for token, value in side
-        ]
-
-    columns = ("token", "logit", "")
-    raised = _table("Raises most", columns, rows(head.raised), (1,))
-    return (
-        raised
-        + f"<details><summary>What it lowers</summary>{_table('Lowers most', columns, rows(head.lowered), (1,))}</details>"
-    )
-
-
-def _shares(shares: Sequence[float]) -> str:
-    order = [
-        index for index in sorted(range(len(shares)), key=lambda index: -shares[index])[:9] if shares[index] >= 0.005
-    ]
-    rows = [
-        (f"head {index}", percent(shares[index]), f'<div class="barcell">{_bar(shares[index])}</div>')
-        for index in order
-    ]
-    return _table("Share of what it writes, where it is active", ("MHSA head", "share", ""), rows, (1,))
-
-
-def _scores(head: Head) -> str:
-    notes = {
-        "share": "of the z pattern on the predicted source",
-        "precision": "active there and not at controls; chance is 0.5",
-        "recall": "of the places where the name asks for it",
-        "auc": "more active there than at controls; chance is 0.5",
-        "logit": "effect on the predicted token",
-    }
-    rows = [
-        (name, *(fixed(values[name]) if name in values else "–" for values in head.scores.values())) for name in notes
-    ]
-    body = _table(
-        "On the half of the prompts that named no head",
-        ("", *map(text, head.scores)),
-        rows,
-        range(1, len(head.scores) + 1),
-    )
-    meanings = "".join(f"<p><b>{name}</b>: {note}</p>" for name, note in notes.items())
-    body += f'<details class="soft"><summary>What these mean</summary>{meanings}</details>'
-    if head.effect is not None:
-        effect, error = head.effect
-        body += f'<p class="soft">Removing this head alone changes the loss on these prompts by {number(effect)} ± {number(error)} nats.</p>'
-    return body
-
-
 # ---- contexts
 
 
-def _contexts(head: Head) -> str:
-    if head.dead:
-        return ""
+def _kinds(head: Head) -> list[dict[str, Any]]:
+    """The contexts by why they were chosen, as templates/head.html shows them."""
     largest = max(float(head.facts["max_activation"]), 1e-9)
-    parts = ['<section id="contexts"><h2>In text</h2>', _controls(largest)]
-    groups: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    for place, context in enumerate(head.contexts):
-        groups[context.place.kind].append(place)
-    for kind, members in groups.items():
-        if members:
-            title, note = KINDS[kind]
-            parts.append(f'<h3 id="{kind}">{title}</h3><p class="soft">{note}</p>')
-            parts += [_context(head.contexts[member], member, rank, largest) for rank, member in enumerate(members, 1)]
-    return "".join(parts) + "</section>"
-
-
-def _controls(largest: float) -> str:
-    return (
-        '<p class="soft">Point at a token, or move with the arrow keys, to see where its activation comes from: '
-        '<span class="key">solid</span> sources add to it, <span class="key minus">dashed</span> ones take from it. '
-        "Each context begins with the token it was chosen for, in bold.</p>"
-        '<div class="controls"><fieldset><legend>Draw</legend>'
-        '<label><input type="radio" name="draw" value="z" checked> z pattern of this head</label> '
-        '<label><input type="radio" name="draw" value="a"> attention of its QK group</label></fieldset>'
-        '<label><input type="checkbox" id="whole"> whole contexts</label>'
-        f'<span>activation 0 <span class="legend" role="img" aria-label="from pale to strong"></span> {number(largest)}</span></div>'
-    )
-
-
-def _context(context: Context, place: int, rank: int, largest: float) -> str:
-    """A context: its text, and an empty table that the script fills."""
-    about, where = _title(context, rank), context.place
-    table = (
-        '<table class="sources"><caption></caption>'
-        '<colgroup><col class="token"><col><col class="z"><col class="bars"><col><col class="bars"></colgroup>'
-        '<thead><tr><th scope="col">source</th><th scope="col" class="n">back</th><th scope="col" class="n">z</th><td></td>'
-        '<th scope="col" class="n">attn</th><td></td></tr></thead>'
-        "<tbody></tbody><tfoot></tfoot></table>"
-    )
-    return (
-        f'<figure class="context" data-context="{place}"><figcaption>{about} · text {where.row}, token {where.position}</figcaption>'
-        f'<p class="text" role="group" aria-label="{about}">{_spans(context, largest)}</p>{table}</figure>'
-    )
+    kinds = []
+    for kind, (title, note) in KINDS.items():
+        numbered = [(number, context) for number, context in enumerate(head.contexts) if context.place.kind == kind]
+        contexts = [
+            {
+                "number": number,
+                "about": _title(context, rank),
+                "place": context.place,
+                "pieces": list(_pieces(context, largest)),
+            }
+            for rank, (number, context) in enumerate(numbered, 1)
+        ]
+        if contexts:
+            kinds.append({"name": kind, "title": title, "note": note, "contexts": contexts})
+    return kinds
 
 
 def _title(context: Context, rank: int) -> str:
@@ -371,48 +201,39 @@ def _title(context: Context, rank: int) -> str:
     return f"{rank}. {size}"
 
 
-def _spans(context: Context, largest: float) -> str:
-    """Every token as a span, with the stretches that are hidden at first."""
-    shown, parts, hidden = _shown(context), [], 0
+def _pieces(context: Context, largest: float) -> Iterator[dict[str, Any]]:
+    """Every token of a context, and after each stretch that is hidden at first how many tokens it has."""
+    shown, hidden = _shown(context), 0
     for column, token in enumerate(context.tokens):
-        if column not in shown:
-            hidden += 1
-        elif hidden:
-            parts.append(_gap(hidden))
-            hidden = 0
-        parts.append(_span(context, column, token, largest, column in shown))
-    return "".join(parts) + (_gap(hidden) if hidden else "")
-
-
-def _span(context: Context, column: int, token: str, largest: float, shown: bool) -> str:
-    place = column - context.n_before
-    if context.positions[column] < 0:
-        added_up = context.positions[-1] + 2 - len(context.positions)
-        return f'<span class="between{"" if shown else " far"}" data-j="{column}"> ⋯ {added_up} tokens ⋯ </span>'
-    classes, style, attributes = ["t"], "", ' role="button" tabindex="-1"' if place >= 0 else ""
-    if place >= 0 and (size := abs(float(context.activation[place]))):
-        style = f' style="--a:{min(1.0, size / largest):.2f}"'
-    if place == context.peak:
-        classes.append("peak")
-        attributes = ' role="button" tabindex="0"'
-    if not shown:
-        classes.append("far")
-    return f'<span class="{" ".join(classes)}"{style} data-j="{column}"{attributes}>{text(visible(token))}</span>'
-
-
-def _gap(n: int) -> str:
-    return f'<button type="button" class="gap" aria-label="show {n} more tokens">⋯ {n} ⋯</button>'
+        far = column not in shown
+        if hidden and not far:
+            yield {"hidden": hidden}
+        hidden = hidden + 1 if far else 0
+        place = column - context.n_before
+        piece = {"hidden": 0, "text": visible(token), "column": column, "style": "", "tab": None}
+        if context.positions[column] < 0:
+            piece["text"] = f" ⋯ {context.positions[-1] + 2 - len(context.positions)} tokens ⋯ "
+            classes = ["between"]
+        else:
+            classes = ["t", "peak"] if place == context.peak else ["t"]
+        if place >= 0:
+            piece["tab"] = 0 if place == context.peak else -1
+            if size := abs(float(context.activation[place])):
+                piece["style"] = f"--a:{min(1.0, size / largest):.2f}"
+        yield piece | {"classes": " ".join([*classes, "far"] if far else classes)}
+    if hidden:
+        yield {"hidden": hidden}
 
 
 def _shown(context: Context) -> set[int]:
     """Columns that are shown at first: around the chosen token, and around its main sources."""
     here, n = context.n_before + context.peak, len(context.tokens)
     shown = set(range(max(context.n_before, here - SHOWN_BEFORE), min(n, here + SHOWN_AFTER + 1)))
-    place = {position: column for column, position in enumerate(context.positions)}
+    columns = {position: column for column, position in enumerate(context.positions)}
     for source in context.main_sources:
         position = context.positions[source]
-        near = range(position - AROUND[0], position + AROUND[1] + 1) if position > 0 else [position]
-        shown |= {place[one] for one in near if one in place and (one >= 0 or position < 0)}
+        near = range(max(0, position - AROUND[0]), position + AROUND[1] + 1) if position > 0 else [position]
+        shown |= {columns[other] for other in near if other in columns}
     # A gap of one or two tokens takes more room than they do.
     return shown | {
         column for column in range(n) if {column - 1, column + 1} <= shown or {column - 1, column + 2} <= shown
@@ -420,7 +241,7 @@ def _shown(context: Context) -> set[int]:
 
 
 def _numbers(context: Context) -> dict[str, Any]:
-    """What the script needs of a context: attention by rows without the causal zeros, v, and z of the sources added up."""
+    """What the script needs of a context: rows of attention up to the diagonal, v, and z of the sources added up."""
     n, before = context.attention.shape[0], context.n_before
     kept = torch.arange(len(context.tokens)) < before + torch.arange(1, n + 1)[:, None]
     steps = (context.attention[kept].clamp(0, 1) * 65535).round().to(torch.int32).numpy().astype("<u2")
@@ -438,35 +259,3 @@ def _numbers(context: Context) -> dict[str, Any]:
 
 def _short(values: Tensor) -> list[float]:
     return [float(f"{value:.5g}") for value in values.tolist()]
-
-
-# ---- features and siblings
-
-
-def _features(head: Head) -> str:
-    parts = []
-    for features, name, what in (
-        (head.written_features, "w_o", "features of the SAE on this layer's output, by their write directions"),
-        (head.read_features, "w_v", "features of the transcoder on this layer's input, by their read directions"),
-    ):
-        if features is not None:
-            rows = [(str(f.number), fixed(f.cosine), " ".join(map(word, f.tokens))) for f in features]
-            parts.append(_card(f"Nearest to {name}", _table(what, ("feature", "cosine", "raises"), rows, (0, 1))))
-    return f'<h2>Nearest SAE features</h2><div class="cards">{"".join(parts)}</div>' if parts else ""
-
-
-def _siblings(head: Head, links: Mapping[int, str]) -> str:
-    rows = []
-    for row in head.siblings.sort_values(["frequency", "head"], ascending=[False, True]).itertuples():
-        name = f'<a href="{text(links[row.head])}">{row.head}</a>' if row.head in links else str(row.head)
-        active = percent(row.frequency) if row.frequency else "dead"
-        cells = (name, text(row.families), active, fixed(row.cos_o), fixed(row.cos_v), " ".join(map(word, row.tokens)))
-        rows.append(cells)
-    columns = ("head", "family", "active", "cos w_o", "cos w_v", "raises")
-    table = _table(
-        "They share one attention pattern; each reads and writes its own direction", columns, rows, (0, 2, 3, 4)
-    )
-    label = f"Siblings in QK group {head.group}"
-    if not rows:
-        return "</main>"
-    return f'<h2>{label}</h2><div class="scroll" tabindex="0" role="region" aria-label="{label}">{table}</div></main>'

@@ -186,8 +186,8 @@ CONTRAST = """() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   let worst = [99, ""];
-  for (const element of document.querySelectorAll("h1, h2, p, td, th, caption, .t, .word, .soft, .gap, a, label,
-  summary, figcaption")) {
+  const texts = "h1, h2, p, td, th, caption, .t, .word, .soft, .gap, a, label, summary, figcaption";
+  for (const element of document.querySelectorAll(texts)) {
     if (!element.checkVisibility() || !element.textContent.trim()) continue;
     const behind = [];
     for (let node = element; node; node = node.parentElement) behind.unshift(getComputedStyle(node).backgroundColor);

@@ -12,18 +12,15 @@ from torch import Tensor
 
 from lorsa_utils.activations import ActivationBatch
 from lorsa_utils.circuits.nodes import (
-    KINDS,
-    Baseline,
-    Node,
     SparseModel,
     attribute,
     baseline,
     clean_logits,
+    decompose,
     effects,
     last_logits,
     measure,
     path_effect,
-    take_apart,
 )
 from lorsa_utils.config import SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
@@ -35,9 +32,10 @@ from lorsa_utils.models import AttentionSite, LanguageModel, load_model
 from lorsa_utils.training import Run, RunSpec
 
 LAYERS = (0, 2)
+KINDS = ("lorsa", "sae", "mhsa")
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_model(save_tiny_model(tmp_path_factory.mktemp(request.param), request.param), device="cpu")
 
@@ -93,7 +91,7 @@ class TestAnyModel:
         sparse, task = sparse_model(tiny, kind), random_task()
         instead = baseline(sparse, task, "resample")
         untouched = clean_logits(tiny, task)
-        with torch.no_grad(), sparse.removed(sparse.mask([])[None], instead.activity):
+        with torch.no_grad(), sparse.removed(sparse.mask([])[None], instead):
             assert torch.equal(last_logits(tiny, task.clean, task.position), untouched)
         outputs = {layer: y for layer, (_, y) in tiny.capture(task.corrupted, LAYERS).items()}
         every = torch.ones(1, sparse.n_nodes, dtype=torch.bool)
@@ -112,7 +110,7 @@ class TestAnyModel:
         for row, nodes in zip(together, sets, strict=True):
             assert torch.allclose(row, measure(sparse, task, nodes[None], instead)[0], atol=1e-4)
         # Position by position: the same set everywhere is the set.
-        with torch.no_grad(), sparse.removed(sets[:1, None].expand(1, 9, -1), instead.activity):
+        with torch.no_grad(), sparse.removed(sets[:1, None].expand(1, 9, -1), instead):
             logits = last_logits(tiny, task.clean, task.position)
         assert torch.allclose(tasks.metric("logit_difference", logits, task), together[0], atol=1e-4)
 
@@ -121,7 +119,7 @@ class TestAnyModel:
         sparse, task = sparse_model(tiny, kind), random_task()
         clean = sparse.read(task.clean)
         near = {layer: Shrunk(activity, 1e-3) for layer, activity in clean.items()}
-        instead = Baseline("near", near)  # type: ignore[arg-type]
+        instead = near
         estimates = attribute(sparse, task, instead)
         few = [0, 1, 2, sparse.n_nodes - 2]
         exact = effects(sparse, task, few, instead)
@@ -199,6 +197,8 @@ def found_nodes(sparse: SparseModel, task: tasks.Task, ablation: str) -> set[str
 def test_planted_induction_is_found_whole_and_alone(model: LanguageModel, ablation: str) -> None:
     task = planted.planted_task(n=2, repeat=True)
     before, after, wrong = int(task.clean[0, 2]), int(task.answers[0, 0]), int(task.wrong[0, 0])
+    if ablation == "zero":
+        assert found_nodes(planted_sparse(model, "sae"), task, ablation) == {f"0.{before}", f"1.{after}"}
     others = {f"1.{wrong}"} if ablation == "resample" else set()
     assert found_nodes(planted_sparse(model, "lorsa"), task, ablation) - others == {f"0.{before}", f"1.{after}"}
 
@@ -208,12 +208,6 @@ def test_the_same_circuit_takes_one_more_mhsa_head(model: LanguageModel) -> None
     task = planted.planted_task(n=2, repeat=True)
     assert found_nodes(planted_sparse(model, "mhsa"), task, "resample") == {"0.0", "0.1", "1.2"}
     assert found_nodes(planted_sparse(model, "mhsa"), task, "zero") == {"1.2"}
-
-
-def test_planted_sae_features_are_found(model: LanguageModel) -> None:
-    task = planted.planted_task(n=2, repeat=True)
-    before, after = int(task.clean[0, 2]), int(task.answers[0, 0])
-    assert found_nodes(planted_sparse(model, "sae"), task, "zero") == {f"0.{before}", f"1.{after}"}
 
 
 def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageModel) -> None:
@@ -226,15 +220,15 @@ def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageMode
         return ActivationBatch(tokens, counted, {0: x}, {0: y}, counted)
 
     site = model.site(0)
-    train = TrainConfig(tokens=300 * 320, batch_size=32, lr=5e-3, aux_k=16, dead_window=1000)
+    train = TrainConfig(tokens=200 * 320, batch_size=32, lr=5e-3, aux_k=16, dead_window=1000)
     run = Run(
         RunSpec("planted", 0, Lorsa.config_for_site(site, 4 * planted.N, 4, 1), train, Path()), {}, torch.device("cpu")
     )
     run.start(site, batch(64))
-    for _ in range(300):
+    for _ in range(200):
         run.train_step(batch(32))
     module = run.finished_module().requires_grad_(False)
-    sparse, task = take_apart(model, {0: module}), planted.planted_task(n=2, repeat=True)
+    sparse, task = decompose(model, {0: module}), planted.planted_task(n=2, repeat=True)
     exact = effects(sparse, task, range(sparse.n_nodes), baseline(sparse, task)).mean(dim=1)
     size = float(tasks.metric("logit_difference", clean_logits(model, task), task).mean())
     assert int((exact.abs() > 0.05 * size).sum()) == 1, "what two MHSA heads write together is one Lorsa head"
@@ -245,24 +239,14 @@ def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageMode
 def test_path_goes_through_the_second_head_alone(model: LanguageModel) -> None:
     sparse, task = planted_sparse(model, "mhsa"), planted.planted_task(n=4)
     instead = baseline(sparse, task)
-    senders = [sparse.number(Node(0, head)) for head in planted.FIRST_LAYER]
+    senders = [sparse.columns[0].start + head for head in planted.FIRST_LAYER]
     through = {
-        head: path_effect(sparse, task, senders, [sparse.number(Node(1, head))], instead).mean() for head in range(4)
+        head: path_effect(sparse, task, senders, [sparse.columns[1].start + head], instead).mean() for head in range(4)
     }
     total = measure(sparse, task, torch.stack([sparse.mask([]), sparse.mask(senders)]), instead).mean(dim=1)
     assert torch.allclose(through[2], total[0] - total[1], rtol=0.02)
     assert all(abs(float(through[head])) < 0.01 * float(through[2]) for head in (0, 1, 3))
     assert abs(float(path_effect(sparse, task, senders, [], instead).mean())) < 0.01 * float(through[2])
-
-
-def test_two_heads_are_needed_for_one_feature(model: LanguageModel) -> None:
-    sparse, task = planted_sparse(model, "mhsa"), planted.planted_task(n=8)
-    instead = baseline(sparse, task)
-    one, two = (sparse.mask([sparse.number(Node(0, head)) for head in heads]) for heads in ((0,), (0, 1)))
-    untouched, alone, together = (
-        measure(sparse, task, torch.stack([sparse.mask([]), one, two]), instead).mean(dim=1).tolist()
-    )
-    assert untouched - together > 2 * (untouched - alone) or together < 0.5 * untouched
 
 
 def test_parameters_touched(model: LanguageModel) -> None:
@@ -277,17 +261,11 @@ def test_parameters_touched(model: LanguageModel) -> None:
 
 def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
     sparse, task = planted_sparse(model, "lorsa"), planted.planted_task(n=2)
-    with pytest.raises(UserError, match="Layer 5 has no lorsa here .* `lorsa train --layer`"):
-        sparse.number(Node(5, 0))
-    with pytest.raises(UserError, match="no unit 64"):
-        sparse.number(Node(0, 64))
-    with pytest.raises(UserError, match="no node"):
-        sparse.node(10_000)
     with pytest.raises(UserError, match="not one of zero, mean and resample"):
         baseline(sparse, task, "noise")
     with pytest.raises(UserError, match="at least one layer"):
         SparseModel(model, {})
     with pytest.raises(UserError, match="transcoder"):
-        take_apart(model, {0: SAE(SAEConfig(d_model=planted.D_MODEL, n_features=4, k=2, kind="transcoder"))})
+        decompose(model, {0: SAE(SAEConfig(d_model=planted.D_MODEL, n_features=4, k=2, kind="transcoder"))})
     with pytest.raises(UserError, match="width 16"):
-        take_apart(model, {0: SAE(SAEConfig(d_model=16, n_features=4, k=2))})
+        decompose(model, {0: SAE(SAEConfig(d_model=16, n_features=4, k=2))})

@@ -1,4 +1,4 @@
-"""Units read row by row against the modules' own methods; shares sum to one; removing nothing changes nothing, bit for bit."""
+"""Units against the modules' own methods; shares sum to one; removing nothing changes nothing, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from toys import D_MODEL, random_inputs, random_lorsa, random_sae, toy_site
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import prompts, units
+from lorsa_utils.heads import families, prompts, units
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel, load_model
 
@@ -128,11 +128,6 @@ def test_what_all_units_write_is_what_the_module_writes(kind: str) -> None:
     assert float(each.written(x, y, torch.tensor([], dtype=torch.long)).detach().abs().sum()) == 0
 
 
-def test_no_such_unit() -> None:
-    with pytest.raises(UserError, match="choose one from 0 to 23"):
-        kinds()["lorsa"].check([3, 24])
-
-
 # ---- in a whole model
 
 
@@ -151,7 +146,7 @@ def lorsa_for(model: LanguageModel, seed: int = 0) -> Lorsa:
 
 
 def test_direct_effect_on_logits_is_the_models(model: LanguageModel) -> None:
-    """With the norm's scale frozen, adding a vector to what the norm reads changes centred logits by its dot product."""
+    """With the norm's scale frozen, a vector added to what the norm reads changes centred logits by its dot product."""
     found: dict[str, Tensor] = {}
     norm = units.final_norm(model)
     handle = norm.register_forward_pre_hook(lambda module, arguments: found.update(residual=arguments[0]))
@@ -176,23 +171,50 @@ def test_top_tokens(model: LanguageModel) -> None:
     assert torch.equal(bottom[:, 0], logits.argmin(dim=1))
 
 
-def test_removing_nothing_changes_nothing(model: LanguageModel) -> None:
-    tokens = random_tokens(3, 20)
+@pytest.fixture
+def found() -> prompts.PromptSet:
+    return families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
+
+
+def test_ablate_nothing_changes_nothing(model: LanguageModel, found: prompts.PromptSet) -> None:
     each = units.LorsaHeads(lorsa_for(model))
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
-    logits = model.logits(tokens)
-    with model.splice({1: lambda x, y: y - each.written(x, y, each.check([]))}):
-        assert torch.equal(model.logits(tokens), logits)
-    untouched, _ = model.loss(found.tokens)
+    logits, untouched = model.logits(found.tokens), model.loss(found.tokens)[0]
+    last = torch.zeros(len(found.tokens), 1, each.n + 1)
+    for nothing in ([], {3: 0.0}, last):
+        with units.ablate(model, {1: each}, {1: nothing}):
+            assert torch.equal(model.logits(found.tokens), logits)
+    last[-1, :, :-1] = 1
+    with units.ablate(model, {1: each}, {1: last}):
+        changed = model.logits(found.tokens)
+    assert torch.equal(changed[:-1], logits[:-1]), "the other sequences keep theirs"
+    assert not torch.equal(changed[-1], logits[-1])
     removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
     assert torch.equal(removals.untouched, untouched[found.row, found.position])
     assert torch.equal(removals.losses(each, []), removals.untouched)
 
 
-def test_removal_is_the_splice_without_those_heads(model: LanguageModel) -> None:
+def test_ablate_takes_shares_the_error_and_another_prompt(model: LanguageModel) -> None:
+    """With `ablate` a layer's output moves by what is removed and what comes in its place."""
+    each, tokens, other = units.LorsaHeads(lorsa_for(model)), random_tokens(2, 9), random_tokens(2, 9, seed=7)
+    (x, y), elsewhere = model.capture(tokens, [1])[1], model.capture(other, [1])[1]
+    written = each.written(x, y, [1, 2])
+    everything = torch.ones(each.n + 1, dtype=torch.bool)
+    expected: list[tuple[Any, Any, Tensor]] = [
+        ([1, 2], None, y - written),
+        ({1: -1.0, 2: -1.0}, None, y + written),
+        (~everything.index_fill(0, torch.tensor([each.n]), False), None, each.lorsa(x).y),
+        (everything, {1: each.activity(*elsewhere)}, elsewhere[1]),
+    ]
+    for chosen, instead, output in expected:
+        with units.ablate(model, {1: each}, {1: chosen}, instead):
+            assert torch.allclose(model.capture(tokens, [1])[1][1], output, atol=1e-5)
+    with pytest.raises(UserError, match="choose one from 0 to 23"), units.ablate(model, {1: each}, {1: [3, 24]}):
+        pass
+
+
+def test_removal_is_the_splice_without_those_heads(model: LanguageModel, found: prompts.PromptSet) -> None:
     lorsa = lorsa_for(model)
     each = units.LorsaHeads(lorsa)
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=8)
     chosen = [int(unit) for unit in lorsa(model.capture(found.tokens, [1])[1][0]).indices[0, 12]]
 
     def by_hand(x: Tensor, y: Tensor) -> Tensor:
@@ -213,13 +235,8 @@ def test_removal_is_the_splice_without_those_heads(model: LanguageModel) -> None
     assert table.loc[1, "labelled"] == pytest.approx(float(difference.mean()), abs=1e-4)
 
 
-def test_by_pair() -> None:
-    values = torch.tensor([[1.0], [3.0], [10.0]])
-    assert units.by_pair(values, torch.tensor([7, 7, 2])).tolist() == [[10.0], [2.0]]
-
-
 def test_effect_error_is_over_pairs() -> None:
-    found: Any = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
+    found: Any = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
     changed = torch.where(found.pair == 0, 1.0, 3.0)
     effect = units.effect(changed, torch.zeros(len(found.row)), found, found.pair == 1)
     assert effect.labelled == 2.0
@@ -230,10 +247,9 @@ def test_effect_error_is_over_pairs() -> None:
 
 
 def test_prompts_where_no_removed_unit_is_active_are_not_run(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, found: prompts.PromptSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = units.LorsaHeads(lorsa_for(model))
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
     removals = units.Removals(model, 1, found)
     whole = {unit: removals.losses(each, [unit]) for unit in range(each.n)}
     active = each.active(*model.capture(found.tokens, [1])[1]).any(dim=1)
@@ -249,24 +265,10 @@ def test_prompts_where_no_removed_unit_is_active_are_not_run(
         assert measured == pytest.approx(float((whole[unit] - untouched)[found.positive].mean()), abs=1e-6)
 
 
-def test_losses_at_some_queries_run_their_prompts_only(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = units.LorsaHeads(lorsa_for(model))
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 4, length=8)
-    removals = units.Removals(model, 1, found, batch_size=2)
-    everywhere = removals.losses(each, [0, 1, 2])
-    few = (found.row % 3 == 1) & (torch.arange(len(found.row)) % 2 == 0)
-    ran: list[torch.Tensor] = []
-    real = model.loss
-    monkeypatch.setattr(model, "loss", lambda tokens, *rest: (ran.append(tokens), real(tokens, *rest))[1])
-    at_few = removals.losses(each, [0, 1, 2], few)
-    assert torch.equal(torch.cat(ran), found.tokens[1::3])
-    assert torch.allclose(at_few[few], everywhere[few], atol=1e-5)
-    assert at_few[~few].isnan().all()
-
-
-def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(model: LanguageModel) -> None:
+def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(
+    model: LanguageModel, found: prompts.PromptSet
+) -> None:
     site = model.site(1)
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
     kinds = {"lorsa": units.LorsaHeads(lorsa_for(model)), "mhsa": units.MHSAHeads(site)}
     passes: list[int] = []
     hook = model.attention_module(0).register_forward_hook(lambda module, args, output: passes.append(1))
@@ -280,13 +282,3 @@ def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(model: Lang
     expected = difference[found.row, found.position][found.positive]
     assert tables["mhsa"].loc[1, "labelled"] == pytest.approx(float(expected.mean()), abs=1e-5)
     assert (tables["lorsa"]["labelled"] != tables["mhsa"]["labelled"]).all()
-
-
-def test_removing_a_unit_that_does_not_exist_is_refused(model: LanguageModel) -> None:
-    found = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
-    removals = units.Removals(model, 1, found)
-    each = units.LorsaHeads(lorsa_for(model))
-    with pytest.raises(UserError, match="There is no unit"):
-        removals.losses(each, [each.n])
-    with pytest.raises(UserError, match="There is no unit"):
-        removals.effects(each, {"wrong": [-1]})

@@ -2,16 +2,18 @@ import dataclasses
 import io
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
 from tiny_models import save_tiny_model
+from typer.main import get_command
 
 from lorsa_utils import store
 from lorsa_utils.config import PRESETS, PROFILES, TrainConfig
@@ -20,33 +22,10 @@ from lorsa_utils.kit import cli
 from lorsa_utils.kit.reproduce import NotebookStatus
 
 ROOT = Path(__file__).resolve().parents[2]
-EVAL_KEYS = {
-    "fvu",
-    "fvu_token_mean",
-    "ce",
-    "ce_spliced",
-    "ce_mean_ablated",
-    "ce_recovered",
-    "l0",
-    "dead_fraction",
-    "n_tokens",
-    "cosine",
-}
+EVAL_KEYS = "fvu fvu_token_mean ce ce_spliced ce_mean_ablated ce_recovered l0 dead_fraction n_tokens cosine"
 TRAIN_KEYS = {"fvu", "tokens_per_s", "dead_fraction", "seconds"}
-SHAPE = [
-    "--n-heads",
-    "32",
-    "--n-qk",
-    "4",
-    "--k",
-    "4",
-    "--context",
-    "32",
-    "--tokens",
-    "3000",
-    "--held-out-tokens",
-    "600",
-]
+BUDGET = ["--context", "32", "--tokens", "3000", "--held-out-tokens", "600"]
+SHAPE = ["--n-heads", "32", "--n-qk", "4", "--k", "4", *BUDGET]
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +57,32 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def cached(model: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("cache") / "c"
-    assert lorsa("cache", "--model", model, "--text", text, "--layers", "0,1", "--out", out, *SHAPE[6:]) == 0
+    assert lorsa("cache", "--model", model, "--text", text, "--layers", "0,1", "--out", out, *BUDGET) == 0
     return str(out)
+
+
+def train_baseline(kind: str, cached: str, model: str, out: Path) -> str:
+    shape = ["--n-heads", "32", "--k", "4", "--tokens", "600", "--out", out]
+    assert lorsa("train", "--model", model, "--cache", cached, "--layer", "1", "--kind", kind, *shape) == 0
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def sae(cached: str, model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train_baseline("sae", cached, model, tmp_path_factory.mktemp("sae") / "run")
+
+
+@pytest.fixture(scope="module")
+def transcoder(cached: str, model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train_baseline("transcoder", cached, model, tmp_path_factory.mktemp("transcoder") / "run")
+
+
+@pytest.fixture(scope="module")
+def described(trained: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table of heads."""
+    out = tmp_path_factory.mktemp("tables") / "new" / "heads.parquet"
+    assert lorsa("heads", trained, "--text", text, "--tokens", "600", "--out", out) == 0
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,10 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def test_help_answers_without_torch() -> None:
-    script = "import sys; from lorsa_utils.kit.cli import main; code = main(['train', '--help']); assert 'torch' not in sys.modules; sys.exit(code)"
+    script = (
+        "import sys; from lorsa_utils.kit.cli import main; code = main(['train', '--help']); "
+        "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules); sys.exit(code)"
+    )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "--n-heads" in result.stdout
@@ -138,70 +144,99 @@ def test_the_package_is_a_command_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "default"),
     [
         ("doctor", "--profile"),
-        ("fetch", "(default: False)"),
-        ("cache", "(default: bfloat16)"),
-        ("train", "(default: smollm2)"),
-        ("eval", "(default: 100000)"),
-        ("heads", "(default: 50000)"),
-        ("reproduce", "(default: laptop)"),
-        ("claims", "(default: laptop)"),
+        ("fetch", "--force"),
+        ("cache", "[default: bfloat16]"),
+        ("train", "[default: smollm2]"),
+        ("eval", "[default: 100000]"),
+        ("heads", "[default: 50000]"),
+        ("reproduce", "[default: laptop]"),
+        ("claims", "[default: laptop]"),
     ],
 )
-def test_help_tells_defaults(command: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_defaults(command: str, default: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert lorsa(command, "--help") == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    assert told in help_text
+    assert default in help_text
     assert "--json" in help_text
+
+
+def parsed(command: str, *words: str) -> dict[str, Any]:
+    group: Any = get_command(cli.app)
+    return dict(group.commands[command].make_context(command, list(words)).params)
 
 
 def test_every_training_setting_is_an_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert lorsa("train", "--help") == 0
     help_text = " ".join(capsys.readouterr().out.split())
+    required = ["--layer", "1", "--out", "x"]
+    options = parsed("train", *required)
     for field in dataclasses.fields(TrainConfig):
-        option = f"--{field.name.replace('_', '-')}"
-        assert option in help_text
-        if field.name not in cli.OWN_OPTIONS:
-            default = next(text for name, _, text, _ in cli._config_fields("TrainConfig") if name == field.name)
-            assert f"(default: {default})" in help_text
-    required = ["train", "--layer", "1", "--out", "x"]
-    arguments = cli.build_parser().parse_args(required)
-    for name in cli.OWN_OPTIONS:
-        assert getattr(arguments, name) == getattr(TrainConfig(), name), name
-    arguments = cli.build_parser().parse_args([*required, "--lr", "0.01", "--aux-k", "8"])
-    assert (arguments.lr, arguments.aux_k) == (0.01, 8)
+        assert f"--{field.name.replace('_', '-')}" in help_text
+        assert field.name in cli.OWN_OPTIONS or field.metadata["help"] in help_text
+        assert options[field.name] == field.default
+    options = parsed("train", *required, "--lr", "0.01", "--aux-k", "8")
+    assert (options["lr"], options["aux_k"]) == (0.01, 8)
+
+
+def test_options_take_several_values() -> None:
+    words = ["--text", "a.txt", "b.txt", "--out", "x", "--layer", "17,9,9", "--tokens", "5_000"]
+    options = parsed("train", *words, "--text", "c.txt")
+    assert (options["text"], options["layer"], options["tokens"]) == (["a.txt", "b.txt", "c.txt"], [9, 17], 5000)
+    options = parsed("autointerp", "one", "--scorers", "detection, fuzzing", "two", "--out", "x", "--prices", "1,0.5")
+    assert (options["folders"], options["scorers"]) == (["one", "two"], ["detection", "fuzzing"])
+    assert options["prices"] == (1, 0.5)
+
+
+def test_a_preset_brings_defaults_and_options_win() -> None:
+    options = parsed("train", "--k", "3", "--preset", "pythia-160m", "--layer", "3", "--out", "x")
+    preset = PRESETS["pythia-160m"]
+    assert (options["k"], options["n_heads"], options["context"]) == (3, preset.n_heads, preset.context)
+    assert (options["tokens"], options["model"], options["dataset"]) == (preset.tokens, preset.model, None)
 
 
 def test_profiles_are_those_of_the_config() -> None:
-    assert set(cli.PROFILE_NAMES) == set(PROFILES)
-    assert set(cli.PRESET_NAMES) == set(PRESETS)
+    assert set(get_args(cli.Profile)) == set(PROFILES)
+    assert set(get_args(cli.Preset)) == set(PRESETS)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "sentence"),
     [
-        [],
-        ["dance"],
-        ["train"],
-        ["train", "--layer", "one", "--out", "x"],
-        ["train", "--layer", "1", "--out", "x", "--tokens", "0"],
-        ["train", "--layer", "1", "--out", "x", "--kind", "magic"],
-        ["cache", "--layers", "1,", "--tokens", "5", "--out", "x"],
-        ["reproduce", "--profile", "huge"],
+        ([], "lorsa: Missing command; see `lorsa --help`."),
+        (["dance"], "lorsa: No such command 'dance'; see `lorsa --help`."),
+        (["train"], "lorsa train: Missing option '--layer'; see `lorsa train --help`."),
+        (["eval"], "lorsa eval: Missing argument 'DIR'"),
+        (["train", "--lyer", "1"], "No such option: --lyer (Possible options: --layer"),
+        (["train", "--layer", "one"], "numbers separated by commas, such as 9,17, not 'one'"),
+        (["train", "--tokens", "0"], "Invalid value for '--tokens': must be at least 1, not 0"),
+        (["train", "--tokens", "many"], "'many' is not a number"),
+        (["train", "--kind", "magic"], "'magic' is not one of 'lorsa', 'sae', 'transcoder'"),
+        (["train", "--lr", "fast"], "Invalid value for '--lr'"),
+        (["cache", "--layers", "1,"], "numbers separated by commas"),
+        (["eval", "x", "--text"], "Option '--text' needs at least one value"),
+        (["eval", "x", "--text", "--json"], "Option '--text' needs at least one value"),
+        (["autointerp", "x", "--prices", "1"], "two prices, such as 0.15,0.60, not '1'"),
+        (["reproduce", "--profile", "huge"], "'huge' is not one of 'smoke', 'laptop', 'paper'"),
     ],
 )
-def test_bad_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_is_one_sentence_and_exit_code_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lorsa(*arguments) == 2
-    assert "usage: lorsa" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
 
 
 # ---- the stages
 
 
-def test_cache_tells_size_and_speed_and_goes_on_where_it_was(model: str, text: str, cached: str, answer: Any) -> None:
-    result = answer("cache", "--model", model, "--text", text, "--layers", "0,1", "--out", cached, *SHAPE[6:])
+def test_cache_shows_size_and_speed_and_goes_on_where_it_was(model: str, text: str, cached: str, answer: Any) -> None:
+    result = answer("cache", "--model", model, "--text", text, "--layers", "0,1", "--out", cached, *BUDGET)
     assert result["tokens"] == 3000
     assert result["held_out_tokens"] == 600
     assert result["bytes"] == sum(file.stat().st_size for file in Path(cached).glob("*.safetensors"))
@@ -229,13 +264,11 @@ def test_resume_of_a_finished_run_measures_the_same(trained: str, model: str, te
     assert again["tokens_per_s"] == 0
 
 
-@pytest.mark.parametrize("kind", ["sae", "transcoder"])
-def test_baselines_train_from_the_cache(kind: str, cached: str, model: str, tmp_path: Path, answer: Any) -> None:
-    result = answer(
-        "train", "--model", model, "--cache", cached, "--layer", "1", "--kind", kind, "--out", tmp_path / "run", *SHAPE
-    )
-    assert set(result) >= TRAIN_KEYS
-    assert 0 < result["fvu"] < 1
+def test_baselines_train_from_the_cache(sae: str, transcoder: str) -> None:
+    for folder in (sae, transcoder):
+        results = store.read_json(Path(folder) / "results.json")
+        assert set(results) >= TRAIN_KEYS
+        assert 0 < results["fvu"] < 1
 
 
 def test_several_layers_train_together(cached: str, model: str, tmp_path: Path, answer: Any) -> None:
@@ -256,155 +289,112 @@ def test_shape_follows_from_the_layer_when_not_given(model: str, text: str, tmp_
 def test_eval_measures_on_the_held_out_part_or_on_a_given_text(
     trained: str, text: str, tmp_path: Path, answer: Any
 ) -> None:
-    own = answer("eval", trained)
-    assert set(own) == EVAL_KEYS
+    own = answer("eval", trained, "--tokens", "600")
+    assert set(own) == set(EVAL_KEYS.split())
     held_out = store.read_json(Path(trained) / "results.json")
-    assert own["n_tokens"] > held_out["n_tokens"]
-    capped = answer("eval", trained, "--tokens", "600")
-    assert capped["fvu"] == pytest.approx(held_out["fvu"], rel=1e-4), "the same sequences as at the end of training"
-    whole = answer("eval", trained, "--text", text, "--tokens", "10000000")
-    assert whole["n_tokens"] > 3 * own["n_tokens"], "with --text nothing is held out"
+    assert own["fvu"] == pytest.approx(held_out["fvu"], rel=1e-4), "the same sequences as at the end of training"
+    most = answer("eval", trained)["n_tokens"]
+    assert most > 600
+    whole = answer("eval", trained, "--text", text, "--tokens", most + 1000)
+    assert whole["n_tokens"] == most + 1000, "with --text nothing is held out"
     short = tmp_path / "short.txt"
     short.write_text("Shorter than one context.")
     assert answer("eval", trained, "--text", short)["n_tokens"] == len("Shorter than one context.")
 
 
 def test_eval_warns_when_worse_than_the_mean(trained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text((Path(trained) / "config.json").read_text())
-    tensors = store.read_tensors(Path(trained) / "model.safetensors")
+    broken = copy_of(trained, tmp_path / "broken")
+    tensors = store.read_tensors(broken / "model.safetensors")
     store.write_tensors(broken / "model.safetensors", tensors | {"b_O": tensors["b_O"] + 10})
-    assert lorsa("eval", broken) == 0
+    assert lorsa("eval", broken, "--tokens", "300") == 0
     out, err = capsys.readouterr()
     assert "Warning: FVU is above 1" in err
-    assert "ce_recovered" in out
+    assert re.search(r"^fvu_token_mean   \d", out, re.MULTILINE), "answers for people are aligned lines"
 
 
-def test_heads_writes_one_row_a_head(
-    trained: str, text: str, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "tables" / "heads.parquet"
-    found = answer("heads", trained, "--text", text, "--tokens", "600", "--out", out)
-    table = pd.read_parquet(out)
-    assert len(table) == found["heads"] == 32
-    assert {
-        "head",
-        "family",
-        "frequency",
-        "induction_share",
-        "induction_precision",
-        "top_logits",
-        "contexts",
-        "effect",
-    } <= set(table)
-    assert found["dead_fraction"] == table["dead"].mean()
-    assert set(found["families"]) & set(found["skipped"]) == set()
-    assert {"induction", "duplicate_token", "local"} <= set(found["families"])
-    assert {"name_mover", "subtoken_induction"} <= set(found["skipped"]), "bytes have no names"
-    assert found["n_tokens"] == 600
+def test_heads_writes_one_row_per_head(trained: str, described: Path, text: str, tmp_path: Path, answer: Any) -> None:
+    table = pd.read_parquet(described)
+    columns = {"head", "family", "frequency", "induction_share", "induction_precision", "top_logits", "contexts"}
+    assert columns | {"effect"} <= set(table)
+    assert len(table) == 32
     assert len(table.loc[0, "top_logits"]) == 10
+    options = ("--text", text, "--tokens", "300", "--removed", "0", "--out", tmp_path / "few.parquet")
+    seen = answer("heads", trained, *options)
+    assert (seen["heads"], seen["n_tokens"]) == (32, 300)
+    assert seen["dead_fraction"] == pd.read_parquet(tmp_path / "few.parquet")["dead"].mean()
+    assert set(seen["families"]) & set(seen["skipped"]) == set()
+    assert {"induction", "duplicate_token", "local"} <= set(seen["families"])
+    assert {"name_mover", "subtoken_induction"} <= set(seen["skipped"]), "bytes have no names"
 
 
-def test_heads_of_what_has_none(
-    trained: str, cached: str, model: str, other_model: str, tmp_path: Path, complaint: Any
-) -> None:
-    out = tmp_path / "heads.parquet"
-    assert "is not a run folder" in complaint("heads", tmp_path, "--out", out)
-    assert "other weights" in complaint("heads", trained, "--out", out, "--model", other_model)
+def test_heads_of_what_has_none(trained: str, sae: str, other_model: str, tmp_path: Path, complaint: Any) -> None:
+    out, empty = ("--out", tmp_path / "heads.parquet"), tmp_path / "empty.txt"
+    assert "is not a run folder" in complaint("heads", tmp_path, *out)
+    assert "other weights" in complaint("heads", trained, *out, "--model", other_model)
     assert "ends in .parquet" in complaint("heads", trained, "--out", tmp_path / "heads.csv")
-    sae = tmp_path / "sae"
-    shape = ["--n-heads", "32", "--k", "4", "--tokens", "500"]
-    assert (
-        lorsa("train", "--model", model, "--cache", cached, "--layer", "1", "--kind", "sae", "--out", sae, *shape) == 0
-    )
-    assert "holds a sae, not a Lorsa" in complaint("heads", sae, "--out", out)
-    empty = tmp_path / "empty.txt"
+    assert "is a sae; give a Lorsa" in complaint("heads", sae, *out)
     empty.write_text(" ")
-    assert "empty" in complaint("heads", trained, "--out", out, "--text", empty)
-    dead = tmp_path / "dead"
-    shutil.copytree(trained, dead)
+    assert "empty" in complaint("heads", trained, *out, "--text", empty)
+    dead = copy_of(trained, tmp_path / "dead")
     weights = store.read_tensors(dead / "model.safetensors")
     store.write_tensors(dead / "model.safetensors", weights | {name: 0 * weights[name] for name in ("W_V", "b_V")})
-    assert "all are dead" in complaint("heads", dead, "--out", out)
-    assert not out.exists()
+    assert "all are dead" in complaint("heads", dead, *out)
+    assert not (tmp_path / "heads.parquet").exists()
 
 
 def test_show_writes_pages(
-    trained: str, cached: str, model: str, text: str, tmp_path: Path, answer: Any, complaint: Any
+    trained: str, sae: str, transcoder: str, described: Path, text: str, tmp_path: Path, answer: Any, complaint: Any
 ) -> None:
-    page, shape = tmp_path / "new" / "page.html", ["--n-heads", "32", "--k", "4", "--tokens", "500"]
-    found = answer("show", trained, "--head", "5", "--out", page, "--text", text, "--tokens", "600")
-    assert found["path"] == str(page)
+    page, little = tmp_path / "new" / "page.html", ["--text", text, "--tokens", "600"]
+    seen = answer("show", trained, "--head", "5", "--out", page, *little)
+    assert seen["path"] == str(page)
     content = page.read_text(encoding="utf-8")
-    assert found["bytes"] == page.stat().st_size < 2_000_000
+    assert seen["bytes"] == page.stat().st_size < 2_000_000
     assert "Head 5" in content
     assert "name was not looked for" in content
-    for kind in ("sae", "transcoder"):
-        out = ["--kind", kind, "--out", tmp_path / kind]
-        assert lorsa("train", "--model", model, "--cache", cached, "--layer", "1", *out, *shape) == 0
-    table = tmp_path / "heads.parquet"
-    answer("heads", trained, "--text", text, "--tokens", "600", "--out", table)
     scores = tmp_path / "scores.parquet"
     rows = [
         ("Lorsa", 1, 3, "Only letters.", 0.75),
         ("Lorsa", 1, 5, "Only digits.", None),
         ("Lorsa", 0, 3, "wrong layer", 1.0),
+        ("Lorsa", 1, 4, None, None),
+        ("SAE", 1, 3, "wrong kind", 1.0),
     ]
-    rows += [("Lorsa", 1, 4, None, None), ("SAE", 1, 3, "wrong kind", 1.0)]
     pd.DataFrame(rows, columns=["dictionary", "layer", "unit", "explanation", "detection"]).to_parquet(scores)
-    extra = [
-        "--explanations",
-        scores,
-        "--table",
-        table,
-        "--sae",
-        tmp_path / "sae",
-        "--transcoder",
-        tmp_path / "transcoder",
-        "--text",
-        text,
-        "--tokens",
-        "600",
-    ]
-    found = answer("show", trained, "--head", "3,5,3", "--out", tmp_path / "pages", *extra)
-    assert [Path(path).name for path in found["pages"]] == ["layer01_head00003.html", "layer01_head00005.html"]
-    both = [Path(path).read_text(encoding="utf-8") for path in found["pages"]]
-    assert all("Nearest to w_o" in content and "Nearest to w_v" in content for content in both)
-    assert all("name was not looked for" not in content for content in both)
-    assert "Only letters." in both[0]
-    assert "balanced accuracy 0.75" in both[0]
-    assert "Only digits." in both[1]
-    assert "balanced accuracy" not in both[1]
-    assert not any("wrong" in content for content in both)
-    assert "make it with `lorsa autointerp`" in complaint(
-        "show", trained, "--head", "5", "--out", page, "--explanations", table
-    )
-    assert "give a sae of layer 1" in complaint(
-        "show", trained, "--head", "5", "--out", page, "--sae", tmp_path / "transcoder"
-    )
+    beside = ["--explanations", scores, "--table", described, "--sae", sae, "--transcoder", transcoder]
+    seen = answer("show", trained, "--head", "3,5,3", "--out", tmp_path / "pages", *beside, *little)
+    assert [Path(path).name for path in seen["pages"]] == ["layer01_head00003.html", "layer01_head00005.html"]
+    first, second = (Path(path).read_text(encoding="utf-8") for path in seen["pages"])
+    for content in (first, second):
+        assert "Nearest to w_o" in content
+        assert "Nearest to w_v" in content
+        assert "name was not looked for" not in content
+        assert "wrong" not in content
+    assert "Only letters." in first
+    assert "balanced accuracy 0.75" in first
+    assert "Only digits." in second
+    assert "balanced accuracy" not in second
+    one = ("show", trained, "--head", "5", "--out", page)
+    assert "make it with `lorsa autointerp`" in complaint(*one, "--explanations", described)
+    assert "give a sae of layer 1" in complaint(*one, "--sae", transcoder)
 
 
 def test_show_of_what_is_not_there(trained: str, cached: str, tmp_path: Path, complaint: Any) -> None:
-    page = tmp_path / "page.html"
-    assert "no unit 32 among 32 Lorsa heads; choose one from 0 to 31" in complaint(
-        "show", trained, "--head", "32", "--out", page
-    )
-    assert "give --out a folder" in complaint("show", trained, "--head", "1,2", "--out", page)
+    out = ("--out", tmp_path / "page.html")
+    no_unit = "no unit 32 among 32 Lorsa heads; choose one from 0 to 31"
+    assert no_unit in complaint("show", trained, "--head", "32", *out)
+    assert "give --out a folder" in complaint("show", trained, "--head", "1,2", *out)
     assert "ends in .html" in complaint("show", trained, "--head", "1", "--out", tmp_path / "page")
-    assert "is not a run folder" in complaint("show", cached, "--head", "1", "--out", page)
-    assert "make it with `lorsa heads`" in complaint(
-        "show", trained, "--head", "1", "--out", page, "--table", tmp_path / "no.parquet"
-    )
-    half = tmp_path / "half"
-    shutil.copytree(trained, half)
+    assert "is not a run folder" in complaint("show", cached, "--head", "1", *out)
+    table = ("--table", tmp_path / "no.parquet")
+    assert "make it with `lorsa heads`" in complaint("show", trained, "--head", "1", *out, *table)
+    half = copy_of(trained, tmp_path / "half")
     weights = half / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "is damaged" in complaint("show", half, "--head", "1", "--out", page)
+    assert "is damaged" in complaint("show", half, "--head", "1", *out)
     weights.unlink()
-    assert "unfinished run" in complaint("show", half, "--head", "1", "--out", page)
-    assert lorsa("show", trained, "--head", "one", "--out", page) == 2
-    assert not page.exists()
+    assert "unfinished run" in complaint("show", half, "--head", "1", *out)
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_a_single_short_paragraph_can_be_trained_on(
@@ -412,49 +402,22 @@ def test_a_single_short_paragraph_can_be_trained_on(
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("One sentence that is shorter than the context.")
-    assert (
-        lorsa(
-            "train",
-            "--model",
-            model,
-            "--text",
-            short,
-            "--layer",
-            "0",
-            "--out",
-            tmp_path / "run",
-            *SHAPE,
-            "--context",
-            "64",
-        )
-        == 0
-    )
+    options = ["--layer", "0", "--out", tmp_path / "run", *SHAPE, "--context", "64", "--tokens", "300"]
+    assert lorsa("train", "--model", model, "--text", short, *options) == 0
     err = capsys.readouterr().err
     assert "so it is read" in err
     assert "too short to hold a part of it out" in err
+    assert lorsa("eval", tmp_path / "run") == 0
+    assert "too short to hold a part of it out" in capsys.readouterr().err
 
 
-def test_doctor_tells_what_is_here_and_what_a_profile_costs(answer: Any) -> None:
+def test_doctor_shows_what_is_here_and_what_a_profile_costs(answer: Any) -> None:
     result = answer("doctor", "--profile", "laptop")
-    assert {
-        "kit",
-        "torch",
-        "transformers",
-        "device",
-        "memory_gb",
-        "disk_free_gb",
-        "embedded_model",
-        "missing",
-        "estimate",
-    } <= set(result)
+    keys = "kit torch transformers device memory_gb disk_free_gb embedded_model missing estimate"
+    assert set(keys.split()) <= set(result)
     assert result["embedded_model"] is None
     assert any("lorsa fetch" in line for line in result["missing"])
     assert result["estimate"]["minutes"] > 0
-
-
-def test_answers_for_people_are_lines(trained: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lorsa("eval", trained, "--tokens", "300") == 0
-    assert "fvu_token_mean   0." in capsys.readouterr().out
 
 
 # ---- bad input
@@ -486,41 +449,38 @@ def test_bad_training_requests(case: str, model: str, text: str, tmp_path: Path,
     assert not (out / "config.json").exists()
 
 
+TO_TRAIN = ["--layer", "1", *SHAPE]
+TO_CACHE = ["--layers", "1", *BUDGET]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [(b"", "is empty"), (b"  \n", "is empty"), (b"\x89PNG\xff\x00", "is not UTF-8"), (b"a\0b", "is a binary file")],
 )
-@pytest.mark.parametrize("command", ["train", "cache", "eval"])
-def test_bad_texts(
-    command: str, content: bytes, sentence: str, model: str, trained: str, tmp_path: Path, complaint: Any
-) -> None:
+def test_bad_texts(content: bytes, sentence: str, model: str, trained: str, tmp_path: Path, complaint: Any) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes(content)
-    arguments = {
-        "train": ["--model", model, "--layer", "1", "--out", tmp_path / "out", *SHAPE],
-        "cache": ["--model", model, "--layers", "1", "--out", tmp_path / "out", *SHAPE[6:]],
-        "eval": [trained],
-    }
-    assert sentence in complaint(command, *arguments[command], "--text", file)
+    where = ["--model", model, "--out", tmp_path / "out", "--text", file]
+    assert sentence in complaint("train", *where, *TO_TRAIN)
+    assert sentence in complaint("cache", *where, *TO_CACHE)
+    assert sentence in complaint("eval", trained, "--text", file)
 
 
-@pytest.mark.parametrize("command", ["train", "cache"])
-def test_folders_that_cannot_be_written(command: str, model: str, text: str, tmp_path: Path, complaint: Any) -> None:
+def test_folders_that_cannot_be_written(model: str, text: str, tmp_path: Path, complaint: Any) -> None:
     (tmp_path / "file").write_text("a regular file")
-    layer = {"train": "--layer", "cache": "--layers"}[command]
-    shape = SHAPE if command == "train" else SHAPE[6:]
-    sentence = complaint(
-        command, "--model", model, "--text", text, layer, "1", "--out", tmp_path / "file" / "out", *shape
-    )
-    assert "Cannot write to" in sentence
-    assert "choose a folder you can write to" in sentence
+    where = ["--model", model, "--text", text, "--out", tmp_path / "file" / "out"]
+    for command, options in (("train", TO_TRAIN), ("cache", TO_CACHE)):
+        sentence = complaint(command, *where, *options)
+        assert "Cannot write to" in sentence
+        assert "choose a folder you can write to" in sentence
 
 
 def copy_of(folder: str, target: Path) -> Path:
+    """The files of a run, without its state."""
     target.mkdir()
     for file in Path(folder).iterdir():
         if file.is_file():
-            (target / file.name).write_bytes(file.read_bytes())
+            shutil.copy(file, target)
     return target
 
 
@@ -550,7 +510,7 @@ def test_caches_of_something_else_are_refused(
 
 
 def test_a_cache_folder_in_use_is_refused(cached: str, model: str, text: str, complaint: Any) -> None:
-    arguments = ["cache", "--model", model, "--text", text, "--layers", "0", "--out", cached, *SHAPE[6:]]
+    arguments = ["cache", "--model", model, "--text", text, "--layers", "0", "--out", cached, *BUDGET]
     assert "holds another cache: its layers is [0, 1], asked is [0]" in complaint(*arguments)
 
 
@@ -580,7 +540,7 @@ def test_eval_needs_the_run_and_its_model(trained: str, other_model: str, tmp_pa
 # ---- other endings
 
 
-def test_interrupted_training_tells_how_to_go_on(
+def test_interrupted_training_shows_how_to_go_on(
     model: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lorsa_utils import training
@@ -591,20 +551,8 @@ def test_interrupted_training_tells_how_to_go_on(
                 raise KeyboardInterrupt
             super().train_step(batch)
 
-    arguments = [
-        "train",
-        "--model",
-        model,
-        "--text",
-        text,
-        "--layer",
-        "1",
-        "--out",
-        tmp_path / "run",
-        "--batch-size",
-        "8",
-        *SHAPE,
-    ]
+    out = ["--out", tmp_path / "run", "--batch-size", "8"]
+    arguments = ["train", "--model", model, "--text", text, *TO_TRAIN, *out]
     with monkeypatch.context() as patch:
         patch.setattr(training, "Run", Interrupted)
         assert lorsa(*arguments) == 130
@@ -643,7 +591,7 @@ def test_fetch_checks_the_model_again(
     assert "run `lorsa fetch --force`" in complaint("fetch")
 
 
-def test_reproduce_tells_every_status_and_fails_when_a_notebook_did(
+def test_reproduce_shows_every_status_and_fails_when_a_notebook_did(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     statuses = [
@@ -710,7 +658,7 @@ def byte_pairs(tmp_path: Path) -> Path:
 def test_circuit_prints_curves(
     trained: str, byte_pairs: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch, nodes: str
 ) -> None:
-    monkeypatch.setattr("lorsa_utils.heads.tasks.require_able", lambda name, found: None)
+    monkeypatch.setattr("lorsa_utils.heads.tasks.require_able", lambda name, accuracy: None)
     out = tmp_path / "curves.csv"
     options = ["--prompts", byte_pairs, "--nodes", nodes, "--out", out]
     graph_file = tmp_path / "graph.json"
@@ -748,8 +696,8 @@ def test_circuit_of_what_has_none(trained: str, byte_pairs: Path, tmp_path: Path
     cannot = tmp_path / "cannot.jsonl"
     rows = [json.loads(line) for line in byte_pairs.read_text(encoding="utf-8").splitlines()]
     swapped = [row | {"answer": row["wrong"], "wrong": row["answer"]} for row in rows]
-    for some in (rows, swapped):  # a random model prefers one of the two letters nearly always
-        cannot.write_text("\n".join(json.dumps(row) for row in some), encoding="utf-8")
+    for prompts in (rows, swapped):  # a random model prefers one of the two letters nearly always
+        cannot.write_text("\n".join(json.dumps(row) for row in prompts), encoding="utf-8")
         code = lorsa("circuit", trained, "--prompts", cannot, "--nodes", "mhsa")
         if code == 1:
             break

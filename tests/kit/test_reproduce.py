@@ -20,14 +20,14 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_notebook(
-    tmp_path: Path, name: str, *cells: str, minutes: float | None = None, reads_run: bool = False
+    tmp_path: Path, name: str, *cells: str, minutes: float | None = None, reads_run: bool = False, starts: bool = True
 ) -> Path:
     parameters = nbformat.v4.new_code_cell('PROFILE = "laptop"\nRUN_DIR = ""')
     parameters.metadata["tags"] = ["parameters"]
     begin = nbformat.v4.new_code_cell(
-        f'from lorsa_utils import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)'
+        f'from lorsa_utils.kit import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)'
     )
-    code = [parameters, begin, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
+    code = [parameters, *[begin] * starts, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A lesson"), *code])
     book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
     if minutes is not None:
@@ -84,7 +84,7 @@ def test_plan_adds_up_what_is_known(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_reproduction_trains_what_a_reader_need_not(tmp_path: Path) -> None:
     path = write_notebook(tmp_path, "01_first", "assert TRAIN", "run.record('train', TRAIN)")
-    write_notebook(tmp_path, "02_second", "assert 'TRAIN' not in globals()")
+    write_notebook(tmp_path, "02_second", "assert 'TRAIN' not in globals()", starts=False)
     book = nbformat.read(path, as_version=4)
     book.cells[1].source += "\nTRAIN = False"
     nbformat.write(book, path)
@@ -95,7 +95,7 @@ def test_a_reproduction_trains_what_a_reader_need_not(tmp_path: Path) -> None:
 def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figure = 'import plotly.graph_objects as go\nrun.show(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), "P4_test", "Is <b> & bold?")'
+    figure = 'import plotly.graph_objects as go\nrun.show(go.Figure(go.Scatter(y=[3, 4])), "P4_test", "Is <b> & bold?")'
     write_notebook(tmp_path, "01_first", figure, 'run.record("fvu", 0.25)\nrun.record("<script>", 1)', "run.finish()")
     second = write_notebook(
         tmp_path, "02_second", 'from pathlib import Path\nassert (Path(RUN_DIR) / "01_first.ipynb").exists()'
@@ -110,7 +110,7 @@ def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(
     page = (folder / "01_first.html").read_text(encoding="utf-8")
     assert "P4_test" in page
     assert not re.search(r'src="https?:', page)
-    assert not list(folder.glob(".*.tmp*"))
+    assert not list(folder.glob("*.failed.ipynb"))
 
     assert run(tmp_path) == {"01_first": "up to date", "02_second": "up to date"}
     assert "All 2 notebooks are up to date" in capsys.readouterr().err
@@ -139,15 +139,6 @@ def check_index(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
-    write_notebook(tmp_path, "01_first")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".01_first.0123abcd.tmp.ipynb").write_text('{"cells": [')
-    assert run(tmp_path) == {"01_first": "done"}
-    assert not list((tmp_path / "run").glob(".*"))
-
-
-@pytest.mark.slow
 def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +153,7 @@ def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
     partial = nbformat.read(folder / "02_second.failed.ipynb", as_version=4)
     assert any("the head is dead" in str(cell.get("outputs")) for cell in partial.cells)
     assert (folder / "index.html").is_file()
+    (folder / "02_second.failed.ipynb").write_text('{"cells": [')  # as a killed run leaves it
     write_notebook(tmp_path, "02_second", "x = 1")
     assert run(tmp_path) == {"01_first": "up to date", "02_second": "done", "03_third": "done"}
     assert not (folder / "02_second.failed.ipynb").exists()
@@ -169,18 +161,18 @@ def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
 
 @pytest.mark.slow
 def test_a_cell_that_hangs_or_a_kernel_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(reproduce.CELL_TIMEOUT_SECONDS, "smoke", 30)
-    write_notebook(tmp_path, "01_dies", "import os\nos._exit(3)")
+    monkeypatch.setitem(reproduce.CELL_TIMEOUT_SECONDS, "smoke", 5)
+    write_notebook(tmp_path, "01_dies", "import os\nos._exit(3)", starts=False)
     (status,) = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run")
     assert status.error
-    assert status.error.startswith("01_dies failed in cell [4] (")
-    write_notebook(tmp_path, "01_dies", "import time\ntime.sleep(600)")
+    assert status.error.startswith("01_dies failed in cell [3] (")
+    write_notebook(tmp_path, "01_dies", "import time\ntime.sleep(600)", starts=False)
     (status,) = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run")
     assert status.error
-    assert "in cell [4] (it ran longer than allowed)" in status.error
+    assert "in cell [3] (it ran longer than allowed)" in status.error
 
 
-def test_changes_of_package_profile_or_expected_values_make_a_run_stale(tmp_path: Path) -> None:
+def test_changes_of_profile_tables_or_expected_values_make_a_run_stale(tmp_path: Path) -> None:
     path = write_notebook(tmp_path, "01_first")
     smoke, laptop = reproduce.get_profile("smoke"), reproduce.get_profile("laptop")
     before = reproduce._hash(path, smoke, tmp_path)
@@ -189,19 +181,76 @@ def test_changes_of_package_profile_or_expected_values_make_a_run_stale(tmp_path
     store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"laptop": {"fvu": {"max": 1}}})
     assert reproduce._hash(path, smoke, tmp_path) == before
     store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"smoke": {"fvu": {"max": 1}}})
-    assert reproduce._hash(path, smoke, tmp_path) != before
-    before = reproduce._hash(path, smoke, tmp_path)
+    changed = reproduce._hash(path, smoke, tmp_path)
+    assert changed != before
     store.write_text(store.data_dir() / "benchmarks.csv", "shape\nA\n")
-    assert reproduce._hash(path, smoke, tmp_path) != before
-    outputs = json.loads(path.read_text(encoding="utf-8"))
-    outputs["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
     after = reproduce._hash(path, smoke, tmp_path)
-    path.write_text(json.dumps(outputs), encoding="utf-8")
+    assert after != changed
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
+    path.write_text(json.dumps(content), encoding="utf-8")
     assert reproduce._hash(path, smoke, tmp_path) == after, "outputs saved in the source do not matter"
 
 
-@pytest.mark.slow
-def test_a_notebook_that_shows_the_run_follows_what_the_others_made(tmp_path: Path) -> None:
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package in which `used` leads to rooms/deep.py, and two modules that it does not need."""
+    files = {
+        "__init__.py": "if TYPE_CHECKING:\n    from lorsa_utils.public import Name",
+        "public.py": "",
+        "used.py": "def f():\n    from lorsa_utils.rooms import deep\nif TYPE_CHECKING:\n    import lorsa_utils.alone",
+        "rooms/__init__.py": "",
+        "rooms/deep.py": "from lorsa_utils.used import f",
+        "rooms/templates/page.html": "page",
+        "alone.py": "from lorsa_utils import used",
+    }
+    root = tmp_path / "lorsa_utils"
+    for name, code in files.items():
+        store.write_text(root / name, code)
+    monkeypatch.setattr(reproduce, "PACKAGE", root)
+    return root
+
+
+def test_a_notebook_is_stale_when_a_module_that_it_imports_changes_and_not_when_another_does(
+    tmp_path: Path, package: Path
+) -> None:
+    path = write_notebook(tmp_path, "01_first", "%matplotlib inline\nfrom lorsa_utils import used")
+    before = reproduce._hash(path, reproduce.get_profile("smoke"), tmp_path)
+    for name in ("alone.py", "public.py", "__init__.py"):
+        store.write_text(package / name, "changed = True")
+        assert reproduce._hash(path, reproduce.get_profile("smoke"), tmp_path) == before, name
+    for name in ("used.py", "rooms/deep.py", "rooms/templates/page.html"):
+        content = (package / name).read_text(encoding="utf-8")
+        store.write_text(package / name, content + "\nchanged = True")
+        assert reproduce._hash(path, reproduce.get_profile("smoke"), tmp_path) != before, name
+        store.write_text(package / name, content)
+    assert reproduce._hash(path, reproduce.get_profile("smoke"), tmp_path) == before
+
+
+@pytest.mark.parametrize("code", ["import lorsa_utils as lu", "from lorsa_utils import Name"])
+def test_public_names_count_as_their_homes(package: Path, code: str) -> None:
+    assert reproduce.imported_files(code) == {package / "__init__.py", package / "public.py"}
+
+
+def test_modules_of_the_notebooks_are_found() -> None:
+    source = json.loads((reproduce.notebooks_dir() / "08_circuits.ipynb").read_text(encoding="utf-8"))
+    code = "\n".join("".join(cell["source"]) for cell in source["cells"] if cell["cell_type"] == "code")
+    names = {file.relative_to(reproduce.PACKAGE).as_posix() for file in reproduce.imported_files(code)}
+    assert {"circuits/graph.py", "kit/notebook.py", "ops.py", "store.py"} <= names
+    assert not {"kit/cli.py", "autointerp/study.py", "kit/bench.py"} & names
+
+
+def test_a_notebook_that_shows_the_run_follows_what_the_others_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(path: Path, output: Path, folder: Path, profile: Any) -> None:
+        """In this process, without a kernel."""
+        book = nbformat.read(path, as_version=4)
+        code = "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
+        exec(code.replace('RUN_DIR = ""', f"RUN_DIR = {str(folder)!r}").replace('"laptop"', '"smoke"'), {})
+        nbformat.write(book, output)
+
+    monkeypatch.setattr(reproduce, "_execute", execute)
     folder = tmp_path / "run"
     write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.25)')
     write_notebook(tmp_path, "02_book", reads_run=True)

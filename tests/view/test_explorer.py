@@ -11,9 +11,8 @@ import torch
 from tiny_heads import DEAD, LAYER, LENGTH, Tiny, tiny_heads
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import units
-from lorsa_utils.view import evidence
-from lorsa_utils.view.explorer import Explorer, Reader, View, choose_heads, scaled, sentence_html, steer
+from lorsa_utils.view import evidence, pages
+from lorsa_utils.view.explorer import Explorer, Reader, View, choose_heads, marked_tokens, steer
 
 SENTENCE = "The cat sat on the mat. The cat"
 
@@ -78,9 +77,9 @@ def test_a_sentence_is_read_as_the_module_reads_it(tiny: Tiny, view: View, reade
     assert torch.allclose(context.z_pattern, tiny.lorsa.z_pattern(x, head)[0] * norms[head], atol=1e-5)
     main = [read.tokens[source] for source in evidence.main_sources(context.z_pattern[position])[:2]]
     assert firing["looks_at"].iloc[0] == main
-    html = sentence_html(context, position)
-    assert html.count('class="t') == len(read.ids)
-    assert html.count("here") == 1
+    tokens = marked_tokens(context, position)
+    assert [token["text"] for token in tokens] == [pages.visible(token) for token in read.tokens]
+    assert [place for place, token in enumerate(tokens) if "here" in token["classes"]] == [position]
 
 
 def test_sentences_that_are_too_long_or_empty_or_strange(reader: Reader, explorer: Explorer) -> None:
@@ -103,25 +102,6 @@ def test_sentences_that_are_too_long_or_empty_or_strange(reader: Reader, explore
     assert explorer.shown.value == before
 
 
-def test_scale_one_is_the_untouched_model_and_zero_the_head_removed(tiny: Tiny) -> None:
-    tokens = tiny.sequences.tokens[:2].long()
-    untouched = tiny.model.logits(tokens)
-    with scaled(tiny.model, LAYER, tiny.lorsa, {3: 1.0, 5: 1.0}):
-        assert torch.equal(tiny.model.logits(tokens), untouched)
-    each, head = units.LorsaHeads(tiny.lorsa), int(tiny.found.facts["frequency"].idxmax())
-    chosen = torch.tensor([head])
-    with tiny.model.splice({LAYER: lambda x, y: y - each.written(x, y, chosen)}):
-        removed = tiny.model.logits(tokens)
-    with scaled(tiny.model, LAYER, tiny.lorsa, {head: 0.0}):
-        assert torch.allclose(tiny.model.logits(tokens), removed, atol=1e-5)
-    assert not torch.allclose(untouched, removed, atol=1e-3)
-    with scaled(tiny.model, LAYER, tiny.lorsa, {DEAD: 8.0}):
-        assert torch.equal(tiny.model.logits(tokens), untouched), "a dead head has nothing to scale"
-    with pytest.raises(UserError, match="no unit 99"), scaled(tiny.model, LAYER, tiny.lorsa, {99: 0.0}):
-        pass
-    assert torch.equal(tiny.model.logits(tokens), untouched), "the model is left as it was"
-
-
 def test_steering_tells_probabilities(tiny: Tiny) -> None:
     ids, head = tiny.sequences.tokens[1, :40].tolist(), int(tiny.found.facts["frequency"].idxmax())
     changes = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 6.0}, n=5)
@@ -131,8 +111,11 @@ def test_steering_tells_probabilities(tiny: Tiny) -> None:
     larger = changes[["before", "after"]].max(axis=1)
     assert larger.is_monotonic_decreasing
     assert np.abs(changes["after"] - changes["before"]).max() > 1e-3
-    same = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 1.0})
-    assert (same["before"] == same["after"]).all()
+    for nothing in ({head: 1.0}, {DEAD: 8.0}):
+        same = steer(tiny.model, LAYER, tiny.lorsa, ids, nothing)
+        assert (same["before"] == same["after"]).all(), "scale 1 and a dead head leave the model alone, bit for bit"
+    with pytest.raises(UserError, match="no unit 99"):
+        steer(tiny.model, LAYER, tiny.lorsa, ids, {99: 0.0})
     first = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 0.0}, position=3)
     assert first["before"].max() == pytest.approx(
         float(tiny.model.logits(torch.tensor([ids]))[0, 3].softmax(dim=0).max()), abs=1e-5

@@ -1,0 +1,75 @@
+"""Whatever selects keeps the same units for every score, on every backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from toys import random_inputs, random_lorsa
+
+from lorsa_utils import ops, reference
+from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit import formats, hub
+from lorsa_utils.selection import SCORES, Selection
+
+BY_HAND = {"relu": ([1, 3], [2.0, 0.5]), "abs": ([0, 1], [-3.0, 2.0])}
+"""Kept units of z = -3, 2, -1, 0.5 with norms 1, 2, 1, 1, and what they write."""
+
+
+def test_every_score_is_tested_by_hand() -> None:
+    assert set(BY_HAND) == set(SCORES)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_consumer_selects_the_same(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, selection = torch.tensor([[-3.0, 2.0, -1.0, 0.5]]), Selection(2, torch.tensor([1.0, 2.0, 1.0, 1.0]), score)
+    kept, written = BY_HAND[score]
+    backends = ["torch", "reference"]
+    if ops.kernels.triton is not None:
+        backends.append("triton")
+    for backend in backends:
+        indices = ops.select_heads(z, selection, backend=backend).sort(dim=1).values
+        assert indices.tolist() == [kept], backend
+        assert selection.activations(z.gather(1, indices)).tolist() == [written]
+    encoded = ops.sparse_encode(z, torch.eye(4), torch.zeros(4), selection)
+    assert sorted(zip(encoded.indices[0].tolist(), encoded.values[0].tolist(), strict=True)) == list(
+        zip(kept, written, strict=True)
+    )
+    q = torch.zeros(1, 1, 1, 2)
+    attended = ops.sparse_attention(q, q, z.view(1, 1, 1, 4), 1.0, selection)
+    assert sorted(zip(attended.indices[0].tolist(), attended.values[0].tolist(), strict=True)) == list(
+        zip(kept, written, strict=True)
+    )
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_layer_and_the_loops_select_the_same(score: str) -> None:
+    module, x = random_lorsa(dtype=torch.float64, score=score), random_inputs(1, 6, dtype=torch.float64)
+    y, _, indices = reference.lorsa_forward(x[0], module.state_dict(), module.config)
+    output = module(x)
+    assert torch.equal(output.indices[0].sort(dim=-1).values, indices)
+    assert (output.y[0] - y).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_published_weights_keep_the_score_or_are_refused(score: str, tmp_path: Path) -> None:
+    lorsa = random_lorsa(score=score)
+    if not SCORES[score]:
+        with pytest.raises(UserError, match=rf"\(score {score}\) is unknown to Language-Model-SAEs"):
+            formats.llamascopium_config(lorsa.config, {})
+        return
+    lorsa.save(tmp_path / "run")
+    hub.export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert formats.read(tmp_path / "out").lorsa.config.score == score
+
+
+def test_what_keeps_no_fixed_number_is_refused_by_name(tmp_path: Path) -> None:
+    from lorsa_utils import store
+
+    random_lorsa().save(tmp_path / "run")
+    hub.export_checkpoint(tmp_path / "run", tmp_path / "out")
+    config = store.read_json(tmp_path / "out" / "config.json")
+    store.write_json(tmp_path / "out" / "config.json", config | {"act_fn": "jumprelu"})
+    with pytest.raises(UserError, match="act_fn 'jumprelu', which Lorsa here does not have"):
+        formats.read(tmp_path / "out")
