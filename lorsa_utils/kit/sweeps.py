@@ -43,7 +43,7 @@ from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.metrics import evaluate_activations
 from lorsa_utils.models import AttentionSite
 from lorsa_utils.stats import t_interval
-from lorsa_utils.training import QK_PARAMETERS, Run, RunSpec, World, _cut_to_budget, training_sources
+from lorsa_utils.training import QK_PARAMETERS, Run, RunSpec, training_sources
 
 Start = Literal["both", "qk", "ov", "random"]
 STARTS: tuple[Start, ...] = ("both", "qk", "ov", "random")
@@ -135,7 +135,7 @@ class HeldTokens:
         for batch in batches:
             if left <= 0:
                 return
-            batch = _cut_to_budget(batch, left, World())
+            batch = batch.up_to(left)
             left -= int(batch.mask.sum())
             yield batch
 
