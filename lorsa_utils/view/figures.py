@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -352,5 +352,3 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, margin={"t": 110})
     figure.update_layout(legend={"orientation": "h", "y": 1.22, "x": 1.0, "xanchor": "right"})
     return figure
-
-
