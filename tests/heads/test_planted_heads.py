@@ -87,11 +87,11 @@ def scores() -> pd.DataFrame:
     model.days = torch.tensor(digits)  # what the stream marks
     budget = Budget(units=3, shown=40, contrast=40, scored=20, oversampling=1)
     dictionary = Dictionary("Lorsa", 0, planted(model, comma))
-    text, firings = examples.collect(
+    firings = examples.record_firings(
         Source(model, digits, comma), [dictionary], {0: model.site(0)}, tokenizer, budget, 64, progress=False
     )
-    sets = [examples.examples(one, text, budget) for one in firings]
-    return study.study(sets, text, RulesJudge(), progress=False).set_index("unit")
+    sets = [examples.examples(one, budget) for one in firings]
+    return study.study(sets, RulesJudge(), progress=False).set_index("unit")
 
 
 def test_planted_heads_are_explained(scores: pd.DataFrame) -> None:
