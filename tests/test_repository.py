@@ -32,7 +32,7 @@ FLOORS = (
     *("toys", "toys.sparse_transformer"),
     *("view", "view.evidence", "view.pages", "view.explorer", "view.figures"),
     *("kit.recipes", "kit.notebook", "kit.claims", "view.gallery", "view.book", "kit.reproduce"),
-    *("kit.commands", "kit.cli", "__main__"),
+    *("kit.doctor", "kit.commands", "kit.cli", "__main__"),
 )
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

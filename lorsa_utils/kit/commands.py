@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorsa_utils import activations, metrics, store
+from lorsa_utils import activations, metrics, store, training
 from lorsa_utils.activations import ActivationCache, ActivationSource, ActivationStream
 from lorsa_utils.config import TrainConfig, get_preset
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.layer import Layer, module_config, run_config
+from lorsa_utils.layer import Layer, documents_of_run, module_config, run_config
 from lorsa_utils.lorsa import SAE, Lorsa, read_module_settings
 from lorsa_utils.models import LanguageModel, load_model, resolve_device
-from lorsa_utils.text import Sequences, Text, load_text
-from lorsa_utils.training import Run, RunSpec, World, join_world, make_logger, train_runs
+from lorsa_utils.text import Sequences, Text, load_text, tokenize
+from lorsa_utils.training import RunSpec, World, join_world, make_logger, train_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,55 +59,9 @@ def _records(table: pd.DataFrame) -> list[Answer]:
 
 def doctor(options: Options) -> Answer:
     """What is here, what is missing, and what a profile or preset would cost."""
-    import psutil
+    from lorsa_utils.kit import doctor
 
-    from lorsa_utils.fetch import EMBEDDED_NAME
-    from lorsa_utils.kit import presets
-    from lorsa_utils.kit.notebook import provenance
-    from lorsa_utils.kit.reproduce import expected_minutes
-    from lorsa_utils.view.figures import can_draw_png
-
-    memory, embedded = psutil.virtual_memory(), store.data_dir() / "models" / EMBEDDED_NAME
-    fetched, images = (embedded / "source.json").is_file(), can_draw_png()
-    answer: Answer = {
-        **provenance(),
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "memory_gb": round(memory.total / 1e9, 1),
-        "memory_free_gb": round(memory.available / 1e9, 1),
-        "data": str(store.data_dir()),
-        "disk_free_gb": round(store.free_bytes(store.data_dir()) / 1e9, 1),
-        "embedded_model": str(embedded) if fetched else None,
-        "static_images": images,
-        "missing": _missing(fetched, images),
-    }
-    if options.profile:
-        minutes = None
-        with contextlib.suppress(UserError):  # the package without its notebooks
-            minutes = expected_minutes(options.profile)
-        answer["estimate"] = presets.profile_estimate(options.profile, minutes)
-    if options.preset:
-        answer["preset"] = presets.preset_estimate(options.preset)
-    return answer
-
-
-def _missing(fetched: bool, images: bool) -> list[str]:
-    """One sentence for each thing that is not here, with its fix."""
-    import importlib.util
-
-    from lorsa_utils.kit.notebook import check_versions
-
-    missing = [] if fetched else ["the embedded model: it is fetched when first needed, or now by `lorsa fetch`"]
-    missing += [] if images else ["Chrome or Chromium: figures have no static images; install chromium"]
-    packages = {
-        "papermill": "notebooks cannot be run by `lorsa reproduce`; pip install 'lorsa-utils[notebooks]'",
-        "datasets": "--dataset does not work; pip install 'lorsa-utils[hub]'",
-    }
-    missing += [f"{name}: {effect}" for name, effect in packages.items() if importlib.util.find_spec(name) is None]
-    try:
-        check_versions()
-    except UserError as error:
-        missing.append(str(error))
-    return missing
+    return doctor.report(options.profile, options.preset)
 
 
 def fetch(options: Options) -> Answer:
@@ -253,7 +207,7 @@ def _train_layers(options: Options, folders: Mapping[int, Path], world: World) -
         store.require_writable(folder)
     source, held_out = _sources(options, model, list(folders))
     _tell_cost(specs, source, model, options.resume)
-    before = _tokens_seen(specs[0].folder) if options.resume else 0
+    before = training.tokens_seen(specs[0].folder) if options.resume else 0
     logger = make_logger(options.logger, options.out) if world.rank == 0 else None
     sites = {layer: model.site(layer) for layer in folders}
     began = time.perf_counter()
@@ -295,18 +249,12 @@ def _sources(
     return train, held_out or train
 
 
-def _tokens_seen(folder: Path) -> int:
-    """Tokens that a run to resume was already trained on."""
-    file = folder / "state" / "state.safetensors"
-    return int(json.loads(store.read_tensor_metadata(file)["counters"])["tokens_seen"]) if file.is_file() else 0
-
-
 def _tell_cost(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel, resume: bool) -> None:
     """Refuse a disk that is too small; say what the run costs when it takes more than a minute."""
     how, parameters = specs[0].train, sum(spec.module.n_parameters for spec in specs)
     disk = 4 * 4 * parameters  # weights, and a state of weights and Adam's two moments
     store.require_free_bytes(specs[0].folder, disk, "The run")
-    if resume or how.tokens < 100_000 or (seconds := _estimate_seconds(specs, source, model)) < 60:
+    if resume or how.tokens < 100_000 or (seconds := training.estimate_seconds(specs, source, model)) < 60:
         return
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
     units = max(spec.module.n_units for spec in specs)
@@ -315,23 +263,6 @@ def _tell_cost(specs: Sequence[RunSpec], source: ActivationSource, model: Langua
         f"Training on {how.tokens:,} tokens: about {seconds / 60:.1f} minutes, {memory / 1e9:.1f} GB of memory, "
         f"{disk / 1e9:.2f} GB on disk."
     )
-
-
-def _estimate_seconds(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel) -> float:
-    """Time of the second of two batches (activations and a step of every module), times the number of steps."""
-    batches = source.batches(specs[0].train.batch_size, layers=[spec.layer for spec in specs])
-    first = next(batches)
-    began = time.perf_counter()
-    second = next(batches, first)
-    seconds = time.perf_counter() - began
-    for spec in specs:
-        run = Run(spec, {}, model.device)  # nothing of it is kept
-        run.start(model.site(spec.layer), first)
-        run.train_step(first)
-        began = time.perf_counter()
-        run.train_step(second)
-        seconds += time.perf_counter() - began
-    return seconds * specs[0].train.tokens / max(1, int(second.mask.sum()))
 
 
 # ---- what a trained module does
@@ -722,34 +653,26 @@ def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
 
 
 def import_(options: Options) -> Answer:
-    """A run folder from published weights."""
+    """A run folder from published weights; with a model, in the reading that fits its layer best."""
     from lorsa_utils.kit import hub
 
     if (Path(options.source) / "checkpoint.json").is_file():
         return {"path": str(hub.unpack(options.source, options.folder)), "format": "small", "warning": None}
-    if options.model is None:
-        answer = hub.import_checkpoint(options.source, options.folder, layer=options.layer)
-    else:
-        answer = _measured_import(options)
+    measured: tuple[Any, ...] = (None, options.layer)
+    if options.model:
+        model = load_model(options.model, device=options.device)
+        origin = options.dataset or "embedded"
+        documents = documents_of_run(options.text, origin, options.tokens)
+
+        def sequences(context: int) -> Sequences:
+            context = min(context, model.context_length)
+            return tokenize(documents, model.tokenizer, context=context, n_tokens=options.tokens)
+
+        paths = [str(Path(path).absolute()) for path in options.text or ()]
+        measured = (model, options.layer, sequences, paths or origin)
+    answer = hub.import_checkpoint(options.source, options.folder, *measured)
     note(answer["warning"])
     return answer
-
-
-def _measured_import(options: Options) -> Answer:
-    """The reading of published weights that the layer's own text fits best."""
-    from lorsa_utils.kit import hub
-    from lorsa_utils.text import load_corpus, tokenize
-
-    model = load_model(options.model, device=options.device)
-    corpus = load_corpus(options.text, options.dataset, max_tokens=10 * options.tokens)
-    documents = [*corpus.train, *corpus.held_out] if options.text else corpus.held_out or corpus.train
-    name = [str(Path(path).absolute()) for path in options.text] if options.text else options.dataset or "embedded"
-
-    def sequences(context: int) -> Sequences:
-        context = min(context, model.context_length)
-        return tokenize(documents, model.tokenizer, context=context, n_tokens=options.tokens)
-
-    return hub.import_checkpoint(options.source, options.folder, model, options.layer, sequences, name)
 
 
 def export(options: Options) -> Answer:

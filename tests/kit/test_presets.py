@@ -115,7 +115,7 @@ def test_readme_prints_what_doctor_computes() -> None:
 def test_doctor_estimates_a_preset(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_matmul_rate", lambda: 1e12)
+    monkeypatch.setattr(presets, "matmul_rate", lambda: 1e12)
     assert cli.main(["doctor", "--preset", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["preset"]
     assert "not measured" in found["how"]
@@ -149,13 +149,10 @@ def test_train_fills_in_the_preset_and_explicit_options_win(
     assert torch.isfinite(lorsa(torch.randn(1, 8, lorsa.config.d_model)).y).all()
 
 
-def test_text_of_ones_own_takes_the_place_of_the_presets(tmp_path: Path) -> None:
-    parser = cli.build_parser()
-    for given in (["--text", "a.txt"], ["--cache", "c"]):
-        arguments = parser.parse_args(["train", "--preset", "pythia-160m", "--layer", "3", "--out", "x", *given])
-        assert cli._preset_options(arguments)["dataset"] is None
-    arguments = parser.parse_args(["train", "--preset", "pythia-160m", "--layer", "3", "--out", "x"])
-    assert cli._preset_options(arguments)["dataset"] == "cerebras/SlimPajama-627B"
+def test_text_of_ones_own_takes_the_place_of_the_presets(tiny: dict[str, config.Preset], tmp_path: Path) -> None:
+    options = ["--layer", "1", "--out", str(tmp_path / "run"), "--held-out-tokens", "300", "--text", "a.txt"]
+    assert cli.main(["train", "--preset", "pythia-160m", *options]) == 0
+    assert store.read_json(tmp_path / "run" / "config.json")["source"]["text"] == [str(Path("a.txt").absolute())]
 
 
 @pytest.mark.parametrize("name", KINDS)
