@@ -63,7 +63,7 @@ class Reconstruction:
         self.fired = torch.zeros(n_units, dtype=torch.long)
 
     def update(self, y: Tensor, output: SparseOutput, mask: Tensor) -> None:
-        """Add a batch: targets y [batch, length, d_model], what the module returned, counted tokens mask [batch, length]."""
+        """Add a batch: targets y [batch, length, d_model], what the module returned, mask of counted tokens."""
         target, predicted = y[mask].double(), output.y[mask].double()
         error = (target - predicted).square().sum(dim=-1)
         deviation = (target - self.mean.to(target.device)).square().sum(dim=-1)
@@ -100,15 +100,9 @@ class Reconstruction:
 def evaluate_activations(
     modules: Mapping[str, tuple[int, SparseModule]], source: ActivationSource, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
-    """Reconstruction of several modules on the same held-out activations.
+    """Reconstruction of modules, by name with their layers, on held-out activations: `Reconstruction.result` by name.
 
-    Args:
-        modules: name to (layer, module); modules take raw activations.
-        source: held-out activations; read twice, first for the mean target.
-        batch_size: sequences at a time.
-
-    Returns:
-        per name the dict of `Reconstruction.result`.
+    The source is read twice, first for the mean target.
     """
     layers = sorted({layer for layer, _ in modules.values()})
     means = {layer: MeanTarget() for layer in layers}
@@ -125,8 +119,10 @@ def evaluate_activations(
     return {name: running.result() for name, running in sums.items()}
 
 
-KEYS = ("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered", "l0", "dead_fraction")
-KEYS += ("n_tokens", "cosine")
+KEYS = (
+    *("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered"),
+    *("l0", "dead_fraction", "n_tokens", "cosine"),
+)
 
 
 class _LossSum:

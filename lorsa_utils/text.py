@@ -1,121 +1,42 @@
-"""Text to documents to token sequences.
+"""Documents to token sequences, each of one document.
 
-Text comes from the embedded corpus (an extract of the English Wikipedia and the docstrings of pinned packages), from
-local files, or from a Hugging Face dataset. It is split into train and held-out parts by whole documents, and cut into
-sequences that each come from one document.
+text = load_text(model, n_tokens=250_000)     # text.train and text.held_out
 """
 
 from __future__ import annotations
 
-import bz2
 import hashlib
-import importlib.metadata
-import importlib.util
-import json
-import re
-import sys
-import time
-import warnings
-import xml.etree.ElementTree as ElementTree
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
-from tqdm.auto import tqdm
 
+from lorsa_utils.corpus import Corpus, Document, TextName, embedded_corpus, load_corpus
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.prose import module_prose, wiki_prose
-from lorsa_utils.store import (
-    CHECKOUT,
-    data_dir,
-    read_json,
-    require_writable,
-    sha256_file,
-    sha256_json,
-    write_json,
-    write_text,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorsa_utils.models import LanguageModel
 
-CORPUS_VERSION = 3
-HELD_OUT_SHARE = 0.1
-SPLIT_RULE = (
-    "held out when the first 8 bytes of sha256('lorsa-split-0:' + document id), as a fraction of 2^64, are below 0.1"
-)
+__all__ = [
+    "Corpus",
+    "Document",
+    "Sequences",
+    "Text",
+    "TextName",
+    "bos_id",
+    "embedded_corpus",
+    "load_corpus",
+    "load_text",
+    "tokenize",
+]
 
-WIKIPEDIA_REQUIREMENT = "gensim==4.4.0"
-WIKIPEDIA_WHEEL_SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
-WIKIPEDIA_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-WIKIPEDIA_MEMBER_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-# The wheel is only a container of text here, so one platform's wheel is taken on every system.
-WIKIPEDIA_PIP_ARGS = (
-    "--platform",
-    "manylinux_2_28_x86_64",
-    "--python-version",
-    "3.11",
-    "--implementation",
-    "cp",
-    "--abi",
-    "cp311",
-)
-
-# What the kit's own dependencies bring, so that no optional package changes the text. Not plotly and
-# transformers.models, which are generated or repeat themselves.
-DOCUMENTATION_PACKAGES = (
-    *("numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "mpmath"),
-    *("huggingface_hub", "accelerate", "narwhals", "jinja2", "fsspec"),
-)
-SKIPPED_FOLDERS = frozenset(
-    {"tests", "test", "testing", "_testing", "_vendor", "vendor", "models", "benchmarks", "array_api_compat",
-     "_inductor", "_dynamo", "_functorch", "_export", "_refs", "_prims", "_decomp", "_numpy", "_higher_order_ops", "onnx"}
-)  # fmt: skip
-
-MIN_WIKIPEDIA_CHARACTERS = 1500
-PIECE_CHARACTERS = 8000
-MIN_HELD_OUT_CHARACTERS = 500
 MIN_LAST_PIECE = 32
 BLOCK_CHARACTERS = 1_000_000
-
-LICENCES = {
-    "wikipedia": "Text of Wikipedia contributors, CC BY-SA 3.0 (GFDL for the parts so marked); fetched, not shipped.",
-    "documentation": "Docstrings of the installed packages, each under that package's own licence; read in place, not shipped.",
-    "file": "Supplied by the user.",
-    "dataset": "See the card of the dataset.",
-}
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text that is never divided between train and held-out."""
-
-    id: str
-    """Unique name: `wikipedia/<title>`, `documentation/<package>/<module path>`, `file/<name>#<n>` or `dataset/<id>#<n>`."""
-    source: str
-    """`wikipedia`, `documentation`, `file` or `dataset`."""
-    text: str
-    """Plain text."""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents split into two parts that share none."""
-
-    train: list[Document]
-    """Documents to train on."""
-    held_out: list[Document]
-    """About a tenth of the text, to measure on."""
-    manifest: dict[str, Any]
-    """Per source: documents, characters, share, sha256; versions, split rule, licences; `sha256` of the whole."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +60,7 @@ class Sequences:
     """The budget that was asked for, in tokens that count."""
     documents: Sequence[Document] = field(default=(), repr=False)
     """The documents that were cut, whether or not the budget reached them."""
-    origin: str | Sequence[str] | None = None
-    """Where they are from: `embedded`, a dataset's id, or absolute paths. For people; hashes are what is compared."""
+    origin: TextName | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -152,524 +72,16 @@ class Sequences:
         """One sentence when the text gave fewer tokens than asked, else None."""
         if self.asked is None or self.n_tokens >= self.asked:
             return None
-        return f"The text holds {self.n_tokens:,} tokens, fewer than the {self.asked:,} asked for; all of it is used once, nothing twice."
+        return (
+            f"The text holds {self.n_tokens:,} tokens, fewer than the {self.asked:,} asked for; "
+            "all of it is used once, nothing twice."
+        )
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens (int64) and mask of `batch_size` sequences at a time (the last may be fewer), each [batch, context], on a device."""
+        """Tokens (int64) and mask of at most `batch_size` sequences at a time, each [batch, context]."""
         for first in range(0, len(self.tokens), batch_size):
-            some = slice(first, first + batch_size)
-            yield self.tokens[some].to(device, torch.long), self.mask[some].to(device)
-
-
-# --- splitting, de-duplicating, describing ---------------------------------------------------------------------------
-
-
-def is_held_out(document_id: str) -> bool:
-    """Whether a document belongs to the held-out part; depends on its id alone (see `SPLIT_RULE`)."""
-    return _split_value(document_id) < HELD_OUT_SHARE
-
-
-def _split_value(document_id: str) -> float:
-    digest = hashlib.sha256(f"lorsa-split-0:{document_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2.0**64
-
-
-def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Train and held-out documents, in the order given. Two documents or more always give both parts at least one.
-
-    One document alone is all train: it cannot be held out from itself.
-    """
-    held_out_ids = {document.id for document in documents if is_held_out(document.id)}
-    if len(documents) > 1:
-        ranked = sorted(documents, key=lambda document: _split_value(document.id))
-        held_out_ids |= {ranked[0].id}
-        held_out_ids -= {ranked[-1].id}
-    elif documents:
-        held_out_ids = set()
-    train = [document for document in documents if document.id not in held_out_ids]
-    return train, [document for document in documents if document.id in held_out_ids]
-
-
-def drop_near_duplicates(documents: Sequence[Document], threshold: float = 0.7, shingle: int = 5) -> list[Document]:
-    """Keep the first of documents whose sets of word shingles have an estimated Jaccard similarity of `threshold` or more.
-
-    MinHash with locality-sensitive hashing (Broder 1997; `datasketch`), 64 permutations from a fixed seed, so the
-    result depends on the texts and their order alone.
-    """
-    from datasketch import MinHash, MinHashLSH
-
-    index = MinHashLSH(threshold=threshold, num_perm=64)
-    signatures: dict[int, Any] = {}
-    kept = []
-    for number, document in enumerate(documents):
-        words = re.findall(r"\w+", document.text.lower())
-        shingles = {" ".join(words[i : i + shingle]).encode() for i in range(max(1, len(words) - shingle + 1))}
-        signature = MinHash(num_perm=64, seed=1, hashfunc=zlib.crc32)
-        signature.update_batch(sorted(shingles))
-        if any(signatures[other].jaccard(signature) >= threshold for other in index.query(signature)):
-            continue
-        signatures[number] = signature
-        index.insert(number, signature)
-        kept.append(document)
-    return kept
-
-
-def documents_sha256(documents: Iterable[Document]) -> str:
-    """Hash of ids and texts, whatever their order."""
-    return sha256_json(
-        sorted([document.id, hashlib.sha256(document.text.encode()).hexdigest()] for document in documents)
-    )
-
-
-def _describe(train: Sequence[Document], held_out: Sequence[Document], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of a corpus."""
-    everything = [*train, *held_out]
-    total = sum(len(document.text) for document in everything)
-    held_out_ids = {document.id for document in held_out}
-    sources: dict[str, Any] = {}
-    for source in dict.fromkeys(document.source for document in everything):
-        mine = [document for document in everything if document.source == source]
-        characters = sum(len(document.text) for document in mine)
-        held = [document for document in mine if document.id in held_out_ids]
-        sources[source] = {
-            "documents": len(mine),
-            "characters": characters,
-            "share": round(characters / max(total, 1), 4),
-            "held_out_documents": len(held),
-            "held_out_characters": sum(len(document.text) for document in held),
-            "sha256": documents_sha256(mine),
-            "licence": LICENCES.get(source, "unknown"),
-        }
-    return {
-        "version": CORPUS_VERSION,
-        "documents": len(everything),
-        "characters": total,
-        "sources": sources,
-        "split": SPLIT_RULE,
-        **extra,
-        "sha256": documents_sha256(everything),
-    }
-
-
-def _corpus(documents: Sequence[Document], **extra: Any) -> Corpus:
-    train, held_out = split_documents(documents)
-    return Corpus(train, held_out, _describe(train, held_out, extra))
-
-
-# --- the embedded corpus
-# -----------------------------------------------------------------------------------------------
-
-
-def wikipedia_documents(extract: str | Path) -> list[Document]:
-    """Articles of a MediaWiki XML dump (bz2) with at least 1,500 characters of prose, in the order of the dump."""
-    documents = []
-    with bz2.open(extract) as handle:
-        pages = tqdm(_pages(handle), desc="Wikipedia prose", unit=" articles", mininterval=1.0)
-        for title, markup in pages:
-            if markup.lstrip().lower().startswith("#redirect") or title.lower().startswith("list of"):
-                continue
-            text = wiki_prose(markup)
-            if len(text) >= MIN_WIKIPEDIA_CHARACTERS:
-                documents.append(Document(f"wikipedia/{title}", "wikipedia", text))
-    return documents
-
-
-def _pages(handle: Any) -> Iterator[tuple[str, str]]:
-    """Title and markup of the articles (namespace 0) of a dump."""
-    for _, element in ElementTree.iterparse(handle):
-        space, _, tag = element.tag.rpartition("}")
-        space += "}" if space else ""
-        if tag == "page":
-            if element.findtext(f"{space}ns", "0") == "0":
-                yield element.findtext(f"{space}title", ""), element.findtext(f"{space}revision/{space}text", "")
-            element.clear()
-
-
-def documentation_documents(packages: Sequence[str] = DOCUMENTATION_PACKAGES) -> tuple[list[Document], dict[str, str]]:
-    """Prose of the docstrings of installed packages, one document a module, and the versions found.
-
-    Modules are parsed, never imported. A paragraph that was already seen in an earlier module is left out, because
-    docstrings repeat each other. Packages that are not installed are left out with a warning.
-    """
-    documents: list[Document] = []
-    versions: dict[str, str] = {}
-    seen: set[str] = set()
-    for package in tqdm(packages, desc="Documentation prose", unit=" packages"):
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            warnings.warn(f"{package} is not installed, so its documentation is missing from the corpus.", stacklevel=2)
-            continue
-        versions[package] = _version(package)
-        root = Path(spec.submodule_search_locations[0])
-        for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-            relative = path.relative_to(root)
-            if SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and (text := module_prose(path, seen)):
-                documents.append(Document(f"documentation/{package}/{relative.as_posix()}", "documentation", text))
-    return documents, versions
-
-
-def embedded_corpus() -> Corpus:
-    """Wikipedia prose and documentation prose, human-written, the same on every machine with the same packages.
-
-    Built once (the Wikipedia extract is fetched by pip, 30 MB), then read from `data/cache/corpus/<key>/`. A warning is
-    given when a text differs from the one pinned in `data/corpus/manifest.json`, as happens with other versions of the
-    packages.
-
-    Raises:
-        UserError: the extract cannot be fetched or its hash is wrong.
-    """
-    versions = {package: _version(package) for package in (*DOCUMENTATION_PACKAGES, "mwparserfromhell", "datasketch")}
-    key = sha256_json({"version": CORPUS_VERSION, "wikipedia": WIKIPEDIA_MEMBER_SHA256, "versions": versions})[:16]
-    folder = data_dir() / "cache" / "corpus" / key
-    if corpus := _read_corpus(folder):
-        return corpus
-    require_writable(folder)
-    with FileLock(folder / ".lock"):  # whoever comes second waits, and reads what the first has built
-        if corpus := _read_corpus(folder):
-            return corpus
-        wikipedia = wikipedia_documents(_wikipedia_extract())  # first, because it may fail for want of a network
-        documentation, found = documentation_documents()
-        documents = drop_near_duplicates([*wikipedia, *documentation])
-        corpus = _corpus(
-            documents, versions=found | {name: versions[name] for name in ("mwparserfromhell", "datasketch")}
-        )
-        _warn_when_unpinned(corpus.manifest)
-        _write_corpus(folder, corpus)
-    return corpus
-
-
-def _version(package: str) -> str:
-    """Installed version without the local part, as `+cpu`, which says nothing about the text; empty when not installed."""
-    try:
-        return importlib.metadata.version(package).split("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _wikipedia_extract() -> Path:
-    """The compressed extract on disk, fetched when it is not there."""
-    destination = data_dir() / "cache" / "corpus" / Path(WIKIPEDIA_MEMBER).name
-    if destination.is_file() and sha256_file(destination) == WIKIPEDIA_MEMBER_SHA256:
-        return destination
-    from lorsa_utils.fetch import fetch_wheel_member
-
-    return fetch_wheel_member(
-        WIKIPEDIA_REQUIREMENT,
-        WIKIPEDIA_WHEEL_SHA256,
-        WIKIPEDIA_MEMBER,
-        WIKIPEDIA_MEMBER_SHA256,
-        destination,
-        pip_args=WIKIPEDIA_PIP_ARGS,
-    )
-
-
-def pinned_manifest() -> dict[str, Any]:
-    """`data/corpus/manifest.json` of the checkout, or an empty dict where the package is installed without it."""
-    path = CHECKOUT / "data" / "corpus" / "manifest.json"
-    return dict(read_json(path)) if path.is_file() else {}
-
-
-def _warn_when_unpinned(manifest: Mapping[str, Any]) -> None:
-    expected = pinned_manifest()
-    for source, description in manifest["sources"].items():
-        pinned = expected.get("sources", {}).get(source)
-        if pinned and pinned["sha256"] != description["sha256"]:
-            differing = [
-                name for name, version in manifest["versions"].items() if expected["versions"].get(name) != version
-            ]
-            warnings.warn(
-                f"The {source} part of the embedded text is not the pinned one (versions that differ: {', '.join(differing) or 'none'}); "
-                "numbers will differ a little from the expected ones. Install with constraints.txt to get the pinned text.",
-                stacklevel=3,
-            )
-
-
-def _write_corpus(folder: Path, corpus: Corpus) -> None:
-    """Documents first, manifest last, so that a manifest means a whole corpus."""
-    rows = [(document, "train") for document in corpus.train] + [(document, "held_out") for document in corpus.held_out]
-    lines = [
-        json.dumps({"id": d.id, "source": d.source, "split": part, "text": d.text}, ensure_ascii=False)
-        for d, part in rows
-    ]
-    write_text(folder / "documents.jsonl", "\n".join(lines) + "\n")
-    write_json(folder / "manifest.json", corpus.manifest)
-
-
-def _read_corpus(folder: Path) -> Corpus | None:
-    """A stored corpus, or None when there is none or its text is not the one its manifest describes."""
-    if not (folder / "manifest.json").is_file() or not (folder / "documents.jsonl").is_file():
-        return None
-    try:
-        manifest = dict(read_json(folder / "manifest.json"))
-        rows = [
-            json.loads(line)
-            for line in (folder / "documents.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")
-        ]
-        parts = {
-            part: [Document(r["id"], r["source"], r["text"]) for r in rows if r["split"] == part]
-            for part in ("train", "held_out")
-        }
-    except (UserError, ValueError, KeyError):
-        return None
-    corpus = Corpus(parts["train"], parts["held_out"], manifest)
-    return corpus if documents_sha256([*corpus.train, *corpus.held_out]) == manifest.get("sha256") else None
-
-
-# --- text of the user's choice ---------------------------------------------------------------------------------------
-
-
-def text_documents(paths: Sequence[str | Path], size: int = PIECE_CHARACTERS) -> list[Document]:
-    """Documents of local files: UTF-8 text cut at blank lines into parts near `size` characters; `.jsonl` gives one a line.
-
-    A folder stands for all files in it with the endings .txt, .md and .jsonl, in the order of their names.
-
-    Raises:
-        UserError: a file is missing, empty or not text.
-    """
-    files = [file for path in paths for file in _text_files(Path(path))]
-    if not files:
-        raise UserError("No text was given; name at least one file or folder.")
-    names = Counter(file.name for file in files)
-    documents = []
-    for file in dict.fromkeys(files):
-        name = file.name if names[file.name] == 1 else file.as_posix()
-        texts = _jsonl_texts(file) if file.suffix == ".jsonl" else _cut_text(_read_text(file), size)
-        documents += [Document(f"file/{name}#{number}", "file", text) for number, text in enumerate(texts)]
-    return documents
-
-
-def text_corpus(paths: Sequence[str | Path]) -> Corpus:
-    """A corpus from local text files (see `text_documents`), split by document.
-
-    A text too short for two documents is cut finer, so that a tenth can be held out; a single paragraph is all train.
-
-    Raises:
-        UserError: a file is missing, empty or not text.
-    """
-    documents = text_documents(paths)
-    if len(documents) == 1:
-        documents = text_documents(paths, size=max(MIN_HELD_OUT_CHARACTERS, len(documents[0].text) // 10))
-    return _corpus(documents)
-
-
-def _text_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"There is no file or folder {path}; check the path.")
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".jsonl") and file.is_file())
-    if not files:
-        raise UserError(f"The folder {path} holds no .txt, .md or .jsonl file; name the text files themselves.")
-    return files
-
-
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}); check that it may be read.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 or name a text file."
-        ) from error
-    if b"\0" in content:
-        raise UserError(f"{path} is a binary file (it holds NUL bytes); name a text file.")
-    if not text.strip():
-        raise UserError(f"{path} is empty; name a file that holds text.")
-    return text
-
-
-def _jsonl_texts(path: Path) -> list[str]:
-    texts = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'Line {number} of {path} is not a JSON object with a "text" field; write one such object a line.'
-            ) from error
-        if not isinstance(text, str):
-            raise UserError(
-                f'The "text" field in line {number} of {path} is not a string; write one object with a text a line.'
-            )
-        if text.strip():
-            texts.append(text)
-    if not texts:
-        raise UserError(f"{path} is empty; name a file that holds text.")
-    return texts
-
-
-def _cut_text(text: str, size: int) -> list[str]:
-    """Cut at the blank lines that keep parts near `size` characters; a paragraph twice as long is cut at a line, sentence or word end."""
-    pieces: list[str] = []
-    current = ""
-    for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
-        while len(paragraph) > 2 * size:
-            at = _cut_point(paragraph[:size])
-            pieces += [current, paragraph[:at]]
-            current, paragraph = "", paragraph[at:]
-        if current and len(current) + 2 + len(paragraph) > size:
-            pieces.append(current)
-            current = ""
-        current = f"{current}\n\n{paragraph}" if current else paragraph
-    return [piece.strip("\n") for piece in [*pieces, current] if piece.strip()]
-
-
-def _cut_point(window: str) -> int:
-    """After the last line end, else sentence end, else space in the second half of `window`, else its end."""
-    for mark in ("\n", ". ", " "):
-        at = window.rfind(mark)
-        if at > len(window) // 2:
-            return at + len(mark)
-    return len(window)
-
-
-def hub_corpus(
-    dataset_id: str,
-    *,
-    revision: str | None = None,
-    split: str = "train",
-    text_field: str = "text",
-    config: str | None = None,
-    max_characters: int | None = 20_000_000,
-    max_tokens: int | None = None,
-) -> Corpus:
-    """A corpus from a Hugging Face dataset, streamed, or from a local folder of .parquet or .jsonl files.
-
-    Rows are taken in order until `max_characters` (or 6 characters for each of `max_tokens`) are read. A failed read is
-    tried again with exponential waits and goes on at the row it had reached. Code that a dataset brings along is never
-    run.
-
-    Raises:
-        UserError: `datasets` is not installed, the dataset or field does not exist, or the network stays away.
-    """
-    limit = min(max_characters or 1 << 62, 6 * max_tokens if max_tokens else 1 << 62)
-    documents: list[Document] = []
-    characters = 0
-    with tqdm(desc=f"Reading {dataset_id}", unit=" characters", unit_scale=True) as progress:
-        for number, row in enumerate(resumable(_dataset_opener(dataset_id, revision, split, config), dataset_id)):
-            text = row.get(text_field)
-            if not isinstance(text, str):
-                raise UserError(
-                    f"Rows of {dataset_id} have no text in {text_field!r}; choose text_field among {', '.join(map(str, row))}."
-                )
-            if text.strip():
-                documents.append(Document(f"dataset/{dataset_id}#{number}", "dataset", text))
-                characters += len(text)
-                progress.update(len(text))
-            if characters >= limit:
-                break
-    if not documents:
-        raise UserError(f"{dataset_id} ({split}) holds no text; choose another split or dataset.")
-    settings = {"id": dataset_id, "revision": revision, "split": split, "config": config, "text_field": text_field}
-    return _corpus(drop_near_duplicates(documents), dataset=settings)
-
-
-def _dataset_opener(
-    dataset_id: str, revision: str | None, split: str, config: str | None
-) -> Callable[[int], Iterator[Mapping[str, Any]]]:
-    """A function that opens the dataset at a row."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            "Hugging Face datasets need the package `datasets`; install it with `pip install datasets`."
-        ) from error
-
-    def open_at(position: int) -> Iterator[Mapping[str, Any]]:
-        folder = Path(dataset_id)
-        if not folder.is_dir():
-            rows = datasets.load_dataset(dataset_id, config, split=split, revision=revision, streaming=True)
-            return iter(rows.skip(position))
-        for kind, ending in (("parquet", ".parquet"), ("json", ".jsonl")):
-            if files := sorted(str(file) for file in folder.rglob(f"*{ending}")):
-                return iter(datasets.load_dataset(kind, data_files=files, split="train", streaming=True).skip(position))
-        raise UserError(f"The folder {folder} holds no .parquet or .jsonl file; choose another folder.")
-
-    return open_at
-
-
-def resumable(
-    open_at: Callable[[int], Iterator[Any]],
-    name: str = "the stream",
-    *,
-    attempts: int = 6,
-    first_wait: float = 1.0,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Any]:
-    """Iterate over `open_at(0)`; when reading fails, wait (doubling) and go on with `open_at(rows read so far)`.
-
-    Raises:
-        UserError: `attempts` reads in a row failed, or the failure is not one that waiting cures.
-    """
-    position, failures = 0, 0
-    rows: Iterator[Any] | None = None
-    while True:
-        try:
-            rows = open_at(position) if rows is None else rows
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            if isinstance(error, UserError):
-                raise
-            failures += 1
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            if not _is_transient(error):
-                raise UserError(
-                    f"Cannot read {name} ({first_line}); check its name, split, config and revision."
-                ) from error
-            if failures >= attempts:
-                raise UserError(
-                    f"Reading {name} failed {attempts} times at row {position} ({first_line}); check the network and run again."
-                ) from error
-            wait = first_wait * 2 ** (failures - 1)
-            tqdm.write(f"Reading {name} failed ({first_line}); trying again in {wait:.0f} s.", file=sys.stderr)
-            sleep(wait)
-            rows = None
-        else:
-            position, failures = position + 1, 0
-            yield row
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether a failure may go away: the network's errors, not those of a wrong name, missing rights or a broken file."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-    if (
-        refused
-        or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
-        or "Offline" in type(error).__name__
-    ):
-        return False
-    networks = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub")
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in networks
-
-
-def load_corpus(
-    text: Sequence[str | Path] | None = None,
-    dataset: str | None = None,
-    *,
-    text_field: str = "text",
-    max_tokens: int | None = None,
-) -> Corpus:
-    """The corpus that a command's flags ask for: local files, a Hugging Face dataset, or else the embedded one.
-
-    Raises:
-        UserError: both are given, or the text cannot be read.
-    """
-    if text and dataset:
-        raise UserError("Give either text files or a dataset, not both.")
-    if text:
-        return text_corpus(text)
-    return hub_corpus(dataset, text_field=text_field, max_tokens=max_tokens) if dataset else embedded_corpus()
-
-
-# --- token sequences -------------------------------------------------------------------------------------------------
+            rows = slice(first, first + batch_size)
+            yield self.tokens[rows].to(device, torch.long), self.mask[rows].to(device)
 
 
 class Text(NamedTuple):
@@ -695,10 +107,10 @@ def load_text(
 
     Args:
         model: its tokenizer cuts the text.
-        n_tokens: training tokens that count.
-        files: text files or folders in place of the embedded text.
-        dataset: Hugging Face dataset in place of the embedded text.
-        held_out_tokens: held-out tokens that count.
+        n_tokens: training tokens that count, at most.
+        files: see `text_documents`.
+        dataset: see `hub_corpus`.
+        held_out_tokens: held-out tokens that count, at most.
         context: tokens in a sequence, BOS included.
         bos_policy: see `tokenize`.
         seed: order of the text.
@@ -707,14 +119,14 @@ def load_text(
         UserError: a file or dataset cannot be read, or there is no text.
     """
     corpus = load_corpus(files, dataset, max_tokens=n_tokens + held_out_tokens)
-    origin = [str(Path(file).absolute()) for file in files] if files else dataset or "embedded"
 
     def cut(documents: Sequence[Document], budget: int) -> Sequences:
-        options = {"context": context, "n_tokens": budget, "bos_policy": bos_policy, "seed": seed}
-        return replace(tokenize(documents, model.tokenizer, **options), origin=origin)  # type: ignore[arg-type]
+        sequences = tokenize(
+            documents, model.tokenizer, context=context, n_tokens=budget, bos_policy=bos_policy, seed=seed
+        )
+        return replace(sequences, origin=corpus.origin)
 
-    held_out = cut(corpus.held_out, held_out_tokens) if corpus.held_out else None
-    return Text(cut(corpus.train, n_tokens), held_out)
+    return Text(cut(corpus.train, n_tokens), cut(corpus.held_out, held_out_tokens) if corpus.held_out else None)
 
 
 def tokenize(
@@ -735,37 +147,37 @@ def tokenize(
     written out in the text are removed from it.
 
     Args:
-        context: tokens a sequence, BOS included.
+        context: tokens per sequence, BOS included.
         n_tokens: budget of tokens that count, met exactly by masking the end of the last sequence; None takes
             everything.
         bos_policy: `prepend`, `none`, or `auto`: prepend when the tokenizer has a BOS token, else an EOS token used as
             one.
-        seed: of the order.
-        wikipedia_share: target share of Wikipedia among the tokens when there are other documents too.
 
     Raises:
         UserError: there is no text, or a setting is impossible.
     """
-    bos_id = _bos_id(tokenizer, bos_policy)
-    width = context - (bos_id is not None)
+    first = bos_id(tokenizer, bos_policy)
+    width = context - (first is not None)
     if width < 1 or context < 2:
         raise UserError(f"context must be at least 2, not {context}.")
     if n_tokens is not None and n_tokens < 1:
         raise UserError(f"The number of tokens must be at least 1, not {n_tokens}.")
     if not 0 <= wikipedia_share <= 1:
         raise UserError(f"wikipedia_share must lie between 0 and 1, not {wikipedia_share}.")
-    pieces: list[tuple[str, np.ndarray]] = []
     for minimum in (min(MIN_LAST_PIECE, width), min(2, width)):
         pieces = _take(_mix(documents, tokenizer, width, minimum, seed, wikipedia_share), n_tokens)
         if pieces:
-            break
-    else:
-        raise UserError("The text is empty (fewer than two tokens); give a text with at least a few words.")
-    return replace(_assemble(pieces, tokenizer, context, bos_id, n_tokens), documents=documents)
+            sequences = _assemble(pieces, tokenizer, context, first, n_tokens)
+            return replace(sequences, documents=documents)
+    raise UserError("The text is empty (fewer than two tokens); give a text with at least a few words.")
 
 
-def _bos_id(tokenizer: PreTrainedTokenizerBase, bos_policy: str) -> int | None:
-    """The token put at position 0, or None. Id 0 is a token like any other."""
+def bos_id(tokenizer: PreTrainedTokenizerBase, bos_policy: str = "auto") -> int | None:
+    """The token put at position 0, or None. Id 0 is a token like any other.
+
+    Raises:
+        UserError: the tokenizer has no such token though the policy is `prepend`, or the policy is unknown.
+    """
     if bos_policy not in ("auto", "prepend", "none"):
         raise UserError(f"bos_policy must be auto, prepend or none, not {bos_policy!r}.")
     if bos_policy == "none":
@@ -778,9 +190,13 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase, bos_policy: str) -> int | None:
     return None
 
 
-def _take(pieces: Iterator[tuple[str, np.ndarray]], n_tokens: int | None) -> list[tuple[str, np.ndarray]]:
+Piece = tuple[str, np.ndarray]
+"""Source and token ids."""
+
+
+def _take(pieces: Iterator[Piece], n_tokens: int | None) -> list[Piece]:
     """Pieces until the budget is met, the last one cut to meet it."""
-    taken: list[tuple[str, np.ndarray]] = []
+    taken: list[Piece] = []
     count = 0
     for source, ids in pieces:
         if n_tokens is not None and count + len(ids) >= n_tokens:
@@ -791,23 +207,17 @@ def _take(pieces: Iterator[tuple[str, np.ndarray]], n_tokens: int | None) -> lis
 
 
 def _mix(
-    documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    width: int,
-    minimum: int,
-    seed: int,
-    wikipedia_share: float,
-) -> Iterator[tuple[str, np.ndarray]]:
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, width: int, minimum: int, seed: int, share: float
+) -> Iterator[Piece]:
     """Pieces of both groups in turn, so that at every point Wikipedia has its share, until one group is used up."""
     groups = [[d for d in documents if d.source == "wikipedia"], [d for d in documents if d.source != "wikipedia"]]
     streams = [
         _pieces(group, tokenizer, width, minimum, np.random.default_rng([seed, i])) for i, group in enumerate(groups)
     ]
-    shares = (wikipedia_share, 1 - wikipedia_share)
     counts = [0, 0]
     open_groups = {0, 1}
     while open_groups:
-        ahead = counts[0] >= shares[0] * (sum(counts) + 1)
+        ahead = counts[0] >= share * (sum(counts) + 1)
         group = min(open_groups, key=lambda i: (i == 0) == ahead)
         piece = next(streams[group], None)
         if piece is None:
@@ -823,22 +233,21 @@ def _pieces(
     width: int,
     minimum: int,
     rng: np.random.Generator,
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[Piece]:
     """Pieces of documents in a random order.
 
     Blocks of a million characters are tokenised and shuffled at a time, as they are asked for.
     """
     order = [documents[i] for i in rng.permutation(len(documents))]
     specials = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), dtype=np.int64)
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     block: list[Document] = []
     for number, document in enumerate(order):
         block.append(document)
-        if number + 1 < len(order) and sum(len(d.text) for d in block) < BLOCK_CHARACTERS:
+        if number + 1 < len(order) and sum(len(member.text) for member in block) < BLOCK_CHARACTERS:
             continue
-        encoded = tokenizer(
-            [d.text for d in block], add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
         pieces = []
+        encoded = tokenizer([member.text for member in block], **options)["input_ids"]
         for member, ids in zip(block, encoded, strict=True):
             row = np.asarray(ids, dtype=np.int64)
             row = row[~np.isin(row, specials)]
@@ -849,25 +258,20 @@ def _pieces(
 
 
 def _assemble(
-    pieces: Sequence[tuple[str, np.ndarray]],
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    bos_id: int | None,
-    asked: int | None,
+    pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, context: int, first: int | None, asked: int | None
 ) -> Sequences:
     """Pad the pieces to one tensor, with BOS in front where the policy says so."""
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    start, policy = (0, "none") if bos_id is None else (1, "prepend")
+    start, policy = (0, "none") if first is None else (1, "prepend")
     tokens = np.full((len(pieces), context), pad_id, dtype=np.int32)
     mask = np.zeros((len(pieces), context), dtype=bool)
-    if bos_id is not None:
-        tokens[:, 0] = bos_id
+    if first is not None:
+        tokens[:, 0] = first
     for row, (_, ids) in enumerate(pieces):
         tokens[row, start : start + len(ids)] = ids
         mask[row, start : start + len(ids)] = True
     digest = hashlib.sha256(
         f"{policy} {context}".encode() + tokens.astype("<i4").tobytes() + mask.tobytes()
     ).hexdigest()
-    return Sequences(
-        torch.from_numpy(tokens), torch.from_numpy(mask), [source for source, _ in pieces], policy, digest, asked
-    )
+    sources = [source for source, _ in pieces]
+    return Sequences(torch.from_numpy(tokens), torch.from_numpy(mask), sources, policy, digest, asked)

@@ -58,14 +58,9 @@ RANKED_EVERY = 16
 # ---- frozen model
 
 
-def _gain(norm: nn.Module) -> Tensor:
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    return weight
-
-
-def _norm_bias(norm: nn.Module) -> Tensor | float:
+def _norm_bias(norm: Any) -> Tensor:
     bias: Tensor | None = getattr(norm, "bias", None)
-    return 0.0 if bias is None else bias
+    return torch.zeros_like(norm.weight) if bias is None else bias
 
 
 @contextlib.contextmanager
@@ -73,9 +68,9 @@ def frozen(model: LanguageModel) -> Iterator[None]:
     """Inside the context the model's outputs stay the same and its gradients are those of the frozen model."""
     architecture = model.architecture
 
-    def norm_hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def norm_hook(norm: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = arguments[0]
-        return centred(module, x) / norm_scale(module, x).detach() * _gain(module) + _norm_bias(module)
+        return centred(norm, x) / norm_scale(norm, x).detach() * norm.weight + _norm_bias(norm)
 
     def gate_hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if architecture.gated:
@@ -313,11 +308,11 @@ class Stream:
         return [(name, float(vector @ direction)) for name, vector in parts.items()]
 
     @staticmethod
-    def _normed(norm: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _normed(norm: Any, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parts of a stream through a norm whose scale is that of their sum; the norm's bias comes last."""
-        scale, gain = norm_scale(norm, torch.stack(list(parts.values())).sum(dim=0)), _gain(norm).detach().float()
-        normed = {name: centred(norm, vector) / scale * gain for name, vector in parts.items()}
-        return normed | {"norm bias": torch.zeros_like(gain) + _norm_bias(norm)}
+        scale = norm_scale(norm, torch.stack(list(parts.values())).sum(dim=0))
+        normed = {name: centred(norm, vector) / scale * norm.weight.float() for name, vector in parts.items()}
+        return normed | {"norm bias": _norm_bias(norm).float()}
 
     @torch.no_grad()
     def qk(self, layer: int, unit: int, query: int, key: int) -> tuple[Tensor, list[str], list[str], float]:

@@ -95,7 +95,7 @@ class SparseModel:
 
     def node(self, number: int) -> Node:
         """Layer and unit of a node number."""
-        layer = next(layer for layer, columns in self.columns.items() if number < columns.stop)
+        layer = [layer for layer, columns in self.columns.items() if columns.start <= number][-1]
         unit = number - self.columns[layer].start
         return Node(layer, unit if unit < self.layers[layer].n else None)
 

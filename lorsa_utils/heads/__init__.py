@@ -1,1 +1,1 @@
-"""What heads do: units behind one interface, head families, prompts, surveys of text, where heads come from (notebooks 04 and 05)."""
+"""What heads do: units behind one interface, prompts and families, surveys of text, origins (notebooks 04 and 05)."""

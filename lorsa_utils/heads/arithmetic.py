@@ -13,7 +13,7 @@ smooth null: a cubic polynomial in op1 and op2, which any gradual dependence on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,13 +24,49 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads.prompts import OPERATORS, ArithmeticGrid
+from lorsa_utils.heads.prompts import OPERATORS, Vocabulary, pad
 from lorsa_utils.lorsa import SparseModule
 from lorsa_utils.models import LanguageModel
 
 MODULI = tuple(range(2, 11))
 LEAST_EXPLAINED = 0.5
-"""A rule is named when it explains more than this share of the variance on held-out cells, and more than the smooth null."""
+"""A rule is named when it explains more than this share of held-out variance, and more than the smooth null."""
+
+
+class ArithmeticGrid(NamedTuple):
+    """One prompt for every pair of operands."""
+
+    operator: str
+    """`+`, `-` or `*`."""
+    tokens: Tensor
+    """[n, length] int64, right-padded."""
+    a: Tensor
+    """[n], first operand of each prompt."""
+    b: Tensor
+    """[n], second operand."""
+    equals: Tensor
+    """[n], position of `=`."""
+    answer: Tensor
+    """[n], first token of the answer, which is not part of the prompt."""
+
+
+def arithmetic_grid(vocabulary: Vocabulary, operator: str = "+", low: int = 0, high: int = 99) -> ArithmeticGrid:
+    """`a+b=` for all operands from `low` to `high`, whether the tokenizer cuts numbers into digits or not.
+
+    Raises:
+        UserError: unknown operator, an impossible range, or a tokenizer that merges `=`.
+    """
+    if operator not in OPERATORS:
+        raise UserError(f"Operator {operator!r} is not one of {', '.join(OPERATORS)}.")
+    if not 0 <= low < high:
+        raise UserError(f"Operands must run from 0 or more upwards, not from {low} to {high}.")
+    operands = torch.cartesian_prod(torch.arange(low, high + 1), torch.arange(low, high + 1))
+    rows = [vocabulary.start + vocabulary.encode(f"{a}{operator}{b}=") for a, b in operands.tolist()]
+    if vocabulary.texts.get(rows[0][-1], "")[-1:] != "=":
+        raise UserError("Arithmetic needs a tokenizer in which prompts end in '='; this one merges it.")
+    answers = [vocabulary.encode(str(OPERATORS[operator](a, b)))[0] for a, b in operands.tolist()]
+    ends = torch.tensor([len(row) - 1 for row in rows])
+    return ArithmeticGrid(operator, pad(rows), operands[:, 0], operands[:, 1], ends, torch.tensor(answers))
 
 
 class Activations(NamedTuple):
@@ -56,17 +92,7 @@ def grid_activations(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Activations:
-    """Activations of every unit at `=` for every pair of operands, [n_units, n, n] numbers in memory.
-
-    Args:
-        model: the language model.
-        layer: of the module.
-        module: Lorsa, SAE or transcoder for raw activations.
-        grid: of `prompts.arithmetic_grid`.
-        answers: also run the rest of the model to see where it answers right.
-        batch_size: prompts at a time.
-        progress: show a bar.
-    """
+    """Activations of every unit at `=` over the grid; with `answers` also where the whole model answers right."""
     n = round(len(grid.tokens) ** 0.5)
     z, correct = torch.zeros(len(grid.tokens), module.n_units), []
     for rows in tqdm(torch.arange(len(grid.tokens)).split(batch_size), desc=f"a{grid.operator}b", disable=not progress):
@@ -74,15 +100,10 @@ def grid_activations(
         x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
         indices, values = module.encode(module.input_from(x, y))
         place = torch.arange(len(rows), device=x.device)
-        z[rows] = (
-            torch.zeros(len(rows), module.n_units, device=x.device)
-            .scatter_(1, indices[place, ends], values[place, ends])
-            .cpu()
-        )
+        z[rows] = z[rows].scatter(1, indices[place, ends].cpu(), values[place, ends].cpu())
         if answers:
-            length = int(ends.max()) + 1
-            said = model.logits(tokens[:, :length])[place, ends].argmax(dim=1).cpu()
-            correct.append(said == grid.answer[rows])
+            said = model.logits(tokens[:, : int(ends.max()) + 1])[place, ends].argmax(dim=1)
+            correct.append(said.cpu() == grid.answer[rows])
     right = torch.cat(correct).view(n, n) if correct else torch.zeros(0, 0, dtype=torch.bool)
     return Activations(z.T.reshape(-1, n, n), right, grid.operator, int(grid.a.min()))
 
@@ -127,13 +148,13 @@ class Fit(NamedTuple):
 
 
 def variables(op1: np.ndarray, op2: np.ndarray, operator: str) -> dict[str, np.ndarray]:
-    """What a unit may know: both operands, the result, and for sums whether the last digits carry."""
-    found = {"op1": op1, "op2": op2, "result": np.asarray(OPERATORS[operator](op1, op2))}  # type: ignore[arg-type]
+    """What a unit may know: both operands, the result, and for sums and differences whether the last digits carry."""
+    values = {"op1": op1, "op2": op2, "result": np.asarray(OPERATORS[operator](op1, op2))}
     if operator == "+":
-        found["carry"] = (op1 % 10 + op2 % 10 >= 10).astype(int)
+        values["carry"] = (op1 % 10 + op2 % 10 >= 10).astype(int)
     if operator == "-":
-        found["carry"] = (op1 % 10 < op2 % 10).astype(int)
-    return found
+        values["carry"] = (op1 % 10 < op2 % 10).astype(int)
+    return values
 
 
 def fit_rules(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -> list[Fit]:
@@ -152,18 +173,15 @@ def fit_rules(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -
     if cells.is_constant:
         return []
     fits = []
-    for name, value in cells.variables.items():
-        if name == "carry":
-            fits += [cells.fit(name, 0, value, _best_residues)]
-            continue
-        fits += [cells.fit(name, 0, value, _best_range)]
-        fits += [cells.fit(name, modulus, value % modulus, _best_residues) for modulus in MODULI]
+    for name in cells.variables:
+        for modulus in (0,) if name == "carry" else (0, *MODULI):
+            fits.append(cells.fit(name, modulus))
     # Rules within a thousandth explain the same: a range or a smaller modulus comes first.
     return sorted(fits, key=lambda fit: (-round(fit.explained, 3), fit.rule.modulus))
 
 
 def smooth_explained(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -> float:
-    """Explained variance of the smooth null on the held-out cells, a cubic polynomial in both operands (arguments as in `fit_rules`)."""
+    """Explained variance of the smooth null on the held-out cells: a cubic polynomial in both operands."""
     cells = _Cells(z, operator, low, seed)
     if cells.is_constant:
         return float("nan")
@@ -178,8 +196,6 @@ class _Cells:
 
     def __init__(self, z: np.ndarray, operator: str, low: int, seed: int) -> None:
         n = len(z)
-        if z.shape != (n, n):
-            raise UserError(f"The activations of a unit cover a square grid of operands, not {list(z.shape)}.")
         op1, op2 = (side.ravel() + low for side in np.indices((n, n)))
         self.z, self.variables = np.asarray(z, dtype=float).ravel(), variables(op1, op2, operator)
         self.fitted = np.zeros(n * n, dtype=bool)
@@ -194,20 +210,21 @@ class _Cells:
         z = self.z[~self.fitted]
         return float(1 - np.square(z - predicted[~self.fitted]).sum() / np.square(z - z.mean()).sum())
 
-    def fit(
-        self, name: str, modulus: int, value: np.ndarray, best: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    ) -> Fit:
-        """The best rule on one variable: `best` maps counts and sums per value to the chosen values, [n_values] bool."""
+    def fit(self, name: str, modulus: int) -> Fit:
+        """The best rule on one variable: a range or, with a modulus, a set of residues."""
+        value = self.variables[name] % modulus if modulus else self.variables[name]
         labels, place = np.unique(value, return_inverse=True)
         counts = np.bincount(place[self.fitted], minlength=len(labels)).astype(float)
         sums = np.bincount(place[self.fitted], self.z[self.fitted], minlength=len(labels))
+        best = _best_residues if modulus or name == "carry" else _best_range
         chosen = best(counts, sums)
         holds = chosen[place]
-        base, top = (
-            float(self.z[self.fitted & side].mean()) if (self.fitted & side).any() else 0.0 for side in (~holds, holds)
-        )
+        base, top = (self._mean(self.fitted & side) for side in (~holds, holds))
         rule = Rule(name, modulus, tuple(int(label) for label in labels[chosen]))
         return Fit(rule, self.explained(np.where(holds, top, base)), base, top - base)
+
+    def _mean(self, cells: np.ndarray) -> float:
+        return float(self.z[cells].mean()) if cells.any() else 0.0
 
 
 def _between(counts: np.ndarray, sums: np.ndarray, inside_counts: np.ndarray, inside_sums: np.ndarray) -> np.ndarray:
@@ -232,53 +249,29 @@ def _best_residues(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """The set of residues likewise: for two levels the best set is a cut of the residues in order of their means."""
     order = np.argsort(-(sums / np.maximum(counts, 1)), kind="stable")
     n = int(np.argmax(_between(counts, sums, counts[order].cumsum(), sums[order].cumsum()))) + 1
-    chosen = np.zeros(len(counts), dtype=bool)
-    chosen[order[:n]] = True
-    return chosen
-
-
-# ---- many units
+    return np.isin(np.arange(len(counts)), order[:n])
 
 
 def rule_table(
-    found: Activations, units: Sequence[int] | None = None, least_active: float = 0.02, seed: int = 0
+    grid: Activations, units: Sequence[int] | None = None, least_active: float = 0.02, seed: int = 0
 ) -> pd.DataFrame:
-    """The best rule of every unit.
-
-    Args:
-        found: of `grid_activations`.
-        units: which; all that are active on at least `least_active` of the cells without it.
-        least_active: share of cells.
-        seed: of the held-out cells.
+    """The best rule of some units, or of all that are active on at least `least_active` of the cells.
 
     Returns:
         columns `unit`, `rule` (text), `variable`, `modulus`, `values`, `explained`, `smooth` (explained by the smooth
         null), `base`, `height`, `active` (share of cells) and `named` (see `LEAST_EXPLAINED`), the best explained
         first.
     """
-    active = (found.z > 0).float().mean(dim=(1, 2))
-    chosen = (active >= least_active).nonzero()[:, 0].tolist() if units is None else list(units)
+    active = (grid.z > 0).float().mean(dim=(1, 2))
     rows = []
-    for unit in chosen:
-        z = found.z[unit].numpy()
-        fits = fit_rules(z, found.operator, found.low, seed)
-        if fits:
-            best, smooth = fits[0], smooth_explained(z, found.operator, found.low, seed)
-            rows.append(
-                {
-                    "unit": unit,
-                    "rule": str(best.rule),
-                    "variable": best.rule.variable,
-                    "modulus": best.rule.modulus,
-                    "values": list(best.rule.values),
-                    "explained": best.explained,
-                    "smooth": smooth,
-                    "base": best.base,
-                    "height": best.height,
-                    "active": float(active[unit]),
-                    "named": best.explained > max(LEAST_EXPLAINED, smooth),
-                }
-            )
+    for unit in (active >= least_active).nonzero()[:, 0].tolist() if units is None else units:
+        z = grid.z[unit].numpy()
+        if fits := fit_rules(z, grid.operator, grid.low, seed):
+            rule, explained, base, height = fits[0]
+            smooth = smooth_explained(z, grid.operator, grid.low, seed)
+            named = explained > max(LEAST_EXPLAINED, smooth)
+            text = (unit, str(rule), rule.variable, rule.modulus, list(rule.values))
+            rows.append((*text, explained, smooth, base, height, float(active[unit]), named))
     columns = [
         "unit",
         "rule",
@@ -293,50 +286,3 @@ def rule_table(
         "named",
     ]
     return pd.DataFrame(rows, columns=columns).sort_values("explained", ascending=False, ignore_index=True)
-
-
-def joint_picture(found: Activations, rules: pd.DataFrame, op1: int, op2: int, variable: str = "op1") -> pd.DataFrame:
-    """What the units that fire on one sum say together about an operand.
-
-    Args:
-        found: of `grid_activations`.
-        rules: of `rule_table`; its named rules on `variable` are used.
-        op1: first operand.
-        op2: second operand.
-        variable: `op1`, `op2` or `result`.
-
-    Returns:
-        one row for each named unit that is above the middle of its two levels there, the largest first: `unit`, `rule`,
-        `activation`, `left` (values of the variable that this rule and those in the rows above allow) and `n_left`.
-
-    Raises:
-        UserError: the operands lie outside the grid.
-    """
-    n = found.z.shape[1]
-    if not all(found.low <= operand < found.low + n for operand in (op1, op2)):
-        raise UserError(
-            f"The grid has operands from {found.low} to {found.low + n - 1}; choose {op1} and {op2} among them."
-        )
-    first, second = (side.ravel() + found.low for side in np.indices((n, n)))
-    values = variables(first, second, found.operator)[variable]
-    left = set(values.tolist())
-    mine = rules[rules["named"] & (rules["variable"] == variable)]
-    activation = found.z[
-        torch.tensor(mine["unit"].to_list(), dtype=torch.long), op1 - found.low, op2 - found.low
-    ].numpy()
-    mine = mine.assign(activation=activation)
-    mine = mine[mine["activation"] > mine["base"] + mine["height"] / 2].sort_values("activation", ascending=False)
-    rows = []
-    for row in mine.itertuples():
-        rule = Rule(variable, int(row.modulus), tuple(row.values))
-        left &= set(values[rule.holds(first, second, found.operator)].tolist())
-        rows.append(
-            {
-                "unit": row.unit,
-                "rule": row.rule,
-                "activation": row.activation,
-                "left": sorted(left),
-                "n_left": len(left),
-            }
-        )
-    return pd.DataFrame(rows, columns=["unit", "rule", "activation", "left", "n_left"])

@@ -1,69 +1,59 @@
-"""Head discovery: which unit of an attention layer does what, with thresholds from nulls and names that hold on unseen prompts.
+"""Head families: for each known behaviour its test prompts, what its name means, and what a head must do to earn it.
 
-The way of a name, for one family (see `prompts`):
+`FAMILIES` is the one list of them; prompt sets, bars, tables and head pages derive from it. A new family is a function
+that builds a `PromptSet` and an entry.
 
-1. *Scores* of every unit on half of the prompt pairs (the discovery half, even pair numbers):
-   share      z-pattern mass on the predicted sources / mass on all sources, both summed over labelled queries where it
-              is active
-   precision  mean activation at labelled queries / (that + mean activation at controls); chance is 1/2
-   recall     share of labelled queries where it is active with more than half of its mass on the predicted sources
-   auc        chance that its activation at a labelled query exceeds that at a control (ties count half); in families
-              without controls: that its mass on the predicted sources exceeds that on as many random earlier positions
-   logit      mean direct effect on the logit of the predicted token, minus that on the predicted token of another
-              prompt
-2. *Bars*: floors in `FAMILIES` that the meaning of the name asks for: half of the pattern on the source, three times as
-   active as at controls, an effect on the logit of the right sign. Where more than `NULL_RATE` of the heads of a
-   randomly initialised Lorsa of the same shape clear all floors on the same prompts, the bar of the share is raised
-   until no more do.
-3. *Confirmation* on the other half: the unit must clear the same bars again, and each of its scores must differ from
-   what shuffled labels give: labelled against control swapped within pairs, predicted against random sources, own
-   against another prompt's token. p-values come from sign flips of whole pairs (queries of one prompt are not
-   independent), the largest of a unit's p-values counts, and Holm's method over all units and families that reached
-   this step keeps the chance of even one wrong name at `ERROR_RATE`. Holm, because it needs no assumption on how heads
-   depend on each other, and they share patterns and text.
-
-Numbers in tables are those of the confirmation half, which no unit was chosen on.
+Sources: induction and previous-token heads: Elhage et al. 2021, Olsson et al. 2022; name movers and duplicate tokens:
+Wang et al. 2022; copy suppression: McDougall et al. 2023; successors: Gould et al. 2023; attention sinks: Xiao et al.
+2023; subtoken induction, arithmetic heads and thematic anchors: the paper (items P9 to P11).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads.prompts import PromptSet
-from lorsa_utils.heads.units import Removals, Unembedding, Units, by_pair, final_norm
-from lorsa_utils.initialize import initialize
-from lorsa_utils.lorsa import Lorsa
-from lorsa_utils.models import LanguageModel
-from lorsa_utils.stats import N_FLIPS, auc, holm, sign_flip_p
+from lorsa_utils.heads import prompts
+from lorsa_utils.heads.prompts import OPERATORS, Builder, Passage, PromptSet, Queries, Vocabulary, draw, require
 
-NULL_RATE = 0.001
-"""Share of random-init heads that may clear all bars of a family."""
-ERROR_RATE = 0.05
-"""Chance that a table holds even one name that shuffled labels would have given."""
-MIN_SUPPORT = 8
-"""A unit, real or random, is judged when it is active at a labelled query of at least so many pairs; fewer cannot be significant."""
 SCORES = ("share", "precision", "recall", "auc", "logit")
+"""What a unit gets for each family, see `discovery`."""
+LOCAL_WINDOW = 8
+"""A local head looks at the query itself or at one of this many tokens before it."""
+FAR = 32
+"""A thematic anchor looks back further than this many tokens."""
 
 
-class Family(NamedTuple):
-    """What a name asks for."""
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A behaviour of heads: prompts that ask for it, and what its name asks of a head."""
 
     label: str
-    """For people."""
-    share: float
+    """The name in words."""
+    meaning: str
+    """What such a head does, as a clause that follows "... head:" on its page."""
+    prompts: Callable[..., PromptSet]
+    """Builds the prompts from (vocabulary, n_pairs, seed) or, with `needs_text`, (vocabulary, passages, n_pairs, seed).
+
+    Raises a `UserError` that says what the tokenizer or the passages lack."""
+    stream: int
+    """Number of its random draws, different for each family. Prompt sets are made in this order."""
+    needs_text: bool = False
+    """Whether its prompts are made of passages of real text."""
+    n_pairs: int = 96
+    """Pairs of prompts (of each series, for successors) at scale 1."""
+    least_pairs: int = 16
+    """And at any scale."""
+    share: float = 0.5
     """Least share of the z pattern on the predicted sources."""
     precision: float = 0.75
-    """Least precision (three times as active on labelled positions as on controls); without effect in families without controls."""
+    """Least precision (three times as active on labelled positions as on controls), in families with controls."""
     logit_sign: int = 0
     """1: must raise the predicted token, -1: must lower it, 0: what it writes does not matter."""
     raised: bool = True
@@ -72,475 +62,390 @@ class Family(NamedTuple):
     Not for names that only describe where a head looks: a random head that rests on the first token is a sink too (how
     many of them do is in `Discovery.bars`)."""
 
+    def make(self, vocabulary: Vocabulary, passages: Sequence[Passage], scale: float = 1.0, seed: int = 0) -> PromptSet:
+        """Its prompts, `scale` times `n_pairs` pairs of them."""
+        text = (passages,) if self.needs_text else ()
+        n_pairs = max(self.least_pairs, round(scale * self.n_pairs))
+        return self.prompts(vocabulary, *text, n_pairs, 1000 * seed + self.stream)
+
+
+# ---- random tokens
+
+
+def induction(vocabulary: Vocabulary, n_pairs: int, seed: int = 0, length: int = 16) -> PromptSet:
+    """Random tokens twice, `r1 .. rn r1 .. rn`: a query r_k attends to the first r_(k+1), which it predicts.
+
+    Controls are the first half, and the same tokens at the same places after another first half `s1 .. sn`.
+    """
+    return _repeated("induction", 1, vocabulary, n_pairs, seed, length)
+
+
+def duplicate_token(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
+    """The prompts of `induction`; the query r_k attends to the earlier r_k itself."""
+    return _repeated("duplicate_token", 0, vocabulary, n_pairs, seed)
+
+
+def _repeated(family: str, offset: int, vocabulary: Vocabulary, n_pairs: int, seed: int, length: int = 16) -> PromptSet:
+    rng, first = np.random.default_rng(seed), len(vocabulary.start)
+    pool = prompts.random_pool(vocabulary, 2 * length, f"Family {family}")
+    builder = Builder(family, predicts=offset == 1)
+    for pair in range(n_pairs):
+        tokens = draw(rng, pool, 2 * length)
+        repeated, other = tokens[:length], tokens[length:]
+        labelled: Queries = {first + length + k: (first + k + offset,) for k in range(length - 1)}
+        controls: Queries = dict.fromkeys(range(first, first + length - 1), ())
+        builder.add(vocabulary.start + repeated + repeated, labelled | controls, pair, "repeated")
+        builder.add(vocabulary.start + other + repeated, dict.fromkeys(labelled, ()), pair, "not repeated")
+    return builder.build()
+
+
+# ---- positions
+
+
+def previous_token(
+    vocabulary: Vocabulary, passages: Sequence[Passage], n_pairs: int, seed: int = 0, per_passage: int = 8
+) -> PromptSet:
+    """Real text; every query attends to the token before it; `per_passage` queries in each passage."""
+    return _positional("previous_token", lambda i: range(i - 1, i), vocabulary, passages[:n_pairs], seed, per_passage)
+
+
+def attention_sink(vocabulary: Vocabulary, passages: Sequence[Passage], n_pairs: int, seed: int = 0) -> PromptSet:
+    """Real text; every query attends to the first token of the sequence (BOS, where there is one)."""
+    return _positional("attention_sink", lambda i: range(1), vocabulary, passages[:n_pairs], seed)
+
+
+def local(vocabulary: Vocabulary, passages: Sequence[Passage], n_pairs: int, seed: int = 0) -> PromptSet:
+    """Real text; every query attends to itself or to the `LOCAL_WINDOW` tokens before it."""
+    return _positional("local", lambda i: range(i - LOCAL_WINDOW, i + 1), vocabulary, passages[:n_pairs], seed)
+
+
+def _positional(
+    family: str,
+    sources: Callable[[int], range],
+    vocabulary: Vocabulary,
+    passages: Sequence[Passage],
+    seed: int,
+    per_passage: int = 8,
+) -> PromptSet:
+    """Queries anywhere in real text; what they attend to depends on positions alone, so there are no controls."""
+    rng = np.random.default_rng(seed)
+    builder = Builder(family, predicts=False)
+    for pair, passage in enumerate(passages):
+        ids = vocabulary.start + list(passage.ids)
+        half = len(ids) // 2
+        places = sorted(draw(rng, range(min(2 * LOCAL_WINDOW, half), len(ids)), min(per_passage, half)))
+        builder.add(ids, {place: sources(place) for place in places}, pair)
+    return builder.build()
+
+
+# ---- topics
+
+
+def thematic_anchor(
+    vocabulary: Vocabulary, passages: Sequence[Passage], n_pairs: int, seed: int = 0, tail: int = 24
+) -> PromptSet:
+    """The end of a passage after its own beginning, against the same end after the beginning of another document.
+
+    Labelled queries lie in the last `tail` tokens, on tokens that occur nowhere before (so that neither induction nor
+    duplicate-token heads have anything to find), and attend further back than `FAR` tokens. Controls: the same tokens
+    at the same places.
+
+    Raises:
+        UserError: the passages come from one document alone, or are shorter than `FAR` + `tail` tokens.
+    """
+    who = "Family thematic_anchor"
+    if len({passage.document for passage in passages}) < 2:
+        raise UserError(f"{who} needs passages from two documents or more.")
+    if min(len(passage.ids) for passage in passages) < FAR + tail:
+        raise UserError(f"{who} needs passages of {FAR + tail} tokens.")
+    rng, first = np.random.default_rng(seed), max(1, len(vocabulary.start))
+    builder, pair = Builder("thematic_anchor", predicts=False), 0
+    for passage in passages:
+        others = [other for other in passages if other.document != passage.document]
+        swapped = others[int(rng.integers(len(others)))].ids
+        own, other = (vocabulary.start + [*begin[:-tail], *passage.ids[-tail:]] for begin in (passage.ids, swapped))
+        fresh = [i for i in range(len(own) - tail, len(own)) if own[i] not in own[:i] and other[i] not in other[:i]]
+        if len(fresh) < 4 or pair == n_pairs:
+            continue
+        places = sorted(draw(rng, fresh, min(8, len(fresh))))
+        builder.add(own, {i: range(first, i - FAR) for i in places}, pair, "own beginning")
+        builder.add(other, dict.fromkeys(places, ()), pair, "other beginning")
+        pair += 1
+    if pair < 2:
+        raise UserError(f"{who} found no passage with enough new words at its end.")
+    return builder.build()
+
+
+def topic_words(
+    passages: Sequence[Passage], vocabulary: Vocabulary, least: int = 2, rare: float = 0.2
+) -> list[set[int]]:
+    """Topic words of every passage, as token ids: plain words that come back in it and are rare elsewhere.
+
+    They have four letters or more and occur at least `least` times in the passage, and in at most a `rare` share of all
+    documents.
+    """
+    documents: dict[str, set[int]] = {}
+    for passage in passages:
+        documents.setdefault(passage.document, set()).update(passage.ids)
+    spread = Counter(token for ids in documents.values() for token in ids)
+    words = {token for token in vocabulary.words if len(vocabulary.texts[token]) > 4}
+    rare_words = words & {token for token, n in spread.items() if n <= max(1.0, rare * len(documents))}
+    counts = [Counter(passage.ids) for passage in passages]
+    return [{token for token in rare_words & count.keys() if count[token] >= least} for count in counts]
+
+
+def topic_prompts(
+    passages: Sequence[Passage],
+    vocabulary: Vocabulary,
+    n_pairs: int = 48,
+    per_passage: int = 8,
+    scrambled: bool = False,
+    seed: int = 0,
+) -> PromptSet:
+    """Queries before topic words that come back, and as many controls before other words (paper item P10).
+
+    The word occurred more than `FAR` tokens ago. Sources are the far earlier occurrences of all topic words of the
+    passage. On these prompts the share of a head's z pattern is its topic consistency, and removing heads shows whether
+    the model needs them for topic words.
+
+    Args:
+        passages: long ones, of 192 tokens or more.
+        vocabulary: of the model.
+        n_pairs: passages to use, each a pair of its own.
+        per_passage: labelled queries in a passage, at most.
+        scrambled: put the first half of each passage in random order: its words stay, its text is lost. Queries are in
+            the other half.
+        seed: of the choice.
+
+    Raises:
+        UserError: no passage has a topic word that comes back.
+    """
+    rng, first = np.random.default_rng(seed), len(vocabulary.start)
+    builder = Builder("thematic_anchor")
+    for passage, topic in zip(passages, topic_words(passages, vocabulary), strict=True):
+        ids = vocabulary.start + list(passage.ids)
+        middle = len(ids) // 2
+        if scrambled:
+            ids[first:middle] = [int(token) for token in rng.permutation(ids[first:middle])]
+        far = {i: [j for j in range(max(1, first), i - FAR) if ids[j] in topic] for i in range(middle, len(ids) - 1)}
+        labelled = [i for i, sources in far.items() if ids[i + 1] in topic & {ids[j] for j in sources}]
+        others = [i for i in far if ids[i + 1] not in topic and vocabulary.texts.get(ids[i + 1], "")[:1] == " "]
+        n = min(len(labelled), len(others), per_passage)
+        if n and len(builder.rows) < n_pairs:
+            queries, controls = (
+                [side[index] for index in sorted(rng.choice(len(side), n, replace=False))]
+                for side in (labelled, others)
+            )
+            builder.add(ids, {i: far[i] for i in queries} | dict.fromkeys(controls, []), len(builder.rows), "text")
+    if not builder.rows:
+        raise UserError(
+            "No passage has a topic word that comes back far from where it stood; give more or longer texts."
+        )
+    return builder.build()
+
+
+# ---- words
+
+
+def name_mover(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
+    """Indirect objects: `Then, Mary and John went .., and John gave .. to` attends to ` Mary` and says it.
+
+    Both orders of the names. The control is the same sentence with other words in the places of the names.
+    """
+    return _indirect_objects("name_mover", vocabulary, n_pairs, seed)
+
+
+def copy_suppression(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
+    """The prompts of `name_mover`, where the model is about to repeat a name: the head makes it less likely."""
+    return _indirect_objects("copy_suppression", vocabulary, n_pairs, seed)
+
+
+def _indirect_objects(family: str, vocabulary: Vocabulary, n_pairs: int, seed: int) -> PromptSet:
+    names = prompts.names(vocabulary, f"Family {family}")
+    in_names = set(names)
+    pools = {"names": names, "words": [token for token in vocabulary.words if token not in in_names]}
+    rng, builder = np.random.default_rng(seed), Builder(family)
+    for pair in range(n_pairs):
+        template = prompts.TEMPLATES[int(rng.integers(len(prompts.TEMPLATES)))]
+        receiver_slot, giver_slot = "AB" if rng.integers(2) else "BA"
+        for kind, pool in pools.items():
+            giver, receiver = draw(rng, pool, 2)
+            ids, places = prompts.fill(template, vocabulary, {receiver_slot: receiver, giver_slot: giver, "S": giver})
+            sources = (places[receiver_slot],) if kind == "names" else ()
+            builder.add([*ids, receiver], {len(ids) - 1: sources}, pair, kind)
+    return builder.build()
+
+
+def successor(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
+    """Three members of a series, `Monday, Tuesday, Wednesday,`: the last comma predicts the next one.
+
+    It attends to the last member. Controls are lists of unrelated words. `n_pairs` pairs for each series that the
+    tokenizer has as single tokens (the longest stretch that it has).
+    """
+    rng, builder, pair = np.random.default_rng(seed), Builder("successor"), 0
+    comma = vocabulary.encode(",")[0]
+    for name, (stretch, prefix) in prompts.stretches(vocabulary).items():
+        members = {token for series in prompts.SERIES.values() for token in vocabulary.singles(series, prefix).values()}
+        # Where lists go without spaces, small letters take the place of words.
+        pool = vocabulary.words if prefix else vocabulary.singles(string.ascii_lowercase, "").values()
+        unrelated = [token for token in pool if token not in members]
+        if len(unrelated) < 8:
+            continue
+        for _ in range(n_pairs):
+            begin = int(rng.integers(len(stretch) - 3))
+            opening = vocabulary.start + vocabulary.encode(prompts.OPENINGS[int(rng.integers(len(prompts.OPENINGS)))])
+            for listed, kind in ((stretch[begin : begin + 4], name), (draw(rng, unrelated, 4), "unrelated words")):
+                ids = opening + [token for member in listed for token in (member, comma)][:-1]
+                query = len(ids) - 2
+                builder.add(ids, {query: (query - 1,) if kind == name else ()}, pair, kind)
+            pair += 1
+    require(1, builder.rows, "series (days, letters, ...) of single tokens", "Family successor")
+    return builder.build()
+
+
+def subtoken_induction(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
+    """Context `[ Marion] ... [Mar]`: the query attends to the whole word and predicts its second part `[ion]`.
+
+    Two controls per pair: another word in the place of the whole one (random), and the parts `[Mar][ion]` in its place,
+    which ordinary induction would use (token induction).
+    """
+    split = prompts.split_words(vocabulary, "Family subtoken_induction")
+    rng, builder = np.random.default_rng(seed), Builder("subtoken_induction")
+    for pair in range(n_pairs):
+        word, other = (split[int(index)] for index in rng.choice(len(split), 2, replace=False))
+        filler = draw(rng, [index for index in vocabulary.words if index not in (word.whole, other.whole)], 12)
+        contexts = {"subtoken": [word.whole], "random": [other.whole], "token": [word.first, word.second]}
+        for kind, inserted in contexts.items():
+            before, after = filler[: 6 - len(inserted)], filler[6:]
+            ids = vocabulary.start + before + inserted + after + [word.first, word.second]
+            sources = (len(vocabulary.start) + 5,) if kind == "subtoken" else ()
+            builder.add(ids, {len(ids) - 2: sources}, pair, kind)
+    return builder.build()
+
+
+def arithmetic(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
+    """`36+62=`: the sign attends to the operands and predicts the answer; controls have letters for digits."""
+    symbols = vocabulary.singles([*string.digits, *string.ascii_lowercase, *OPERATORS, "="], "")
+    require(40, symbols, "single tokens for digits, letters and signs", "Family arithmetic")
+    letters = [symbols[letter] for letter in string.ascii_lowercase]
+    rng, builder, first = np.random.default_rng(seed), Builder("arithmetic"), len(vocabulary.start)
+    for pair in range(n_pairs):
+        sign = tuple(OPERATORS)[int(rng.integers(3))]
+        a, b = (int(number) for number in sorted(rng.integers(10, 100, 2), reverse=True))
+        numbers = [vocabulary.encode(str(number)) for number in (a, b)]
+        words = [draw(rng, letters, len(digits)) for digits in numbers]
+        answer = vocabulary.encode(str(OPERATORS[sign](a, b)))[0]
+        for (left, right), kind in ((numbers, "numbers"), (words, "letters")):
+            ids = [*vocabulary.start, *left, symbols[sign], *right, symbols["="]]
+            end = len(ids) - 1
+            sources = [i for i in range(first, end) if i != first + len(left)] if kind == "numbers" else []
+            builder.add([*ids, answer], {end: sources}, pair, kind)
+    return builder.build()
+
+
+# ---- all of them
 
 # From the most to the least specific: a unit that earns several names is shown under the first, all are listed.
 FAMILIES: dict[str, Family] = {
-    "subtoken_induction": Family("subtoken induction", 0.5, logit_sign=1),
-    "copy_suppression": Family("copy suppression", 0.5, logit_sign=-1),
-    "name_mover": Family("name mover", 0.5, logit_sign=1),
-    "successor": Family("successor", 0.5, logit_sign=1),
-    "arithmetic": Family("arithmetic", 0.5),
-    "induction": Family("induction", 0.5),
-    "duplicate_token": Family("duplicate token", 0.5),
-    "previous_token": Family("previous token", 0.5),
-    "attention_sink": Family("attention sink", 0.5, raised=False),
-    "thematic_anchor": Family("thematic anchor", 0.5),
-    "local": Family("local/positional", 0.75, raised=False),
+    "subtoken_induction": Family(
+        label="subtoken induction",
+        meaning="an earlier word began with the current piece of a word; "
+        "it looks at the piece that followed there and raises it",
+        prompts=subtoken_induction,
+        stream=9,
+        logit_sign=1,
+    ),
+    "copy_suppression": Family(
+        label="copy suppression",
+        meaning="it looks at earlier copies of a token the model is about to say, and lowers that token",
+        prompts=copy_suppression,
+        stream=7,
+        logit_sign=-1,
+    ),
+    "name_mover": Family(
+        label="name mover",
+        meaning="it looks at the name that the sentence needs next and raises it",
+        prompts=name_mover,
+        stream=6,
+        logit_sign=1,
+    ),
+    "successor": Family(
+        label="successor",
+        meaning="it looks at an item of a series and raises the next one (Monday, Tuesday)",
+        prompts=successor,
+        stream=8,
+        n_pairs=32,
+        logit_sign=1,
+    ),
+    "arithmetic": Family(label="arithmetic", meaning="it looks at the numbers of a sum", prompts=arithmetic, stream=10),
+    "induction": Family(
+        label="induction",
+        meaning="after A B ... A it looks at B, the token that followed the last time",
+        prompts=induction,
+        stream=0,
+    ),
+    "duplicate_token": Family(
+        label="duplicate token",
+        meaning="it looks at an earlier copy of the current token",
+        prompts=duplicate_token,
+        stream=1,
+        n_pairs=48,
+        least_pairs=8,
+    ),
+    "previous_token": Family(
+        label="previous token",
+        meaning="it looks at the token just before",
+        prompts=previous_token,
+        stream=2,
+        needs_text=True,
+    ),
+    "attention_sink": Family(
+        label="attention sink",
+        meaning="it looks at the first token, whatever the text says",
+        prompts=attention_sink,
+        stream=3,
+        needs_text=True,
+        raised=False,
+    ),
+    "thematic_anchor": Family(
+        label="thematic anchor",
+        meaning="it looks far back, at words of the passage's topic",
+        prompts=thematic_anchor,
+        stream=5,
+        needs_text=True,
+    ),
+    "local": Family(
+        label="local/positional",
+        meaning="it looks at the last few tokens, whatever they are",
+        prompts=local,
+        stream=4,
+        needs_text=True,
+        share=0.75,
+        raised=False,
+    ),
 }
 
 
-# ---- reading
+class Prompts(NamedTuple):
+    """What `standard` could make."""
 
-
-@dataclass(frozen=True)
-class Reading:
-    """What units of one kind did on the prompts of one family. Masses and effects are at labelled queries alone."""
-
-    prompts: PromptSet = field(repr=False)
-    activation: Tensor = field(repr=False)
-    """[n_queries, n_units]."""
-    at_source: Tensor = field(repr=False)
-    """[n_labelled, n_units], mass on the predicted sources."""
-    at_random: Tensor = field(repr=False)
-    """[n_labelled, n_units], mass on random earlier positions, scaled to as many as there are predicted sources."""
-    total: Tensor = field(repr=False)
-    """[n_labelled, n_units], mass on all sources."""
-    logit: Tensor | None = field(repr=False)
-    """[n_labelled, n_units], direct effect on the logit of the predicted token; None where the family predicts none."""
-    logit_other: Tensor | None = field(repr=False)
-    """[n_labelled, n_units], the same for the predicted token of another prompt."""
-
-
-@torch.no_grad()
-def read(
-    model: LanguageModel,
-    layer: int,
-    kinds: Mapping[str, Units],
-    prompts: PromptSet,
-    batch_size: int = 16,
-    seed: int = 0,
-) -> dict[str, Reading]:
-    """Read several kinds of units on the same prompts, in one pass of the model.
-
-    Args:
-        model: the language model; the whole of it runs where the family predicts a token, else it stops at `layer`.
-        layer: where the units are.
-        kinds: name to units.
-        prompts: of one family.
-        batch_size: prompts at a time.
-        seed: of the random sources and the exchange of predicted tokens, which are the same for all kinds.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    others = _random_sources(prompts, generator)
-    # The scale makes random masses comparable where there were fewer random positions than sources.
-    scale = prompts.sources.sum(dim=1) / others.sum(dim=1).clamp_min(1)
-    maps = torch.stack([prompts.sources.float(), others.float() * scale[:, None]])
-    wanted = (prompts.predicted, _exchange(prompts, generator)) if prompts.predicts else ()
-    unembedding = Unembedding(model)
-    parts: dict[str, list[list[Tensor]]] = {name: [] for name in kinds}
-    order = []
-    for batch in torch.arange(len(prompts.tokens)).split(batch_size):
-        x, y, residual = _layer_and_residual(model, layer, prompts.tokens[batch], prompts.predicts)
-        prepared = {name: units.prepare(x, y) for name, units in kinds.items()}
-        for place, number in enumerate(batch.tolist()):
-            queries = (prompts.row == number).nonzero()[:, 0]
-            order.append(queries)
-            positions, labelled = prompts.position[queries].to(x.device), prompts.positive[queries].to(x.device)
-            directions = [
-                unembedding.directions(residual[place, positions[labelled]], tokens[queries].to(x.device)[labelled])
-                for tokens in wanted
-            ]
-            for name, units in kinds.items():
-                rows = units.rows(prepared[name], place, positions, maps[:, queries].to(x.device))
-                pieces = [rows.activation, *(one[labelled] for one in (*rows.mass, rows.total))]
-                value = rows.value[labelled]
-                pieces += [units.along(prepared[name], place, positions[labelled], value, each) for each in directions]
-                parts[name].append([piece.cpu() for piece in pieces])
-    return {name: _reading(prompts, torch.cat(order), pieces) for name, pieces in parts.items()}
-
-
-def _reading(prompts: PromptSet, order: Tensor, pieces: list[list[Tensor]]) -> Reading:
-    """Put what was read row by row back into the order of the queries."""
-    joined = [torch.cat(side) for side in zip(*pieces, strict=True)]
-    labelled = order[prompts.positive[order]]
-    sides = [joined[0][order.argsort()], *(side[labelled.argsort()] for side in joined[1:])]
-    return Reading(prompts, *sides, *([None, None] if len(sides) == 4 else []))
-
-
-def _random_sources(prompts: PromptSet, generator: torch.Generator) -> Tensor:
-    """For each query as many earlier positions as it has sources, none of them a source (fewer where there are no more)."""
-    length = prompts.sources.shape[1]
-    open_to = (torch.arange(length) <= prompts.position[:, None]) & ~prompts.sources
-    keys = torch.rand(prompts.sources.shape, generator=generator).masked_fill(~open_to, 2.0)
-    rank = keys.argsort(dim=1).argsort(dim=1)
-    return (rank < prompts.sources.sum(dim=1, keepdim=True)) & open_to
-
-
-def _exchange(prompts: PromptSet, generator: torch.Generator) -> Tensor:
-    """Predicted tokens dealt out anew among labelled queries, [n_queries]."""
-    tokens = prompts.predicted.clone()
-    labelled = prompts.positive.nonzero()[:, 0]
-    tokens[labelled] = tokens[labelled[torch.randperm(len(labelled), generator=generator)]]
-    return tokens
-
-
-def _layer_and_residual(model: LanguageModel, layer: int, tokens: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What a layer reads and writes and, when the `whole` model is to run (else empty), what its last norm reads."""
-    if not whole:
-        x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
-        return x, y, x[:0]
-    found: dict[str, Tensor] = {}
-
-    def observe(attn_input: Tensor, attn_output: Tensor) -> Tensor:
-        found["x"], found["y"] = attn_input, attn_output
-        return attn_output
-
-    def before_norm(module: Any, arguments: tuple[Tensor, ...]) -> None:
-        found["residual"] = arguments[0]
-
-    hook = final_norm(model).register_forward_pre_hook(before_norm)
-    try:
-        with model.splice({layer: observe}):
-            model.logits(tokens, [0])
-    finally:
-        hook.remove()
-    return found["x"].float(), found["y"].float(), found["residual"].float()
-
-
-# ---- scores
-
-
-def score(reading: Reading, queries: Tensor | None = None) -> pd.DataFrame:
-    """Scores of every unit, one row a unit (see the module's docstring), and the columns `active`, `support` and `size`.
-
-    Args:
-        reading: of one family.
-        queries: mask [n_queries] of those that count; all without it.
-
-    Returns:
-        NaN where a score is not defined: `share` of a unit that is never active, `precision` without controls, `logit`
-        without prediction. `active` is the share of labelled queries where the unit is active, `support` the number of
-        pairs with such a query, `size` the mean activation at labelled queries (how much the unit writes there).
-    """
-    prompts = reading.prompts
-    queries = torch.ones_like(prompts.positive) if queries is None else queries
-    kept = queries[prompts.positive]
-    if not bool(kept.any()):
-        raise UserError(f"No labelled position of family {prompts.family} is left; make more prompts.")
-    labelled = reading.activation[prompts.positive & queries]
-    at_source, at_random, total = (side[kept] for side in (reading.at_source, reading.at_random, reading.total))
-    result = {"share": at_source.sum(dim=0) / total.sum(dim=0)}
-    if prompts.has_controls:
-        controls = reading.activation[~prompts.positive & queries]
-        means = labelled.mean(dim=0), controls.mean(dim=0)
-        result["precision"] = means[0] / (means[0] + means[1])
-        result["auc"] = auc(labelled, controls)
-    else:
-        result["precision"] = torch.full_like(result["share"], torch.nan)
-        result["auc"] = auc(at_source, at_random)
-    result["recall"] = ((labelled > 0) & (at_source > 0.5 * total)).double().mean(dim=0)
-    result["logit"] = torch.full_like(result["share"], torch.nan)
-    if reading.logit is not None and reading.logit_other is not None:
-        result["logit"] = (reading.logit[kept] - reading.logit_other[kept]).mean(dim=0)
-    result["active"] = (labelled > 0).double().mean(dim=0)
-    result["support"] = (by_pair(labelled, prompts.pair[prompts.positive & queries]) > 0).sum(dim=0)
-    result["size"] = labelled.double().mean(dim=0)
-    return pd.DataFrame({name: result[name].double().numpy() for name in (*SCORES, "active", "support", "size")})
-
-
-def halves(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
-    """The discovery half (even pair numbers) and the confirmation half (odd ones)."""
-    return prompts.keep_pairs(lambda pair: pair % 2 == 0), prompts.keep_pairs(lambda pair: pair % 2 == 1)
-
-
-def p_values(
-    reading: Reading,
-    chosen: Sequence[int],
-    sign: int,
-    queries: Tensor | None = None,
-    seed: int = 0,
-    n_flips: int = N_FLIPS,
-) -> np.ndarray:
-    """For each chosen unit the largest of its p-values against shuffled labels, [n_chosen].
-
-    Per pair of prompts, three differences: mass on predicted minus random sources; mean activation at labelled queries
-    minus controls (where there are any); direct effect on the own minus another prompt's token (where `sign` is not 0).
-    Under the null each pair's difference is as likely to have the other sign. The statistic is sum(d) / sqrt(sum(d^2)),
-    the p-value one-sided.
-
-    Args:
-        reading: of one family.
-        chosen: units.
-        sign: of the effect on logits that the family asks for; 0 leaves it out.
-        queries: mask [n_queries] of those that count; all without it.
-        seed: of the flips.
-        n_flips: how many; no p-value is below 1 / (n_flips + 1).
-    """
-    prompts, units = reading.prompts, torch.tensor(list(chosen), dtype=torch.long)
-    queries = torch.ones_like(prompts.positive) if queries is None else queries
-    kept = queries[prompts.positive]
-    labelled = prompts.positive & queries
-    pairs = prompts.pair[labelled]
-    differences = [by_pair((reading.at_source - reading.at_random)[kept][:, units], pairs)]
-    if prompts.has_controls:
-        controls = ~prompts.positive & queries
-        means = [by_pair(reading.activation[side][:, units], prompts.pair[side]) for side in (labelled, controls)]
-        differences.append(means[0] - means[1])
-    if sign and reading.logit is not None and reading.logit_other is not None:
-        differences.append(sign * by_pair((reading.logit - reading.logit_other)[kept][:, units], pairs))
-    return np.max([sign_flip_p(one, seed, n_flips) for one in differences], axis=0)
-
-
-# ---- discovery
-
-
-@dataclass(frozen=True)
-class Discovery:
-    """Names of units and everything they rest on. Made by `discover`."""
-
-    scores: pd.DataFrame
-    """Columns `unit`, `family`, `half` (`discovery`, `confirmation`) and those of `score`."""
-    bars: pd.DataFrame
-    """One row a family: `share_floor`, `share` (the bar), `precision`, `null_rate` (share of judged random-init heads that clear all
-    floors) and `n_null` (how many are judged, see `MIN_SUPPORT`; 0 without a null)."""
-    names: pd.DataFrame
-    """One row for each unit and family that cleared the bars on the discovery half: `unit`, `family`, `series`, `p`, `confirmed`
-    (cleared them again) and `named` (also significant by Holm's method)."""
-    null: pd.DataFrame
-    """As `scores`, for the random-init Lorsa; empty without one."""
-    others: dict[str, pd.DataFrame]
-    """As `scores`, for each other kind of units that read the same prompts."""
+    sets: dict[str, PromptSet]
+    """Family to prompts."""
     skipped: dict[str, str]
-    """Families without prompts, and why."""
-
-    def families(self, unit: int) -> list[str]:
-        """Every family of a unit, the most specific first."""
-        return [family for family in FAMILIES if family in self._named.get(unit, ())]
-
-    @cached_property
-    def _named(self) -> dict[int, set[str]]:
-        """Families of each unit that has a name."""
-        return self.names[self.names["named"].astype(bool)].groupby("unit")["family"].agg(set).to_dict()
-
-    def units(self, family: str) -> list[int]:
-        """Named units of a family, by what they write from the predicted sources (share times size, confirmation half), most first."""
-        named = set(self.names.query("family == @family and named")["unit"])
-        rows = self.scores.query("family == @family and half == 'confirmation'").set_index("unit")
-        worth = rows["share"] * rows["size"]
-        return [int(unit) for unit in worth.sort_values(ascending=False).index if unit in named]
-
-    def halves(self, family: str, kind: str | None = None) -> dict[str, pd.DataFrame]:
-        """The scores of one family, of the units or of another `kind`: half to a table indexed by unit."""
-        scores = self.scores if kind is None else self.others[kind]
-        mine = scores[scores["family"] == family].drop(columns="family").set_index("unit")
-        return {half: mine[mine["half"] == half].drop(columns="half") for half in ("discovery", "confirmation")}
-
-    def counts(self) -> dict[str, int]:
-        """Named units of every family that was looked for."""
-        return {family: len(self.units(family)) for family in FAMILIES if family in set(self.scores["family"])}
+    """Family to the sentence that says why there are none."""
 
 
-def random_lorsa(lorsa: Lorsa, model: LanguageModel, layer: int, tokens: Tensor, mask: Tensor, seed: int = 0) -> Lorsa:
-    """A Lorsa of the same shape with random weights, matched in scale to the layer: the null of every score.
+def standard(vocabulary: Vocabulary, passages: Sequence[Passage], seed: int = 0, scale: float = 1.0) -> Prompts:
+    """The prompts of every family that the tokenizer and the text allow; without passages, those that need none.
 
-    Args:
-        lorsa: whose shape to take.
-        model: the language model.
-        layer: of the Lorsa.
-        tokens: some text, [n, length].
-        mask: its counted tokens, [n, length].
-        seed: of the weights.
+    At scale 1 they are about 75,000 tokens in all.
     """
-    x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
-    null = Lorsa(lorsa.config).to(x.device)
-    null.fold(initialize(null, model.site(layer), x, y, mask.to(x.device), "random", seed))
-    return null.requires_grad_(False)
-
-
-def discover(
-    model: LanguageModel,
-    layer: int,
-    units: Units,
-    sets: Mapping[str, PromptSet],
-    null: Units | None = None,
-    *,
-    others: Mapping[str, Units] | None = None,
-    skipped: Mapping[str, str] | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: bool = True,
-) -> Discovery:
-    """Score all units on all families and name those that clear every bar on both halves of the prompts.
-
-    Args:
-        model: the language model.
-        layer: where the units are.
-        units: Lorsa heads, SAE features or MHSA heads.
-        sets: prompts of each family (`prompts.standard`).
-        null: a random-init Lorsa's heads; without it bars are the floors of `FAMILIES` alone.
-        others: name (not `units` or `null`) to other kinds of units, scored on the same prompts in the same pass, but
-            not named.
-        skipped: families without prompts, passed on to the result.
-        batch_size: prompts in one model pass.
-        seed: of everything that is shuffled.
-        progress: show a bar.
-
-    Raises:
-        UserError: a family is unknown.
-    """
-    if unknown := set(sets) - set(FAMILIES):
-        raise UserError(f"Family {sorted(unknown)[0]!r} is unknown; known are {', '.join(FAMILIES)}.")
-    kinds = {"units": units, **(others or {})}
-    tables: dict[str, list[pd.DataFrame]] = {kind: [] for kind in (*kinds, "null")}
-    bars: list[dict[str, Any]] = []
-    found: list[pd.DataFrame] = []
-    for family, prompts in tqdm(sets.items(), desc="families", disable=not progress):
-        first, second = halves(prompts)
-        readings = read(model, layer, kinds | ({} if null is None else {"null": null}), first, batch_size, seed)
-        held_back = read(model, layer, kinds, second, batch_size, seed + 1)
-        scored, confirmed = ({kind: score(one) for kind, one in half.items()} for half in (readings, held_back))
-        for half, each in (("discovery", scored), ("confirmation", confirmed)):
-            for kind, values in each.items():
-                tables[kind].append(values.rename_axis("unit").reset_index().assign(family=family, half=half))
-        own = _bars(family, scored.get("null"))
-        bars.append({"family": family, **own})
-        found.append(
-            _candidates((readings["units"], scored["units"]), (held_back["units"], confirmed["units"]), own, seed)
-        )
-    candidates = pd.concat(found, ignore_index=True)
-    candidates["named"] = candidates["confirmed"] & holm(candidates["p"].to_numpy(), ERROR_RATE)
-    scores = {kind: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for kind, parts in tables.items()}
-    mine, chance = scores.pop("units"), scores.pop("null")
-    return Discovery(mine, pd.DataFrame(bars), candidates, chance, scores, dict(skipped or {}))
-
-
-def _bars(family: str, null: pd.DataFrame | None) -> dict[str, float]:
-    """One row of `Discovery.bars`."""
-    wanted = FAMILIES[family]
-    bars = {
-        "share_floor": wanted.share,
-        "share": wanted.share,
-        "precision": wanted.precision,
-        "null_rate": float("nan"),
-        "n_null": 0,
-    }
-    if null is None:
-        return bars
-    judged = int((null["support"] >= MIN_SUPPORT).sum())
-    passing = np.sort(null["share"].to_numpy()[_clears(null, family, bars)])[::-1]
-    allowed = int(NULL_RATE * judged)
-    if wanted.raised and len(passing) > allowed:
-        bars["share"] = float(np.nextafter(passing[allowed], 2.0))
-    return bars | {"null_rate": len(passing) / max(1, judged), "n_null": judged}
-
-
-def _clears(table: pd.DataFrame, family: str, bars: Mapping[str, float]) -> np.ndarray:
-    """Units above every bar, [n_units] bool; precision is not asked for in families without controls."""
-    passed = (table["support"].to_numpy() >= MIN_SUPPORT) & (table["share"].to_numpy() >= bars["share"])
-    if not table["precision"].isna().all():
-        passed &= table["precision"].to_numpy() >= bars["precision"]
-    sign = FAMILIES[family].logit_sign
-    return passed & (sign * table["logit"].to_numpy() > 0) if sign else passed
-
-
-def _candidates(
-    discovery: tuple[Reading, pd.DataFrame],
-    confirmation: tuple[Reading, pd.DataFrame],
-    bars: Mapping[str, float],
-    seed: int,
-) -> pd.DataFrame:
-    """Units that clear the bars on the discovery half, on all prompts or on one series, and how they do on the other half."""
-    family = discovery[0].prompts.family
-    columns = {"unit": int, "family": str, "series": str, "p": float, "confirmed": bool}
-    tables = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})]
-    members = [_series(reading.prompts) for reading, _ in (discovery, confirmation)]
-    for series in members[0].keys() & members[1].keys():
-        if series:
-            first, second = (
-                score(half[0], masks[series]) for half, masks in zip((discovery, confirmation), members, strict=True)
-            )
-        else:
-            first, second = discovery[1], confirmation[1]
-        chosen = np.flatnonzero(_clears(first, family, bars))
-        if len(chosen):
-            p = p_values(confirmation[0], chosen.tolist(), FAMILIES[family].logit_sign, members[1][series], seed)
-            cleared = _clears(second, family, bars)[chosen]
-            tables.append(
-                pd.DataFrame({"unit": chosen, "family": family, "series": series, "p": p, "confirmed": cleared})
-            )
-    return pd.concat(tables[1:] or tables, ignore_index=True)
-
-
-def _series(prompts: PromptSet) -> dict[str, Tensor]:
-    """All queries and, in a family made of several series, those of each series with their controls."""
-    masks = {"": torch.ones_like(prompts.positive)}
-    kinds = [kind for kind, positive in zip(prompts.kinds(), prompts.positive.tolist(), strict=True) if positive]
-    if len(set(kinds)) > 1:
-        for kind in sorted(set(kinds)):
-            pairs = {pair for pair, other in zip(prompts.pair.tolist(), prompts.kinds(), strict=True) if other == kind}
-            masks[kind] = torch.tensor([pair in pairs for pair in prompts.pair.tolist()])
-    return masks
-
-
-# ---- cleaner than MHSA?
-
-
-def compare(scores: Mapping[str, Mapping[str, pd.DataFrame]], n: int = 1) -> pd.DataFrame:
-    """The best units of each kind side by side.
-
-    Args:
-        scores: kind to half (`discovery`, `confirmation`) to the table of `score`, all of one family.
-        n: units of each kind.
-
-    Returns:
-        columns `kind`, `unit`, those of `score` and `f1` (harmonic mean of precision and recall; share and recall where
-        there are no controls) on the confirmation half. Units are chosen by f1 on the discovery half.
-    """
-    rows = []
-    for kind, halves in scores.items():
-        best = f1(halves["discovery"]).sort_values(ascending=False).index[:n]
-        chosen = halves["confirmation"].loc[best]
-        rows.append(chosen.assign(f1=f1(chosen)).rename_axis("unit").reset_index().assign(kind=kind))
-    table = pd.concat(rows, ignore_index=True)
-    return table[["kind", "unit", *(name for name in table.columns if name not in ("kind", "unit"))]]
-
-
-def f1(scores: pd.DataFrame) -> pd.Series:
-    """Harmonic mean of precision (share, where there are no controls) and recall; 0 where either is not defined."""
-    side = scores["share"] if scores["precision"].isna().all() else scores["precision"]
-    return (2 * side * scores["recall"] / (side + scores["recall"])).fillna(0.0)
-
-
-def carried(
-    model: LanguageModel,
-    layer: int,
-    kinds: Mapping[str, tuple[Units, Sequence[int]]],
-    whole: Units,
-    prompts: PromptSet,
-    tops: Sequence[int] = (1, 3, 10),
-    batch_size: int = 16,
-) -> pd.DataFrame:
-    """How much of what a layer does for a family its first units carry, for each kind of units.
-
-    Args:
-        model: the language model.
-        layer: where the units are.
-        kinds: name to (units, ranking of some of them, the best first).
-        whole: all units whose removal takes the whole layer away: the MHSA heads, mean-ablated.
-        prompts: of the family; those that no unit was chosen on (`halves`).
-        tops: how many of the first units to remove together; more than a ranking has are left out, one pass of the
-            model each.
-        batch_size: prompts at a time.
-
-    Returns:
-        columns `kind`, `top`, the fields of `units.Effect`, and `share`: `labelled` over that of removing the whole
-        layer (the row `whole layer`). Shares may exceed 1: other units of the layer may work against the first ones.
-    """
-    removals, parts = Removals(model, layer, prompts, batch_size), []
-    for name, (units, ranking) in kinds.items():
-        sets = {str(top): list(ranking[:top]) for top in tops if top <= len(ranking)}
-        parts.append(removals.effects(units, sets).assign(kind=name))
-    everything = removals.effects(whole, {"all": range(whole.n)}).assign(kind="whole layer")
-    table = pd.concat([*parts, everything], ignore_index=True).rename(columns={"removed": "top"}).drop(columns="n")
-    table["share"] = table["labelled"] / float(everything["labelled"].iloc[0])
-    return table[["kind", "top", *(name for name in table.columns if name not in ("kind", "top"))]]
+    sets, skipped = {}, {}
+    for name, family in sorted(FAMILIES.items(), key=lambda item: item[1].stream):
+        try:
+            if family.needs_text and not passages:
+                raise UserError(f"Family {name} needs passages of real text; give a longer text.")
+            sets[name] = family.make(vocabulary, passages, scale, seed)
+        except UserError as error:
+            skipped[name] = f"{error} The family is skipped."
+    return Prompts(sets, skipped)

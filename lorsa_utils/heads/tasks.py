@@ -6,30 +6,32 @@ moves the metric from one to the other.
 
 | task | clean | corrupted | source |
 |---|---|---|---|
-| induction | r1 .. rn r1 .. rk says r(k+1) | the first half in another order: rk is followed by another token | Elhage et al. 2021 |
-| indirect_object | Then, Mary and John went .., and John gave .. to: Mary | .. and Mary gave .. to: John | Wang et al. 2022 |
+| induction | r1 .. rn r1 .. rk says r(k+1) | the first half in another order: other followers | Elhage et al. 2021 |
+| indirect_object | Mary and John went .., and John gave .. to: Mary | .. and Mary gave .. to: John | Wang et al. 2022 |
 | successor | Monday, Tuesday, Wednesday, : Thursday | another stretch of the same series | Gould et al. 2023 |
-| greater_than | from the year 1742 to the year 17: a digit above 4, not below | from the year 1702 | Hanna et al. 2023 |
+| greater_than | from the year 1742 to the year 17: a digit above 4 | from the year 1702 | Hanna et al. 2023 |
 | agreement | The cars near the tree: are | The car near the tree: is | Linzen et al. 2016 |
 | subtoken_induction | .. [ Marion] .. [Mar] says [ion] | another word in its place | paper, Sec. 6 |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import prompts
-from lorsa_utils.heads.prompts import Vocabulary
+from lorsa_utils.heads.prompts import Vocabulary, draw, fill, listed, pad, require
 
 LEAST_ACCURACY = 0.75
-"""A task counts as one that the model can do when it prefers the right answer to the wrong one on so many prompts; chance is 1/2."""
+"""Share of the prompts on which a model that can do a task prefers the right answer to the wrong one; chance is 1/2."""
 METRICS = ("logit_difference", "loss", "kl")
 
 
@@ -54,8 +56,8 @@ class Task:
 
     def rows(self, rows: slice | Tensor) -> Task:
         """Some of the pairs."""
-        parts = {name: getattr(self, name)[rows] for name in ("clean", "corrupted", "position", "answers", "wrong")}
-        return replace(self, **parts)
+        columns = {name: getattr(self, name)[rows] for name in ("clean", "corrupted", "position", "answers", "wrong")}
+        return replace(self, **columns)
 
     def split(self) -> tuple[Task, Task]:
         """Pairs to discover circuits on (even numbers) and held-out pairs (odd numbers)."""
@@ -65,16 +67,15 @@ class Task:
 def metric(name: str, logits: Tensor, task: Task, reference: Tensor | None = None) -> Tensor:
     """A number for each prompt that is larger when the model does the task better.
 
+    `logit_difference`: log-sum-exp of the right answers' logits minus that of the wrong ones' (with one answer each,
+    the difference of two logits); `loss`: minus the cross-entropy of the right answers, in nats; `kl`: minus the KL
+    divergence from the untouched model's distribution, in nats.
+
     Args:
-        name: `logit_difference`: log-sum-exp of the right answers' logits minus that of the wrong ones' (with one
-            answer each, the difference of two logits); `loss`: minus the cross-entropy of the right answers, in nats;
-            `kl`: minus the KL divergence from the untouched model's distribution, in nats.
+        name: of the metric.
         logits: after each prompt, [n, vocabulary].
         task: with n prompts.
         reference: the untouched model's logits, [n, vocabulary]; `kl` needs them.
-
-    Returns:
-        [n].
 
     Raises:
         UserError: unknown metric, or `kl` without a reference.
@@ -102,74 +103,69 @@ def accuracy(logits: Tensor, task: Task) -> float:
     return float((metric("logit_difference", logits, task) > 0).double().mean())
 
 
-def require_able(name: str, found: float, least: float = LEAST_ACCURACY) -> None:
-    """Refuse a task that the model cannot do.
-
-    Raises:
-        UserError: says the accuracy.
-    """
-    if found < least:
+def require_able(name: str, accuracy: float, least: float = LEAST_ACCURACY) -> None:
+    """Refuse a task that the model cannot do, with a `UserError` that says its accuracy."""
+    if accuracy < least:
         raise UserError(
-            f"The model prefers the right answer on only {found:.0%} of the prompts of {name} (chance is 50 %, {least:.0%} are asked for), "
-            "so there is no circuit to find; choose another task."
+            f"The model prefers the right answer on only {accuracy:.0%} of the prompts of {name} (chance is 50 %, "
+            f"{least:.0%} are asked for), so there is no circuit to find; choose another task."
         )
 
 
 # ---- building
 
 
-class _Pairs:
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.rows: list[tuple[list[int], list[int], list[int], list[int]]] = []
+class Pair(NamedTuple):
+    """A clean prompt and its corrupted partner."""
 
-    def add(self, sides: Sequence[Sequence[int]], answers: Sequence[int], wrong: Sequence[int]) -> None:
-        clean, corrupted = sides
-        if len(clean) != len(corrupted):
+    clean: Sequence[int]
+    corrupted: Sequence[int]
+    answers: Sequence[int]
+    wrong: Sequence[int]
+
+
+def _task(name: str, pairs: Iterable[Pair]) -> Task:
+    """Pad pairs to a task.
+
+    Raises:
+        UserError: there is none, the sides of one differ in length, or a token is both right and wrong.
+    """
+    rows = list(pairs)
+    if not rows:
+        raise UserError(f"Task {name} has no prompt; give at least one.")
+    for pair in rows:
+        if len(pair.clean) != len(pair.corrupted):
             raise UserError(
-                f"A clean prompt of {self.name} has {len(clean)} tokens and its corrupted one {len(corrupted)}; nodes are exchanged "
-                "position by position, so give pairs of equal length in tokens."
+                f"A clean prompt of {name} has {len(pair.clean)} tokens and its corrupted one {len(pair.corrupted)}; "
+                "nodes are exchanged position by position, so give pairs of equal length in tokens."
             )
-        if set(answers) & set(wrong):
+        if set(pair.answers) & set(pair.wrong):
             raise UserError(
-                f"A prompt of {self.name} has a token that is both a right and a wrong answer; give different ones."
+                f"A prompt of {name} has a token that is both a right and a wrong answer; give different ones."
             )
-        self.rows.append(([int(i) for i in clean], [int(i) for i in corrupted], list(answers), list(wrong)))
-
-    def build(self) -> Task:
-        if not self.rows:
-            raise UserError(f"Task {self.name} has no prompt; give at least one.")
-        clean, corrupted, answers, wrong = zip(*self.rows, strict=True)
-        position = torch.tensor([len(row) - 1 for row in clean])
-        return Task(self.name, _pad(clean), _pad(corrupted), position, _pad(answers, -1), _pad(wrong, -1))
-
-
-def _pad(rows: Sequence[Sequence[int]], fill: int | None = None) -> Tensor:
-    length = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[row[-1] if fill is None else fill] * (length - len(row))] for row in rows])
+    clean, corrupted, answers, wrong = zip(*rows, strict=True)
+    position = torch.tensor([len(row) - 1 for row in clean])
+    return Task(name, pad(clean), pad(corrupted), position, pad(answers, -1), pad(wrong, -1))
 
 
 def from_texts(vocabulary: Vocabulary, name: str, pairs: Sequence[Mapping[str, Any]]) -> Task:
-    """A task of one's own, from texts.
+    """A task of one's own from dicts of texts with the keys `clean`, `corrupted`, `answer` and `wrong`.
 
-    Args:
-        vocabulary: of the model.
-        name: for tables.
-        pairs: dicts with the keys `clean`, `corrupted`, `answer` and `wrong`; answers include their leading space.
+    Answers include their leading space.
 
     Raises:
         UserError: a key is missing, an answer is not one token, or the prompts of a pair differ in length.
     """
-    built = _Pairs(name)
+    rows = []
     for number, pair in enumerate(pairs, start=1):
         if missing := [key for key in ("clean", "corrupted", "answer", "wrong") if not isinstance(pair.get(key), str)]:
             raise UserError(
                 f"Pair {number} of {name} has no text under {missing[0]!r}; give clean, corrupted, answer and wrong."
             )
-        tokens = [_one_token(vocabulary, pair[key], f"pair {number} of {name}") for key in ("answer", "wrong")]
-        sides = [vocabulary.start + vocabulary.encode(pair[key]) for key in ("clean", "corrupted")]
-        built.add(sides, tokens[:1], tokens[1:])
-    return built.build()
+        answer, wrong = (_one_token(vocabulary, pair[key], f"pair {number} of {name}") for key in ("answer", "wrong"))
+        clean, corrupted = (vocabulary.start + vocabulary.encode(pair[key]) for key in ("clean", "corrupted"))
+        rows.append(Pair(clean, corrupted, [answer], [wrong]))
+    return _task(name, rows)
 
 
 def _one_token(vocabulary: Vocabulary, text: str, where: str) -> int:
@@ -182,160 +178,109 @@ def _one_token(vocabulary: Vocabulary, text: str, where: str) -> int:
     return ids[0]
 
 
-# ---- tasks
+# ---- tasks: endless pairs
 
 
-def induction(vocabulary: Vocabulary, n: int, seed: int, length: int = 10, again: int = 5) -> Task:
+def induction(vocabulary: Vocabulary, rng: Generator, length: int = 10, again: int = 5) -> Iterator[Pair]:
     """Random tokens, and the first `again` of them once more; `length` tokens in the first half.
 
     In the corrupted half the last token has another follower, at another place, so that heads which look up its place
     matter too.
     """
-    rng = np.random.default_rng(seed)
-    pool = prompts._random_pool(vocabulary, length, "induction")
-    built = _Pairs("induction")
-    for _ in range(n):
-        first = prompts._draw(rng, pool, length)
+    pool = prompts.random_pool(vocabulary, length, "Task induction")
+    while True:
+        first = draw(rng, pool, length)
         while True:
             other = [first[int(i)] for i in rng.permutation(length)]
             place = other.index(first[again - 1]) + 1
             if place < length and place != again and other[place] != first[again]:
                 break
-        tail = first[:again]
-        built.add([vocabulary.start + half + tail for half in (first, other)], [first[again]], [other[place]])
-    return built.build()
+        clean, corrupted = (vocabulary.start + half + first[:again] for half in (first, other))
+        yield Pair(clean, corrupted, [first[again]], [other[place]])
 
 
-def indirect_object(vocabulary: Vocabulary, n: int, seed: int) -> Task:
+def indirect_object(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
     """Two names, one of them again: the other one is asked for."""
-    names = list(vocabulary.singles(prompts.NAMES).values())
-    if len(names) < 8:
-        raise UserError(
-            f"Task indirect_object needs 8 first names that are single tokens, this tokenizer has {len(names)}."
-        )
-    rng = np.random.default_rng(seed)
-    built = _Pairs("indirect_object")
-    for _ in range(n):
+    names = prompts.names(vocabulary, "Task indirect_object")
+    while True:
         template = prompts.TEMPLATES[int(rng.integers(len(prompts.TEMPLATES)))]
-        one, other = prompts._draw(rng, names, 2)
-        giver, receiver = (one, other) if rng.integers(2) else (other, one)
-        sides = [
-            prompts._fill(template, vocabulary, {"{A}": one, "{B}": other, "{S}": again})[0]
-            for again in (giver, receiver)
-        ]
-        built.add(sides, [receiver], [giver])
-    return built.build()
+        a, b = draw(rng, names, 2)
+        giver, receiver = (a, b) if rng.integers(2) else (b, a)
+        clean, corrupted = (fill(template, vocabulary, {"A": a, "B": b, "S": name})[0] for name in (giver, receiver))
+        yield Pair(clean, corrupted, [receiver], [giver])
 
 
-def successor(vocabulary: Vocabulary, n: int, seed: int) -> Task:
+def successor(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
     """Three members of a series; the next one is asked for."""
-    rng = np.random.default_rng(seed)
     comma = vocabulary.encode(",")[0]
-    stretches = []
-    for members in prompts.SERIES.values():
-        found = max((prompts._stretch(vocabulary, members, prefix) for prefix in (" ", "")), key=len)
-        stretches += [found] if len(found) >= 5 else []
-    if not stretches:
-        raise UserError("Task successor needs a series (days, letters, ...) of single tokens, this tokenizer has none.")
-    built = _Pairs("successor")
-    for _ in range(n):
+    stretches = [stretch.tokens for stretch in prompts.stretches(vocabulary).values()]
+    require(1, stretches, "series (days, letters, ...) of single tokens", "Task successor")
+    while True:
         stretch = stretches[int(rng.integers(len(stretches)))]
         begins = rng.choice(len(stretch) - 3, 2, replace=False)
         opening = vocabulary.start + vocabulary.encode(prompts.OPENINGS[int(rng.integers(1, len(prompts.OPENINGS)))])
-        sides = [opening + [token for member in stretch[b : b + 3] for token in (member, comma)] for b in begins]
-        built.add(sides, [stretch[begins[0] + 3]], [stretch[begins[1] + 3]])
-    return built.build()
+        clean, corrupted = (
+            opening + [token for member in stretch[b : b + 3] for token in (member, comma)] for b in begins
+        )
+        yield Pair(clean, corrupted, [stretch[begins[0] + 3]], [stretch[begins[1] + 3]])
 
 
 _EVENTS = ("war", "project", "journey", "reign", "study", "trial", "drought", "contract")
 
 
-def greater_than(vocabulary: Vocabulary, n: int, seed: int) -> Task:
-    """Years that end later than they begin: third digit of the second year, for tokenizers that cut numbers into digits.
+def greater_than(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
+    """Years that end later than they begin, for tokenizers that cut numbers into digits: the second year's third digit.
 
     Right are the digits above the first year's, wrong those below; the corrupted prompt's first year has its third
     digit at 0, so that every digit is a possible end.
     """
-    digits = vocabulary.singles("0123456789", "")
+    digits = list(vocabulary.singles("0123456789", "").values())
     if len(digits) < 10 or len(vocabulary.encode("1742")) != 4:
         raise UserError("Task greater_than needs a tokenizer that cuts numbers into single digits.")
-    rng = np.random.default_rng(seed)
-    built = _Pairs("greater_than")
-    for _ in range(n):
+    while True:
         event = _EVENTS[int(rng.integers(len(_EVENTS)))]
         century, third, last = int(rng.integers(11, 19)), int(rng.integers(3, 8)), int(rng.integers(1, 9))
-        texts = [
-            f"The {event} lasted from the year {century}{digit}{last} to the year {century}" for digit in (third, 0)
-        ]
-        right = [digits[str(digit)] for digit in range(third + 1, 10)]
-        sides = [vocabulary.start + vocabulary.encode(text) for text in texts]
-        built.add(sides, right, [digits[str(digit)] for digit in range(third)])
-    return built.build()
+        text = f"The {event} lasted from the year {century}{{}}{last} to the year {century}"
+        clean, corrupted = (vocabulary.start + vocabulary.encode(text.format(digit)) for digit in (third, 0))
+        yield Pair(clean, corrupted, digits[third + 1 :], digits[:third])
 
 
-_NOUNS = (
-    "car",
-    "dog",
-    "book",
-    "girl",
-    "boy",
-    "friend",
-    "teacher",
-    "house",
-    "farmer",
-    "doctor",
-    "key",
-    "picture",
-    "tree",
-    "river",
-    "king",
-)
+_NOUNS = listed("car dog book girl boy friend teacher house farmer doctor key picture tree river king")
 _BETWEEN = ("near the{M}", "behind the{M}", "next to the{M}", "that the{M} likes", "in front of the{M}")
 
 
-def agreement(vocabulary: Vocabulary, n: int, seed: int) -> Task:
+def agreement(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
     """Number of subject and verb, with a noun in between."""
-    nouns = {noun: (vocabulary.single(" " + noun), vocabulary.single(" " + noun + "s")) for noun in _NOUNS}
-    whole = [(one, many) for one, many in nouns.values() if one is not None and many is not None]
-    verbs = vocabulary.single(" is"), vocabulary.single(" are")
-    if len(whole) < 4 or verbs[0] is None or verbs[1] is None:
+    nouns = [list(vocabulary.singles((noun, noun + "s")).values()) for noun in _NOUNS]
+    whole = [numbers for numbers in nouns if len(numbers) == 2]
+    verbs = list(vocabulary.singles(("is", "are")).values())
+    if len(whole) < 4 or len(verbs) < 2:
         raise UserError("Task agreement needs nouns whose singular and plural are single tokens, and ` is` and ` are`.")
-    rng = np.random.default_rng(seed)
-    built = _Pairs("agreement")
-    for _ in range(n):
+    while True:
         subject, middle = (whole[int(i)] for i in rng.choice(len(whole), 2, replace=False))
         number, template = int(rng.integers(2)), _BETWEEN[int(rng.integers(len(_BETWEEN)))]
-        slots = {"{M}": middle[0] if "likes" in template else middle[int(rng.integers(2))]}
-        sides = [
-            prompts._fill("The{S} " + template, vocabulary, slots | {"{S}": subject[i]})[0]
-            for i in (number, 1 - number)
-        ]
-        built.add(sides, [verbs[number] or 0], [verbs[1 - number] or 0])
-    return built.build()
-
-
-def subtoken_induction(vocabulary: Vocabulary, n: int, seed: int) -> Task:
-    """A word as one token, and later its first part; the second part is asked for."""
-    found = prompts.split_words(vocabulary)
-    if len(found) < 16:
-        raise UserError(
-            f"Task subtoken_induction needs 16 words with and without a space to split, this tokenizer has {len(found)}."
+        between = middle[0] if "likes" in template else middle[int(rng.integers(2))]
+        clean, corrupted = (
+            fill("The{S} " + template, vocabulary, {"S": subject[i], "M": between})[0] for i in (number, 1 - number)
         )
-    rng = np.random.default_rng(seed)
-    built = _Pairs("subtoken_induction")
-    while len(built.rows) < n:
-        word, other = (found[int(index)] for index in rng.choice(len(found), 2, replace=False))
-        if word.second == other.second or word.first == other.first:
-            continue
-        filler = prompts._draw(rng, [index for index in vocabulary.words if index not in (word.whole, other.whole)], 10)
-        sides = [
-            [*vocabulary.start, *filler[:5], inside, *filler[5:], word.first] for inside in (word.whole, other.whole)
-        ]
-        built.add(sides, [word.second], [other.second])
-    return built.build()
+        yield Pair(clean, corrupted, [verbs[number]], [verbs[1 - number]])
 
 
-TASKS: dict[str, Callable[[Vocabulary, int, int], Task]] = {
+def subtoken_induction(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
+    """A word as one token, and later its first part; the second part is asked for."""
+    split = prompts.split_words(vocabulary, "Task subtoken_induction")
+    while True:
+        word, other = (split[int(index)] for index in rng.choice(len(split), 2, replace=False))
+        if word.second != other.second and word.first != other.first:
+            filler = draw(rng, [index for index in vocabulary.words if index not in (word.whole, other.whole)], 10)
+            clean, corrupted = (
+                [*vocabulary.start, *filler[:5], inside, *filler[5:], word.first]
+                for inside in (word.whole, other.whole)
+            )
+            yield Pair(clean, corrupted, [word.second], [other.second])
+
+
+TASKS: dict[str, Callable[[Vocabulary, Generator], Iterator[Pair]]] = {
     "induction": induction,
     "indirect_object": indirect_object,
     "successor": successor,
@@ -343,15 +288,14 @@ TASKS: dict[str, Callable[[Vocabulary, int, int], Task]] = {
     "agreement": agreement,
     "subtoken_induction": subtoken_induction,
 }
-"""Name to (vocabulary, number of pairs, seed) -> `Task`."""
 
 
 def make(name: str, vocabulary: Vocabulary, n: int = 64, seed: int = 0) -> Task:
-    """The prompts of a task.
+    """`n` pairs of a task.
 
     Raises:
         UserError: there is no such task, or the tokenizer lacks what it needs.
     """
     if name not in TASKS:
         raise UserError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
-    return TASKS[name](vocabulary, n, seed)
+    return _task(name, itertools.islice(TASKS[name](vocabulary, np.random.default_rng(seed)), n))

@@ -179,7 +179,7 @@ class Units(abc.ABC):
     kind: str
     """`lorsa`, `sae` or `mhsa`."""
     label: str
-    """Name for people, plural."""
+    """Human-readable name, plural."""
     n: int
     """How many there are; the error node is not among them."""
 

@@ -1,6 +1,7 @@
 """What pages show of heads: the texts where they are active, what they write, and their neighbours.
 
-`Evidence` holds all that is known of a layer's heads, `Evidence.heads` yields what one page shows of each. For a head h of QK group g, at a query i of one text (paper, Sec. 5):
+`Evidence` holds all that is known of a layer's heads; `Evidence.heads` yields what one page shows of each. For a head h
+of QK group g, at a query i of one text (paper, Sec. 5):
 
     activation  z_i * ||w_o||, 0 where h is not among the K kept heads of the token
     z pattern   z_ij = A_ij v_j * ||w_o||, an exact split over sources j: sum_j z_ij is the activation before the
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from typing_extensions import override
 
 from lorsa_utils.exceptions import UserError
@@ -34,7 +36,7 @@ from lorsa_utils.heads.families import FAMILIES, SCORES
 from lorsa_utils.heads.origins import mhsa_shares
 from lorsa_utils.heads.survey import Survey, survey
 from lorsa_utils.heads.units import LorsaHeads, Unembedding, mean_head_values
-from lorsa_utils.lorsa import SAE, Lorsa, SparseModule
+from lorsa_utils.lorsa import SAE, Lorsa
 from lorsa_utils.models import LanguageModel, Replacement
 from lorsa_utils.text import Sequences
 
@@ -62,6 +64,22 @@ class Place(NamedTuple):
     position: int
 
 
+class Reading(NamedTuple):
+    """One text as a Lorsa reads it."""
+
+    ids: list[int]
+    tokens: list[str]
+    """Their texts."""
+    x: Tensor
+    """Attention input, [length, d_model]; what comes after the ids is padding."""
+    heads: Tensor
+    """Kept heads, [length, k]."""
+    activations: Tensor
+    """Their z, [length, k]."""
+    n_cut: int = 0
+    """Tokens beyond the context, which were left out."""
+
+
 @dataclass(frozen=True)
 class Context:
     """A window of one text as one head sees it: n tokens, m columns of sources."""
@@ -70,7 +88,7 @@ class Context:
     tokens: list[str]
     """Text of the sources, [m]; the last n of them are the window's tokens, "" those added up."""
     positions: list[int]
-    """Position of each source in its sequence, [m]; -1 for those added up, always the second column if there are any."""
+    """Position of each source in its sequence, [m]; -1 for those added up, which are the second column if any."""
     peak: int
     """The token it was chosen for, counted from the window's first."""
     activation: Tensor = field(repr=False)
@@ -122,15 +140,15 @@ class Head:
     scores: dict[str, dict[str, float]]
     """Family in words to its scores on unseen prompts, for the head's families."""
     effect: tuple[float, float] | None
-    """Increase of the loss on prompts of its first family when the head alone is removed, in nats, with its standard error."""
+    """Nats that the loss on prompts of its first family grows when the head alone is removed, with standard error."""
     raised: list[tuple[str, float]]
     """Tokens with the largest logits of w_o (before the last norm's scale) and those logits."""
     lowered: list[tuple[str, float]]
     contexts: list[Context] = field(repr=False)
     """The `top` ones by activation, then `sample` by activation, then `random`."""
     siblings: pd.DataFrame = field(repr=False)
-    """Heads of its group, one row each: `head`, `families`, `frequency`, `cos_o` and `cos_v` (cosine of write and read directions with
-    this head's), `tokens`."""
+    """Heads of its group, one row each: `head`, `families`, `frequency`, `cos_o` and `cos_v` (cosines of write and read
+    directions with this head's), `tokens`."""
     written_features: list[Feature] | None = None
     """Features of an SAE on the layer's output whose write directions are nearest w_o; None without an SAE."""
     read_features: list[Feature] | None = None
@@ -148,7 +166,7 @@ class Head:
 
 
 class ReadOnce(LanguageModel):
-    """A language model that remembers what one layer read and wrote: a text that was captured once costs no second pass.
+    """A language model that remembers what one layer read and wrote, so that a text costs one pass.
 
     Only `capture` of that layer remembers, and not inside `splice`. Beyond `limit` bytes, texts are read again.
     """
@@ -163,16 +181,15 @@ class ReadOnce(LanguageModel):
         if list(layers) != [self._layer] or self._spliced or tokens.ndim != 2:
             return super().capture(tokens, layers)
         keys = [row.long().cpu().numpy().tobytes() for row in tokens]
-        found = {key: self._known[key] for key in keys if key in self._known}
-        if missing := [number for number, key in enumerate(keys) if key not in found]:
-            sides = super().capture(tokens[missing], layers)[self._layer]
-            for place, number in enumerate(missing):
-                found[keys[number]] = pair = (sides[0][place].clone(), sides[1][place].clone())
-                size = 2 * pair[0].numel() * pair[0].element_size()
+        pairs = {key: self._known[key] for key in keys if key in self._known}
+        if new := [number for number, key in enumerate(keys) if key not in pairs]:
+            for number, x, y in zip(new, *super().capture(tokens[new], layers)[self._layer], strict=True):
+                pairs[keys[number]] = pair = (x.clone(), y.clone())
+                size = sum(side.numel() * side.element_size() for side in pair)
                 if size <= self._room:
                     self._known[keys[number]], self._room = pair, self._room - size
-        x, y = (torch.stack([found[key][side] for key in keys]) for side in (0, 1))
-        return {self._layer: (x, y)}
+        xs, ys = zip(*(pairs[key] for key in keys), strict=True)
+        return {self._layer: (torch.stack(xs), torch.stack(ys))}
 
     @override
     @contextlib.contextmanager
@@ -214,7 +231,7 @@ def texts_alone(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _whole_characters(tokenizer: Any, ids: Sequence[int], first: int) -> tuple[int, str]:
-    """Where the run of tokens from `first` on ends that is text only together, and that text; one token and "" when there is none."""
+    """Where the tokens from `first` on end that are text only together, and that text; one token and "" without one."""
     for last in range(first + 2, min(first + 5, len(ids) + 1)):
         text = tokenizer.decode(list(ids[first:last]))
         if "\ufffd" not in text:
@@ -224,17 +241,8 @@ def _whole_characters(tokenizer: Any, ids: Sequence[int], first: int) -> tuple[i
 
 def _hexadecimal(piece: str | None) -> str:
     """A token of a byte-level vocabulary as the bytes it stands for."""
-    return "".join(f"⟨{_BYTE_OF[character]:02X}⟩" if character in _BYTE_OF else character for character in piece or "")
-
-
-def _byte_characters() -> dict[str, int]:
-    """Characters that byte-level vocabularies write bytes with: printable Latin-1 as itself, the others from U+0100 on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_characters()
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    return "".join(f"⟨{byte_of[character]:02X}⟩" if character in byte_of else character for character in piece or "")
 
 
 # ---- places
@@ -243,12 +251,8 @@ _BYTE_OF = _byte_characters()
 def choose_places(found: Survey, head: int, sequences: Sequences, seed: int = 0) -> list[Place]:
     """Which tokens a head is shown at. Random ones are the same for all heads."""
     places = [Place("top", 0.0, row, position) for row, position in found.places[head, :N_TOP].tolist() if row >= 0]
-    drawn = [
-        (value, place)
-        for value, place in zip(found.samples[head].tolist(), found.sampled[head].tolist(), strict=True)
-        if value > 0
-    ]
-    drawn.sort(reverse=True)
+    samples = zip(found.samples[head].tolist(), found.sampled[head].tolist(), strict=True)
+    drawn = sorted((sample for sample in samples if sample[0] > 0), reverse=True)
     # The middle of each of as many equal stretches of the ordered draws.
     middles = sorted({int((number + 0.5) * len(drawn) / N_SAMPLES) for number in range(N_SAMPLES)}) if drawn else []
     places += [Place("sample", 1 - (number + 0.5) / len(drawn), *drawn[number][1]) for number in middles]
@@ -259,48 +263,28 @@ def choose_places(found: Survey, head: int, sequences: Sequences, seed: int = 0)
 
 @torch.no_grad()
 def read_context(
-    lorsa: Lorsa,
-    head: int,
-    x: Tensor,
-    kept: tuple[Tensor, Tensor],
-    ids: Sequence[int],
-    place: Place,
-    tokenizer: Any,
-    before: int = BEFORE,
-    after: int = AFTER,
+    lorsa: Lorsa, head: int, reading: Reading, place: Place, before: int = BEFORE, after: int = AFTER
 ) -> Context:
-    """The window of a text from `before` tokens before a place to `after` tokens after it.
-
-    Args:
-        lorsa: reads raw activations.
-        head: which of its heads.
-        x: attention input of the text, [length, d_model].
-        kept: heads and activations of `lorsa.encode`, each [length, k].
-        ids: tokens of the text; what follows them in x is padding.
-        place: the token that the window is around.
-        tokenizer: of the model.
-        before: tokens before the place.
-        after: tokens after it.
-    """
-    start, end = max(0, place.position - before), min(place.position + after + 1, len(ids))
-    norm = lorsa.W_O[head].norm()
-    attention = lorsa.attention_pattern(x[None], head // lorsa.config.group_size)[0, start:end, :end]
+    """The window of a text from `before` tokens before a place to `after` tokens after it."""
+    start, end = max(0, place.position - before), min(place.position + after + 1, len(reading.ids))
+    window, x, norm = slice(start, end), reading.x, lorsa.W_O[head].norm()
+    attention = lorsa.attention_pattern(x[None], head // lorsa.config.group_size)[0, window, :end]
     v = (x[:end] @ lorsa.W_V[head] + lorsa.b_V[head]) * norm
-    activation = ((kept[0][start:end] == head) * kept[1][start:end]).sum(dim=-1) * norm
-    apart = _apart((attention[place.position - start] * v), start)
+    z = attention * v
+    activation = ((reading.heads[window] == head) * reading.activations[window]).sum(dim=-1) * norm
+    apart = _apart(z[place.position - start], start)
     added_up = sorted(set(range(start)) - set(apart))
-    columns = [*apart[:1], *([-1] if added_up else []), *apart[1:], *range(start, end)]
+    before_window = [*apart[:1], *([-1] if added_up else []), *apart[1:]]
+    columns = [*before_window, *range(start, end)]
 
     def folded(sides: Tensor, total: Tensor) -> Tensor:
         """Columns of [n, end], with the total of those added up, [n, 1]."""
-        parts = [sides[:, [column]] if column >= 0 else total for column in columns[: len(columns) - end + start]]
+        parts = [sides[:, [column]] if column >= 0 else total for column in before_window]
         return torch.cat([*parts, sides[:, start:]], dim=1).cpu()
 
-    z = attention * v
-    texts = iter(token_texts(tokenizer, [int(ids[column]) for column in columns if column >= 0]))
     return Context(
         place,
-        ["" if column < 0 else next(texts) for column in columns],
+        ["" if column < 0 else reading.tokens[column] for column in columns],
         columns,
         place.position - start,
         activation.cpu(),
@@ -378,21 +362,19 @@ class Evidence:
         if len(self.survey.facts) != n_heads or int(self.survey.places[..., 0].max()) >= len(self.sequences.tokens):
             raise UserError("This survey is of other heads or of another text; rebuild it with survey.survey.")
         if any(rows is not None and len(rows) != n_heads for rows in (self.table, self.shares)):
-            raise UserError(
-                f"The table of heads belongs to another module than this one with {n_heads} heads; make it with `lorsa heads`."
-            )
+            other = f"The table of heads belongs to another module than this one with {n_heads} heads"
+            raise UserError(f"{other}; make it with `lorsa heads`.")
         for module, kind, what in (
             (self.sae, "sae", "an SAE of the layer's output"),
             (self.transcoder, "transcoder", "a transcoder on the layer's input"),
         ):
-            if module is not None and (module.config.kind != kind or module.config.d_model != d_model):
-                raise UserError(
-                    f"This is a {module.config.kind} of width {module.config.d_model}; give {what}, of width {d_model}."
-                )
+            config = module and module.config
+            if config and (config.kind != kind or config.d_model != d_model):
+                raise UserError(f"This is a {config.kind} of width {config.d_model}; give {what}, of width {d_model}.")
 
     @torch.no_grad()
     def heads(self, chosen: Sequence[int]) -> Iterator[Head]:
-        """One `Head` for each of `chosen`, in this order; the text is read once for all of them, and only where something is shown.
+        """Read the text once for all of `chosen`, and only where something is shown; they come in this order.
 
         Raises:
             UserError: there is no such head.
@@ -401,15 +383,12 @@ class Evidence:
         contexts = self._contexts(
             {head: choose_places(self.survey, head, self.sequences, self.seed) for head in chosen}
         )
-        words, name, size = _Words(self.model), Path(self.model.name), self.lorsa.config.group_size
+        words, name, size = Words(self.model), Path(self.model.name), self.lorsa.config.group_size
         groups = {group: self._group(group, words) for group in {head // size for head in chosen}}
         for head in chosen:
             row = None if self.table is None else self.table.iloc[head]
-            shares = (
-                None if self.shares is None or bool(self.shares[head].isnan().any()) else self.shares[head].tolist()
-            )
+            shares = None if self.shares is None else self.shares[head]
             explanation, score = self.explanations.get(head, (None, None))
-            raised, lowered = words.ends(self.lorsa.W_O[head])
             yield Head(
                 model=name.name if name.exists() else self.model.name,
                 layer=self.layer,
@@ -422,23 +401,19 @@ class Evidence:
                 named=row is not None,
                 scores=_scores(row),
                 effect=_effect(row),
-                raised=raised,
-                lowered=lowered,
+                raised=words.extremes(self.lorsa.W_O[head], largest=True),
+                lowered=words.extremes(self.lorsa.W_O[head], largest=False),
                 contexts=contexts[head],
                 siblings=self._siblings(head, groups[head // size]),
-                written_features=None
-                if self.sae is None
-                else _nearest(self.lorsa.W_O[head], self.sae.W_O, self.sae, words),
-                read_features=None
-                if self.transcoder is None
-                else _nearest(self.lorsa.W_V[head], self.transcoder.W_E, self.transcoder, words),
-                shares=shares,
+                written_features=_nearest(self.lorsa.W_O[head], self.sae, "W_O", words),
+                read_features=_nearest(self.lorsa.W_V[head], self.transcoder, "W_E", words),
+                shares=None if shares is None or bool(shares.isnan().any()) else shares.tolist(),
                 explanation=explanation,
                 score=score,
             )
 
     def _contexts(self, places: Mapping[int, list[Place]]) -> dict[int, list[Context]]:
-        """Contexts of heads in the order of their places; each sequence is read once, and no further than it is shown."""
+        """Contexts of heads in the order of their places; a sequence is read once, and no further than it is shown."""
         shown: dict[int, list[tuple[int, int, Place]]] = {}
         for head, of_head in places.items():
             for number, place in enumerate(of_head):
@@ -452,19 +427,17 @@ class Evidence:
             batch = rows[first : first + self.batch_size]
             tokens = self.sequences.tokens[batch].to(self.model.device, torch.long)
             inputs = self.model.capture(tokens, [self.layer])[self.layer][0][:, : ends[batch[-1]]].float()
-            indices, values = self.lorsa.encode(inputs)
-            for x, kept_heads, kept_values, row in zip(inputs, indices, values, batch, strict=True):
+            for row, x, *kept in zip(batch, inputs, *self.lorsa.encode(inputs), strict=True):
                 counted = int(self.sequences.mask[row].nonzero().max()) + 1  # what comes after is padding
                 ids = self.sequences.tokens[row, :counted].tolist()
+                reading = Reading(ids, token_texts(self.model.tokenizer, ids), x, *kept)
                 for head, number, place in shown[row]:
-                    contexts[head, number] = read_context(
-                        self.lorsa, head, x, (kept_heads, kept_values), ids, place, self.model.tokenizer
-                    )
+                    contexts[head, number] = read_context(self.lorsa, head, reading, place)
                 bar.update()
         bar.close()
         return {head: [contexts[head, number] for number in range(len(of_head))] for head, of_head in places.items()}
 
-    def _group(self, group: int, words: _Words) -> pd.DataFrame:
+    def _group(self, group: int, words: Words) -> pd.DataFrame:
         size = self.lorsa.config.group_size
         heads = range(group * size, (group + 1) * size)
         rows = pd.DataFrame({"head": heads, "families": ""})
@@ -481,19 +454,16 @@ class Evidence:
         return rows[rows["head"] != head].reset_index(drop=True)
 
 
-class _Words:
+class Words:
     """From write directions to tokens in text."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.unembedding, self.tokenizer = Unembedding(model), model.tokenizer
 
-    def ends(self, direction: Tensor) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-        """Tokens that a direction [d_model], taken at norm 1, raises and lowers most, with their logits."""
+    def extremes(self, direction: Tensor, largest: bool) -> list[tuple[str, float]]:
+        """Tokens that a direction [d_model], taken at norm 1, raises or lowers most, with their logits."""
         logits = self.unembedding.logits(normalize(direction[None], dim=1))[0]
-        raised, lowered = (logits.topk(N_TOKENS, largest=largest) for largest in (True, False))
-        return self._named(*raised), self._named(*lowered)
-
-    def _named(self, values: Tensor, indices: Tensor) -> list[tuple[str, float]]:
+        values, indices = logits.topk(N_TOKENS, largest=largest)
         return list(zip(texts_alone(self.tokenizer, indices.tolist()), values.tolist(), strict=True))
 
     def raised(self, directions: Tensor, n: int = 4) -> list[list[str]]:
@@ -519,8 +489,11 @@ def _effect(row: Any) -> tuple[float, float] | None:
     return (float(row["effect"]), float(row["effect_error"])) if known else None
 
 
-def _nearest(direction: Tensor, directions: Tensor, module: SparseModule, words: _Words) -> list[Feature]:
-    """Features whose directions [n_features, d_model] have the largest cosine with `direction`."""
+def _nearest(direction: Tensor, module: SAE | None, side: str, words: Words) -> list[Feature] | None:
+    """Features whose directions, rows of the weights `side`, have the largest cosine with `direction`."""
+    if module is None:
+        return None
+    directions: Tensor = getattr(module, side)
     cosines = normalize(directions, dim=1) @ normalize(direction, dim=0)
     values, numbers = cosines.topk(min(N_FEATURES, len(directions)))
     tokens = words.raised(module.W_O[numbers])

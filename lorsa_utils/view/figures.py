@@ -11,10 +11,10 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,9 +23,6 @@ from plotly.subplots import make_subplots
 
 from lorsa_utils import store
 from lorsa_utils.exceptions import UserError
-
-if TYPE_CHECKING:
-    from lorsa_utils.view.evidence import Context
 
 # Okabe and Ito's palette (2008): told apart with every common colour blindness. Black comes last, it is also the ink.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -71,160 +68,40 @@ def new_figure(title: str, x_title: str, y_title: str) -> go.Figure:
     )
 
 
+def series_style(number: int) -> dict[str, Any]:
+    """Line and marker of the n-th series; colour and symbol both tell it apart."""
+    colour = PALETTE[number % len(PALETTE)]
+    marker = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": colour}
+    return {"line": {"color": colour, "width": 2}, "marker": marker}
+
+
 # ---- drawings
 
 
 def lines(
     data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
 ) -> go.Figure:
-    """Lines with markers, one for each value of column `by`; colour and symbol both tell them apart.
-
-    Args:
-        data: one row a point.
-        x: column of the horizontal axis.
-        y: column of the vertical axis.
-        by: column that separates the lines; one line without it.
-        title: of the figure.
-        x_title: with its unit.
-        y_title: with its unit.
-    """
+    """Lines with markers over the columns `x` and `y`, one for each value of column `by`."""
     figure = new_figure(title, x_title, y_title)
-    groups: list[tuple[str, pd.DataFrame]] = (
-        [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
-    )
-    for number, (name, part) in enumerate(groups):
-        style = _style(number)
-        figure.add_scatter(x=part[x], y=part[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
+    for number, (name, rows) in enumerate(_series(data, by)):
+        style = series_style(number)
+        figure.add_scatter(x=rows[x], y=rows[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
     return figure
 
 
 def bars(
     data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
 ) -> go.Figure:
-    """Grouped bars over the categories in column `x`, one colour for each value of column `by`; arguments as in `lines`."""
+    """Grouped bars of column `y` over the categories in column `x`, one colour for each value of column `by`."""
     figure = new_figure(title, x_title, y_title)
-    groups: list[tuple[str, pd.DataFrame]] = (
-        [("", data)] if by is None else [(str(k), part) for k, part in data.groupby(by, sort=False)]
-    )
-    for number, (name, part) in enumerate(groups):
+    for number, (name, rows) in enumerate(_series(data, by)):
         colour = PALETTE[number % len(PALETTE)]
-        figure.add_bar(x=part[x].astype(str), y=part[y], name=name, marker_color=colour, showlegend=by is not None)
-    figure.update_layout(barmode="group", xaxis_type="category")
-    return figure
+        figure.add_bar(x=rows[x].astype(str), y=rows[y], name=name, marker_color=colour, showlegend=by is not None)
+    return figure.update_layout(barmode="group", xaxis_type="category")
 
 
-def _style(number: int) -> dict[str, Any]:
-    return {
-        "line": {"color": PALETTE[number % len(PALETTE)], "width": 2},
-        "marker": {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": PALETTE[number % len(PALETTE)]},
-    }
-
-
-def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], title: str = "Training") -> go.Figure:
-    """FVU (above) and dead fraction (below) against training tokens.
-
-    Args:
-        logs: run name to the rows of its metrics.jsonl (`train.read_log`).
-        title: of the figure.
-    """
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
-    for number, (name, rows) in enumerate(logs.items()):
-        tokens = [row["tokens"] for row in rows]
-        for panel, key in ((1, "fvu"), (2, "dead_fraction")):
-            figure.add_scatter(
-                x=tokens,
-                y=[row[key] for row in rows],
-                name=name,
-                legendgroup=name,
-                showlegend=panel == 1,
-                mode="lines",
-                line=_style(number)["line"],
-                row=panel,
-                col=1,
-            )
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=520)
-    figure.update_yaxes(title="FVU (training batch)", type="log", row=1, col=1)
-    figure.update_yaxes(title="dead heads (share)", rangemode="tozero", row=2, col=1)
-    figure.update_xaxes(title="training tokens", row=2, col=1)
-    return figure
-
-
-def layer_fvu(data: pd.DataFrame, title: str = "P4: reconstruction of attention layers") -> go.Figure:
-    """Held-out FVU over layers, one line for each kind of module.
-
-    Args:
-        data: columns `layer`, `module` (name in the legend) and `fvu`.
-        title: of the figure.
-    """
-    figure = lines(data, "layer", "fvu", "module", title=title, x_title="layer", y_title="FVU (held-out)")
-    # As names, not as numbers: the labels of neighbouring layers would cover each other.
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=sorted(set(data["layer"])))
-    figure.update_yaxes(rangemode="tozero")
-    return figure
-
-
-def scatter_fvu(data: pd.DataFrame, title: str = "P4: FVU of Lorsa against the SAE") -> go.Figure:
-    """One point a layer, Lorsa's FVU against the SAE's, with Pearson's correlation (from three layers on) and the diagonal.
-
-    Args:
-        data: columns `layer`, `lorsa` and `sae`.
-        title: of the figure.
-    """
-    figure = new_figure(title, "FVU of the SAE (held-out)", "FVU of Lorsa (held-out)")
-    end = 1.05 * float(data[["lorsa", "sae"]].to_numpy().max())
-    figure.add_scatter(x=[0, end], y=[0, end], mode="lines", line={"color": "#999999", "dash": "dash"}, name="equal")
-    data = data.sort_values("sae")
-    labels = [f"layer {layer}" for layer in data["layer"]]
-    sides = [
-        ("top center", "bottom center")[number % 2] for number in range(len(data))
-    ]  # neighbours would cover each other
-    marker = {"size": 10, "color": PALETTE[0]}
-    figure.add_scatter(
-        x=data["sae"],
-        y=data["lorsa"],
-        text=labels,
-        mode="markers+text",
-        textposition=sides,
-        marker=marker,
-        name="layers",
-    )
-    if len(data) >= 3:
-        correlation = float(np.corrcoef(data["sae"], data["lorsa"])[0, 1])
-        note = f"r = {correlation:.2f} over {len(data)} layers"
-        figure.add_annotation(
-            x=0.02, y=0.98, xref="paper", yref="paper", xanchor="left", yanchor="top", showarrow=False, text=note
-        )
-    figure.update_layout(showlegend=False)
-    return figure
-
-
-def loss_recovered(data: pd.DataFrame, title: str = "Loss of the model with the layer replaced") -> go.Figure:
-    """Share of the loss recovered when a module takes the layer's place: 0 is the mean output, 1 the layer itself.
-
-    Args:
-        data: columns `layer`, `module` and `ce_recovered`.
-        title: of the figure.
-    """
-    figure = bars(
-        data, "layer", "ce_recovered", "module", title=title, x_title="layer", y_title="loss recovered (share)"
-    )
-    figure.add_hline(y=1, line={"color": "#444444", "dash": "dot"})
-    return figure
-
-
-def sink_bars(attention: Sequence[float], title: str = "P8: attention to the first token") -> go.Figure:
-    """Mean attention that each head pays to the first token.
-
-    Args:
-        attention: one share for each head.
-        title: of the figure.
-    """
-    data = pd.DataFrame({"head": range(len(attention)), "attention": np.asarray(attention, dtype=float)})
-    figure = bars(
-        data, "head", "attention", title=title, x_title="head", y_title="attention to the first token (share)"
-    )
-    figure.update_yaxes(range=[0, 1])
-    return figure
+def _series(data: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]]:
+    return [("", data)] if by is None else [(str(name), rows) for name, rows in data.groupby(by, sort=False)]
 
 
 def pattern_heatmap(
@@ -436,256 +313,6 @@ def toy_table(data: pd.DataFrame, title: str, widths: Sequence[float] | None = N
     return figure
 
 
-# ---- the kernels of notebook 12
-
-
-def attention_tiles(data: pd.DataFrame, title: str = "T2: tiles of the attention kernels") -> go.Figure:
-    """Rectangles of queries (down) by keys (across) that kernels compute, one panel a kernel; what stays white is never computed.
-
-    Args:
-        data: one row a tile, columns `kernel`, `query`, `query_end`, `key`, `key_end` and `used`, the share of entries
-            that count.
-        title: of the figure.
-    """
-    kernels = list(dict.fromkeys(data["kernel"]))
-    figure = make_subplots(cols=len(kernels), shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=kernels)
-    kinds = {"all entries used": (data["used"] == 1, PALETTE[0]), "some entries masked": (data["used"] < 1, PALETTE[5])}
-    for column, kernel in enumerate(kernels, 1):
-        for name, (chosen, colour) in kinds.items():
-            xs: list[Any] = []
-            ys: list[Any] = []
-            for tile in data[chosen & (data["kernel"] == kernel)].itertuples():
-                xs += [tile.key, tile.key_end, tile.key_end, tile.key, tile.key, None]
-                ys += [tile.query, tile.query, tile.query_end, tile.query_end, tile.query, None]
-            figure.add_scatter(
-                x=xs,
-                y=ys,
-                name=name,
-                mode="lines",
-                fill="toself",
-                fillcolor=colour,
-                line={"color": "white", "width": 1},
-                legendgroup=name,
-                showlegend=column == 1,
-                row=1,
-                col=column,
-            )
-    ends = float(data["key_end"].max()), float(data["query_end"].max())
-    figure.update_layout(
-        template=TEMPLATE, title={"text": title, "y": 0.97, "yanchor": "top"}, height=400, margin={"t": 80, "b": 100}
-    )
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.3})
-    figure.update_xaxes(range=[0, ends[0]], tickvals=[0, ends[0] / 2, ends[0]], title="key", showgrid=False)
-    figure.update_yaxes(range=[ends[1], 0], showgrid=False)
-    figure.update_yaxes(title="query", col=1)
-    return figure
-
-
-# ---- head discovery
-
-
-def token_profile(
-    values: Sequence[float], tokens: Sequence[str], marked: Sequence[int] = (), *, title: str, y_title: str
-) -> go.Figure:
-    """One number for each token of a text, as bars; some of them marked by colour.
-
-    Args:
-        values: [length].
-        tokens: text of the tokens, [length].
-        marked: positions in another colour.
-        title: of the figure.
-        y_title: with its unit.
-    """
-    names = [f"{position} {token}" for position, token in enumerate(tokens)]
-    figure = new_figure(title, "token", y_title)
-    colours = [PALETTE[1] if position in set(marked) else PALETTE[0] for position in range(len(names))]
-    figure.add_bar(x=names, y=np.asarray(values, dtype=float), marker_color=colours)
-    figure.update_xaxes(type="category", tickangle=-90)
-    return figure
-
-
-def share_distribution(
-    data: pd.DataFrame, bar: float, title: str = "P7: how much of a pattern lies on the predicted source"
-) -> go.Figure:
-    """For each kind of units, the share of units above every value: real ones beside their null.
-
-    Args:
-        data: columns `kind` and `share`, one row a unit.
-        bar: the share that a name asks for.
-        title: of the figure.
-    """
-    figure = new_figure(title, "share of the pattern on the predicted source", "units above (share)")
-    for number, (kind, part) in enumerate(data.groupby("kind", sort=False)):
-        values = np.sort(part["share"].dropna().to_numpy())
-        above = 1 - np.arange(len(values)) / max(1, len(values))
-        style = {
-            "color": PALETTE[number],
-            "width": 2,
-            "dash": ("solid", "dash", "dot", "dashdot")[number % 4],
-            "shape": "vh",
-        }
-        figure.add_scatter(x=values, y=above, mode="lines", name=f"{kind} ({len(values)})", line=style)
-    figure.add_vline(
-        x=bar, line={"color": "#444444", "dash": "dot"}, annotation_text="bar", annotation_position="top left"
-    )
-    figure.update_xaxes(range=[0, 1.02])
-    figure.update_yaxes(type="log", dtick=1)
-    figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
-    return figure
-
-
-def precision_recall(data: pd.DataFrame, title: str = "P7: precision and recall of single units") -> go.Figure:
-    """Units as points, precision against recall, one colour and symbol for each kind.
-
-    Args:
-        data: columns `kind`, `precision` and `recall`, one row a unit.
-        title: of the figure.
-    """
-    figure = new_figure(title, "recall (share of labelled positions found)", "precision")
-    for number, (kind, part) in enumerate(data.groupby("kind", sort=False)):
-        marker = {"symbol": SYMBOLS[number], "size": 8, "color": PALETTE[number], "opacity": 0.7}
-        figure.add_scatter(
-            x=part["recall"], y=part["precision"], mode="markers", name=f"{kind} ({len(part)})", marker=marker
-        )
-    figure.update_xaxes(range=[-0.02, 1.02])
-    figure.update_yaxes(range=[-0.02, 1.02])
-    figure.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0}, height=HEIGHT + 40)
-    return figure
-
-
-def effects(data: pd.DataFrame, title: str = "P7: what removing one head costs") -> go.Figure:
-    """Effects of removals with two standard errors, the largest on top.
-
-    Args:
-        data: columns `name`, `labelled`, `labelled_error` and `clear` (whether the effect is told from zero).
-        title: of the figure.
-    """
-    figure = new_figure(title, "increase of the loss at labelled positions (nats)", "removed")
-    ordered = data.sort_values("labelled")
-    for number, (clear, name) in enumerate(((True, "above zero (Holm, 5 %)"), (False, "not told from zero"))):
-        part = ordered[ordered["clear"] == clear]
-        bars_of = {"array": 2 * part["labelled_error"], "color": "#888888"}
-        marker = {"symbol": SYMBOLS[number], "size": 9, "color": PALETTE[number]}
-        figure.add_scatter(
-            x=part["labelled"], y=part["name"], error_x=bars_of, mode="markers", marker=marker, name=name
-        )
-    figure.add_vline(x=0, line={"color": "#444444"})
-    figure.update_yaxes(type="category", categoryorder="array", categoryarray=ordered["name"].tolist())
-    figure.update_layout(height=210 + 22 * len(data), margin={"t": 110, "b": 90}, title={"y": 0.95, "yanchor": "top"})
-    figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0})
-    return figure
-
-
-def stacked_shares(
-    data: pd.DataFrame, x: str, parts: Sequence[str], panel: str, *, title: str, x_title: str, y_title: str
-) -> go.Figure:
-    """Stacked bars that sum to one, side by side for each value of column `panel`.
-
-    Args:
-        data: column `x`, columns `parts` (shares), column `panel`.
-        x: column of the horizontal axis.
-        parts: columns to stack, from below.
-        panel: column that separates the panels.
-        title: of the figure.
-        x_title: with its unit.
-        y_title: with its unit.
-    """
-    names = list(dict.fromkeys(data[panel]))
-    figure = make_subplots(
-        cols=len(names), shared_yaxes=True, horizontal_spacing=0.06, subplot_titles=[str(name) for name in names]
-    )
-    for column, name in enumerate(names, 1):
-        part = data[data[panel] == name]
-        for number, piece in enumerate(parts):
-            colour = PALETTE[number % len(PALETTE)]
-            style = {"marker_color": colour, "name": piece, "legendgroup": piece, "showlegend": column == 1}
-            figure.add_bar(x=part[x].astype(str), y=part[piece], row=1, col=column, **style)
-    figure.update_layout(
-        template=TEMPLATE, barmode="stack", title={"text": title, "y": 0.95, "yanchor": "top"}, height=HEIGHT + 60
-    )
-    figure.update_layout(margin={"t": 110}, legend={"orientation": "h", "y": -0.25, "x": 0})
-    figure.update_xaxes(title=x_title, type="category")
-    figure.update_yaxes(title=y_title, range=[0, 1], col=1)
-    return figure
-
-
-def overlaps(data: pd.DataFrame, title: str = "P13: are QK groups copies of MHSA heads?") -> go.Figure:
-    """Distributions of pattern overlaps, one box with its points for each kind of pair.
-
-    Args:
-        data: columns `pair` (kind of pair) and `overlap`.
-        title: of the figure.
-    """
-    figure = new_figure(title, "overlap of attention patterns (1: equal)", "pair of patterns")
-    for number, (pair, part) in enumerate(data.groupby("pair", sort=False)):
-        colour = PALETTE[number % len(PALETTE)]
-        marker = {"color": colour, "size": 4, "opacity": 0.5}
-        figure.add_box(
-            x=part["overlap"],
-            name=str(pair),
-            marker=marker,
-            line={"color": colour},
-            boxpoints="all",
-            jitter=0.6,
-            pointpos=0,
-        )
-    figure.update_xaxes(range=[0, 1.02])
-    figure.update_yaxes(autorange="reversed")
-    figure.update_layout(
-        showlegend=False,
-        height=150 + 55 * data["pair"].nunique(),
-        title={"xref": "container", "x": 0.02},
-        margin={"t": 80},
-    )
-    return figure
-
-
-def operand_maps(maps: Mapping[str, Any], low: int = 0, title: str = "P9: activation at `=`") -> go.Figure:
-    """Activations over the operand grid, one square panel a head, at most three in a row; colours are each panel's own.
-
-    Args:
-        maps: name of a panel (its rule, say) to activations [n, n], rows are op1, columns op2.
-        low: smallest operand.
-        title: of the figure.
-    """
-    columns = min(3, len(maps))
-    rows = -(-len(maps) // columns)
-    figure = make_subplots(
-        rows=rows, cols=columns, subplot_titles=list(maps), horizontal_spacing=0.09, vertical_spacing=0.28 / rows
-    )
-    for number, (name, values) in enumerate(maps.items()):
-        z = np.asarray(values, dtype=float)
-        operands = list(range(low, low + len(z)))
-        place = {"row": number // columns + 1, "col": number % columns + 1}
-        figure.add_heatmap(
-            z=z, x=operands, y=operands, colorscale="Viridis", zmin=0, showscale=False, name=name, **place
-        )
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=90 + 230 * rows, margin={"t": 90})
-    figure.update_annotations(font_size=11)
-    figure.update_xaxes(showgrid=False)
-    figure.update_yaxes(showgrid=False)
-    figure.update_xaxes(title="op2", row=rows)
-    figure.update_yaxes(title="op1", col=1)
-    return figure
-
-
-def family_map(data: pd.DataFrame, title: str = "P12: which MHSA heads carry which families") -> go.Figure:
-    """Mean shares of MHSA heads (columns) in the Lorsa heads of each family (rows).
-
-    Args:
-        data: of `correspondence.family_shares`: `family`, `lorsa_heads`, and a column for each MHSA head.
-        title: of the figure.
-    """
-    heads = [column for column in data.columns if isinstance(column, int)]
-    names = [f"{row.family} ({row.lorsa_heads} heads)" for row in data.itertuples()]
-    figure = toy_shares(data[heads].to_numpy(), names, title)
-    figure.update_xaxes(title="MHSA head")
-    figure.update_yaxes(title="family")
-    figure.update_traces(showscale=False)
-    figure.update_layout(title={"xref": "container", "x": 0.02}, height=180 + 26 * len(names), margin={"t": 90})
-    return figure
-
-
 # ---- automated interpretability
 
 
@@ -711,7 +338,7 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
             # Dictionaries are moved apart, so that intervals do not hide each other.
             figure.add_scatter(
                 **{"x": x, "y": part["mean"], "error_y": error, "name": str(name), "legendgroup": str(name)},
-                **{"showlegend": panel == 1, "mode": "markers", "marker": _style(number)["marker"], **place},
+                **{"showlegend": panel == 1, "mode": "markers", "marker": series_style(number)["marker"], **place},
             )
         figure.add_hline(
             y=0 if score == "simulation" else chance, line={"dash": "dash", "color": "#888888", "width": 1}, **place
@@ -725,243 +352,3 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
     figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, margin={"t": 110})
     figure.update_layout(legend={"orientation": "h", "y": 1.22, "x": 1.0, "xanchor": "right"})
     return figure
-
-
-def score_against(
-    data: pd.DataFrame, x: str, y: str, *, title: str, x_title: str, y_title: str, log: bool = True
-) -> go.Figure:
-    """One point a unit, one colour a dictionary.
-
-    Args:
-        data: of `autointerp.study`.
-        x: column of the horizontal axis.
-        y: column of the vertical axis, a score with chance at 0.5.
-        title: of the figure.
-        x_title: with its unit.
-        y_title: with its unit.
-        log: whether the horizontal axis is logarithmic.
-    """
-    figure = new_figure(title, x_title, y_title)
-    for number, (name, part) in enumerate(data.groupby("dictionary", sort=False)):
-        marker = _style(number)["marker"] | {"size": 5, "opacity": 0.5}
-        figure.add_scatter(x=part[x], y=part[y], name=str(name), mode="markers", marker=marker)
-    figure.add_hline(y=0.5, line={"dash": "dash", "color": "#888888", "width": 1})
-    if log:
-        decades = [base * factor for base in (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0) for factor in (1, 3)]
-        figure.update_xaxes(type="log", tickvals=decades, ticktext=[f"{value:g}" for value in decades])
-    return figure
-
-
-# ---- looking at heads
-
-
-def head_context(context: Context, title: str = "P5: one context of a head", n: int = 44) -> go.Figure:
-    """A context as a head page shows it: activation of each token, and z pattern and attention of the token it was chosen for.
-
-    Args:
-        context: of `evidence.read_context`.
-        title: of the figure.
-        n: tokens to draw: the last ones up to the chosen one, with its main sources where these are further back.
-    """
-    peak = context.n_before + context.peak
-    shown = sorted({*range(max(0, peak - n), peak + 1), *context.main_sources})
-    names = [f"{column} {context.tokens[column] or 'added up'}" for column in shown]
-    activation = [0.0] * context.n_before + context.activation.tolist()
-    z, attention = context.z_pattern[context.peak].tolist(), context.attention[context.peak].tolist()
-    panels = (("activation", activation, PALETTE[4]), ("z pattern", z, PALETTE[0]), ("attention", attention, "#767676"))
-    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.04)
-    for row, (name, values, colour) in enumerate(panels, 1):
-        drawn = [values[column] for column in shown]
-        colours = [PALETTE[3] if value < 0 else colour for value in drawn]
-        figure.add_bar(x=names, y=drawn, name=name, marker_color=colours, showlegend=False, row=row, col=1)
-        figure.update_yaxes(title=name, row=row, col=1)
-    figure.update_xaxes(type="category", showgrid=False, tickangle=90, tickfont={"size": 10})
-    figure.update_xaxes(title=f"source tokens, up to “{context.tokens[peak].strip() or 'white space'}”", row=3, col=1)
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=620)
-    return figure
-
-
-def next_tokens(data: pd.DataFrame, title: str = "P5: next-token probabilities before and after") -> go.Figure:
-    """Bars of `dashboard.steer`: columns `token`, `before` and `after`."""
-    long = data.melt("token", ["before", "after"], var_name="when", value_name="probability")
-    long["token"] = [repr(token) for token in long["token"]]
-    return bars(long, "token", "probability", "when", title=title, x_title="next token", y_title="probability")
-
-
-def head_list(data: pd.DataFrame, title: str = "P5: heads of the layer", n: int = 12) -> go.Figure:
-    """The first rows of a table of heads, as a picture."""
-    rows = data.head(n)
-    percents = {
-        "active (%)": "frequency",
-        "first token (%)": "first_share",
-        "token before (%)": "previous_share",
-        "itself (%)": "self_share",
-    }
-    columns = {"head": rows["head"].astype(str), "family": rows["family"].replace("", "–")}
-    columns |= {name: (100 * rows[key]).map("{:.1f}".format) for name, key in percents.items()}
-    columns["tokens back"] = rows["distance"].map("{:.0f}".format)
-    return toy_table(pd.DataFrame(columns), title, [1, 2, 1, 1, 1, 1, 1])
-
-
-# ---- error analysis
-
-
-# ---- ablations and scaling laws
-
-
-def ablation_changes(data: pd.DataFrame, title: str = "P14: what each change does") -> go.Figure:
-    """Changes of FVU against the base in percent, with intervals, one row a level, levels of one factor under each other.
-
-    Args:
-        data: columns `factor`, `level`, and `change`, `low`, `high` in percent of the base's FVU.
-        title: of the figure.
-    """
-    figure = new_figure(title, "change of held-out FVU against the base (%)", "what is changed")
-    for number, (factor, part) in enumerate(data.groupby("factor", sort=False)):
-        error = {
-            "array": part["high"] - part["change"],
-            "arrayminus": part["change"] - part["low"],
-            "symmetric": False,
-            "thickness": 1.5,
-        }
-        rows = [[str(factor)] * len(part), part["level"].astype(str).tolist()]
-        figure.add_scatter(
-            x=part["change"], y=rows, error_x=error, mode="markers", marker=_style(number)["marker"], showlegend=False
-        )
-    figure.add_vline(x=0, line={"color": "#444444"})
-    figure.update_yaxes(autorange="reversed", type="multicategory", dividercolor="#BBBBBB", tickfont={"size": 12})
-    figure.update_layout(height=150 + 26 * len(data), title={"xref": "container", "x": 0.02})
-    return figure
-
-
-def start_fvu(data: pd.DataFrame, title: str = "P14: where training starts") -> go.Figure:
-    """Held-out FVU with intervals, one row a start.
-
-    Args:
-        data: columns `start`, `fvu`, `low`, `high`.
-        title: of the figure.
-    """
-    figure = new_figure(title, "FVU (held-out text)", "taken from the MHSA")
-    error = {"array": data["high"] - data["fvu"], "arrayminus": data["fvu"] - data["low"], "symmetric": False}
-    figure.add_scatter(
-        x=data["fvu"], y=data["start"], error_x=error, mode="markers", marker={**_style(0)["marker"], "size": 10}
-    )
-    figure.add_vline(x=1, line={"color": "#888888", "dash": "dash"})
-    figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(range=[0, max(1.05, 1.05 * float(data["fvu"].max()))])
-    figure.update_layout(height=150 + 36 * len(data), title={"xref": "container", "x": 0.02})
-    return figure
-
-
-def qk_spectra(spectra: Mapping[str, Any], title: str = "P15: singular values of QK circuits") -> go.Figure:
-    """Singular values of QK circuits over their rank, each circuit scaled to its own largest: median, middle half and full range.
-
-    Args:
-        spectra: kind of circuit to singular values [n_circuits, d_qk], largest first.
-        title: of the figure.
-    """
-    names = list(spectra)
-    figure = make_subplots(cols=len(names), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=names)
-    for column, name in enumerate(names, 1):
-        values = np.asarray(spectra[name], dtype=float)
-        scaled = values / values[:, :1]
-        ranks, colour = np.arange(1, values.shape[1] + 1), PALETTE[(column - 1) % len(PALETTE)]
-        for low, high, opacity, label in ((0.0, 1.0, 0.18, "all circuits"), (0.25, 0.75, 0.4, "middle half")):
-            bounds = np.quantile(scaled, [low, high], axis=0)
-            band = {
-                "fill": "toself",
-                "line": {"width": 0},
-                "fillcolor": colour,
-                "opacity": opacity,
-                "hoverinfo": "skip",
-            }
-            x, y = np.concatenate((ranks, ranks[::-1])), np.concatenate((bounds[1], bounds[0][::-1]))
-            figure.add_scatter(x=x, y=y, name=label, mode="lines", showlegend=False, **band, row=1, col=column)
-        median = np.quantile(scaled, 0.5, axis=0)
-        figure.add_scatter(
-            x=ranks,
-            y=median,
-            name=f"{name}, median",
-            line={"color": colour, "width": 2},
-            showlegend=False,
-            row=1,
-            col=column,
-        )
-    figure.update_yaxes(type="log", tickvals=[1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001])
-    figure.update_yaxes(title="singular value / largest", col=1)
-    figure.update_xaxes(title="number")
-    figure.update_layout(
-        template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top"}, margin={"t": 110}, height=HEIGHT + 20
-    )
-    return figure
-
-
-def scaling_laws(
-    points: pd.DataFrame,
-    laws: Mapping[str, Any],
-    *,
-    title: str = "P3: FVU against parameters",
-    x_title: str = "parameters",
-) -> go.Figure:
-    """Measured points, fitted laws with their bands, and held-out points beside what was predicted for them.
-
-    Args:
-        points: columns `x`, `fvu`, `line` (key of `laws`), `panel`, and `held_out`.
-        laws: line to `scaling.PowerLaw`.
-        title: of the figure.
-        x_title: with its unit.
-    """
-    panels = list(dict.fromkeys(points["panel"]))
-    figure = make_subplots(
-        cols=len(panels), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[str(panel) for panel in panels]
-    )
-    names = list(dict.fromkeys(points["line"]))
-    for number, name in enumerate(names):
-        part = points[points["line"] == name]
-        column, style = panels.index(part["panel"].iloc[0]) + 1, _style(number)
-        place = {"row": 1, "col": column, "legendgroup": str(name)}
-        grid = np.geomspace(points["x"].min(), points["x"].max(), 40)
-        low, high = laws[name].band(grid)
-        x, y = np.concatenate((grid, grid[::-1])), np.concatenate((high, low[::-1]))
-        band = {
-            "fill": "toself",
-            "fillcolor": style["line"]["color"],
-            "opacity": 0.2,
-            "line": {"width": 0},
-            "hoverinfo": "skip",
-        }
-        figure.add_scatter(x=x, y=y, mode="lines", showlegend=False, **band, **place)
-        figure.add_scatter(x=grid, y=laws[name](grid), mode="lines", line=style["line"], showlegend=False, **place)
-        for held_out, fill in ((False, style["line"]["color"]), (True, "white")):
-            some = part[part["held_out"] == held_out]
-            marker = style["marker"] | {"color": fill, "line": {"color": style["line"]["color"], "width": 2}}
-            figure.add_scatter(
-                x=some["x"],
-                y=some["fvu"],
-                mode="markers",
-                name=str(name),
-                marker=marker,
-                showlegend=not held_out,
-                **place,
-            )
-    ticks = sorted(set(points["x"]))
-    shown = [tick for number, tick in enumerate(ticks) if number == len(ticks) - 1 or number % 2 == 0]
-    figure.update_xaxes(
-        title=x_title, type="log", tickvals=shown, ticktext=[_short(tick) for tick in shown], tickangle=0
-    )
-    figure.update_yaxes(
-        type="log", tickvals=[*(value / 100 for value in range(10, 50, 5)), 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-    )
-    figure.update_yaxes(title="FVU (held-out text)", col=1)
-    figure.update_layout(
-        template=TEMPLATE, title={"text": title, "y": 0.96, "yanchor": "top", "xref": "container", "x": 0.02}
-    )
-    figure.update_layout(
-        height=HEIGHT + 100, margin={"t": 90, "b": 130}, legend={"orientation": "h", "y": -0.24, "x": 0}
-    )
-    return figure
-
-
-def _short(number: float) -> str:
-    """A large number in a few characters."""
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k" if number >= 1e3 else f"{number:g}"

@@ -1,4 +1,4 @@
-"""`index.html` of a run folder: the paper's claims with our numbers and verdicts, every figure, pages of heads, every recorded value.
+"""`index.html` of a run folder: the paper's claims with our numbers, figures, pages of heads, recorded values.
 
 It opens from the disk, offline: pictures and pages lie beside it, and it asks nobody for anything.
 """
@@ -77,7 +77,7 @@ def item_of(record: Mapping[str, Any]) -> str:
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What run made a figure: profile, model, layer, tokens, seed, commit and versions, without those that do not apply."""
+    """What run made a figure: profile, model, layer, tokens, seed, commit and versions, where they apply."""
     about = ("profile", "model", "layer", "tokens", "seed", "commit")
     return {key: record[key] for key in about if record.get(key) is not None} | dict(record.get("versions", {}))
 

@@ -22,21 +22,6 @@ from lorsa_utils import store
 from lorsa_utils.heads.families import FAMILIES
 from lorsa_utils.view.evidence import AROUND, Context, Head
 
-MEANINGS = {
-    "subtoken_induction": "an earlier word began with the current piece of a word; it looks at the piece that followed there and raises it",
-    "copy_suppression": "it looks at earlier copies of a token the model is about to say, and lowers that token",
-    "name_mover": "it looks at the name that the sentence needs next and raises it",
-    "successor": "it looks at an item of a series and raises the next one (Monday, Tuesday)",
-    "arithmetic": "it looks at the numbers of a sum",
-    "induction": "after A B ... A it looks at B, the token that followed the last time",
-    "duplicate_token": "it looks at an earlier copy of the current token",
-    "previous_token": "it looks at the token just before",
-    "attention_sink": "it looks at the first token, whatever the text says",
-    "thematic_anchor": "it looks far back, at words of the passage's topic",
-    "local": "it looks at the last few tokens, whatever they are",
-}
-"""What the name of a family means, for a sentence on the page."""
-
 KINDS = {
     "top": ("Where it is most active", "The largest activations, each from another text."),
     "sample": (
@@ -170,9 +155,8 @@ def describe(head: Head) -> str:
         return f"A dead head: never among the kept heads of any of {head.n_tokens:,} tokens. It is {where}."
     activity = f"Active at {percent(head.facts['frequency'])} of {head.n_tokens:,} tokens"
     if head.families:
-        label = head.families[0]
-        key = next(key for key, family in FAMILIES.items() if family.label == label)
-        return f"{label[0].upper()}{label[1:]} head: {MEANINGS[key]}. {activity}; {where}."
+        family = next(family for family in FAMILIES.values() if family.label == head.families[0])
+        return f"{family.label[0].upper()}{family.label[1:]} head: {family.meaning}. {activity}; {where}."
     unnamed = "A head without a name" if head.named else "A head whose name was not looked for"
     return f"{unnamed}: {_where_it_looks(head)}. {activity}; {where}."
 
@@ -257,7 +241,7 @@ def _shown(context: Context) -> set[int]:
 
 
 def _numbers(context: Context) -> dict[str, Any]:
-    """What the script needs of a context: attention by rows without the causal zeros, v, and z of the sources added up."""
+    """What the script needs of a context: rows of attention up to the diagonal, v, and z of the sources added up."""
     n, before = context.attention.shape[0], context.n_before
     kept = torch.arange(len(context.tokens)) < before + torch.arange(1, n + 1)[:, None]
     steps = (context.attention[kept].clamp(0, 1) * 65535).round().to(torch.int32).numpy().astype("<u2")

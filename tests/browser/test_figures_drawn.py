@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from browsing import Watched
 
@@ -17,8 +16,9 @@ pytestmark = pytest.mark.browser
 @pytest.mark.parametrize("middle", ["local", "subtoken_induction"])
 def test_long_names_do_not_run_into_the_axis_title(middle: str, browser: Any, tmp_path: Path) -> None:
     names = ["a", "attention_sink", "induction", middle, "previous_token", "b"]
-    data = pd.DataFrame({"family": names, 0: 0.9, 1: 0.1, "lorsa_heads": 166, "mhsa_heads": 1.0})
-    saved = figures.save_figure(figures.family_map(data), "P12_family_map", tmp_path)
+    figure = figures.new_figure("P12: families", "MHSA head", "family")
+    figure.add_heatmap(z=[[0.9, 0.1]] * len(names), y=[f"{name} (166 heads)" for name in names])
+    saved = figures.save_figure(figure, "P12_family_map", tmp_path)
     page = Watched(browser).open(saved.html)
     page.locator(".ytitle").wait_for(timeout=30_000)
     right_of_title = page.locator(".ytitle").evaluate("node => node.getBoundingClientRect().right")

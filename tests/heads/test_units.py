@@ -13,7 +13,7 @@ from torch import Tensor
 from toys import D_MODEL, random_inputs, random_lorsa, random_sae, toy_site
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import prompts, units
+from lorsa_utils.heads import families, prompts, units
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel, load_model
 
@@ -173,10 +173,10 @@ def test_top_tokens(model: LanguageModel) -> None:
 
 @pytest.fixture
 def found() -> prompts.PromptSet:
-    return prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
+    return families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
 
 
-def test_removing_nothing_changes_nothing(model: LanguageModel, found: prompts.PromptSet) -> None:
+def test_ablate_nothing_changes_nothing(model: LanguageModel, found: prompts.PromptSet) -> None:
     each = units.LorsaHeads(lorsa_for(model))
     logits, untouched = model.logits(found.tokens), model.loss(found.tokens)[0]
     last = torch.zeros(len(found.tokens), 1, each.n + 1)
@@ -193,7 +193,7 @@ def test_removing_nothing_changes_nothing(model: LanguageModel, found: prompts.P
     assert torch.equal(removals.losses(each, []), removals.untouched)
 
 
-def test_shares_the_error_and_another_prompt(model: LanguageModel) -> None:
+def test_ablate_takes_shares_the_error_and_another_prompt(model: LanguageModel) -> None:
     """With `ablate` a layer's output moves by what is removed and what comes in its place."""
     each, tokens, other = units.LorsaHeads(lorsa_for(model)), random_tokens(2, 9), random_tokens(2, 9, seed=7)
     (x, y), elsewhere = model.capture(tokens, [1])[1], model.capture(other, [1])[1]
@@ -236,7 +236,7 @@ def test_removal_is_the_splice_without_those_heads(model: LanguageModel, found: 
 
 
 def test_effect_error_is_over_pairs() -> None:
-    found: Any = prompts.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
+    found: Any = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
     changed = torch.where(found.pair == 0, 1.0, 3.0)
     effect = units.effect(changed, torch.zeros(len(found.row)), found, found.pair == 1)
     assert effect.labelled == 2.0

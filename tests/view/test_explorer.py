@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,9 +9,8 @@ import torch
 from tiny_heads import DEAD, LAYER, LENGTH, Tiny, tiny_heads
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import units
 from lorsa_utils.view import evidence, pages
-from lorsa_utils.view.explorer import Explorer, Reader, View, choose_heads, marked_tokens, scaled, steer
+from lorsa_utils.view.explorer import Explorer, Reader, View, choose_heads, marked_tokens, steer
 
 SENTENCE = "The cat sat on the mat. The cat"
 
@@ -103,25 +100,6 @@ def test_sentences_that_are_too_long_or_empty_or_strange(reader: Reader, explore
     assert explorer.shown.value == before
 
 
-def test_scale_one_is_the_untouched_model_and_zero_the_head_removed(tiny: Tiny) -> None:
-    tokens = tiny.sequences.tokens[:2].long()
-    untouched = tiny.model.logits(tokens)
-    with scaled(tiny.model, LAYER, tiny.lorsa, {3: 1.0, 5: 1.0}):
-        assert torch.equal(tiny.model.logits(tokens), untouched)
-    each, head = units.LorsaHeads(tiny.lorsa), int(tiny.found.facts["frequency"].idxmax())
-    chosen = torch.tensor([head])
-    with tiny.model.splice({LAYER: lambda x, y: y - each.written(x, y, chosen)}):
-        removed = tiny.model.logits(tokens)
-    with scaled(tiny.model, LAYER, tiny.lorsa, {head: 0.0}):
-        assert torch.allclose(tiny.model.logits(tokens), removed, atol=1e-5)
-    assert not torch.allclose(untouched, removed, atol=1e-3)
-    with scaled(tiny.model, LAYER, tiny.lorsa, {DEAD: 8.0}):
-        assert torch.equal(tiny.model.logits(tokens), untouched), "a dead head has nothing to scale"
-    with pytest.raises(UserError, match="no unit 99"), scaled(tiny.model, LAYER, tiny.lorsa, {99: 0.0}):
-        pass
-    assert torch.equal(tiny.model.logits(tokens), untouched), "the model is left as it was"
-
-
 def test_steering_tells_probabilities(tiny: Tiny) -> None:
     ids, head = tiny.sequences.tokens[1, :40].tolist(), int(tiny.found.facts["frequency"].idxmax())
     changes = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 6.0}, n=5)
@@ -131,8 +109,11 @@ def test_steering_tells_probabilities(tiny: Tiny) -> None:
     larger = changes[["before", "after"]].max(axis=1)
     assert larger.is_monotonic_decreasing
     assert np.abs(changes["after"] - changes["before"]).max() > 1e-3
-    same = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 1.0})
-    assert (same["before"] == same["after"]).all()
+    for nothing in ({head: 1.0}, {DEAD: 8.0}):
+        same = steer(tiny.model, LAYER, tiny.lorsa, ids, nothing)
+        assert (same["before"] == same["after"]).all(), "scale 1 and a dead head leave the model alone, bit for bit"
+    with pytest.raises(UserError, match="no unit 99"):
+        steer(tiny.model, LAYER, tiny.lorsa, ids, {99: 0.0})
     first = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 0.0}, position=3)
     assert first["before"].max() == pytest.approx(
         float(tiny.model.logits(torch.tensor([ids]))[0, 3].softmax(dim=0).max()), abs=1e-5
@@ -169,14 +150,3 @@ def test_widgets_react(explorer: Explorer) -> None:
 def test_no_layer_no_explorer(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="no layer to explore"):
         Explorer(tiny.model, [], SENTENCE, 256)
-
-
-def test_a_table_of_4608_heads_answers(tmp_path: Path) -> None:
-    tiny = tiny_heads(tmp_path, n_heads=4608, n_qk=72, k=8)
-    table = pd.concat([pd.DataFrame({"head": range(4608)}), tiny.found.facts], axis=1).assign(family="", families="")
-    table["top_logits"] = [["some", "tokens", f"t{head}"] for head in range(4608)]
-    explorer = Explorer(tiny.model, [View(LAYER, tiny.lorsa, table)], SENTENCE, 256, LENGTH)
-    explorer._quiet = True  # the table alone
-    explorer.search.value = "t46"
-    explorer.order.value = "distance"
-    assert "4,608 heads" in explorer.count.value

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 from lorsa_utils import store
+from lorsa_utils.config import PROFILES
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import claims, notebook
+from lorsa_utils.kit import claims, notebook, reproduce
 from lorsa_utils.view import figures, gallery, pages
 
 
@@ -90,3 +93,30 @@ def test_what_is_half_there_is_left_out_or_named(run: notebook.Context) -> None:
 )
 def test_items_of_labels(label: str, item: str) -> None:
     assert gallery.item_of({"label": label}) == item
+
+
+def shown_labels() -> dict[str, str]:
+    """Labels that notebooks write out in full, and the notebook of each."""
+    found = {}
+    for path in reproduce.find_notebooks():
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                for node in ast.walk(ast.parse(cell.source)):
+                    if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.show" and len(node.args) > 1:
+                        label = node.args[1]
+                        if isinstance(label, ast.Constant):
+                            found[str(label.value)] = path.stem
+    return found
+
+
+def test_every_figure_of_a_notebook_is_listed_and_every_profile_shows_every_item() -> None:
+    listed = pd.read_csv(claims.paper_dir() / "figures.csv")
+    shown = shown_labels()
+    assert len(shown) > 40
+    by_label = dict(zip(listed["label"], listed["notebook"], strict=True))
+    assert {label: by_label.get(label) for label in shown} == shown
+    assert set(listed["notebook"]) <= {path.stem for path in reproduce.find_notebooks()}
+    profiles = listed["profiles"].str.split()
+    for profile in PROFILES:
+        labels = listed["label"][profiles.map(lambda names, profile=profile: profile in names)]
+        assert {label.split("_")[0] for label in labels} in (set(claims.ITEMS), set()), profile
