@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,11 @@ def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str,
         profile = preset.profile().replace(cache_tokens=2000, held_out_tokens=400, compare_held_out_tokens=400)
         monkeypatch.setitem(config.PROFILES, name, profile)
     corpus = Corpus(PROSE[:32], PROSE[32:], {})
-    monkeypatch.setattr("lorsa_utils.text.load_corpus", lambda *arguments, **options: corpus)
+
+    def load_corpus(files: Any = None, dataset: str | None = None, **options: Any) -> Corpus:
+        return replace(corpus, origin=list(files) if files else dataset or "embedded")
+
+    monkeypatch.setattr("lorsa_utils.text.load_corpus", load_corpus)
     monkeypatch.setattr("lorsa_utils.text.embedded_corpus", lambda: corpus)
     return small
 
@@ -151,7 +156,7 @@ def test_train_fills_in_the_preset_and_explicit_options_win(
 def test_text_of_ones_own_takes_the_place_of_the_presets(tiny: dict[str, config.Preset], tmp_path: Path) -> None:
     options = ["--layer", "1", "--out", str(tmp_path / "run"), "--held-out-tokens", "300", "--text", "a.txt"]
     assert cli.main(["train", "--preset", "pythia-160m", *options]) == 0
-    assert store.read_json(tmp_path / "run" / "config.json")["source"]["text"] == [str(Path("a.txt").absolute())]
+    assert store.read_json(tmp_path / "run" / "config.json")["source"]["text"] == ["a.txt"]
 
 
 @pytest.mark.parametrize("name", KINDS)
