@@ -6,8 +6,6 @@ An answer is a dict of JSON values. `lines` in it is what people see in its plac
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import sys
 import time
@@ -304,6 +302,8 @@ def heads(options: Options) -> Answer:
 
 def show(options: Options) -> Answer:
     """Pages of heads."""
+    from lorsa_utils.autointerp import study
+    from lorsa_utils.heads import survey
     from lorsa_utils.view import pages
     from lorsa_utils.view.evidence import Evidence
 
@@ -312,12 +312,13 @@ def show(options: Options) -> Answer:
     if is_page != (len(chosen) == 1):
         fitting = "a file name that ends in .html" if len(chosen) == 1 else "a folder"
         raise UserError(f"For {len(chosen)} page{'s' * (len(chosen) > 1)} give --out {fitting}, not {out.name}.")
-    number = run_config(options.folder)["layer"]
+    number, usual = run_config(options.folder)["layer"], Path(options.folder) / "heads.parquet"
+    table = options.table or (usual if usual.is_file() else None)
     beside = {
         "sae": _beside(options.sae, "sae", number),
         "transcoder": _beside(options.transcoder, "transcoder", number),
-        "table": _table_of_heads(options.table, Path(options.folder) / "heads.parquet"),
-        "explanations": _explanations(options.explanations, number),
+        "table": survey.read_table(table) if table else None,
+        "explanations": study.read_explanations(options.explanations, number) if options.explanations else {},
     }
     layer = Layer.from_pretrained(options.folder, options.model, options.device)
     lorsa = layer.lorsa
@@ -345,42 +346,6 @@ def _beside(folder: str | None, kind: str, layer: int) -> SAE | None:
     if module.config.kind != kind or its_layer != layer:
         raise UserError(f"{folder} holds a {module.config.kind} of layer {its_layer}; give a {kind} of layer {layer}.")
     return module
-
-
-def _explanations(path: str | None, layer: int) -> dict[int, tuple[str | None, float | None]]:
-    """Explanations of the Lorsa heads of a layer, each with its detection score where there is one."""
-    import pandas as pd
-
-    if path is None:
-        return {}
-    try:
-        scores = pd.read_parquet(path)
-        own = scores[(scores["dictionary"] == "Lorsa") & (scores["layer"] == layer) & scores["explanation"].notna()]
-        own = own.assign(detection=own.get("detection", math.nan)).to_dict("records")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read as a table of explanations; make it with `lorsa autointerp`."
-        ) from error
-    return {
-        int(row["unit"]): (row["explanation"], None if math.isnan(row["detection"]) else float(row["detection"]))
-        for row in own
-    }
-
-
-def _table_of_heads(path: str | None, usual: Path) -> pd.DataFrame | None:
-    """The Parquet table of `lorsa heads`; where none is asked for the usual one, if it is there."""
-    import pandas as pd
-
-    if path is None and not usual.is_file():
-        return None
-    path = path or str(usual)
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a table of heads; make it with `lorsa heads`.") from error
-    if not {"head", "families"} <= set(table):
-        raise UserError(f"{path} is no table of heads; make it with `lorsa heads`.")
-    return table
 
 
 def _layers(options: Options, shared: Sequence[str]) -> list[Layer]:
@@ -573,23 +538,8 @@ def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
     sparse = decompose(model, modules)
     vocabulary = Vocabulary(model.tokenizer, bos_id(model.tokenizer, bos_policy))
     if options.prompts:
-        return sparse, tasks.from_texts(vocabulary, Path(options.prompts).stem, _own_pairs(Path(options.prompts)))
+        return sparse, tasks.from_file(vocabulary, options.prompts)
     return sparse, tasks.make(options.task, vocabulary, max(4, options.pairs), options.seed)
-
-
-def _own_pairs(path: Path) -> list[dict[str, Any]]:
-    """The caller's own prompts."""
-    try:
-        pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON lines ({error}); write one object per line.") from error
-    if len(pairs) < 2 or not all(isinstance(pair, dict) for pair in pairs):
-        raise UserError(
-            f"{path} needs at least two pairs, one JSON object per line: half of them rank nodes, half measure."
-        )
-    return pairs
 
 
 def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
