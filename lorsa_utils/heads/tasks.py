@@ -73,11 +73,7 @@ def metric(name: str, logits: Tensor, task: Task, reference: Tensor | None = Non
     the difference of two logits); `loss`: minus the cross-entropy of the right answers, in nats; `kl`: minus the KL
     divergence from the untouched model's distribution, in nats.
 
-    Args:
-        name: of the metric.
-        logits: after each prompt, [n, vocabulary].
-        task: with n prompts.
-        reference: the untouched model's logits, [n, vocabulary]; `kl` needs them.
+    Logits are those after each prompt, [n, vocabulary]; `kl` needs those of the untouched model as `reference`.
 
     Raises:
         UserError: unknown metric, or `kl` without a reference.
