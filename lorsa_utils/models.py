@@ -69,7 +69,7 @@ def rotary_from_config(config: Any) -> RotaryConfig:
         "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")}
         | {"original_context": "original_max_position_embeddings"},
     }
-    settings = {ours: parameters.get(theirs) for ours, theirs in names.get(rope_type, {}).items()}
+    settings: dict[str, Any] = {ours: parameters.get(theirs) for ours, theirs in names.get(rope_type, {}).items()}
     if missing := [name for name, value in settings.items() if value is None]:
         raise UserError(f"The model's config has rope type {rope_type!r} without {missing[0]}; repair its config.json.")
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

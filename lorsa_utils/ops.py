@@ -99,7 +99,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
     """Causal softmax attention: rotated q, k [batch, n_heads, length, d_qk], v [..., d_v] to [..., d_v]."""
     if choose_backend(backend, q) == "reference":
         heads = zip(*(side.flatten(0, 1) for side in (q, k, v)), strict=True)
-        return torch.stack([reference.causal_attention(*head, scale) for head in heads]).reshape(v.shape)
+        return torch.stack([reference.causal_attention(*qkv, scale=scale) for qkv in heads]).reshape(v.shape)
     d_v, d_qk = v.shape[-1], q.shape[-1]
     if v.device.type == "cpu" and d_v < d_qk:
         # The CPU's fast path wants values as wide as keys.
