@@ -1,4 +1,4 @@
-"""A local HTTP server that plays a chat endpoint, and plays tricks: it answers every question after a script of mishaps."""
+"""A local HTTP server that plays a chat endpoint and answers every question after a script of mishaps."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import string
 import numpy as np
 
 from lorsa_utils.autointerp import examples
-from lorsa_utils.autointerp.examples import Budget, Examples, Text
+from lorsa_utils.autointerp.examples import Budget, Corpus, Examples
 
 LENGTH = 32
 SPECIAL = {0: "<bos>", 1: ",", **{2 + digit: str(digit) for digit in range(10)}}
@@ -22,7 +22,7 @@ def strings(n_words: int = 600) -> dict[int, str]:
     return SPECIAL | {FIRST_WORD + number: word for number, word in enumerate(words)}
 
 
-def make_text(n: int = 240, seed: int = 0) -> Text:
+def make_corpus(n: int = 240, seed: int = 0) -> Corpus:
     """Different words in every sequence; in half of them a comma, in half a digit, in half one word comes again."""
     rng = np.random.default_rng(seed)
     texts = strings()
@@ -39,17 +39,16 @@ def make_text(n: int = 240, seed: int = 0) -> Text:
             tokens[row, later] = tokens[row, earlier]
     mask = np.ones_like(tokens, dtype=bool)
     mask[:, 0] = False
-    return Text(tokens, mask, texts)
+    return Corpus(tokens, mask, texts)
 
 
-def planted_sets(n: int = 240, seed: int = 0, budget: Budget = BUDGET) -> tuple[Text, Examples]:
+def planted_sets(seed: int = 0, budget: Budget = BUDGET) -> Examples:
     """Units that fire on digits, after a comma, and on a word that came before."""
-    text = make_text(n, seed)
-    digits = (text.tokens >= 2) & (text.tokens < 12)
-    after_comma = np.zeros_like(text.mask)
-    after_comma[:, 1:] = text.tokens[:, :-1] == 1
-    again = np.zeros_like(text.mask)
-    for row, column in np.ndindex(text.tokens.shape):
-        again[row, column] = text.tokens[row, column] in text.tokens[row, :column]
-    firings = examples.planted(text, [digits, after_comma, again], [0, 1, 4])
-    return text, examples.examples(firings, text, budget, seed)
+    corpus = make_corpus(seed=seed)
+    digits = (corpus.tokens >= 2) & (corpus.tokens < 12)
+    after_comma = np.zeros_like(corpus.mask)
+    after_comma[:, 1:] = corpus.tokens[:, :-1] == 1
+    again = np.zeros_like(corpus.mask)
+    for row, column in np.ndindex(corpus.tokens.shape):
+        again[row, column] = corpus.tokens[row, column] in corpus.tokens[row, :column]
+    return examples.examples(examples.planted(corpus, [digits, after_comma, again], [0, 1, 4]), budget, seed)

@@ -1,4 +1,4 @@
-"""A tiny random Lorsa on a tiny random model, read on text with emoji and right-to-left letters, for tests of what people look at."""
+"""A tiny random Lorsa on a tiny random model, read on text with emoji and right-to-left letters."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Examples of what units do, for automated interpretability: one pass over text, the same for Lorsa heads and SAE features.
+"""Examples of what units do: one pass over text, the same for Lorsa heads and SAE features.
 
-The pass records, for a random sample of the units of every dictionary, each token where the unit is kept, its
+The pass records, for a random sample of the units of every dictionary, each token where the unit is selected, its
 activation (times the norm of what it writes) and the three source tokens that it came from: of the z pattern for a
 Lorsa head, of the attribution through the layer's own attention for an SAE feature (see `units`). Time is linear in the
 text, memory in the activations of the sampled units.
@@ -19,9 +19,10 @@ Explanations are made from one half of the sequences and scored on the other.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from lorsa_utils import ops, store
@@ -49,9 +51,8 @@ class Dictionary(NamedTuple):
     """Units to explain: a Lorsa or an SAE of one attention layer."""
 
     name: str
-    """For tables, as `Lorsa`."""
+    """For tables, such as `Lorsa`."""
     layer: int
-    """Where it stands."""
     module: Lorsa | SAE
     """Takes raw activations."""
 
@@ -63,35 +64,47 @@ class Budget:
     units: int = 100
     """Units explained in each dictionary, drawn at random from those with enough examples."""
     shown: int = 40
-    """Active windows of the first half, from which an explanation is made: the strongest quarter, the rest over all quantiles."""
+    """Active windows of the first half, for the explanation: the strongest quarter, the rest over all quantiles."""
     contrast: int = 60
     """Silent windows of the first half."""
     scored: int = 30
     """Active windows of the second half, equally many from every quantile, and as many silent ones."""
     quantiles: int = 10
-    """Classes of activation."""
     least: int = 12
     """Active windows, and silent ones, that a unit must have in each half."""
     oversampling: int = 4
     """Units recorded for each one explained: some are dead, too rare or too dense."""
 
 
-@dataclass(frozen=True)
-class Text:
-    """The text of the pass."""
+DEFAULT_BUDGET = Budget()
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """The text of a pass."""
 
     tokens: np.ndarray = field(repr=False)
-    """Token ids, [n_sequences, length]."""
+    """Token ids, [n_sequences, length]. A flat place in the text is an index of `tokens.ravel()`."""
     mask: np.ndarray = field(repr=False)
     """Counted tokens, bool [n_sequences, length]."""
     strings: Mapping[int, str] = field(repr=False)
     """Text of every token id that occurs."""
 
+    @classmethod
+    def decoded(cls, tokens: np.ndarray, mask: np.ndarray, tokenizer: Any) -> Corpus:
+        """With the token texts of a tokenizer."""
+        ids = np.unique(tokens[mask]).tolist()
+        return cls(tokens, mask, dict(zip(ids, tokenizer.batch_decode([[index] for index in ids]), strict=True)))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.tokens.shape[1]
+
     @functools.cached_property
     def bounds(self) -> np.ndarray:
         """First counted position of each sequence and the one after its last, [n_sequences, 2]."""
-        length = self.mask.shape[1]
-        return np.stack([self.mask.argmax(axis=1), length - self.mask[:, ::-1].argmax(axis=1)], axis=1)
+        return np.stack([self.mask.argmax(axis=1), self.length - self.mask[:, ::-1].argmax(axis=1)], axis=1)
 
     @functools.cached_property
     def by_token(self) -> dict[int, np.ndarray]:
@@ -99,27 +112,27 @@ class Text:
         flat = np.where(self.mask, self.tokens, -1).ravel()
         order = np.argsort(flat, kind="stable")
         ids, firsts = np.unique(flat[order], return_index=True)
-        return {
-            int(token): places for token, places in zip(ids, np.split(order, firsts[1:]), strict=True) if token >= 0
-        }
+        groups = zip(ids.tolist(), np.split(order, firsts[1:]), strict=True)
+        return {token: places for token, places in groups if token >= 0}
 
     def span(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First token and end (exclusive) of the window around flat places, as flat places."""
-        rows, positions = np.divmod(places, self.tokens.shape[1])
+        rows, positions = np.divmod(places, self.length)
         begin = np.maximum(positions - BEFORE, self.bounds[rows, 0])
         end = np.minimum(positions + AFTER + 1, self.bounds[rows, 1])
-        return rows * self.tokens.shape[1] + begin, rows * self.tokens.shape[1] + end
+        return rows * self.length + begin, rows * self.length + end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Firings:
-    """Where the recorded units of one dictionary are active. Rows are sorted by unit."""
+    """Where the recorded units of one dictionary are active, one row per activation, sorted by unit and place."""
 
     dictionary: Dictionary = field(repr=False)
+    corpus: Corpus = field(repr=False)
     units: np.ndarray
     """Recorded units."""
-    unit: np.ndarray = field(repr=False)
-    """Of each activation, its unit's place in `units`."""
+    number: np.ndarray = field(repr=False)
+    """Of each activation, its unit's index in `units`."""
     place: np.ndarray = field(repr=False)
     """Flat place of the token in the text."""
     value: np.ndarray = field(repr=False)
@@ -128,203 +141,168 @@ class Firings:
     """Positions in the sequence of the largest masses, largest first, [n, N_SOURCES]."""
     shares: np.ndarray = field(repr=False)
     """Their shares of the mass on all source tokens, [n, N_SOURCES]."""
-    similarity: np.ndarray = field(repr=False)
-    """Cosines of write directions, [n_units, n_units], -1 on the diagonal."""
+
+    @functools.cached_property
+    def similarity(self) -> np.ndarray:
+        """Cosines of write directions, [n_units, n_units], -1 on the diagonal."""
+        weights = self.dictionary.module.W_O.detach()
+        directions = functional.normalize(weights[torch.from_numpy(self.units).to(weights.device)].float(), dim=1)
+        return (directions @ directions.T).fill_diagonal_(-1).cpu().numpy()
 
     def of(self, number: int) -> slice:
         """Rows of one unit."""
-        return slice(*np.searchsorted(self.unit, [number, number + 1]))
+        return slice(*np.searchsorted(self.number, [number, number + 1]))
 
 
 # ---- one pass
 
+Rows = tuple[np.ndarray, ...]
+"""Activations: number of the unit, sequence, position, value, sources, shares."""
+Masses = Callable[[Tensor, Tensor], Tensor]
+"""From units [n] and positions [n] to what each source token adds to them, [n, length]."""
+
 
 @torch.no_grad()
-def collect(
+def record_firings(
     source: ActivationSource,
     dictionaries: Sequence[Dictionary],
     sites: Mapping[int, AttentionSite],
     tokenizer: Any,
-    budget: Budget | None = None,
+    budget: Budget = DEFAULT_BUDGET,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
-) -> tuple[Text, list[Firings]]:
+) -> list[Firings]:
     """One pass over activations for all dictionaries of all layers.
 
     Args:
         source: activations of text that no dictionary was trained on (a cache's held-out split, or a stream).
-        dictionaries: what to record.
         sites: the attention layers, which SAE features are traced back through.
-        tokenizer: for the text of tokens.
-        budget: decides how many units are recorded.
-        batch_size: sequences at a time.
-        seed: of the draw of units.
-        progress: show a bar.
 
     Raises:
         UserError: the text is empty, or no dictionary is given.
     """
-    budget = budget or Budget()
     if not dictionaries or source.n_tokens == 0:
         raise UserError("There is nothing to explain: give at least one trained module and a text with counted tokens.")
-    drawn = [_draw_units(dictionary, budget, seed) for dictionary in dictionaries]
-    found: list[list[tuple[np.ndarray, ...]]] = [[] for _ in dictionaries]
+    drawn = []
+    for dictionary in dictionaries:
+        order = torch.randperm(dictionary.module.n_units, generator=torch.Generator().manual_seed(seed))
+        drawn.append(order[: budget.units * budget.oversampling].sort().values)
+    rows: list[list[Rows]] = [[] for _ in dictionaries]
     tokens: list[Tensor] = []
     masks: list[Tensor] = []
-    layers = sorted({dictionary.layer for dictionary in dictionaries})
-    bar = tqdm(total=source.n_sequences, unit="seq", desc="examples", disable=not progress)
-    for batch in source.batches(batch_size, layers=layers):
-        first = sum(len(part) for part in tokens)
-        for number, dictionary in enumerate(dictionaries):
-            found[number].append(_record(dictionary, sites[dictionary.layer], batch, drawn[number], first))
-        tokens.append(batch.tokens.cpu())
-        masks.append(batch.mask.cpu())
-        bar.update(len(batch.tokens))
-    bar.close()
-    text = _text(torch.cat(tokens).numpy(), torch.cat(masks).numpy(), tokenizer)
-    length = text.tokens.shape[1]
-    return text, [_firings(*parts, length) for parts in zip(dictionaries, drawn, found, strict=True)]
+    with tqdm(total=source.n_sequences, unit="seq", desc="examples", disable=not progress) as bar:
+        for batch in source.batches(batch_size, layers=sorted(sites.keys() & {each.layer for each in dictionaries})):
+            for dictionary, units, recorded in zip(dictionaries, drawn, rows, strict=True):
+                recorded.append(_record(dictionary, sites[dictionary.layer], batch, units, sum(map(len, tokens))))
+            tokens.append(batch.tokens.cpu())
+            masks.append(batch.mask.cpu())
+            bar.update(len(batch.tokens))
+    corpus = Corpus.decoded(torch.cat(tokens).numpy(), torch.cat(masks).numpy(), tokenizer)
+    return [_firings(*parts, corpus) for parts in zip(dictionaries, drawn, rows, strict=True)]
 
 
-def _draw_units(dictionary: Dictionary, budget: Budget, seed: int) -> Tensor:
-    n = dictionary.module.n_units
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return order[: min(n, budget.units * budget.oversampling)].sort().values
-
-
-def _text(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any) -> Text:
-    ids = np.unique(tokens[mask]).tolist()
-    return Text(tokens, mask, dict(zip(ids, tokenizer.batch_decode([[index] for index in ids]), strict=True)))
-
-
-def _record(
-    dictionary: Dictionary, site: AttentionSite, batch: ActivationBatch, drawn: Tensor, first: int
-) -> tuple[np.ndarray, ...]:
-    """Activations of the drawn units on one batch: number of the unit, sequence, position, value, sources, shares."""
+def _record(dictionary: Dictionary, site: AttentionSite, batch: ActivationBatch, drawn: Tensor, n_before: int) -> Rows:
+    """Activations of the drawn units on one batch, which `n_before` sequences came before."""
     module, device = dictionary.module, dictionary.module.W_O.device
     x, y = (side[dictionary.layer].to(device).float() for side in (batch.inputs, batch.outputs))
     number = torch.full((module.n_units,), -1, dtype=torch.long, device=device)
     number[drawn.to(device)] = torch.arange(len(drawn), device=device)
     norms, mask = module.W_O.norm(dim=1), batch.mask.to(device)
-    parts = []
+    size = max(1, _VALUES_AT_ONCE // (x.shape[1] * site.n_heads))
+    rows = []
     for row in range(len(x)):
+        here = slice(row, row + 1)
         if isinstance(module, Lorsa):
-            pre, split = _lorsa_parts(module, x[row : row + 1])
+            pre, masses = _lorsa_masses(module, x[here])
         else:
-            pre, split = module.pre_activations(y[row : row + 1]), _sae_masses(module, site, x[row : row + 1])
+            pre, masses = module.pre_activations(y[here]), _sae_masses(module, site, x[here])
         indices, values = (side[0] for side in module.select(pre))
         position, slot = ((values != 0) & (number[indices] >= 0) & mask[row, :, None]).nonzero(as_tuple=True)
         unit = indices[position, slot]
         value = values[position, slot].abs() * norms[unit]
-        size = max(1, _VALUES_AT_ONCE // (x.shape[1] * site.n_heads))
-        top = [_largest(split(*some)) for some in zip(unit.split(size), position.split(size), strict=True)]
-        sources, shares = (torch.cat(side) for side in zip(*top, strict=True))
-        parts.append((number[unit], torch.full_like(position, row + first), position, value, sources, shares))
-    return tuple(torch.cat(side).cpu().numpy() for side in zip(*parts, strict=True))
+        chunks = zip(unit.split(size), position.split(size), strict=True)
+        sources, shares = map(torch.cat, zip(*(_largest(masses(*chunk)) for chunk in chunks), strict=True))
+        rows.append((number[unit], torch.full_like(position, row + n_before), position, value, sources, shares))
+    return tuple(torch.cat(side).cpu().numpy() for side in zip(*rows, strict=True))
 
 
 def _largest(mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Places and shares of the largest masses of [n, length], [n, N_SOURCES] each; a short text's missing ones have share 0."""
-    mass = mass.abs()
-    top = mass.topk(min(N_SOURCES, mass.shape[1]), dim=1)
-    shares = top.values / mass.sum(dim=1, keepdim=True).clamp_min(1e-30)
-    missing = (0, N_SOURCES - top.indices.shape[1])
-    return torch.nn.functional.pad(top.indices, missing), torch.nn.functional.pad(shares, missing)
+    """Places and shares of the largest masses of [n, length], [n, N_SOURCES] each."""
+    top = mass.abs().topk(N_SOURCES, dim=1)
+    return top.indices, top.values / mass.abs().sum(dim=1, keepdim=True).clamp_min(1e-30)
 
 
-def _lorsa_parts(module: Lorsa, x: Tensor) -> tuple[Tensor, Any]:
-    """z of all heads [1, length, n_ov], and a function from heads [n] and positions [n] to their z patterns [n, length]."""
+def _lorsa_masses(module: Lorsa, x: Tensor) -> tuple[Tensor, Masses]:
+    """z of all heads [1, length, n_ov], and their z patterns."""
     q, k, v = module.attention_inputs(x)
     step = max(1, _VALUES_AT_ONCE // x.shape[1] ** 2)
-    groups = [slice(first, first + step) for first in range(0, q.shape[1], step)]
-    pattern = torch.cat([ops.attention_pattern(q[:, some], k[:, some], module.attn_scale)[0] for some in groups])
+    chunks = zip(q.split(step, dim=1), k.split(step, dim=1), strict=True)
+    pattern = torch.cat([ops.attention_pattern(*chunk, module.attn_scale)[0] for chunk in chunks])
     z = (pattern @ v[0]).transpose(0, 1).flatten(1)[None]
     by_head, size = v[0].transpose(1, 2).flatten(0, 1), module.config.group_size
     return z, lambda heads, positions: pattern[heads // size, positions] * by_head[heads]
 
 
-def _sae_masses(module: SAE, site: AttentionSite, x: Tensor) -> Any:
-    """A function from features [n] and positions [n] to what each source token adds to them [n, length]."""
+def _sae_masses(module: SAE, site: AttentionSite, x: Tensor) -> Masses:
     pattern, values = site.pattern(x)[0], site.values(x)[0]
 
-    def split(features: Tensor, positions: Tensor) -> Tensor:
-        names, place = features.unique(return_inverse=True)
-        sent = torch.einsum("hle,hed,fd->hlf", values, site.W_O.to(values), module.W_E[names])
-        return torch.einsum("hnl,hln->nl", pattern[:, positions], sent[:, :, place])
+    def masses(features: Tensor, positions: Tensor) -> Tensor:
+        distinct, index = features.unique(return_inverse=True)
+        sent = torch.einsum("hle,hed,fd->hlf", values, site.W_O.to(values), module.W_E[distinct])
+        return torch.einsum("hnl,hln->nl", pattern[:, positions], sent[:, :, index])
 
-    return split
+    return masses
 
 
-def _firings(dictionary: Dictionary, drawn: Tensor, found: Sequence[tuple[np.ndarray, ...]], length: int) -> Firings:
-    number, row, position, value, sources, shares = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    place = row * length + position
+def _firings(dictionary: Dictionary, drawn: Tensor, rows: Sequence[Rows], corpus: Corpus) -> Firings:
+    number, row, position, value, sources, shares = (np.concatenate(side) for side in zip(*rows, strict=True))
+    place = row * corpus.length + position
     order = np.lexsort((place, number))
-    directions = torch.nn.functional.normalize(
-        dictionary.module.W_O.detach()[drawn.to(dictionary.module.W_O.device)].float(), dim=1
-    )
-    similarity = (directions @ directions.T).fill_diagonal_(-1).cpu().numpy()
-    return Firings(
-        dictionary,
-        drawn.numpy(),
-        number[order],
-        place[order],
-        value[order],
-        sources[order].astype(np.int32),
-        shares[order],
-        similarity,
-    )
+    sides = (number, place, value, sources.astype(np.int32), shares)
+    return Firings(dictionary, corpus, drawn.numpy(), *(side[order] for side in sides))
 
 
-def planted(text: Text, active: Sequence[np.ndarray], sources_back: Sequence[int]) -> Firings:
+def planted(corpus: Corpus, active: Sequence[np.ndarray], sources_back: Sequence[int]) -> Firings:
     """Units that are known because they were made up: to see whether explanations and scores find what is there.
 
-    Args:
-        text: of a pass, or made by hand.
-        active: where each unit is active, bool [n_sequences, length] each.
-        sources_back: how many tokens before an active one each unit's source stands.
+    Each is active in a bool [n_sequences, length], and its source stands `sources_back` tokens before.
     """
     n = len(active)
     dictionary = Dictionary("planted", -1, SAE(SAEConfig(d_model=n, n_features=n, k=1)))
-    parts = []
-    for number, (where, back) in enumerate(zip(active, sources_back, strict=True)):
-        row, position = np.nonzero(where & text.mask)
-        sources = np.repeat(np.maximum(position - back, 0)[:, None], N_SOURCES, axis=1)
-        shares = np.zeros((len(row), N_SOURCES), dtype=np.float32)
-        shares[:, 0] = 1
-        parts.append((np.full(len(row), number), row, position, np.ones(len(row), dtype=np.float32), sources, shares))
     with torch.no_grad():
         dictionary.module.W_O.copy_(torch.eye(n))
-    return _firings(dictionary, torch.arange(n), parts, text.tokens.shape[1])
+    rows = []
+    for number, (where, back) in enumerate(zip(active, sources_back, strict=True)):
+        row, position = np.nonzero(where & corpus.mask)
+        sources = np.repeat(np.maximum(position - back, 0)[:, None], N_SOURCES, axis=1)
+        shares = np.tile(np.eye(1, N_SOURCES, dtype=np.float32), (len(row), 1))
+        rows.append((np.full(len(row), number), row, position, np.ones(len(row), dtype=np.float32), sources, shares))
+    return _firings(dictionary, torch.arange(n), rows, corpus)
 
 
-def save(path: str | Path, text: Text, firings: Sequence[Firings]) -> None:
-    """Write what the pass recorded as one safetensors file."""
-    tensors = {"tokens": torch.from_numpy(text.tokens), "mask": torch.from_numpy(text.mask)}
-    for number, one in enumerate(firings):
-        tensors |= {f"{number}.{name}": torch.from_numpy(np.ascontiguousarray(getattr(one, name))) for name in _ARRAYS}
-    store.write_tensors(path, tensors)
+_ARRAYS = ("units", "number", "place", "value", "sources", "shares")
 
 
-def load(path: str | Path, dictionaries: Sequence[Dictionary], tokenizer: Any) -> tuple[Text, list[Firings]]:
-    """Read what `save` wrote for the same dictionaries in the same order.
+def save(path: str | Path, firings: Sequence[Firings]) -> None:
+    """Write what one pass recorded as one safetensors file."""
+    arrays = {"tokens": firings[0].corpus.tokens, "mask": firings[0].corpus.mask}
+    arrays |= {f"{index}.{name}": getattr(side, name) for index, side in enumerate(firings) for name in _ARRAYS}
+    store.write_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+
+
+def load(path: str | Path, dictionaries: Sequence[Dictionary], tokenizer: Any) -> list[Firings]:
+    """Read what `save` wrote, for the same dictionaries in the same order.
 
     Raises:
-        UserError: the file is missing, damaged, or was made of other dictionaries.
+        UserError: the file is missing or damaged.
     """
-    tensors = {name: tensor.numpy() for name, tensor in store.read_tensors(path).items()}
-    if (
-        any(f"{number}.units" not in tensors for number in range(len(dictionaries)))
-        or f"{len(dictionaries)}.units" in tensors
-    ):
-        raise UserError(f"{path} was made of other dictionaries; delete it and collect again.")
-    firings = [
-        Firings(one, *(tensors[f"{number}.{name}"] for name in _ARRAYS)) for number, one in enumerate(dictionaries)
+    arrays = {name: tensor.numpy() for name, tensor in store.read_tensors(path).items()}
+    corpus = Corpus.decoded(arrays["tokens"], arrays["mask"], tokenizer)
+    return [
+        Firings(dictionary, corpus, *(arrays[f"{index}.{name}"] for name in _ARRAYS))
+        for index, dictionary in enumerate(dictionaries)
     ]
-    return _text(tensors["tokens"], tensors["mask"], tokenizer), firings
-
-
-_ARRAYS = ("units", "unit", "place", "value", "sources", "shares", "similarity")
 
 
 # ---- windows
@@ -332,8 +310,9 @@ _ARRAYS = ("units", "unit", "place", "value", "sources", "shares", "similarity")
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of text and what one unit does there, one row a window."""
+    """Pieces of text and what one unit does there, one row per window."""
 
+    corpus: Corpus = field(repr=False)
     tokens: np.ndarray = field(repr=False)
     """Token ids, -1 where there is no text, [n, WIDTH]; text starts at column 0."""
     values: np.ndarray = field(repr=False)
@@ -360,16 +339,17 @@ class Windows:
         return len(self.tokens)
 
     def __getitem__(self, rows: np.ndarray) -> Windows:
-        """Some windows, by a mask or by indices."""
-        return Windows(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        """Those of a mask or of indices."""
+        arrays = {name: getattr(self, name)[rows] for name in self.__dataclass_fields__ if name != "corpus"}
+        return dataclasses.replace(self, **arrays)
 
-    def pieces(self, row: int, strings: Mapping[int, str]) -> list[str]:
+    def pieces(self, row: int) -> list[str]:
         """The text of one window, token by token."""
-        return [strings[int(token)] for token in self.tokens[row] if token >= 0]
+        return [self.corpus.strings[int(token)] for token in self.tokens[row] if token >= 0]
 
-    def marked(self, row: int, strings: Mapping[int, str], marks: np.ndarray | None = None) -> str:
-        """The text of one window; marked columns (bool [WIDTH]), if any, in «»; an ellipsis where text was cut off in front."""
-        pieces = self.pieces(row, strings)
+    def marked(self, row: int, marks: np.ndarray | None = None) -> str:
+        """The text, with marked columns (bool [WIDTH]) in «», and an ellipsis where it was cut off in front."""
+        pieces = self.pieces(row)
         if marks is not None:
             pieces = [f"«{piece}»" if mark else piece for piece, mark in zip(pieces, marks, strict=False)]
         return ("" if self.opens[row] else "…") + "".join(pieces)
@@ -401,109 +381,163 @@ class Examples:
     units: list[UnitExamples] = field(repr=False)
     """Those to explain, in random order."""
     relatives: list[int]
-    """For each, the place in `units` of another one: of its family or QK group if there is one, then by similarity of what they write."""
+    """For each, the index of another one: of its QK group if there is one, then by similarity of what they write."""
     left_out: dict[str, int]
-    """Recorded units that were not drawn from, by reason: `dead`, `too few active windows`, `too few silent windows`."""
+    """Recorded units with too few examples, by reason: `dead`, `too few active windows`, `too few silent windows`."""
     eligible: int
     """Recorded units with enough examples."""
 
 
-def examples(
-    firings: Firings, text: Text, budget: Budget | None = None, seed: int = 0, families: Mapping[int, str] | None = None
-) -> Examples:
+def examples(firings: Firings, budget: Budget = DEFAULT_BUDGET, seed: int = 0) -> Examples:
     """Windows of a random sample of the units that have enough of them.
-
-    Args:
-        firings: of one dictionary.
-        text: of the pass.
-        budget: how many units and windows.
-        seed: of the sample, the halves and the windows.
-        families: unit to family, where it is known (column `family` of `lorsa heads`); relatives are then sought in the
-            family first.
 
     Raises:
         UserError: no recorded unit has enough examples.
     """
-    budget = budget or Budget()
     rng = np.random.default_rng(seed)
-    half = rng.permutation(len(text.tokens)) % 2
-    units: list[UnitExamples] = []
-    numbers: list[int] = []
-    left_out = Counter({"dead": 0, "too few active windows": 0, "too few silent windows": 0})
-    eligible = 0
-    for number in rng.permutation(len(firings.units)):
-        made = _unit_examples(
-            firings, int(number), text, half, budget, np.random.default_rng([seed, int(firings.units[number])])
-        )
-        if isinstance(made, str):
-            left_out[made] += 1
-        else:
-            eligible += 1
-            if len(units) < budget.units:
-                units.append(made)
-                numbers.append(int(number))
+    half = rng.permutation(len(firings.corpus.tokens)) % 2
+    units: dict[int, UnitExamples] = {}
+    left_out = {"dead": 0, "too few active windows": 0, "too few silent windows": 0}
+    for number in rng.permutation(len(firings.units)).tolist():
+        try:
+            units[number] = _Sampler(firings, number, half, budget, seed).examples()
+        except _TooFew as reason:
+            left_out[str(reason)] += 1
     if not units:
         raise UserError(
-            f"No unit of {firings.dictionary.name} at layer {firings.dictionary.layer} is active in {budget.least} windows of each half; "
-            "give a longer text."
+            f"No unit of {firings.dictionary.name} at layer {firings.dictionary.layer} is active "
+            f"in {budget.least} windows of each half; give a longer text."
         )
-    known = families or {}
-    kinds = {name: -2 - number for number, name in enumerate(sorted(set(known.values()) - {""}))}
-    groups = np.array([kinds.get(known.get(unit.unit, ""), unit.group) for unit in units])
-    return Examples(
-        firings.dictionary,
-        units,
-        _relatives(firings.similarity[np.ix_(numbers, numbers)], groups),
-        dict(left_out),
-        eligible,
+    numbers = list(units)[: budget.units]
+    chosen = [units[number] for number in numbers]
+    relatives = _relatives(
+        firings.similarity[np.ix_(numbers, numbers)], np.array([examples.group for examples in chosen])
     )
+    return Examples(firings.dictionary, chosen, relatives, left_out, len(units))
 
 
 def _relatives(similarity: np.ndarray, groups: np.ndarray) -> list[int]:
     """The most similar other unit, before all others those of the same group (-1 is none)."""
-    same = (groups[:, None] == groups) & (groups != -1)
-    nearness = similarity + 3 * same
+    nearness = similarity + 3 * ((groups[:, None] == groups) & (groups != -1))
     np.fill_diagonal(nearness, -np.inf)
     return [int(index) for index in nearness.argmax(axis=1)]
 
 
-def _unit_examples(
-    firings: Firings, number: int, text: Text, half: np.ndarray, budget: Budget, rng: np.random.Generator
-) -> Any:
-    """The examples of one unit, or the reason why it has too few."""
-    rows = firings.of(number)
-    places, values = firings.place[rows], firings.value[rows]
-    if len(places) == 0:
-        return "dead"
-    length = text.tokens.shape[1]
-    peaks = _peaks(places, values, length)
-    order = np.argsort(np.argsort(values[peaks], kind="stable"))
-    quantile = order * budget.quantiles // len(peaks)
-    sides = half[places[peaks] // length]
-    if min((sides == 0).sum(), (sides == 1).sum()) < budget.least:
-        return "too few active windows"
-    chosen = [
-        _for_explanation(values[peaks], quantile, np.flatnonzero(sides == 0), budget, rng),
-        _evenly(quantile, np.flatnonzero(sides == 1), budget.scored, rng),
-    ]
-    first_peaks = peaks[chosen[0]]
-    silent = _silent(places, text)
-    windows = []
-    for side, n in ((0, budget.contrast), (1, len(chosen[1]))):
-        hard = _hard_places(firings, number, rows, first_peaks, text, rng)
-        hard["random"] = np.flatnonzero(text.mask.ravel())
-        found = _silent_places(hard, silent, half, side, length, n, rng)
-        if sum(len(part) for part in found.values()) < min(budget.least, n):
-            return "too few silent windows"
-        windows.append(_windows(firings, rows, text, peaks[chosen[side]], quantile[chosen[side]], found))
-    lorsa = firings.dictionary.module
-    unit = int(firings.units[number])
-    group = unit // lorsa.config.group_size if isinstance(lorsa, Lorsa) else -1
-    return UnitExamples(unit, group, len(places) / int(text.mask.sum()), float(values.max()), *windows)
+class _TooFew(Exception):
+    """Why a unit has too few examples."""
 
 
-def _peaks(places: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
-    """Rows of the strongest activation in each block of each sequence; of two that are near, the stronger."""
+class _Sampler:
+    """Draws the windows of one recorded unit. A peak is an index of the unit's activations."""
+
+    def __init__(self, firings: Firings, number: int, half: np.ndarray, budget: Budget, seed: int) -> None:
+        rows = firings.of(number)
+        self.firings, self.number, self.budget = firings, number, budget
+        self.corpus, self.half = firings.corpus, np.repeat(half, firings.corpus.length)
+        self.unit = int(firings.units[number])
+        self.places, self.values = firings.place[rows], firings.value[rows]
+        self.sources, self.shares = firings.sources[rows], firings.shares[rows]
+        self.rng = np.random.default_rng([seed, self.unit])
+
+    def examples(self) -> UnitExamples:
+        """Windows of both halves.
+
+        Raises:
+            _TooFew: the unit has too few.
+        """
+        if len(self.places) == 0:
+            raise _TooFew("dead")
+        budget = self.budget
+        peaks = find_peaks(self.places, self.values, self.corpus.length)
+        strength = self.values[peaks]
+        quantile = np.argsort(np.argsort(strength, kind="stable")) * budget.quantiles // len(peaks)
+        first, second = (np.flatnonzero(self.half[self.places[peaks]] == side) for side in (0, 1))
+        if min(len(first), len(second)) < budget.least:
+            raise _TooFew("too few active windows")
+        ranked = first[np.argsort(-strength[first], kind="stable")]
+        top = budget.shown // 4
+        first = np.concatenate([ranked[:top], spread(quantile, ranked[top:], budget.shown - top, self.rng)])
+        second = spread(quantile, second, budget.scored, self.rng)
+        windows = []
+        for side, (chosen, n_silent) in enumerate(((first, budget.contrast), (second, len(second)))):
+            silent = self._silent_places(peaks[first], side, n_silent)
+            if sum(map(len, silent.values())) < min(budget.least, n_silent):
+                raise _TooFew("too few silent windows")
+            windows.append(self._windows(peaks[chosen], quantile[chosen], silent))
+        module = self.firings.dictionary.module
+        group = self.unit // module.config.group_size if isinstance(module, Lorsa) else -1
+        frequency = len(self.places) / int(self.corpus.mask.sum())
+        return UnitExamples(self.unit, group, frequency, float(self.values.max()), *windows)
+
+    def _hard_places(self, peaks: np.ndarray) -> dict[str, np.ndarray]:
+        """Places that windows of each hard kind may stand around; `peaks` are those of the first half alone."""
+        firings, flat, counted = self.firings, self.corpus.tokens.ravel(), self.corpus.mask.ravel()
+        length, by_token = self.corpus.length, self.corpus.by_token
+        places = self.places[peaks]
+        nowhere = np.zeros(0, dtype=np.int64)
+        own = [by_token[token] for token, _ in Counter(flat[places].tolist()).most_common(8)]
+        back = places % length - self.sources[peaks, 0]
+        near = (back > 0) & (back <= BEFORE) & counted[places - back]
+        read = []
+        for token, _ in Counter(flat[(places - back)[near]].tolist()).most_common(8):
+            around = by_token[token]
+            moved = around + self.rng.choice(back[near & (flat[places - back] == token)], len(around))
+            read.append(moved[(moved // length == around // length) & counted[np.minimum(moved, flat.size - 1)]])
+        neighbour = firings.of(int(firings.similarity[self.number].argmax())) if len(firings.units) > 1 else slice(0)
+        return {
+            "same token": np.concatenate([nowhere, *own]),
+            "same source": np.concatenate([nowhere, *read]),
+            "neighbour": firings.place[neighbour],
+        }
+
+    def _silent_places(self, peaks: np.ndarray, side: int, n: int) -> dict[str, np.ndarray]:
+        """About `n` places of silent windows in one half, of every kind; random ones stand in for missing ones."""
+        candidates = self._hard_places(peaks) | {"random": np.flatnonzero(self.corpus.mask.ravel())}
+        silent: dict[str, np.ndarray] = {}
+        for kind, places in candidates.items():
+            size = n // len(candidates) if kind != "random" else n - sum(map(len, silent.values()))
+            places = self.rng.permutation(places[self.half[places] == side])[: 50 * n]
+            silent[kind] = places[self._is_silent(places)][:size]
+        return silent
+
+    @functools.cached_property
+    def _n_before(self) -> np.ndarray:
+        """Activations before each flat place of the text, [n_places + 1]."""
+        count = np.zeros(self.corpus.tokens.size + 1, dtype=np.int32)
+        count[self.places + 1] = 1
+        return count.cumsum()
+
+    def _is_silent(self, places: np.ndarray) -> np.ndarray:
+        begin, end = self.corpus.span(places)
+        return self._n_before[end] == self._n_before[begin]
+
+    def _windows(self, peaks: np.ndarray, quantile: np.ndarray, silent: Mapping[str, np.ndarray]) -> Windows:
+        """Active windows around `peaks`, then silent ones."""
+        corpus, places = self.corpus, self.places
+        around = np.concatenate([places[peaks], *silent.values()]).astype(np.int64)
+        n_silent = len(around) - len(peaks)
+        begin, end = corpus.span(around)
+        columns = begin[:, None] + np.arange(WIDTH)
+        inside = columns < end[:, None]
+        columns = np.minimum(columns, corpus.tokens.size - 1)
+        nearest = np.minimum(np.searchsorted(places, columns), len(places) - 1)
+        row, sources = places[peaks, None] // corpus.length, self.sources[peaks]
+        source_tokens = np.where(corpus.mask[row, sources], corpus.tokens[row, sources], -1)
+        return Windows(
+            corpus,
+            tokens=np.where(inside, corpus.tokens.ravel()[columns], -1).astype(np.int64),
+            values=np.where(inside & (places[nearest] == columns), self.values[nearest], 0.0),
+            opens=begin % corpus.length == corpus.bounds[begin // corpus.length, 0],
+            kind=np.repeat([KINDS[0], *silent], [len(peaks), *map(len, silent.values())]),
+            quantile=np.pad(quantile, (0, n_silent), constant_values=-1),
+            peak=around - begin,
+            sources=np.pad(source_tokens, ((0, n_silent), (0, 0)), constant_values=-1),
+            shares=np.pad(self.shares[peaks], ((0, n_silent), (0, 0))),
+        )
+
+
+def find_peaks(places: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+    """Indices of the strongest activation in each block of each sequence; of two that are near, the stronger."""
     block = places // length * (length // BLOCK + 1) + places % length // BLOCK
     order = np.lexsort((-values, block))
     peaks = np.sort(order[np.unique(block[order], return_index=True)[1]])
@@ -512,110 +546,11 @@ def _peaks(places: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
     return peaks[~(np.append(near & rises, False) | np.append(False, near & ~rises))]
 
 
-def _evenly(quantile: np.ndarray, among: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """`n` of the rows `among` at most, as many from every quantile as there are."""
+def spread(quantile: np.ndarray, among: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """At most `n` of the indices `among`, as many from every quantile as there are."""
     among = rng.permutation(among)
     turn = np.zeros(len(among), dtype=int)
     for value in np.unique(quantile[among]):
-        mine = quantile[among] == value
-        turn[mine] = np.arange(mine.sum())
+        members = quantile[among] == value
+        turn[members] = np.arange(members.sum())
     return among[np.lexsort((rng.random(len(among)), turn))[:n]]
-
-
-def _for_explanation(
-    values: np.ndarray, quantile: np.ndarray, among: np.ndarray, budget: Budget, rng: np.random.Generator
-) -> np.ndarray:
-    """The strongest rows, then others over all quantiles."""
-    ranked = among[np.argsort(-values[among], kind="stable")]
-    top = budget.shown // 4
-    return np.concatenate([ranked[:top], _evenly(quantile, ranked[top:], budget.shown - top, rng)])
-
-
-def _silent(places: np.ndarray, text: Text) -> Any:
-    """A function from flat places to whether the unit is silent in the windows around them."""
-    count = np.zeros(text.tokens.size + 1, dtype=np.int32)
-    count[places + 1] = 1
-    count = count.cumsum()
-
-    def check(around: np.ndarray) -> np.ndarray:
-        begin, end = text.span(around)
-        return count[end] == count[begin]
-
-    return check
-
-
-def _hard_places(
-    firings: Firings, number: int, rows: slice, peaks: np.ndarray, text: Text, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """Places that windows of each hard kind may stand around, in both halves.
-
-    What is hard is judged by the first half's `peaks` alone.
-    """
-    flat, length = text.tokens.ravel(), text.tokens.shape[1]
-    places, sources = firings.place[rows][peaks], firings.sources[rows][peaks, 0]
-    own = [token for token, _ in Counter(flat[places].tolist()).most_common(8)]
-    nowhere = np.zeros(0, dtype=np.int64)
-    same_source = [nowhere]
-    back = places % length - sources
-    near = (back > 0) & (back <= BEFORE) & text.mask.ravel()[places - back]
-    for token, _ in Counter(flat[(places - back)[near]].tolist()).most_common(8):
-        distances = back[near & (flat[places - back] == token)]
-        around = text.by_token[token]
-        moved = around + rng.choice(distances, len(around))
-        same_source.append(
-            moved[(moved // length == around // length) & text.mask.ravel()[np.minimum(moved, flat.size - 1)]]
-        )
-    neighbour = firings.of(int(firings.similarity[number].argmax())) if len(firings.units) > 1 else slice(0, 0)
-    return {
-        "same token": np.concatenate([nowhere, *(text.by_token[token] for token in own)]),
-        "same source": np.concatenate(same_source),
-        "neighbour": firings.place[neighbour],
-    }
-
-
-def _silent_places(
-    candidates: Mapping[str, np.ndarray],
-    silent: Any,
-    half: np.ndarray,
-    side: int,
-    length: int,
-    n: int,
-    rng: np.random.Generator,
-) -> dict[str, np.ndarray]:
-    """About `n` places of silent windows in one half, equally many of each kind; what a kind lacks is made up for by random ones."""
-    found: dict[str, np.ndarray] = {}
-    for kind, places in candidates.items():
-        wanted = n // len(candidates) if kind != "random" else n - sum(len(part) for part in found.values())
-        mine = rng.permutation(places[half[places // length] == side])[: 50 * n]
-        found[kind] = mine[silent(mine)][:wanted] if len(mine) else mine
-    return found
-
-
-def _windows(
-    firings: Firings, rows: slice, text: Text, peaks: np.ndarray, quantile: np.ndarray, silent: Mapping[str, np.ndarray]
-) -> Windows:
-    """Active windows around a unit's `peaks` (of its rows), then silent ones."""
-    places, values = firings.place[rows], firings.value[rows]
-    around = np.concatenate([places[peaks], *silent.values()]).astype(np.int64)
-    kind = np.repeat([KINDS[0], *silent], [len(peaks), *(len(part) for part in silent.values())])
-    begin, end = text.span(around)
-    columns = begin[:, None] + np.arange(WIDTH)
-    inside = columns < end[:, None]
-    columns = np.minimum(columns, text.tokens.size - 1)
-    tokens = np.where(inside, text.tokens.ravel()[columns], -1)
-    found = np.minimum(np.searchsorted(places, columns), len(places) - 1)
-    activation = np.where(inside & (places[found] == columns), values[found], 0.0)
-    length = text.tokens.shape[1]
-    n_silent = len(around) - len(peaks)
-    row = places[peaks, None] // length
-    sources = np.where(text.mask[row, firings.sources[rows][peaks]], text.tokens[row, firings.sources[rows][peaks]], -1)
-    return Windows(
-        tokens.astype(np.int64),
-        activation,
-        begin % length == text.bounds[begin // length, 0],
-        kind,
-        np.concatenate([quantile, np.full(n_silent, -1)]),
-        around - begin,
-        np.concatenate([sources, np.full((n_silent, N_SOURCES), -1)]),
-        np.concatenate([firings.shares[rows][peaks], np.zeros((n_silent, N_SOURCES), dtype=np.float32)]),
-    )

@@ -10,8 +10,8 @@ Four backends behind one interface (`Judge`):
   $OPENAI_API_KEY alone; neither is stored, logged or shown.
 - `ReplayJudge` repeats recorded answers.
 
-Every answer of a language model is kept in a file (`Answers`) under a hash of model, prompt and parameters, as soon as
-it is there: a second run asks nothing again, and a killed run goes on with the first question that was not answered.
+Every answer of a language model is written to a file (`Answers`) under a hash of model, prompt and parameters, as soon
+as it is there: a second run asks nothing again, and a killed run goes on with the first question that was not answered.
 `ReplayJudge` reads the same file.
 
 An answer that cannot be read is NaN, never a wrong answer. `Judge.tally` counts them.
@@ -29,26 +29,29 @@ import logging
 import math
 import os
 import re
+import string
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
-import httpx
+import filelock
 import numpy as np
 import tenacity
+import torch
 from typing_extensions import override
 
 from lorsa_utils import store
 from lorsa_utils.autointerp import rules
 from lorsa_utils.autointerp.examples import WIDTH, UnitExamples, Windows
-from lorsa_utils.autointerp.rules import Lexicon, Rule
+from lorsa_utils.autointerp.rules import Rule
 from lorsa_utils.exceptions import UserError
 
 if TYPE_CHECKING:
+    import httpx
+
     from lorsa_utils.models import LanguageModel
 
 SCORERS = ("detection", "fuzzing", "simulation")
@@ -56,36 +59,34 @@ MAX_FAILED = 0.05
 """Share of unreadable answers above which a study is stopped."""
 FEWEST_TO_STOP = 40
 """Answers that must have been asked for before the share counts, while a study runs."""
-SHOWN_ACTIVE, SHOWN_SILENT = 10, 5
+SHOWN_STRONGEST, SHOWN_WEAKER, SHOWN_SILENT = 7, 3, 5
 LEAST_SHARE = 0.05
-"""A source that is shown to the explainer has this share of the mass, at least."""
+"""A source that is shown to the explainer has at least this share of the mass."""
 PER_CALL = 5
 """Texts in one question to a chat endpoint."""
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     """What somebody says about a unit."""
 
     text: str
-    """For people and language models."""
     rule: Rule | None = None
     """For `RulesJudge`."""
 
 
-@dataclass
 class Tally:
-    """Answers asked for, and how many of them could not be read."""
+    """Answers asked for, how many of them could not be read, and questions put to a language model."""
 
-    asked: int = 0
-    failed: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(self) -> None:
+        self.asked = self.failed = self.calls = 0
+        self._lock = threading.Lock()
 
-    def add(self, asked: int, failed: int) -> None:
+    def add(self, asked: int = 0, failed: int = 0, calls: int = 0) -> None:
         """Count; safe from several threads."""
         with self._lock:
             self.asked += asked
             self.failed += failed
+            self.calls += calls
 
     def check(self, final: bool = False) -> None:
         """Stop a study whose answers cannot be read.
@@ -101,13 +102,9 @@ class Tally:
 
 
 class Judge(abc.ABC):
-    """Explains units, and applies explanations to windows.
-
-    Verdicts are numbers from 0 to 1 (above one half means yes), NaN for none.
-    """
+    """Explains units, and applies explanations to windows."""
 
     name: str
-    """For tables."""
     is_proxy = False
     """Whether it stands in for a language model."""
     concurrency = 1
@@ -117,78 +114,54 @@ class Judge(abc.ABC):
         self.tally = Tally()
 
     @abc.abstractmethod
-    def explain(self, unit: UnitExamples, strings: Mapping[int, str]) -> Explanation | None:
+    def explain(self, unit: UnitExamples) -> Explanation | None:
         """An explanation from the first half's windows; None when the answer cannot be read."""
 
     @abc.abstractmethod
-    def detect(self, explanation: Explanation, windows: Windows, strings: Mapping[int, str]) -> np.ndarray:
-        """Whether the unit is active anywhere in each window, [n]."""
+    def verdicts(self, explanation: Explanation, windows: Windows, marks: np.ndarray | None = None) -> np.ndarray:
+        """Whether the unit is active in each window, [n], from 0 to 1 (above one half means yes), NaN for no answer.
+
+        With `marks` (bool [n, WIDTH]): whether the marked tokens are those where it is active.
+        """
 
     @abc.abstractmethod
-    def fuzz(
-        self, explanation: Explanation, windows: Windows, marks: np.ndarray, strings: Mapping[int, str]
-    ) -> np.ndarray:
-        """Whether the marked tokens (bool [n, WIDTH]) are those where it is active, [n]."""
-
-    @abc.abstractmethod
-    def simulate(self, explanation: Explanation, windows: Windows, strings: Mapping[int, str]) -> np.ndarray:
+    def simulate(self, explanation: Explanation, windows: Windows) -> np.ndarray:
         """Activation over the largest at each token, [n, WIDTH]; NaN in rows without a readable answer."""
 
 
-# ---- rules
-
-
 class RulesJudge(Judge):
-    """Rules that are learned, not written; see `rules`."""
+    """Rules that are learned, not written (`rules`)."""
 
     name = "rules"
     is_proxy = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._lexicons: dict[int, tuple[Mapping[int, str], Lexicon]] = {}
+    @override
+    def explain(self, unit: UnitExamples) -> Explanation:
+        self.tally.add(1)
+        rule = rules.learn(unit.first)
+        return Explanation(rules.describe(rule, unit.first.corpus.strings), rule)
 
-    def _lexicon(self, strings: Mapping[int, str]) -> Lexicon:
-        # The mapping is kept beside its lexicon, so that its id stays its own.
-        if id(strings) not in self._lexicons:
-            self._lexicons[id(strings)] = (strings, Lexicon(strings))
-        return self._lexicons[id(strings)][1]
+    @override
+    def verdicts(self, explanation: Explanation, windows: Windows, marks: np.ndarray | None = None) -> np.ndarray:
+        holds = self.simulate(explanation, windows) > 0
+        if marks is None:
+            return holds.any(axis=1).astype(float)
+        return ((holds & marks).sum(axis=1) * 2 >= np.maximum(1, marks.sum(axis=1))).astype(float)
 
-    def explain(self, unit: UnitExamples, strings: Mapping[int, str]) -> Explanation:
-        """See `Judge.explain`."""
-        rule = rules.learn(unit.first, self._lexicon(strings))
-        self.tally.add(1, 0)
-        return Explanation(rules.describe(rule, strings), rule)
-
-    def _predict(self, explanation: Explanation, windows: Windows, strings: Mapping[int, str]) -> np.ndarray:
+    @override
+    def simulate(self, explanation: Explanation, windows: Windows) -> np.ndarray:
         if explanation.rule is None:
             raise UserError(
                 "The rules judge can only apply explanations that it made itself; judge texts with another backend."
             )
-        self.tally.add(len(windows), 0)
-        return rules.predict(explanation.rule, windows, self._lexicon(strings))
-
-    def detect(self, explanation: Explanation, windows: Windows, strings: Mapping[int, str]) -> np.ndarray:
-        """See `Judge.detect`."""
-        return (self._predict(explanation, windows, strings) > 0).any(axis=1).astype(float)
-
-    def fuzz(
-        self, explanation: Explanation, windows: Windows, marks: np.ndarray, strings: Mapping[int, str]
-    ) -> np.ndarray:
-        """See `Judge.fuzz`: the rule holds at most of the marks, or at half of them."""
-        holds = self._predict(explanation, windows, strings) > 0
-        return ((holds & marks).sum(axis=1) * 2 >= np.maximum(1, marks.sum(axis=1))).astype(float)
-
-    def simulate(self, explanation: Explanation, windows: Windows, strings: Mapping[int, str]) -> np.ndarray:
-        """See `Judge.simulate`."""
-        return self._predict(explanation, windows, strings)
+        self.tally.add(len(windows))
+        return rules.predict(explanation.rule, windows)
 
 
-# ---- prompts and answers
+# ---- questions and answers
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One question to a language model."""
 
     kind: str
@@ -202,17 +175,13 @@ class Request:
 @functools.cache
 def _template(name: str) -> tuple[str, str]:
     """The two parts of a prompt file: system and user."""
-    system, user = (
-        resources.files("lorsa_utils.autointerp")
-        .joinpath("templates", f"{name}.txt")
-        .read_text(encoding="utf-8")
-        .split("\n---\n")
-    )
+    path = resources.files("lorsa_utils.autointerp").joinpath("templates", f"{name}.txt")
+    system, user = path.read_text(encoding="utf-8").split("\n---\n")
     return system.strip(), user.strip()
 
 
 def prompts_sha256() -> str:
-    """Hash of all prompt files, to be told with results."""
+    """Hash of all prompt files, to be reported with results."""
     names = ("explain", *SCORERS, *(f"{scorer}_one" for scorer in SCORERS))
     return store.sha256_json({name: _template(name) for name in names})
 
@@ -220,67 +189,68 @@ def prompts_sha256() -> str:
 def render(kind: str, max_tokens: int, **values: Any) -> Request:
     """Fill a prompt file. Values are inserted as they are: a text cannot add placeholders of its own."""
     system, user = _template(kind)
-    filled = re.sub(r"\$(\w+)", lambda match: str(values[match[1]]), user)
-    return Request(kind, (("system", system), ("user", filled)), max_tokens)
+    return Request(kind, (("system", system), ("user", string.Template(user).substitute(values))), max_tokens)
 
 
-def explain_request(unit: UnitExamples, strings: Mapping[int, str]) -> Request:
-    """The question for an explanation: the strongest windows, some weaker ones, some silent ones; sources where they are known."""
-    windows = unit.first
-    ranked = np.flatnonzero(windows.active)[np.argsort(-windows.values[windows.active].max(axis=1), kind="stable")]
-    strongest = ranked[: SHOWN_ACTIVE - 3]
-    others = ranked[len(strongest) :]
-    chosen = [*strongest, *others[np.linspace(0, len(others) - 1, min(3, len(others))).astype(int)]]
+def evenly(rows: np.ndarray, n: int) -> np.ndarray:
+    """At most `n` of the rows, from the first to the last."""
+    return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
+
+
+def explain_request(unit: UnitExamples) -> Request:
+    """The question for an explanation: the strongest windows, some weaker and silent ones; sources where known."""
+    windows, peaks = unit.first, unit.first.values.max(axis=1)
+    ranked = np.argsort(-peaks, kind="stable")[: windows.active.sum()]
+    strongest, weaker = ranked[:SHOWN_STRONGEST], evenly(ranked[SHOWN_STRONGEST:], SHOWN_WEAKER)
     active = []
-    for row in chosen:
-        peak = windows.values[row].max()
-        known = zip(windows.sources[row], windows.shares[row], strict=True)
+    for row in [*strongest, *weaker]:
         sources = [
-            json.dumps(strings[int(token)], ensure_ascii=False)
-            for token, share in known
-            if int(token) in strings and share >= LEAST_SHARE
+            json.dumps(windows.corpus.strings[token], ensure_ascii=False)
+            for token, share in zip(windows.sources[row].tolist(), windows.shares[row], strict=True)
+            if token in windows.corpus.strings and share >= LEAST_SHARE
         ]
-        of = f" (from {', '.join(sources)})" if sources else ""
-        scale = round(10 * peak / unit.maximum)
-        active.append(
-            f"[{scale}] {windows.marked(row, strings, windows.values[row] > 0.3 * peak)}{of}".replace("\n", "\\n")
-        )
-    silent = [windows.marked(row, strings).replace("\n", "\\n") for row in np.flatnonzero(~windows.active).tolist()]
-    spread = [
-        silent[index] for index in np.linspace(0, len(silent) - 1, min(SHOWN_SILENT, len(silent))).astype(int).tolist()
-    ]
-    return render("explain", 50, active="\n".join(active), silent="\n".join(spread))
+        origin = f" (from {', '.join(sources)})" if sources else ""
+        text = windows.marked(row, windows.values[row] > 0.3 * peaks[row])
+        active.append(f"[{round(10 * peaks[row] / unit.maximum)}] {text}{origin}")
+    silent = [windows.marked(row) for row in evenly(np.flatnonzero(~windows.active), SHOWN_SILENT)]
+    return render("explain", 50, active=_lines(active), silent=_lines(silent))
 
 
-def _numbered(texts: Sequence[str]) -> str:
-    return "\n".join(f"{number}. {text}".replace("\n", "\\n") for number, text in enumerate(texts, start=1))
+def verdict_request(kind: str, explanation: str, texts: Sequence[str]) -> Request:
+    """The question of the detection or fuzzing scorer about some texts."""
+    numbered = _lines([f"{number}. {text}" for number, text in enumerate(texts, start=1)])
+    return render(kind, 12 + 4 * len(texts), explanation=explanation, n=len(texts), texts=numbered)
+
+
+def simulation_request(explanation: str, pieces: Sequence[str], kind: str = "simulation") -> Request:
+    """The question of the simulation scorer about one text."""
+    tokens = "\n".join(json.dumps(piece, ensure_ascii=False) for piece in pieces)
+    return render(kind, 12 + 4 * len(pieces), explanation=explanation, n=len(pieces), tokens=tokens)
+
+
+def _lines(texts: Sequence[str]) -> str:
+    return "\n".join(text.replace("\n", "\\n") for text in texts)
 
 
 def parse_explanation(answer: str) -> str | None:
     """What stands behind EXPLANATION:, in one line; None when it is missing or empty."""
     match = re.search(r"EXPLANATION:\s*(.+)", answer)
-    text = match[1].strip().strip("`*\"' ") if match else ""
-    return text or None
+    return (match[1].strip().strip("`*\"' ") if match else "") or None
 
 
 def parse_numbers(answer: str, n: int, highest: int) -> list[float] | None:
     """A JSON list of `n` numbers from 0 to `highest`, with or without a fence around it; None for anything else."""
     match = re.fullmatch(r"\s*(?:```\w*\s*)?(\[[^\[\]]*\])\s*(?:```)?\s*", answer)
     try:
-        values = json.loads(match[1]) if match else None
+        values = json.loads(match[1]) if match else []
     except ValueError:
         return None
-    if (
-        values is None
-        or len(values) != n
-        or not all(isinstance(value, int | float) and 0 <= value <= highest for value in values)
-    ):
-        return None
-    return [float(value) for value in values]
+    readable = len(values) == n and all(isinstance(value, int | float) and 0 <= value <= highest for value in values)
+    return [float(value) for value in values] if readable else None
 
 
 class Answers:
-    """Answers on disk, one JSON object a line, appended and flushed one by one. One process at a time may write."""
+    """Answers on disk, one JSON object per line, appended and flushed one by one. One process at a time may write."""
 
     def __init__(self, path: str | Path | None, read_only: bool = False) -> None:
         """Open a file; in memory alone without a path.
@@ -288,84 +258,71 @@ class Answers:
         Raises:
             UserError: another process writes to it, or it is damaged before its last line.
         """
-        self.path = Path(path) if path is not None else None
-        self._known: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
-        self._handle: Any = None
-        if self.path is None:
+        self._file: BinaryIO | None = None
+        if path is None:
             return
-        if read_only and not self.path.is_file():
-            raise UserError(f"There are no recorded answers at {self.path}; give the answers.jsonl of an earlier run.")
+        path = Path(path)
         if not read_only:
-            self._open()
-        if self.path.is_file():
-            self._read()
-
-    def _open(self) -> None:
-        from filelock import FileLock, Timeout
-
-        assert self.path is not None
-        store.require_writable(self.path.parent)
-        self._file_lock = FileLock(f"{self.path}.lock")
-        try:
-            self._file_lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"Another run is writing to {self.path}; wait for it, or choose another folder.") from error
-        if self.path.is_file():
-            # A killed run can leave half a line at the end.
-            content = self.path.read_bytes()
-            if not content.endswith(b"\n"):
-                store.write_bytes(self.path, content[: content.rfind(b"\n") + 1])
-        self._handle = open(self.path, "ab")  # noqa: SIM115
-
-    def _read(self) -> None:
-        assert self.path is not None
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
+            self._open(path)
+        elif not path.is_file():
+            raise UserError(f"There are no recorded answers at {path}; give the answers.jsonl of an earlier run.")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 record = json.loads(line)
-                self._known[record["key"]] = record
+                self.records[record["key"]] = record
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"Line {number} of {self.path} is damaged; delete that line.") from error
+                raise UserError(f"Line {number} of {path} is damaged; delete that line.") from error
+
+    def _open(self, path: Path) -> None:
+        store.require_writable(path.parent)
+        self._file_lock = filelock.FileLock(f"{path}.lock")
+        try:
+            self._file_lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UserError(f"Another run is writing to {path}; wait for it, or choose another folder.") from error
+        content = path.read_bytes() if path.is_file() else b""
+        if not content.endswith(b"\n"):  # a killed run can leave half a line at the end
+            store.write_bytes(path, content[: content.rfind(b"\n") + 1])
+        self._file = open(path, "ab")  # noqa: SIM115
 
     def close(self) -> None:
         """Let other processes write."""
-        if self._handle is not None:
-            self._handle.close()
-            self._handle = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
             self._file_lock.release()
 
     def get(self, key: str) -> str | None:
-        """The answer kept under a key."""
-        with self._lock:
-            record = self._known.get(key)
+        """The answer stored under a key."""
+        record = self.records.get(key)
         return None if record is None else str(record["answer"])
 
     def put(self, key: str, answer: str, **facts: Any) -> None:
-        """Keep an answer: it is on the disk when this returns."""
+        """Store an answer: it is on the disk when this returns."""
         record = {"key": key, "answer": answer, **facts}
         with self._lock:
-            self._known[key] = record
-            if self._handle is not None:
-                self._handle.write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
-                self._handle.flush()
-                os.fsync(self._handle.fileno())
+            self.records[key] = record
+            if self._file is not None:
+                self._file.write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self.records)
 
 
 class TextJudge(Judge):
     """What judges that read prompts share: how questions are put and answers read, and the file of answers."""
 
     one_by_one = False
-    """Whether each text is a question of its own, answered with a probability; else up to PER_CALL texts, answered with a JSON list."""
+    """Whether each text is a question of its own, answered by a probability; else up to PER_CALL, by a JSON list."""
 
     def __init__(self, model: str, answers: Answers) -> None:
         super().__init__()
         self.name = self.model = model
         self.answers = answers
-        self.calls = 0
-        self._count = threading.Lock()
 
     def key(self, request: Request) -> str:
         """Hash of model, prompt and parameters."""
@@ -377,130 +334,100 @@ class TextJudge(Judge):
     def complete(self, request: Request) -> str:
         """Ask the model. An empty text stands for a refusal."""
 
-    def complete_all(self, requests: Sequence[Request]) -> list[str]:
-        """Ask several questions, whose answers are kept one by one."""
-        return [self._kept(request, self.complete(request)) for request in requests]
+    def complete_all(self, requests: Sequence[Request]) -> None:
+        """Ask several questions, and store their answers one by one."""
+        for request in requests:
+            self.put(request, self.complete(request))
 
-    def _kept(self, request: Request, answer: str) -> str:
+    def put(self, request: Request, answer: str) -> None:
+        """Store an answer."""
         self.answers.put(self.key(request), answer, kind=request.kind, model=self.model)
-        with self._count:
-            self.calls += 1
-        return answer
+        self.tally.add(calls=1)
 
     def ask(self, requests: Sequence[Request]) -> list[str]:
         """Answers to questions, from the file where they are there."""
         answers = {request: self.answers.get(self.key(request)) for request in requests}
         missing = [request for request, answer in answers.items() if answer is None]
-        answers |= dict(zip(missing, self.complete_all(missing), strict=True))
+        self.complete_all(missing)
+        answers |= {request: str(self.answers.records[self.key(request)]["answer"]) for request in missing}
         return [str(answers[request]) for request in requests]
 
-    def explain(self, unit: UnitExamples, strings: Mapping[int, str]) -> Explanation | None:
-        """See `Judge.explain`."""
-        text = parse_explanation(self.ask([explain_request(unit, strings)])[0])
+    @override
+    def explain(self, unit: UnitExamples) -> Explanation | None:
+        text = parse_explanation(self.ask([explain_request(unit)])[0])
         self.tally.add(1, int(text is None))
         return None if text is None else Explanation(text)
 
-    def _verdicts(self, kind: str, explanation: Explanation, texts: Sequence[str]) -> np.ndarray:
-        if self.one_by_one:
-            return self._probabilities(kind, explanation, texts)
-        pieces = [texts[first : first + PER_CALL] for first in range(0, len(texts), PER_CALL)]
-        answers = self.ask([verdict_request(kind, explanation.text, some) for some in pieces])
-        verdicts: list[float] = []
-        for some, answer in zip(pieces, answers, strict=True):
-            values = parse_numbers(answer, len(some), 1)
-            self.tally.add(1, int(values is None))
-            verdicts += values or [math.nan] * len(some)
-        return np.array(verdicts)
+    def _numbers(self, answer: str, n: int, highest: int) -> list[float]:
+        values = parse_numbers(f"[{answer}]" if self.one_by_one else answer, n, highest)
+        self.tally.add(1, int(values is None))
+        return [math.nan] * n if values is None else values
 
-    def _probabilities(self, kind: str, explanation: Explanation, texts: Sequence[str]) -> np.ndarray:
-        """Probabilities of yes, measured from the answer to a text without content (Zhao et al.
+    @override
+    def verdicts(self, explanation: Explanation, windows: Windows, marks: np.ndarray | None = None) -> np.ndarray:
+        kind = "detection" if marks is None else "fuzzing"
+        texts = [windows.marked(row, None if marks is None else marks[row]) for row in range(len(windows))]
+        return self.verdicts_on(kind, explanation.text, texts)
 
-        2021, "Calibrate before use").
+    def verdicts_on(self, kind: str, explanation: str, texts: Sequence[str]) -> np.ndarray:
+        """Verdicts of one scorer on texts, [n].
+
+        Probabilities are measured from the answer to a text without content (Zhao et al. 2021, "Calibrate before use").
         """
-        asked = [render(f"{kind}_one", 1, explanation=explanation.text, text=text) for text in (*texts, "N/A")]
-        values = [parse_numbers(f"[{answer}]", 1, 1) for answer in self.ask(asked)]
-        self.tally.add(len(texts), sum(value is None for value in values[:-1]))
-        p = np.clip([math.nan if value is None else value[0] for value in values], 1e-6, 1 - 1e-6)
+        if not self.one_by_one:
+            chunks = [texts[first : first + PER_CALL] for first in range(0, len(texts), PER_CALL)]
+            answers = self.ask([verdict_request(kind, explanation, chunk) for chunk in chunks])
+            lists = [self._numbers(answer, len(chunk), 1) for chunk, answer in zip(chunks, answers, strict=True)]
+            return np.concatenate(lists)
+        requests = [render(f"{kind}_one", 1, explanation=explanation, text=text) for text in (*texts, "N/A")]
+        *answers, contentless = self.ask(requests)
+        values = [self._numbers(answer, 1, 1)[0] for answer in answers]
+        values += parse_numbers(f"[{contentless}]", 1, 1) or [math.nan]
+        p = np.clip(values, 1e-6, 1 - 1e-6)
         logits = np.log(p / (1 - p))
         return 1 / (1 + np.exp(logits[-1] - logits[:-1]))
 
-    def detect(self, explanation: Explanation, windows: Windows, strings: Mapping[int, str]) -> np.ndarray:
-        """See `Judge.detect`."""
-        return self._verdicts("detection", explanation, [windows.marked(row, strings) for row in range(len(windows))])
-
-    def fuzz(
-        self, explanation: Explanation, windows: Windows, marks: np.ndarray, strings: Mapping[int, str]
-    ) -> np.ndarray:
-        """See `Judge.fuzz`."""
-        return self._verdicts(
-            "fuzzing", explanation, [windows.marked(row, strings, marks[row]) for row in range(len(windows))]
-        )
-
-    def simulate(self, explanation: Explanation, windows: Windows, strings: Mapping[int, str]) -> np.ndarray:
-        """See `Judge.simulate`."""
-        result = np.full((len(windows), WIDTH), math.nan)
-        pieces = [windows.pieces(row, strings) for row in range(len(windows))]
-        answers = self.ask([simulation_request(explanation.text, some, self.one_by_one) for some in pieces])
-        for row, (some, answer) in enumerate(zip(pieces, answers, strict=True)):
-            values = parse_numbers(f"[{answer}]" if self.one_by_one else answer, len(some), 10)
-            self.tally.add(1, int(values is None))
-            if values is not None:
-                result[row] = 0
-                result[row, : len(some)] = np.array(values) / 10
+    @override
+    def simulate(self, explanation: Explanation, windows: Windows) -> np.ndarray:
+        pieces = [windows.pieces(row) for row in range(len(windows))]
+        kind = "simulation_one" if self.one_by_one else "simulation"
+        answers = self.ask([simulation_request(explanation.text, row, kind) for row in pieces])
+        result = np.zeros((len(windows), WIDTH))
+        for row, answer in enumerate(answers):
+            values = self._numbers(answer, len(pieces[row]), 10)
+            result[row, : len(values)] = np.array(values) / 10
         return result
-
-
-def verdict_request(kind: str, explanation: str, texts: Sequence[str]) -> Request:
-    """The question of the detection or fuzzing scorer about some texts."""
-    return render(kind, 12 + 4 * len(texts), explanation=explanation, n=len(texts), texts=_numbered(texts))
-
-
-def simulation_request(explanation: str, pieces: Sequence[str], one_by_one: bool = False) -> Request:
-    """The question of the simulation scorer about one text."""
-    listed = "\n".join(json.dumps(piece, ensure_ascii=False) for piece in pieces)
-    kind = "simulation_one" if one_by_one else "simulation"
-    return render(kind, 12 + 4 * len(pieces), explanation=explanation, n=len(pieces), tokens=listed)
 
 
 class ReplayJudge(TextJudge):
     """Answers recorded by another judge; asks nobody."""
 
     def __init__(self, recording: str | Path, model: str | None = None) -> None:
-        """Read a recording.
-
-        Args:
-            recording: the answers.jsonl of a run.
-            model: whose answers to repeat, when several models are in it.
+        """Read the answers.jsonl of a run; `model` says whose answers to repeat, when several models are in it.
 
         Raises:
-            UserError: the file is missing or damaged, or holds other models than that one.
+            UserError: the file is missing or damaged, or holds several models and none of them is named.
         """
         answers = Answers(recording, read_only=True)
-        models = sorted({str(record["model"]) for record in answers._known.values()})
+        models = sorted({str(record["model"]) for record in answers.records.values()})
         if model is None and len(models) != 1:
             raise UserError(
                 f"{recording} holds answers of {len(models)} models ({', '.join(models)}); name one of them."
             )
         super().__init__(model or models[0], answers)
         self.name = f"{self.model} (replayed)"
-        self.one_by_one = any(
-            str(record["kind"]).endswith("_one") for record in answers._known.values() if record["model"] == self.model
-        )
+        kinds = {str(record["kind"]) for record in answers.records.values() if record["model"] == self.model}
+        self.one_by_one = any(kind.endswith("_one") for kind in kinds)
 
+    @override
     def complete(self, request: Request) -> str:
-        """See `TextJudge.complete`.
-
-        Raises:
-            UserError: always; what is not recorded cannot be answered.
-        """
         raise UserError(
-            f"The recording has no answer to a question of the {request.kind} stage; use the settings that it was made with."
+            f"The recording has no answer to a question of the {request.kind} stage; "
+            "use the settings that it was made with."
         )
 
 
 # ---- local
-
-_YES, _NO = ("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no")
 
 
 class LocalJudge(TextJudge):
@@ -512,29 +439,29 @@ class LocalJudge(TextJudge):
     one_by_one = True
 
     def __init__(self, model: LanguageModel, answers: Answers, batch_size: int = 16) -> None:
-        """Wrap a language model.
-
-        Args:
-            model: any causal model; one with a chat template is asked through it.
-            answers: where answers are kept.
-            batch_size: texts in one forward pass.
+        """Wrap any causal model; one with a chat template is asked through it. `batch_size` texts run at a time.
 
         Raises:
             UserError: its tokenizer has no token for "yes" or "no".
         """
         super().__init__(f"{model.name} {model.fingerprint[:8]}", answers)
         self.language_model, self.batch_size = model, batch_size
-        self._yes, self._no = (self._single(words) for words in (_YES, _NO))
+        self._yes, self._no = (
+            self._single((word, word.lower(), f" {word}", f" {word.lower()}")) for word in ("Yes", "No")
+        )
         self._digits = [self._single((str(digit),))[0] for digit in range(10)]
 
     def _single(self, words: Sequence[str]) -> list[int]:
-        encoded = [self.language_model.tokenizer.encode(word, add_special_tokens=False) for word in words]
-        ids = sorted({ids[0] for ids in encoded if len(ids) == 1})
+        """Those of some words that are one token."""
+        ids = sorted({ids[0] for ids in map(self._ids, words) if len(ids) == 1})
         if not ids:
             raise UserError(
                 f"{self.language_model.name} has no single token for {words[0]!r}; use another model as judge."
             )
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.language_model.tokenizer.encode(text, add_special_tokens=False))
 
     def prompt(self, request: Request) -> str:
         """The text that the model reads."""
@@ -544,88 +471,69 @@ class LocalJudge(TextJudge):
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         return "\n\n".join(text for _, text in request.messages) + "\n\nAnswer:"
 
+    @override
     def complete(self, request: Request) -> str:
-        """See `TextJudge.complete`."""
         return self._generated(request) if request.kind == "explain" else self._simulated(request)
 
-    def complete_all(self, requests: Sequence[Request]) -> list[str]:
-        """See `TextJudge.complete_all`."""
+    @override
+    def complete_all(self, requests: Sequence[Request]) -> None:
         if not all(request.kind in ("detection_one", "fuzzing_one") for request in requests):
             return super().complete_all(requests)
-        answers: list[str] = []
         for first in range(0, len(requests), self.batch_size):
-            some = requests[first : first + self.batch_size]
-            answers += [self._kept(*pair) for pair in zip(some, self._decided(some), strict=True)]
-        return answers
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.language_model.tokenizer.encode(text, add_special_tokens=False))
+            batch = requests[first : first + self.batch_size]
+            for request, probability in zip(batch, self._probabilities(batch), strict=True):
+                self.put(request, f"{probability:.6f}")
+        return None
 
     def _generated(self, request: Request) -> str:
-        import torch
-
-        ids = torch.tensor([self._ids(self.prompt(request) + "EXPLANATION:")], device=self.language_model.device)
-        if ids.shape[1] + request.max_tokens > self.language_model.context_length:
+        model = self.language_model
+        ids = torch.tensor([self._ids(self.prompt(request) + "EXPLANATION:")], device=model.device)
+        if ids.shape[1] + request.max_tokens > model.context_length:
             return ""
-        made = self.language_model.model.generate(
+        generated = model.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=request.max_tokens,
             do_sample=False,
             pad_token_id=0,
         )
-        text = str(self.language_model.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        text = str(model.tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
         return "EXPLANATION: " + (text.strip().splitlines() or [""])[0]
 
-    def _decided(self, requests: Sequence[Request]) -> list[str]:
-        """Probability of yes among yes and no. What all prompts begin with is computed once."""
-        import torch
-
-        prompts = [self._ids(self.prompt(request)) for request in requests]
-        shared = min(_common(prompts), min(len(ids) for ids in prompts) - 1)
+    @torch.no_grad()
+    def _probabilities(self, requests: Sequence[Request]) -> list[float]:
+        """Of yes among yes and no. What all prompts begin with is computed once."""
         model, device = self.language_model.model, self.language_model.device
+        prompts = [self._ids(self.prompt(request)) for request in requests]
+        shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
         tails = [ids[shared:] for ids in prompts]
-        width = max(len(ids) for ids in tails)
+        width = max(map(len, tails))
         batch = torch.tensor([ids + [0] * (width - len(ids)) for ids in tails], device=device)
-        with torch.no_grad():
-            past = None
-            if shared:
-                prefix = torch.tensor([prompts[0][:shared]], device=device)
-                past = model.base_model(input_ids=prefix, use_cache=True).past_key_values
-                past.batch_repeat_interleave(len(tails))
-            hidden = model.base_model(
-                input_ids=batch, past_key_values=past, use_cache=past is not None
-            ).last_hidden_state
-            last = hidden[torch.arange(len(tails)), [len(ids) - 1 for ids in tails]]
-            logits = model.get_output_embeddings()(last).float()
+        past = None
+        if shared:
+            prefix = torch.tensor([prompts[0][:shared]], device=device)
+            past = model.base_model(input_ids=prefix, use_cache=True).past_key_values
+            past.batch_repeat_interleave(len(tails))
+        outputs = model.base_model(input_ids=batch, past_key_values=past, use_cache=past is not None)
+        last = outputs.last_hidden_state[torch.arange(len(tails)), [len(ids) - 1 for ids in tails]]
+        logits = model.get_output_embeddings()(last).float()
         yes, no = (logits[:, ids].logsumexp(dim=1) for ids in (self._yes, self._no))
-        return [f"{p:.6f}" for p in (yes - no).sigmoid().tolist()]
+        return (yes - no).sigmoid().tolist()
 
+    @torch.no_grad()
     def _simulated(self, request: Request) -> str:
-        """Expected digit behind each token: all lines are read at once, with a question mark in place of every number."""
-        import torch
-
-        head, listed = self.prompt(request), request.messages[1][1].rpartition("one token a line:")[2]
-        ids, places = self._ids(head), []
-        for piece in listed.strip("\n").split("\n"):
+        """Expected digit behind each token: all lines are read at once, a question mark in place of every number."""
+        model = self.language_model.model
+        ids, places = self._ids(self.prompt(request)), []
+        for piece in request.messages[1][1].rpartition("one token a line:")[2].strip("\n").split("\n"):
             ids += self._ids(f"{piece}\t")
             places.append(len(ids) - 1)
             ids += self._ids("?\n")
-        with torch.no_grad():
-            hidden = self.language_model.model.base_model(
-                input_ids=torch.tensor([ids], device=self.language_model.device)
-            ).last_hidden_state
-            logits = self.language_model.model.get_output_embeddings()(hidden[0, places]).float()[:, self._digits]
+        inputs = torch.tensor([ids], device=self.language_model.device)
+        hidden = model.base_model(input_ids=inputs).last_hidden_state[0, places]
+        logits = model.get_output_embeddings()(hidden).float()[:, self._digits]
         expected = logits.softmax(dim=1) @ torch.arange(10.0, device=logits.device)
         return ", ".join(f"{value:.3f}" for value in expected.tolist())
-
-
-def _common(lists: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common beginning."""
-    for place, column in enumerate(zip(*lists, strict=False)):
-        if len(set(column)) > 1:
-            return place
-    return min(len(one) for one in lists)
 
 
 # ---- openai
@@ -661,17 +569,13 @@ class OpenAIJudge(TextJudge):
     """
 
     def __init__(self, model: str, answers: Answers, concurrency: int = 4, retries: Retries | None = None) -> None:
-        """Read the environment; nothing is sent yet.
-
-        Args:
-            model: name that the server knows.
-            answers: where answers are stored.
-            concurrency: questions in flight at a time, at most.
-            retries: when and how often a question is asked again.
+        """Read the environment; nothing is sent yet. At most `concurrency` questions are in flight at a time.
 
         Raises:
             UserError: $OPENAI_API_KEY or $OPENAI_BASE_URL is missing or not usable.
         """
+        import httpx  # drawing a random number, which no import of the package does
+
         super().__init__(model, answers)
         self.concurrency, self.retries = concurrency, retries or Retries()
         key, base = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL", "").strip()
@@ -740,6 +644,8 @@ class OpenAIJudge(TextJudge):
         raise _Unanswered(f"HTTP status {status}", retry_after)
 
     def _post(self, request: Request, limit_name: str) -> httpx.Response:
+        import httpx
+
         content = {
             "model": self.model,
             "messages": [{"role": role, "content": text} for role, text in request.messages],

@@ -19,12 +19,11 @@ import functools
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from lorsa_utils.autointerp.examples import WIDTH, Windows
+from lorsa_utils.autointerp.examples import WIDTH, Corpus, Windows
 
 RECENT = 8
 """Tokens before the current one that "shortly before" means."""
@@ -34,77 +33,91 @@ COST = 0.01
 """Rise of the objective that each condition has to bring."""
 BEAM = 20
 CAUTION = (1.0, 1.5, 2.0)
-"""Standard errors by which a term of one, two or three conditions must be better than nothing: there are many more of the long ones."""
+"""Standard errors by which a term of one, two or three conditions must beat nothing: long ones are many."""
 
 
 # ---- classes of tokens
 
+Test = Callable[[str, str], bool]
+"""Of a token's text, and the same without the white space around it."""
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+
+def _word_of(words: str) -> Test:
+    known = frozenset(words.split())
+    return lambda text, word: word.lower() in known
 
 
-_DETERMINERS = _words("a an the this that these those each every some any no all both")
-_PREPOSITIONS = _words(
-    "of in to for with on at by from as into about between through over under after before during against within without"
-)
-_PRONOUNS = _words("he she it they we you i him her them us me his its their our your my who whom whose")
-_AUXILIARIES = _words(
-    "is are was were be been being has have had do does did will would can could may might shall should must"
-)
-_CONJUNCTIONS = _words("and or but nor so because although while if when where than that which")
-_CALENDAR = _words(
-    "january february march april may june july august september october november december "
-    "monday tuesday wednesday thursday friday saturday sunday century year years day days month months"
-)
-_NUMERALS = _words(
-    "one two three four five six seven eight nine ten hundred thousand million billion first second third"
-)
+def _ends_in(ending: str) -> Test:
+    return lambda text, word: len(word) > len(ending) and text.endswith(ending)
 
-Test = Callable[[str], bool]
 
 SHAPES: dict[str, tuple[str, Test]] = {
-    "digit": ("a digit", lambda s: s.strip().isdigit()),
-    "numeral": ("a number word", lambda s: s.strip().lower() in _NUMERALS),
-    "capitalised": ("a capitalised word", lambda s: s.strip()[:1].isupper() and s.strip()[1:].islower()),
-    "upper": ("a word in capitals", lambda s: len(s.strip()) > 1 and s.strip().isalpha() and s.isupper()),
-    "letter": ("a single letter", lambda s: len(s.strip()) == 1 and s.strip().isalpha()),
+    "digit": ("a digit", lambda text, word: word.isdigit()),
+    "numeral": (
+        "a number word",
+        _word_of(
+            "one two three four five six seven eight nine ten hundred thousand million billion first second third"
+        ),
+    ),
+    "capitalised": ("a capitalised word", lambda text, word: word[:1].isupper() and word[1:].islower()),
+    "upper": ("a word in capitals", lambda text, word: len(word) > 1 and word.isalpha() and text.isupper()),
+    "letter": ("a single letter", lambda text, word: len(word) == 1 and word.isalpha()),
     "word": (
         "the beginning of a lower-case word",
-        lambda s: s[:1] == " " and len(s) > 1 and s[1:].isalpha() and s[1:].islower(),
+        lambda text, word: text[:1] == " " and text[1:].isalpha() and text[1:].islower(),
     ),
-    "piece": ("a later piece of a word", lambda s: s[:1].isalpha()),
-    "short piece": ("a later piece of a word, of at most two letters", lambda s: s.isalpha() and len(s) < 3),
-    "long": ("a word of eight letters or more", lambda s: s.strip().isalpha() and len(s.strip()) > 7),
-    "punctuation": (
-        "a punctuation mark",
-        lambda s: bool(s.strip()) and all(c in string.punctuation for c in s.strip()),
+    "piece": ("a later piece of a word", lambda text, word: text[:1].isalpha()),
+    "short piece": (
+        "a later piece of a word, of at most two letters",
+        lambda text, word: text.isalpha() and len(text) < 3,
     ),
-    "sentence end": ("the end of a sentence", lambda s: s.strip()[-1:] in (".", "!", "?") and s.strip()[-1:] != ""),
-    "opening": ("an opening bracket", lambda s: s.strip()[-1:] in tuple("([{") and s.strip() != ""),
-    "closing": ("a closing bracket", lambda s: s.strip()[:1] in tuple(")]}") and s.strip() != ""),
-    "quote": ("a quotation mark", lambda s: any(c in s for c in "\"'`“”‘’")),
-    "dash": ("a dash or hyphen", lambda s: s.strip() in ("-", "–", "—", "--")),
-    "newline": ("a line break", lambda s: "\n" in s),
-    "space": ("white space", lambda s: s != "" and not s.strip()),
-    "symbol": ("a mathematical sign", lambda s: s.strip() != "" and all(c in "+-*/=<>^|&%~" for c in s.strip())),
-    "underscore": ("an underscore", lambda s: "_" in s),
-    "not ascii": ("a character outside ASCII", lambda s: not s.isascii()),
-    "determiner": ("a determiner", lambda s: s.strip().lower() in _DETERMINERS),
-    "preposition": ("a preposition", lambda s: s.strip().lower() in _PREPOSITIONS),
-    "pronoun": ("a pronoun", lambda s: s.strip().lower() in _PRONOUNS),
-    "auxiliary": ("an auxiliary verb", lambda s: s.strip().lower() in _AUXILIARIES),
-    "conjunction": ("a conjunction", lambda s: s.strip().lower() in _CONJUNCTIONS),
-    "calendar": ("a word of dates", lambda s: s.strip().lower() in _CALENDAR),
+    "long": ("a word of eight letters or more", lambda text, word: word.isalpha() and len(word) > 7),
+    "punctuation": ("a punctuation mark", lambda text, word: bool(word) and set(word) <= set(string.punctuation)),
+    "sentence end": ("the end of a sentence", lambda text, word: word[-1:] in (".", "!", "?")),
+    "opening": ("an opening bracket", lambda text, word: word[-1:] in ("(", "[", "{")),
+    "closing": ("a closing bracket", lambda text, word: word[:1] in (")", "]", "}")),
+    "quote": ("a quotation mark", lambda text, word: bool(set(text) & set("\"'`“”‘’"))),
+    "dash": ("a dash or hyphen", lambda text, word: word in ("-", "–", "—", "--")),
+    "newline": ("a line break", lambda text, word: "\n" in text),
+    "space": ("white space", lambda text, word: text.isspace()),
+    "symbol": ("a mathematical sign", lambda text, word: bool(word) and set(word) <= set("+-*/=<>^|&%~")),
+    "underscore": ("an underscore", lambda text, word: "_" in text),
+    "not ascii": ("a character outside ASCII", lambda text, word: not text.isascii()),
+    "determiner": ("a determiner", _word_of("a an the this that these those each every some any no all both")),
+    "preposition": (
+        "a preposition",
+        _word_of(
+            "of in to for with on at by from as into about between through over under after before during against "
+            "within without"
+        ),
+    ),
+    "pronoun": (
+        "a pronoun",
+        _word_of("he she it they we you i him her them us me his its their our your my who whom whose"),
+    ),
+    "auxiliary": (
+        "an auxiliary verb",
+        _word_of(
+            "is are was were be been being has have had do does did will would can could may might shall should must"
+        ),
+    ),
+    "conjunction": (
+        "a conjunction",
+        _word_of("and or but nor so because although while if when where than that which"),
+    ),
+    "calendar": (
+        "a word of dates",
+        _word_of(
+            "january february march april may june july august september october november december monday tuesday "
+            "wednesday thursday friday saturday sunday century year years day days month months"
+        ),
+    ),
     **{
-        f"-{ending}": (
-            f"a piece that ends in -{ending}",
-            functools.partial(lambda end, s: len(s.strip()) > len(end) and s.endswith(end), ending),
-        )
+        f"-{ending}": (f"a piece that ends in -{ending}", _ends_in(ending))
         for ending in ("ing", "ed", "s", "ly", "ion", "er", "al", "y", "e")
     },
 }
-"""Class to its name for people and its test on the text of a token."""
+"""Classes of tokens: their names in English, and their tests."""
 
 _SHAPE_NAMES = tuple(SHAPES)
 
@@ -120,7 +133,9 @@ STATES = {
 }
 """Conditions on a token's place, and how they read behind its noun."""
 
-RELATIONS = ("token", "previous", "next", "two back", "recent", "earlier")
+_OFFSETS = {"token": 0, "previous": 1, "next": -1, "two back": 2}
+_REACH = {"recent": RECENT, "earlier": WIDTH}
+RELATIONS = (*_OFFSETS, *_REACH)
 
 
 class Condition(NamedTuple):
@@ -140,257 +155,209 @@ class Term(NamedTuple):
     """Mean activation, over the unit's largest, at the tokens where they held in learning."""
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """Holds at a token where one of its terms does."""
 
     terms: tuple[Term, ...]
 
 
-class Lexicon:
-    """Which classes every token of a text belongs to."""
-
-    def __init__(self, strings: Mapping[int, str]) -> None:
-        self.strings = strings
-        # Row -1 stands for "no token" and belongs to no class.
-        self.table = np.zeros((max(strings, default=0) + 2, len(_SHAPE_NAMES)), dtype=bool)
-        for token, text in strings.items():
-            self.table[token] = [test(text) for _, test in SHAPES.values()]
-
-    def classes(self, tokens: np.ndarray) -> np.ndarray:
-        """[...] token ids (-1 for none) to [..., n_classes] bool."""
-        return self.table[tokens]
+@functools.lru_cache(maxsize=16)
+def token_classes(corpus: Corpus) -> np.ndarray:
+    """Which of `SHAPES` every token id is, bool [n_ids + 1, n_classes]; the last row is for id -1, no token."""
+    table = np.zeros((max(corpus.strings, default=0) + 2, len(SHAPES)), dtype=bool)
+    for token, text in corpus.strings.items():
+        table[token] = [test(text, text.strip()) for _, test in SHAPES.values()]
+    return table
 
 
 # ---- conditions
 
 
-def _shifted(tokens: np.ndarray, by: int) -> np.ndarray:
-    """Tokens moved right by `by` columns (left when negative), -1 where nothing is known."""
-    result = np.full_like(tokens, -1)
-    if by > 0:
-        result[:, by:] = tokens[:, :-by]
-    else:
-        result[:, :by] = tokens[:, -by:]
+def _shifted(values: np.ndarray, by: int, fill: int | bool) -> np.ndarray:
+    """Values [n, WIDTH, ...] moved right by `by` columns (left when negative)."""
+    result = np.roll(values, by, axis=1)
+    result[:, : max(by, 0)] = fill
+    result[:, values.shape[1] + min(by, 0) :] = fill
     return result
 
 
-def _earlier(holds: np.ndarray, reach: int) -> np.ndarray:
-    """Whether `holds` [n, WIDTH, ...] was true in one of the `reach` columns before each column."""
+def _related(where: str, holds: np.ndarray) -> np.ndarray:
+    """Of what `holds` at tokens, where it does so at those that stand in a relation: [n, WIDTH, ...] to the same."""
+    if where in _OFFSETS:
+        return _shifted(holds, _OFFSETS[where], False)
     count = np.zeros((holds.shape[0], holds.shape[1] + 1, *holds.shape[2:]), dtype=np.int16)
     np.cumsum(holds, axis=1, out=count[:, 1:])
     columns = np.arange(holds.shape[1])
-    return count[:, columns] > count[:, np.maximum(columns - reach, 0)]
-
-
-def _repeats(tokens: np.ndarray) -> np.ndarray:
-    """Column of the last earlier occurrence of each token in its window, -1 where there is none: [n, WIDTH]."""
-    columns = np.arange(tokens.shape[1])
-    same = (tokens[:, :, None] == tokens[:, None, :]) & (columns[:, None] > columns) & (tokens[:, :, None] >= 0)
-    return np.where(same, columns, -1).max(axis=2)
+    return count[:, columns] > count[:, np.maximum(columns - _REACH[where], 0)]
 
 
 def _inside(opening: np.ndarray, closing: np.ndarray) -> np.ndarray:
     """Columns behind an opening mark that is not closed yet."""
-    depth = np.zeros(opening.shape, dtype=bool)
-    open_now = np.zeros(len(opening), dtype=bool)
+    result = np.zeros(opening.shape, dtype=bool)
+    is_open = np.zeros(len(opening), dtype=bool)
     for column in range(opening.shape[1]):
-        open_now = open_now & ~closing[:, column]
-        depth[:, column] = open_now
-        open_now = open_now | opening[:, column]
-    return depth
-
-
-def _states(windows: Windows, lexicon: Lexicon) -> dict[str, np.ndarray]:
-    """Every state, bool [n, WIDTH]."""
-    tokens = windows.tokens
-    before = _repeats(tokens)
-    rows = np.arange(len(tokens))[:, None]
-    following = np.where(before >= 0, tokens[rows, np.minimum(before + 1, tokens.shape[1] - 1)], -1)
-    real = tokens >= 0
-    next_same = real & (before >= 0) & (following == _shifted(tokens, -1)) & (following >= 0)
-    shapes = lexicon.classes(tokens)
-    opening, closing, quote = (shapes[..., _SHAPE_NAMES.index(name)] for name in ("opening", "closing", "quote"))
-    odd = (np.cumsum(quote, axis=1) - quote) % 2 == 1
-    columns = np.arange(tokens.shape[1])
-    starts = windows.opens[:, None] & real
-    return {
-        "repeated": before >= 0,
-        "after repeated": (_shifted(before + 1, 1) > 0) & real,
-        "same as then": _shift_bool(next_same),
-        "before same": next_same,
-        "in brackets": _inside(opening, closing) & real,
-        "in quotes": odd & real & ~quote,
-        "first": starts & (columns == 0),
-        "beginning": starts & (columns < 8),
-    }
-
-
-def _shift_bool(holds: np.ndarray) -> np.ndarray:
-    result = np.zeros_like(holds)
-    result[:, 1:] = holds[:, :-1]
+        is_open = is_open & ~closing[:, column]
+        result[:, column] = is_open
+        is_open = is_open | opening[:, column]
     return result
 
 
 class _View:
-    """Windows, and whatever conditions ask about them, computed once."""
+    """Windows, and what conditions ask about them."""
 
-    def __init__(self, windows: Windows, lexicon: Lexicon) -> None:
-        self.windows, self.lexicon = windows, lexicon
-        self.tokens = windows.tokens
+    def __init__(self, windows: Windows) -> None:
+        self.windows, self.tokens = windows, windows.tokens
         self.real = self.tokens >= 0
+        self.classes = token_classes(windows.corpus)[self.tokens]
 
     @functools.cached_property
     def states(self) -> dict[str, np.ndarray]:
-        return _states(self.windows, self.lexicon)
-
-    @functools.cached_property
-    def moved(self) -> dict[str, np.ndarray]:
-        return {name: _shifted(self.tokens, by) if by else self.tokens for name, by in _OFFSETS.items()}
-
-    def shapes(self, where: str) -> np.ndarray:
-        """All classes in one relation, bool [n, WIDTH, n_classes]."""
-        if where in _REACH:
-            return _earlier(self.lexicon.classes(self.tokens), _REACH[where])
-        return self.lexicon.classes(self.moved[where])
-
-    def token(self, where: str, tokens: np.ndarray) -> np.ndarray:
-        """Some token ids [m] in one relation, bool [n, WIDTH, m]."""
-        if where in _REACH:
-            return _earlier(self.tokens[..., None] == tokens, _REACH[where])
-        return self.moved[where][..., None] == tokens
+        """Every one of `STATES`, bool [n, WIDTH]."""
+        tokens, real, columns = self.tokens, self.real, np.arange(WIDTH)
+        same = (tokens[:, :, None] == tokens[:, None, :]) & (columns[:, None] > columns) & real[:, :, None]
+        before = np.where(same, columns, -1).max(axis=2)  # the last earlier occurrence
+        repeated = before >= 0
+        after_it = np.take_along_axis(tokens, np.minimum(before + 1, WIDTH - 1), axis=1)
+        next_same = repeated & (after_it >= 0) & (after_it == _shifted(tokens, -1, -1))
+        opening, closing, quote = (
+            self.classes[..., _SHAPE_NAMES.index(name)] for name in ("opening", "closing", "quote")
+        )
+        starts = self.windows.opens[:, None] & real
+        return {
+            "repeated": repeated,
+            "after repeated": _shifted(repeated, 1, False) & real,
+            "same as then": _shifted(next_same, 1, False),
+            "before same": next_same,
+            "in brackets": _inside(opening, closing) & real,
+            "in quotes": ((np.cumsum(quote, axis=1) - quote) % 2 == 1) & real & ~quote,
+            "first": starts & (columns == 0),
+            "beginning": starts & (columns < 8),
+        }
 
     def holds(self, condition: Condition) -> np.ndarray:
-        """One condition, bool [n, WIDTH]."""
+        """Bool [n, WIDTH]."""
         where, what = condition
         if where == "state":
             return self.states[str(what)]
-        if isinstance(what, str):
-            column = _SHAPE_NAMES.index(what)
-            here = self.lexicon.classes(self.tokens if where in _REACH else self.moved[where])[..., column]
-            found = _earlier(here, _REACH[where]) if where in _REACH else here
+        here = self.classes[..., _SHAPE_NAMES.index(what)] if isinstance(what, str) else self.tokens == what
+        return _related(where, here) & self.real
+
+    def candidates(self) -> tuple[list[Condition], np.ndarray]:
+        """Conditions worth trying for one unit, and where each holds, bool [n, WIDTH, n_conditions]."""
+        conditions: list[Condition] = []
+        holds = []
+        for where, n in _TRIED.items():
+            tokens = self._frequent_tokens(where, n)
+            conditions += [Condition(where, token) for token in tokens]
+            holds.append(_related(where, self.tokens[..., None] == np.array(tokens, dtype=np.int64)))
+            if where in ("token", "previous", "next", "recent"):
+                conditions += [Condition(where, name) for name in _SHAPE_NAMES]
+                holds.append(_related(where, self.classes))
+        conditions += [Condition("state", name) for name in self.states]
+        holds.append(np.stack(list(self.states.values()), axis=2))
+        return conditions, np.concatenate(holds, axis=2) & self.real[..., None]
+
+    def _frequent_tokens(self, where: str, n: int) -> list[int]:
+        """The `n` token ids that are related to active tokens in more active windows than they occur in silent ones.
+
+        For what came before, the main sources of the peaks count once more.
+        """
+        windows, tokens = self.windows, self.tokens
+        row, column = np.nonzero((windows.values > 0) & self.real)
+        sources: Counter[int] = Counter()
+        if where in _OFFSETS:
+            active = _count_windows(row, _shifted(tokens, _OFFSETS[where], -1)[row, column])
         else:
-            found = self.token(where, np.array([what]))[..., 0]
-        return found & self.real
-
-
-_OFFSETS = {"token": 0, "previous": 1, "next": -1, "two back": 2}
-_REACH = {"recent": RECENT, "earlier": WIDTH}
-
-
-# ---- learning
+            earlier = np.maximum(column[:, None] - np.arange(1, 1 + _REACH[where]), 0)
+            active = _count_windows(row[:, None], tokens[row[:, None], earlier])
+            sources.update(windows.sources[:, 0].tolist())
+        silent_rows = np.flatnonzero(~windows.active)
+        silent = _count_windows(silent_rows[:, None], tokens[silent_rows])
+        n_active, n_silent = max(1, int(windows.active.sum())), max(1, len(silent_rows))
+        worth = {
+            token: (count + sources[token]) / n_active - silent[token] / n_silent
+            for token, count in active.items()
+            if count > 1
+        }
+        return sorted(worth, key=lambda token: (-worth[token], token))[:n]
 
 
 _TRIED = {"token": 32, "previous": 16, "next": 12, "two back": 8, "recent": 24, "earlier": 24}
 """Token ids tried in each relation."""
 
 
-def _candidates(view: _View, windows: Windows) -> tuple[list[Condition], np.ndarray]:
-    """Conditions worth trying for one unit, and where each holds, bool [n, WIDTH, n_conditions]."""
-    conditions: list[Condition] = []
-    parts = []
-    for where, n in _TRIED.items():
-        tokens = _telling(view, windows, where, n)
-        if tokens:
-            conditions += [Condition(where, token) for token in tokens]
-            parts.append(view.token(where, np.array(tokens)))
-        if where in ("token", "previous", "next", "recent"):
-            conditions += [Condition(where, name) for name in _SHAPE_NAMES]
-            parts.append(view.shapes(where))
-    conditions += [Condition("state", name) for name in view.states]
-    parts.append(np.stack(list(view.states.values()), axis=2))
-    return conditions, np.concatenate(parts, axis=2) & view.real[..., None]
+def _count_windows(rows: np.ndarray, tokens: np.ndarray) -> Counter[int]:
+    """In how many different rows each token id occurs."""
+    real = tokens >= 0
+    codes = np.unique((np.broadcast_to(rows, tokens.shape)[real] << 32) + tokens[real])
+    return Counter((codes & 0xFFFFFFFF).tolist())
 
 
-def _telling(view: _View, windows: Windows, where: str, n: int) -> list[int]:
-    """The `n` token ids that stand in a relation to active tokens in more active windows than they occur in silent ones.
-
-    For what came before, the main sources of the peaks count once more.
-    """
-    row, column = np.nonzero((windows.values > 0) & view.real)
-    n_active, n_silent = max(1, int(windows.active.sum())), max(1, int((~windows.active).sum()))
-    if where in _REACH:
-        pairs = _pairs(
-            row[:, None],
-            view.tokens[row[:, None], np.maximum(column[:, None] - np.arange(1, 1 + min(_REACH[where], WIDTH)), 0)],
-        )
-        sources = windows.sources[:, 0]
-        near = Counter(int(token) for token in sources if token >= 0)
-    else:
-        pairs, near = _pairs(row, view.moved[where][row, column]), Counter()
-    active = Counter(token for _, token in pairs)
-    silent_rows = np.flatnonzero(~windows.active)
-    silent = Counter(token for _, token in _pairs(silent_rows[:, None], view.tokens[silent_rows]))
-    worth = {
-        token: (count + near[token]) / n_active - silent[token] / n_silent
-        for token, count in active.items()
-        if count > 1
-    }
-    return sorted(worth, key=lambda token: (-worth[token], token))[:n]
+# ---- learning
 
 
-def _pairs(row: np.ndarray, tokens: np.ndarray) -> set[tuple[int, int]]:
-    """Different pairs of a row and a token id in it."""
-    rows = np.broadcast_to(row, tokens.shape).ravel().astype(np.int64)
-    codes = np.unique((rows << 32) + tokens.ravel())
-    return {(int(code >> 32), int(code & 0xFFFFFFFF)) for code in codes if code & 0xFFFFFFFF < 1 << 31}
+class Hits(NamedTuple):
+    """Windows in which each of m terms holds."""
+
+    active: np.ndarray
+    """At an active token, bool [n_active, m]."""
+    silent: np.ndarray
+    """Anywhere, bool [n_silent, m]."""
 
 
 class _Counts:
-    """Windows that terms hold in: active ones where they hold at an active token, silent ones where they hold anywhere."""
+    """Where conditions hold, ordered for counting."""
 
     def __init__(self, holds: np.ndarray, windows: Windows) -> None:
-        order = np.argsort(~windows.active, kind="stable")  # active windows first, so that their numbers are 0, 1, ...
-        holds, windows = holds[order], windows[order]
-        is_active = windows.active
-        row, column = np.nonzero((windows.values > 0) & (windows.tokens >= 0) & is_active[:, None])
-        self.at_active, self.row = np.ascontiguousarray(holds[row, column]), row
-        self.n_active = int(is_active.sum())
-        self.at_silent = np.ascontiguousarray(holds[~is_active])
+        active = windows.active
+        row, column = np.nonzero((windows.values[active] > 0) & (windows.tokens[active] >= 0))
+        self.at_active, self.row, self.n_active = holds[active][row, column], row, int(active.sum())
+        self.at_silent = holds[~active]
 
-    @staticmethod
-    def _by_window(holds: np.ndarray, row: np.ndarray, n: int) -> np.ndarray:
-        """Whether anything holds among the tokens of each window: [n_tokens, m] with sorted rows [n_tokens] to [n, m]."""
-        found = np.zeros((n, holds.shape[1]), dtype=bool)
-        if len(row):
-            names, starts = np.unique(row, return_index=True)
-            found[names] = np.logical_or.reduceat(holds, starts, axis=0)
-        return found
-
-    def of(self, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Where the conjunction of some conditions and each condition hits, by window: [n_active, m], [n_silent, m]."""
-        here = self.at_active[:, list(chosen)].all(axis=1)
-        row, column = np.nonzero(self.at_silent[:, :, list(chosen)].all(axis=2))
-        silent = self._by_window(self.at_silent[row, column], row, len(self.at_silent))
-        return self._by_window(self.at_active[here], self.row[here], self.n_active), silent
+    def joined(self, conditions: Sequence[int]) -> Hits:
+        """Of terms that join some conditions with each one."""
+        chosen = list(conditions)
+        here = self.at_active[:, chosen].all(axis=1)
+        row, column = np.nonzero(self.at_silent[:, :, chosen].all(axis=2))
+        return Hits(
+            _any_by_row(self.at_active[here], self.row[here], self.n_active),
+            _any_by_row(self.at_silent[row, column], row, len(self.at_silent)),
+        )
 
 
-def learn(windows: Windows, lexicon: Lexicon) -> Rule:
-    """A rule for one unit from windows of its first half; without terms when nothing tells active windows from silent ones."""
-    view = _View(windows, lexicon)
-    conditions, holds = _candidates(view, windows)
+def _any_by_row(holds: np.ndarray, row: np.ndarray, n: int) -> np.ndarray:
+    """Whether anything holds among the tokens of each window: [n_tokens, m] with sorted rows [n_tokens] to [n, m]."""
+    result = np.zeros((n, holds.shape[1]), dtype=bool)
+    if len(row):
+        rows, starts = np.unique(row, return_index=True)
+        result[rows] = np.logical_or.reduceat(holds, starts, axis=0)
+    return result
+
+
+def learn(windows: Windows) -> Rule:
+    """A rule from a unit's windows; without terms when nothing tells active windows from silent ones."""
+    conditions, holds = _View(windows).candidates()
     counts = _Counts(holds, windows)
-    singles = counts.of([])
+    singles = counts.joined([])
     covered, wrong = np.zeros(counts.n_active, dtype=bool), np.zeros(len(counts.at_silent), dtype=bool)
-    terms: list[tuple[int, ...]] = []
+    maximum = max(float(windows.values.max()), 1e-30)
+    terms: list[Term] = []
     while len(terms) < MAX_TERMS:
         term, gain = _best_term(counts, singles, covered, wrong)
-        if not term or gain <= 0:
+        if gain <= 0:
             break
-        terms.append(term)
-        active, silent = counts.of(term[:-1]) if len(term) > 1 else singles
-        covered |= active[:, term[-1]]
-        wrong |= silent[:, term[-1]]
-    maximum = max(float(windows.values.max()), 1e-30)
-    return Rule(tuple(_with_strength(term, conditions, holds, windows, maximum) for term in terms))
+        hits = counts.joined(term[:-1]) if len(term) > 1 else singles
+        covered |= hits.active[:, term[-1]]
+        wrong |= hits.silent[:, term[-1]]
+        where = holds[:, :, list(term)].all(axis=2)
+        strength = float(windows.values[where].mean() / maximum) if where.any() else 0.0
+        terms.append(Term(tuple(conditions[index] for index in term), strength))
+    return Rule(tuple(terms))
 
 
-def _gains(
-    hits: tuple[np.ndarray, np.ndarray], covered: np.ndarray, wrong: np.ndarray, n_conditions: int
-) -> np.ndarray:
-    """Rise of the objective for each of m terms, less what its conditions cost and what chance could do among so many terms."""
-    active, silent = hits
-    new, harm = (active & ~covered[:, None]).mean(axis=0), (silent & ~wrong[:, None]).mean(axis=0)
+def _gains(hits: Hits, covered: np.ndarray, wrong: np.ndarray, n_conditions: int) -> np.ndarray:
+    """Rise of the objective for each of m terms, less what its conditions cost and what chance could do."""
+    new, harm = (hits.active & ~covered[:, None]).mean(axis=0), (hits.silent & ~wrong[:, None]).mean(axis=0)
     error = np.sqrt(_variance(new, len(covered)) + _variance(harm, len(wrong))) / 2
     return (new - harm) / 2 - CAUTION[n_conditions - 1] * error - COST * n_conditions
 
@@ -401,45 +368,31 @@ def _variance(share: np.ndarray, n: int) -> np.ndarray:
     return near * (1 - near) / (n + 4)
 
 
-def _best_term(
-    counts: _Counts, singles: tuple[np.ndarray, np.ndarray], covered: np.ndarray, wrong: np.ndarray
-) -> tuple[tuple[int, ...], float]:
+def _best_term(counts: _Counts, singles: Hits, covered: np.ndarray, wrong: np.ndarray) -> tuple[tuple[int, ...], float]:
     """The best term of up to `MAX_CONDITIONS`, by beam search."""
     gains = _gains(singles, covered, wrong, 1)
-    best: tuple[int, ...] = (int(gains.argmax()),)
-    best_gain = float(gains.max())
+    best, best_gain = (int(gains.argmax()),), float(gains.max())
     # What hits many active windows may become good once another condition rules silent ones out.
-    many = (singles[0] & ~covered[:, None]).sum(axis=0).argsort()[::-1][: BEAM // 2]
-    beam: list[tuple[int, ...]] = [
-        (int(i),) for i in dict.fromkeys([*gains.argsort()[::-1][: BEAM // 2].tolist(), *many.tolist()])
-    ]
+    many = (singles.active & ~covered[:, None]).sum(axis=0).argsort()[::-1]
+    starts = [*gains.argsort()[::-1][: BEAM // 2].tolist(), *many[: BEAM // 2].tolist()]
+    beam: list[tuple[int, ...]] = [(index,) for index in dict.fromkeys(starts)]
     for length in range(2, MAX_CONDITIONS + 1):
-        found: dict[tuple[int, ...], float] = {}
+        longer: dict[tuple[int, ...], float] = {}
         for term in beam:
-            joined = _gains(counts.of(term), covered, wrong, length)
-            joined[list(term)] = -1.0
-            for index in joined.argsort()[::-1][:3]:
-                found[tuple(sorted((*term, int(index))))] = float(joined[index])
-        ranked = sorted(found, key=lambda term: -found[term])
-        if ranked and found[ranked[0]] > best_gain:
-            best, best_gain = ranked[0], found[ranked[0]]
+            gains = _gains(counts.joined(term), covered, wrong, length)
+            gains[list(term)] = -1.0
+            for index in gains.argsort()[::-1][:3].tolist():
+                longer[tuple(sorted((*term, index)))] = float(gains[index])
+        ranked = sorted(longer, key=lambda term: -longer[term])
+        if ranked and longer[ranked[0]] > best_gain:
+            best, best_gain = ranked[0], longer[ranked[0]]
         beam = ranked[: BEAM // 3]
     return best, best_gain
 
 
-def _with_strength(
-    term: Sequence[int], conditions: Sequence[Condition], holds: np.ndarray, windows: Windows, maximum: float
-) -> Term:
-    where = holds[:, :, list(term)].all(axis=2)
-    return Term(
-        tuple(conditions[index] for index in term),
-        float(windows.values[where].mean() / maximum) if where.any() else 0.0,
-    )
-
-
-def predict(rule: Rule, windows: Windows, lexicon: Lexicon) -> np.ndarray:
+def predict(rule: Rule, windows: Windows) -> np.ndarray:
     """Predicted activation over the unit's largest at every token, 0 where the rule does not hold: [n, WIDTH]."""
-    view = _View(windows, lexicon)
+    view = _View(windows)
     result = np.zeros(windows.tokens.shape)
     for term in rule.terms:
         holds = np.logical_and.reduce([view.holds(condition) for condition in term.conditions])
@@ -449,45 +402,34 @@ def predict(rule: Rule, windows: Windows, lexicon: Lexicon) -> np.ndarray:
 
 # ---- English
 
-
-def _quoted(text: str) -> str:
-    shown = text.replace("\n", "\\n").replace("\t", "\\t")
-    return f'"{shown}"'
-
-
-def _noun(what: int | str, strings: Mapping[int, str]) -> str:
-    return SHAPES[what][0] if isinstance(what, str) else _quoted(strings.get(what, "?"))
-
-
 _PHRASES = {
     "previous": "right after {}",
     "next": "right before {}",
     "two back": "two tokens after {}",
-    "recent": "with {} among the " + str(RECENT) + " tokens before",
+    "recent": f"with {{}} among the {RECENT} tokens before",
     "earlier": "with {} earlier in the text",
 }
 
 
-def _term_text(term: Term, strings: Mapping[int, str]) -> str:
-    here = [_noun(c.what, strings) for c in term.conditions if c.where == "token"]
-    rest = [_PHRASES[c.where].format(_noun(c.what, strings)) for c in term.conditions if c.where in _PHRASES]
-    rest += [STATES[str(c.what)] for c in term.conditions if c.where == "state"]
-    return " ".join([" that is also ".join(here) or "a token", ", and ".join(rest)]).strip()
+def _noun(what: int | str, strings: Mapping[int, str]) -> str:
+    if isinstance(what, str):
+        return SHAPES[what][0]
+    shown = strings.get(what, "?").replace("\n", "\\n").replace("\t", "\\t")
+    return f'"{shown}"'
 
 
 def describe(rule: Rule, strings: Mapping[int, str]) -> str:
     """The rule as a sentence."""
     if not rule.terms:
         return "No rule was found."
-    plain = [
-        term.conditions[0].what
-        for term in rule.terms
-        if len(term.conditions) == 1 and term.conditions[0].where == "token"
-    ]
-    parts = [" or ".join(_noun(what, strings) for what in plain)] if plain else []
-    parts += [
-        _term_text(term, strings)
-        for term in rule.terms
-        if len(term.conditions) > 1 or term.conditions[0].where != "token"
-    ]
-    return "Active on " + "; or on ".join(parts) + "."
+    plain: list[str] = []
+    others: list[str] = []
+    for term in rule.terms:
+        nouns = [_noun(what, strings) for where, what in term.conditions if where == "token"]
+        phrases = [_PHRASES[where].format(_noun(what, strings)) for where, what in term.conditions if where in _PHRASES]
+        phrases += [STATES[str(what)] for where, what in term.conditions if where == "state"]
+        if phrases or len(nouns) > 1:
+            others.append(" ".join([" that is also ".join(nouns) or "a token", ", and ".join(phrases)]).strip())
+        else:
+            plain += nouns
+    return "Active on " + "; or on ".join(filter(None, [" or ".join(plain), *others])) + "."

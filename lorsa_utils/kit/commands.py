@@ -466,11 +466,11 @@ def autointerp(options: Options) -> Answer:
         _tell_passes(model, sequences, options.batch_size, "One pass")
         stream = ActivationStream(model, sequences, sorted(sites))
         draws = (budget, options.batch_size, options.seed)
-        text, firings = examples.collect(stream, dictionaries, sites, model.tokenizer, *draws)
-        sets = [examples.examples(firing, text, budget, options.seed) for firing in firings]
-        expected = study.estimate(sets, text, options.scorers, prices=options.prices)
+        firings = examples.record_firings(stream, dictionaries, sites, model.tokenizer, *draws)
+        sets = [examples.examples(firing, budget, options.seed) for firing in firings]
+        expected = study.estimate(sets, options.scorers, prices=options.prices)
         study.confirmed(judge, expected, lambda sentence: _agreed(sentence, options.yes))
-        scores = study.study(sets, text, judge, options.scorers, seed=options.seed)
+        scores = study.study(sets, judge, options.scorers, seed=options.seed)
     with store.atomic_path(out / "scores.parquet") as temporary:
         scores.to_parquet(temporary, index=False)
     answer = {
@@ -528,7 +528,7 @@ def _tests(scores: pd.DataFrame, names: set[str], options: Options, file: Path) 
     if len(names) == 2:
         first, second = sorted(names, key=lambda name: name != "Lorsa")
         with contextlib.suppress(UserError):
-            tests = study.compare(scores, first, second, options.scorers, options.seed)
+            tests = study.compare_dictionaries(scores, first, second, options.scorers, options.seed)
             store.write_text(file, tests.to_csv(index=False))
             return {"tests": _records(tests), "outcomes": _records(study.outcomes(tests))}
     return {"tests": [], "outcomes": []}

@@ -64,6 +64,22 @@ class Place(NamedTuple):
     position: int
 
 
+class Reading(NamedTuple):
+    """One text as a Lorsa reads it."""
+
+    ids: list[int]
+    tokens: list[str]
+    """Their texts."""
+    x: Tensor
+    """Attention input, [length, d_model]; what comes after the ids is padding."""
+    heads: Tensor
+    """Kept heads, [length, k]."""
+    activations: Tensor
+    """Their z, [length, k]."""
+    n_cut: int = 0
+    """Tokens beyond the context, which were left out."""
+
+
 @dataclass(frozen=True)
 class Context:
     """A window of one text as one head sees it: n tokens, m columns of sources."""
@@ -235,12 +251,8 @@ def _hexadecimal(piece: str | None) -> str:
 def choose_places(found: Survey, head: int, sequences: Sequences, seed: int = 0) -> list[Place]:
     """Which tokens a head is shown at. Random ones are the same for all heads."""
     places = [Place("top", 0.0, row, position) for row, position in found.places[head, :N_TOP].tolist() if row >= 0]
-    drawn = [
-        (value, place)
-        for value, place in zip(found.samples[head].tolist(), found.sampled[head].tolist(), strict=True)
-        if value > 0
-    ]
-    drawn.sort(reverse=True)
+    samples = zip(found.samples[head].tolist(), found.sampled[head].tolist(), strict=True)
+    drawn = sorted((sample for sample in samples if sample[0] > 0), reverse=True)
     # The middle of each of as many equal stretches of the ordered draws.
     middles = sorted({int((number + 0.5) * len(drawn) / N_SAMPLES) for number in range(N_SAMPLES)}) if drawn else []
     places += [Place("sample", 1 - (number + 0.5) / len(drawn), *drawn[number][1]) for number in middles]
@@ -251,48 +263,28 @@ def choose_places(found: Survey, head: int, sequences: Sequences, seed: int = 0)
 
 @torch.no_grad()
 def read_context(
-    lorsa: Lorsa,
-    head: int,
-    x: Tensor,
-    kept: tuple[Tensor, Tensor],
-    ids: Sequence[int],
-    place: Place,
-    tokenizer: Any,
-    before: int = BEFORE,
-    after: int = AFTER,
+    lorsa: Lorsa, head: int, reading: Reading, place: Place, before: int = BEFORE, after: int = AFTER
 ) -> Context:
-    """The window of a text from `before` tokens before a place to `after` tokens after it.
-
-    Args:
-        lorsa: reads raw activations.
-        head: which of its heads.
-        x: attention input of the text, [length, d_model].
-        kept: heads and activations of `lorsa.encode`, each [length, k].
-        ids: tokens of the text; what follows them in x is padding.
-        place: the token that the window is around.
-        tokenizer: of the model.
-        before: tokens before the place.
-        after: tokens after it.
-    """
-    start, end = max(0, place.position - before), min(place.position + after + 1, len(ids))
-    norm = lorsa.W_O[head].norm()
-    attention = lorsa.attention_pattern(x[None], head // lorsa.config.group_size)[0, start:end, :end]
+    """The window of a text from `before` tokens before a place to `after` tokens after it."""
+    start, end = max(0, place.position - before), min(place.position + after + 1, len(reading.ids))
+    window, x, norm = slice(start, end), reading.x, lorsa.W_O[head].norm()
+    attention = lorsa.attention_pattern(x[None], head // lorsa.config.group_size)[0, window, :end]
     v = (x[:end] @ lorsa.W_V[head] + lorsa.b_V[head]) * norm
-    activation = ((kept[0][start:end] == head) * kept[1][start:end]).sum(dim=-1) * norm
-    apart = _apart((attention[place.position - start] * v), start)
+    z = attention * v
+    activation = ((reading.heads[window] == head) * reading.activations[window]).sum(dim=-1) * norm
+    apart = _apart(z[place.position - start], start)
     added_up = sorted(set(range(start)) - set(apart))
-    columns = [*apart[:1], *([-1] if added_up else []), *apart[1:], *range(start, end)]
+    before_window = [*apart[:1], *([-1] if added_up else []), *apart[1:]]
+    columns = [*before_window, *range(start, end)]
 
     def folded(sides: Tensor, total: Tensor) -> Tensor:
         """Columns of [n, end], with the total of those added up, [n, 1]."""
-        parts = [sides[:, [column]] if column >= 0 else total for column in columns[: len(columns) - end + start]]
+        parts = [sides[:, [column]] if column >= 0 else total for column in before_window]
         return torch.cat([*parts, sides[:, start:]], dim=1).cpu()
 
-    z = attention * v
-    texts = iter(token_texts(tokenizer, [int(ids[column]) for column in columns if column >= 0]))
     return Context(
         place,
-        ["" if column < 0 else next(texts) for column in columns],
+        ["" if column < 0 else reading.tokens[column] for column in columns],
         columns,
         place.position - start,
         activation.cpu(),
@@ -391,13 +383,12 @@ class Evidence:
         contexts = self._contexts(
             {head: choose_places(self.survey, head, self.sequences, self.seed) for head in chosen}
         )
-        words, name, size = _Words(self.model), Path(self.model.name), self.lorsa.config.group_size
+        words, name, size = Words(self.model), Path(self.model.name), self.lorsa.config.group_size
         groups = {group: self._group(group, words) for group in {head // size for head in chosen}}
         for head in chosen:
             row = None if self.table is None else self.table.iloc[head]
             shares = None if self.shares is None else self.shares[head]
             explanation, score = self.explanations.get(head, (None, None))
-            raised, lowered = words.ends(self.lorsa.W_O[head])
             yield Head(
                 model=name.name if name.exists() else self.model.name,
                 layer=self.layer,
@@ -410,8 +401,8 @@ class Evidence:
                 named=row is not None,
                 scores=_scores(row),
                 effect=_effect(row),
-                raised=raised,
-                lowered=lowered,
+                raised=words.extremes(self.lorsa.W_O[head], largest=True),
+                lowered=words.extremes(self.lorsa.W_O[head], largest=False),
                 contexts=contexts[head],
                 siblings=self._siblings(head, groups[head // size]),
                 written_features=_nearest(self.lorsa.W_O[head], self.sae, "W_O", words),
@@ -436,19 +427,17 @@ class Evidence:
             batch = rows[first : first + self.batch_size]
             tokens = self.sequences.tokens[batch].to(self.model.device, torch.long)
             inputs = self.model.capture(tokens, [self.layer])[self.layer][0][:, : ends[batch[-1]]].float()
-            indices, values = self.lorsa.encode(inputs)
-            for x, kept_heads, kept_values, row in zip(inputs, indices, values, batch, strict=True):
+            for row, x, *kept in zip(batch, inputs, *self.lorsa.encode(inputs), strict=True):
                 counted = int(self.sequences.mask[row].nonzero().max()) + 1  # what comes after is padding
                 ids = self.sequences.tokens[row, :counted].tolist()
+                reading = Reading(ids, token_texts(self.model.tokenizer, ids), x, *kept)
                 for head, number, place in shown[row]:
-                    contexts[head, number] = read_context(
-                        self.lorsa, head, x, (kept_heads, kept_values), ids, place, self.model.tokenizer
-                    )
+                    contexts[head, number] = read_context(self.lorsa, head, reading, place)
                 bar.update()
         bar.close()
         return {head: [contexts[head, number] for number in range(len(of_head))] for head, of_head in places.items()}
 
-    def _group(self, group: int, words: _Words) -> pd.DataFrame:
+    def _group(self, group: int, words: Words) -> pd.DataFrame:
         size = self.lorsa.config.group_size
         heads = range(group * size, (group + 1) * size)
         rows = pd.DataFrame({"head": heads, "families": ""})
@@ -465,19 +454,16 @@ class Evidence:
         return rows[rows["head"] != head].reset_index(drop=True)
 
 
-class _Words:
+class Words:
     """From write directions to tokens in text."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.unembedding, self.tokenizer = Unembedding(model), model.tokenizer
 
-    def ends(self, direction: Tensor) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-        """Tokens that a direction [d_model], taken at norm 1, raises and lowers most, with their logits."""
+    def extremes(self, direction: Tensor, largest: bool) -> list[tuple[str, float]]:
+        """Tokens that a direction [d_model], taken at norm 1, raises or lowers most, with their logits."""
         logits = self.unembedding.logits(normalize(direction[None], dim=1))[0]
-        raised, lowered = (logits.topk(N_TOKENS, largest=largest) for largest in (True, False))
-        return self._named(*raised), self._named(*lowered)
-
-    def _named(self, values: Tensor, indices: Tensor) -> list[tuple[str, float]]:
+        values, indices = logits.topk(N_TOKENS, largest=largest)
         return list(zip(texts_alone(self.tokenizer, indices.tolist()), values.tolist(), strict=True))
 
     def raised(self, directions: Tensor, n: int = 4) -> list[list[str]]:
@@ -503,7 +489,7 @@ def _effect(row: Any) -> tuple[float, float] | None:
     return (float(row["effect"]), float(row["effect_error"])) if known else None
 
 
-def _nearest(direction: Tensor, module: SAE | None, side: str, words: _Words) -> list[Feature] | None:
+def _nearest(direction: Tensor, module: SAE | None, side: str, words: Words) -> list[Feature] | None:
     """Features whose directions, rows of the weights `side`, have the largest cosine with `direction`."""
     if module is None:
         return None

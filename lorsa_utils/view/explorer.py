@@ -8,26 +8,31 @@ nothing else: y' = y + (scale - 1) * what the head writes, by `units.ablate`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.families import FAMILIES
-from lorsa_utils.heads.units import LorsaHeads, Unembedding, ablate
+from lorsa_utils.heads.units import LorsaHeads, ablate
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.view import pages
-from lorsa_utils.view.evidence import Context, Place, main_sources, read_context, texts_alone, token_texts
+from lorsa_utils.view.evidence import (
+    Context,
+    Place,
+    Reading,
+    Words,
+    main_sources,
+    read_context,
+    texts_alone,
+    token_texts,
+)
 
 if TYPE_CHECKING:
     import ipywidgets
 
-COLUMNS = ("head", "family", "frequency", "max_activation", "distance", "first_share", "previous_share", "self_share")
-"""Columns of a table of heads that the explorer shows."""
 ORDERS = {"frequency": False, "max_activation": False, "distance": False, "first_share": False, "head": True}
 """By what the table can be sorted, and whether the smallest comes first."""
 N_LISTED = 200
@@ -43,7 +48,7 @@ def choose_heads(
     """Rows of a table of heads, in order.
 
     Args:
-        table: of `survey.describe`, or `COLUMNS` of it.
+        table: of `survey.describe`.
         family: key of a family, "-" for heads without a name, "" for all.
         search: a number of a head, or a piece of a token that it raises.
         order: one of `ORDERS`.
@@ -51,7 +56,7 @@ def choose_heads(
     """
     chosen = pd.Series(True, index=table.index) if dead else table["frequency"] > 0
     if family:
-        names = table["families"] if "families" in table else table["family"]
+        names = table["families"]
         chosen &= (names == "") if family == "-" else names.str.split("; ").map(lambda of_head: family in of_head)
     if text := search.strip():
         matches = table["head"].astype(str) == text
@@ -70,80 +75,56 @@ class View(NamedTuple):
     layer: int
     lorsa: Lorsa
     table: pd.DataFrame
-    """One row per head; at least `COLUMNS`."""
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """A sentence as one layer reads it. Made by `Reader.read`."""
-
-    ids: list[int]
-    tokens: list[str]
-    n_cut: int
-    """Tokens beyond the context, which were left out."""
-    x: Tensor = field(repr=False)
-    """Attention input, [length, d_model]."""
-    indices: Tensor = field(repr=False)
-    """Kept heads, [length, k]."""
-    values: Tensor = field(repr=False)
-    """Their activations times the norm of w_o, [length, k]."""
+    """Of `survey.describe`, or `head`, `family`, `families` and the columns of `Survey.facts`."""
 
 
 class Reader:
     """Reads sentences for one layer, at most `context` tokens, with the BOS that training sequences began with."""
 
     def __init__(self, model: LanguageModel, view: View, bos_id: int | None, context: int = 256) -> None:
-        self.model, self.view, self.bos_id, self.context = model, view, bos_id, context
-        self.unembedding = Unembedding(model)
-        self.norms = view.lorsa.W_O.detach().norm(dim=1)
+        self.model, self.view, self.context = model, view, context
+        self.start = [] if bos_id is None else [bos_id]
+        self.words = Words(model)
 
     @torch.no_grad()
-    def read(self, text: str) -> Sentence:
+    def read(self, text: str) -> Reading:
         """Read a sentence; what is beyond the context is cut off.
 
         Raises:
             UserError: there is no token in it.
         """
-        start = [] if self.bos_id is None else [self.bos_id]
-        ids = start + self.model.tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) == len(start):
+        ids = self.start + self.model.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) == len(self.start):
             raise UserError("There is nothing to read yet; type a sentence.")
-        kept = ids[: self.context]
-        tokens, layer = torch.tensor([kept], device=self.model.device), self.view.layer
-        x = self.model.capture(tokens, [layer])[layer][0].float()
-        (indices,), (values,) = self.view.lorsa.encode(x)
-        values = values * self.norms[indices]
-        return Sentence(kept, token_texts(self.model.tokenizer, kept), len(ids) - len(kept), x[0], indices, values)
+        read, layer = ids[: self.context], self.view.layer
+        x = self.model.capture(torch.tensor([read], device=self.model.device), [layer])[layer][0].float()
+        kept = (side[0] for side in self.view.lorsa.encode(x))
+        return Reading(read, token_texts(self.model.tokenizer, read), x[0], *kept, n_cut=len(ids) - len(read))
 
-    def context_of(self, sentence: Sentence, head: int, position: int) -> Context:
+    def context_of(self, sentence: Reading, head: int, position: int) -> Context:
         """The whole sentence as a head sees it, around one token.
 
         Raises:
             UserError: there is no such head.
         """
         LorsaHeads(self.view.lorsa).check([head])
-        kept = (sentence.indices, sentence.values / self.norms[sentence.indices])
-        place = Place("sentence", 0.0, 0, position)
-        wide = len(sentence.ids)
-        return read_context(
-            self.view.lorsa, head, sentence.x, kept, sentence.ids, place, self.model.tokenizer, before=wide, after=wide
-        )
+        place, length = Place("sentence", 0.0, 0, position), len(sentence.ids)
+        return read_context(self.view.lorsa, head, sentence, place, before=length, after=length)
 
     @torch.no_grad()
-    def firing(self, sentence: Sentence, position: int, n: int = 12) -> pd.DataFrame:
+    def firing(self, sentence: Reading, position: int, n: int = 12) -> pd.DataFrame:
         """Heads that fire at a token, the most active first: `head`, `family`, `activation`, `looks_at`, `raises`."""
-        values, order = sentence.values[position].topk(min(n, len(sentence.values[position])))
-        heads = sentence.indices[position][order][values > 0].tolist()
+        lorsa = self.view.lorsa
+        heads = sentence.heads[position]
+        sizes = sentence.activations[position] * lorsa.W_O[heads].norm(dim=1)
+        activations, order = sizes.topk(min(n, len(heads)))
         rows = []
-        raised = self.unembedding.top_tokens(self.view.lorsa.W_O[heads], 3).tolist() if heads else []
-        for head, activation, tokens in zip(heads, values.tolist(), raised, strict=False):
-            z = self.view.lorsa.z_pattern(sentence.x[None], head)[0, position, : position + 1]
-            sources = [sentence.tokens[source] for source in main_sources(z)[:2]]
-            family = str(self.view.table["family"].iloc[head])
-            raises = texts_alone(self.model.tokenizer, tokens)
-            rows.append(
-                {"head": head, "family": family, "activation": activation, "looks_at": sources, "raises": raises}
-            )
+        for head, activation in zip(heads[order].tolist(), activations.tolist(), strict=True):
+            if activation > 0:
+                z = lorsa.z_pattern(sentence.x[None], head)[0, position, : position + 1]
+                looks_at = [sentence.tokens[source] for source in main_sources(z)[:2]]
+                (raised,) = self.words.raised(lorsa.W_O[[head]], 3)
+                rows.append((head, str(self.view.table["family"].iloc[head]), activation, looks_at, raised))
         return pd.DataFrame(rows, columns=["head", "family", "activation", "looks_at", "raises"])
 
 
@@ -224,10 +205,9 @@ def _whole(value: float) -> str:
 
 
 class Explorer:
-    """Three panels that share layer, head, sentence and token: `table`, `live` and `steering` are widgets to display.
+    """Three widgets that share layer, head, sentence and token: `table`, `live` and `steering`.
 
-    Every panel has a static twin (`listed`, `context`, `changes`) with the numbers of what it shows now, for a figure
-    beside it.
+    `listed`, `context` and `changes` are the numbers that they show now, for a figure beside them.
     """
 
     def __init__(
@@ -254,50 +234,39 @@ class Explorer:
         self._read()
 
     def _build(self, w: Any, sentence: str) -> None:
-        wide, style = {"width": "98%", "max_width": "60rem"}, {"description_width": "7rem"}
+        style: dict[str, Any] = {"style": {"description_width": "7rem"}}
+        wide = {"layout": {"width": "98%", "max_width": "60rem"}}
         families = [("all", ""), *((family.label, key) for key, family in FAMILIES.items()), ("without a name", "-")]
-        self.layer = w.Dropdown(options=list(self.views), description="layer", style=style)
-        self.family = w.Dropdown(options=families, description="family", style=style)
-        self.search = w.Text(
-            description="head or token",
-            placeholder="1956, or a piece of a token it raises",
-            continuous_update=True,
-            style=style,
-        )
-        self.order = w.Dropdown(options=list(ORDERS), description="sort by", style=style)
+        self.layer = w.Dropdown(options=list(self.views), description="layer", **style)
+        self.family = w.Dropdown(options=families, description="family", **style)
+        hint = "1956, or a piece of a token it raises"
+        self.search = w.Text(description="head or token", placeholder=hint, continuous_update=True, **style)
+        self.order = w.Dropdown(options=list(ORDERS), description="sort by", **style)
         self.dead = w.Checkbox(description="dead heads too", indent=False)
-        self.count, self.heads = w.HTML(), w.Select(options=[], rows=12, layout=wide, tooltip="heads")
-        self.head = w.BoundedIntText(value=0, min=0, max=self.view.lorsa.n_units - 1, description="head", style=style)
-        self.sentence = w.Textarea(
-            value=sentence, description="sentence", continuous_update=True, layout=wide, style=style
-        )
-        self.token = w.IntSlider(value=0, min=0, max=0, description="token", layout=wide, style=style)
-        self.scale = w.FloatSlider(
-            value=0.0,
-            min=-4.0,
-            max=8.0,
-            step=0.5,
-            description="scale",
-            layout=wide,
-            style=style,
-            continuous_update=False,
-        )
-        self.shown, self.effect = w.HTML(), w.HTML()
-        self.heads.add_class("lorsa-mono")
-        self.count.add_class("lorsa-mono")
-        self.table = w.VBox(
-            [w.HBox([self.layer, self.family, self.order]), w.HBox([self.search, self.dead]), self.count, self.heads]
-        )
+        self.heads = w.Select(options=[], rows=12, tooltip="heads", **wide)
+        self.head = w.BoundedIntText(value=0, min=0, max=self.view.lorsa.n_units - 1, description="head", **style)
+        text = {"value": sentence, "description": "sentence", "continuous_update": True}
+        self.sentence = w.Textarea(**text, **wide, **style)
+        self.token = w.IntSlider(value=0, min=0, max=0, description="token", **wide, **style)
+        scales = {"value": 0.0, "min": -4.0, "max": 8.0, "step": 0.5, "continuous_update": False}
+        self.scale = w.FloatSlider(description="scale", **scales, **wide, **style)
+        self.count, self.shown, self.effect = w.HTML(), w.HTML(), w.HTML()
+        for widget in (self.heads, self.count):
+            widget.add_class("lorsa-mono")
+        filters = [w.HBox([self.layer, self.family, self.order]), w.HBox([self.search, self.dead])]
+        self.table: ipywidgets.Widget = w.VBox([*filters, self.count, self.heads])
         self.live: ipywidgets.Widget = w.VBox([self.sentence, self.token, self.head, self.shown])
         self.steering: ipywidgets.Widget = w.VBox([self.head, self.scale, self.effect])
-        for widget in (self.family, self.search, self.order, self.dead):
-            widget.observe(lambda _: self._list(), "value")
-        self.layer.observe(lambda _: self._change_layer(), "value")
-        self.heads.observe(lambda change: self._choose(change["new"]), "value")
-        self.sentence.observe(lambda _: self._read(), "value")
-        for widget in (self.token, self.head):
-            widget.observe(lambda _: self._show(), "value")
-        self.scale.observe(lambda _: self._steer(), "value")
+        for widgets, react in (
+            ((self.family, self.search, self.order, self.dead), self._list),
+            ((self.layer,), self._change_layer),
+            ((self.heads,), self._choose),
+            ((self.sentence,), self._read),
+            ((self.token, self.head), self._show),
+            ((self.scale,), self._steer),
+        ):
+            for widget in widgets:
+                widget.observe(lambda _, react=react: react(), "value")
 
     @property
     def view(self) -> View:
@@ -319,14 +288,8 @@ class Explorer:
     @property
     def changes(self) -> pd.DataFrame:
         """Next-token probabilities before and after, see `steer`."""
-        return steer(
-            self.model,
-            self.view.layer,
-            self.view.lorsa,
-            self.read.ids,
-            {self.head.value: self.scale.value},
-            self.token.value,
-        )
+        scales = {self.head.value: self.scale.value}
+        return steer(self.model, self.view.layer, self.view.lorsa, self.read.ids, scales, self.token.value)
 
     # Reactions.
 
@@ -350,9 +313,9 @@ class Explorer:
         if self.heads.value is None and options:
             self.heads.value = options[0][1]
 
-    def _choose(self, head: int | None) -> None:
-        if head is not None and not self._quiet:
-            self.head.value = head
+    def _choose(self) -> None:
+        if self.heads.value is not None and not self._quiet:
+            self.head.value = self.heads.value
 
     def _change_layer(self) -> None:
         self.head.max = self.view.lorsa.n_units - 1

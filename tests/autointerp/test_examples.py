@@ -11,122 +11,98 @@ from judged_text import BUDGET, planted_sets
 from toys import ToySource, random_lorsa, random_sae, toy_site
 
 from lorsa_utils.autointerp import examples
-from lorsa_utils.autointerp.examples import KINDS, WIDTH, Budget, Dictionary
+from lorsa_utils.autointerp.examples import KINDS, WIDTH, Budget, Dictionary, Firings
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.units import LorsaHeads, SAEFeatures
-from lorsa_utils.lorsa import Lorsa
 
 
 class Tokens:
-    """What `collect` asks of a tokenizer."""
+    """What the pass asks of a tokenizer."""
 
     @staticmethod
     def batch_decode(ids: list[list[int]]) -> list[str]:
-        return [f" t{one}" for (one,) in ids]
+        return [f" t{index}" for (index,) in ids]
 
 
-@pytest.fixture(scope="module")
-def source() -> ToySource:
-    return ToySource(n_sequences=30, context=20)
+SOURCE = ToySource(n_sequences=30, context=20)
+DICTIONARIES = [Dictionary("Lorsa", 0, random_lorsa(1)), Dictionary("SAE", 0, random_sae(2))]
 
 
-@pytest.fixture(scope="module")
-def dictionaries() -> list[Dictionary]:
-    return [Dictionary("Lorsa", 0, random_lorsa(1)), Dictionary("SAE", 0, random_sae(2))]
+def recorded(dictionaries: list[Dictionary] = DICTIONARIES, units: int = 24, batch_size: int = 7) -> list[Firings]:
+    budget = Budget(units=units, oversampling=1)
+    return examples.record_firings(SOURCE, dictionaries, {0: toy_site()}, Tokens(), budget, batch_size, progress=False)
 
 
-def collected(
-    source: ToySource, dictionaries: list[Dictionary], units: int = 24
-) -> tuple[examples.Text, list[examples.Firings]]:
-    return examples.collect(
-        source, dictionaries, {0: toy_site()}, Tokens(), Budget(units=units, oversampling=1), 7, progress=False
-    )
-
-
-def test_everything_active_is_recorded_once_with_its_activation(
-    source: ToySource, dictionaries: list[Dictionary]
-) -> None:
-    _, firings = collected(source, dictionaries)
-    for one, dictionary in zip(firings, dictionaries, strict=True):
-        module = dictionary.module
-        read = source.inputs[0] if isinstance(module, Lorsa) else source.outputs[0]
-        indices, values = module.encode(read)
+def test_everything_active_is_recorded_once_with_its_activation() -> None:
+    for firings in recorded():
+        module = firings.dictionary.module
+        indices, values = module.encode(module.input_from(SOURCE.inputs[0], SOURCE.outputs[0]))
         dense = torch.zeros(*indices.shape[:2], 24).scatter_(2, indices, values)
-        dense = (dense.abs() * module.W_O.norm(dim=1) * source.mask[..., None]).detach().flatten(0, 1).numpy()
-        found = np.zeros_like(dense)
-        found[one.place, one.units[one.unit]] = one.value
-        np.testing.assert_allclose(found, dense, rtol=1e-5)
-        assert len(set(zip(one.unit.tolist(), one.place.tolist(), strict=True))) == len(one.place)
+        dense = (dense.abs() * module.W_O.norm(dim=1) * SOURCE.mask[..., None]).detach().flatten(0, 1).numpy()
+        seen = np.zeros_like(dense)
+        seen[firings.place, firings.units[firings.number]] = firings.value
+        np.testing.assert_allclose(seen, dense, rtol=1e-5)
+        assert len(set(zip(firings.number.tolist(), firings.place.tolist(), strict=True))) == len(firings.place)
 
 
-def test_sources_are_the_largest_masses_of_units(source: ToySource, dictionaries: list[Dictionary]) -> None:
-    _, firings = collected(source, dictionaries)
-    length = source.context
-    # type: ignore[arg-type]
-    kinds = [LorsaHeads(dictionaries[0].module), SAEFeatures(dictionaries[1].module, toy_site())]
+def test_sources_are_the_largest_masses_of_units() -> None:
+    length = SOURCE.context
+    kinds = [LorsaHeads(DICTIONARIES[0].module), SAEFeatures(DICTIONARIES[1].module, toy_site())]  # type: ignore[arg-type]
     every_place = torch.eye(length)[:, None, :]
-    for one, units in zip(firings, kinds, strict=True):
-        for row in range(0, len(one.place), max(1, len(one.place) // 25)):
-            sequence, position = divmod(int(one.place[row]), length)
-            unit = int(one.units[one.unit[row]])
-            batch = units.prepare(source.inputs[0][sequence : sequence + 1], source.outputs[0][sequence : sequence + 1])
+    for firings, units in zip(recorded(), kinds, strict=True):
+        for row in range(0, len(firings.place), max(1, len(firings.place) // 25)):
+            sequence, position = divmod(int(firings.place[row]), length)
+            unit = int(firings.units[firings.number[row]])
+            here = slice(sequence, sequence + 1)
+            batch = units.prepare(SOURCE.inputs[0][here], SOURCE.outputs[0][here])
             rows = units.rows(batch, 0, torch.tensor([position]), every_place)
-            shares = (rows.mass[:, 0, unit] / rows.total[0, unit]).detach()
-            best = shares.topk(examples.N_SOURCES)
-            np.testing.assert_allclose(one.shares[row], best.values, atol=1e-5)
-            assert one.sources[row].tolist() == best.indices.tolist()
+            best = (rows.mass[:, 0, unit] / rows.total[0, unit]).detach().topk(examples.N_SOURCES)
+            np.testing.assert_allclose(firings.shares[row], best.values, atol=1e-5)
+            assert firings.sources[row].tolist() == best.indices.tolist()
 
 
-def test_the_same_whatever_the_batch_size(source: ToySource, dictionaries: list[Dictionary]) -> None:
-    one, other = (
-        examples.collect(
-            source, dictionaries, {0: toy_site()}, Tokens(), Budget(units=5, oversampling=2), size, progress=False
-        )[1]
-        for size in (1, 30)
-    )
-    for a, b in zip(one, other, strict=True):
-        assert a.place.tolist() == b.place.tolist()
-        assert a.unit.tolist() == b.unit.tolist()
-        np.testing.assert_allclose(a.value, b.value, rtol=1e-5)
+def test_the_same_whatever_the_batch_size() -> None:
+    for one_by_one, at_once in zip(recorded(batch_size=1), recorded(batch_size=30), strict=True):
+        assert one_by_one.place.tolist() == at_once.place.tolist()
+        assert one_by_one.number.tolist() == at_once.number.tolist()
+        np.testing.assert_allclose(one_by_one.value, at_once.value, rtol=1e-5)
 
 
-def test_kept_on_disk_and_read_again(source: ToySource, dictionaries: list[Dictionary], tmp_path: Path) -> None:
-    text, firings = collected(source, dictionaries)
-    examples.save(tmp_path / "firings.safetensors", text, firings)
-    again, read = examples.load(tmp_path / "firings.safetensors", dictionaries, Tokens())
-    assert (again.tokens == text.tokens).all()
-    assert again.strings == text.strings
-    assert all(
-        (a.value == b.value).all() and (a.sources == b.sources).all() for a, b in zip(firings, read, strict=True)
-    )
-    with pytest.raises(UserError, match="made of other dictionaries"):
-        examples.load(tmp_path / "firings.safetensors", dictionaries[:1], Tokens())
+def test_saved_and_read_again(tmp_path: Path) -> None:
+    firings = recorded()
+    examples.save(tmp_path / "firings.safetensors", firings)
+    for before, after in zip(
+        firings, examples.load(tmp_path / "firings.safetensors", DICTIONARIES, Tokens()), strict=True
+    ):
+        assert (after.corpus.tokens == before.corpus.tokens).all()
+        assert after.corpus.strings == before.corpus.strings
+        assert (after.value == before.value).all()
+        assert (after.sources == before.sources).all()
+        assert (after.similarity == before.similarity).all()
 
 
 def test_windows_are_what_they_say() -> None:
-    text, one = planted_sets()
-    for unit in one.units:
+    for unit in planted_sets().units:
         for windows in (unit.first, unit.second):
             assert set(windows.kind) <= set(KINDS)
-            silent = ~windows.active
-            assert (windows.values[silent] == 0).all()
+            assert (windows.values[~windows.active] == 0).all()
             assert (windows.values[windows.active].max(axis=1) > 0).all()
             assert ((windows.quantile >= 0) == windows.active).all()
             assert windows.tokens.shape[1] == WIDTH
             assert (windows.tokens[np.arange(len(windows)), windows.peak] >= 0).all()
             for row in range(len(windows)):
-                n = len(windows.pieces(row, text.strings))
+                n = len(windows.pieces(row))
                 assert (windows.tokens[row, :n] > 0).all()
                 assert (windows.tokens[row, n:] == -1).all()
-        assert unit.second.active.sum() == BUDGET.scored
-        assert (~unit.second.active).sum() == BUDGET.scored
+        assert unit.second.active.sum() == (~unit.second.active).sum() == BUDGET.scored
         assert unit.first.active.sum() == BUDGET.shown
+        marked = unit.first.marked(0, unit.first.values[0] > 0)
+        assert "«" in marked
+        assert marked.startswith("…") != bool(unit.first.opens[0])
 
 
 def test_same_token_windows_hold_a_token_the_unit_fires_on_elsewhere() -> None:
-    _, one = planted_sets()
-    comes_again = next(unit for unit in one.units if unit.unit == 2)
-    windows = comes_again.first
+    windows = next(unit.first for unit in planted_sets().units if unit.unit == 2)
     active = windows.tokens[windows.active][windows.values[windows.active] > 0]
     near = windows[windows.kind == "same token"]
     assert len(near) > 0
@@ -134,28 +110,28 @@ def test_same_token_windows_hold_a_token_the_unit_fires_on_elsewhere() -> None:
 
 
 def test_halves_share_no_sequence() -> None:
-    _, one = planted_sets()
-    for unit in one.units:
+    for unit in planted_sets().units:
         # Sequences of the made text share no run of four words but where one word was repeated.
-        firsts = {tuple(row[4:8]) for row in unit.first.tokens if row[7] >= 0}
-        seconds = {tuple(row[4:8]) for row in unit.second.tokens if row[7] >= 0}
+        firsts, seconds = (
+            {tuple(row[4:8]) for row in windows.tokens if row[7] >= 0} for windows in (unit.first, unit.second)
+        )
         assert not firsts & seconds
 
 
 def test_quantiles_are_equally_represented() -> None:
     quantile = np.repeat(np.arange(10), 50)
-    chosen = examples._evenly(quantile, np.arange(500), 30, np.random.default_rng(0))
+    chosen = examples.spread(quantile, np.arange(500), 30, np.random.default_rng(0))
     assert np.bincount(quantile[chosen]).tolist() == [3] * 10
     assert len(set(chosen.tolist())) == 30
 
 
-def test_units_without_enough_examples_are_counted_by_reason(source: ToySource, dictionaries: list[Dictionary]) -> None:
-    text, firings = collected(source, dictionaries)
-    made = examples.examples(firings[0], text, Budget(units=3, least=2, scored=4, shown=4, contrast=4))
-    assert len(made.units) <= 3
-    assert made.eligible + sum(made.left_out.values()) == 24
+def test_units_without_enough_examples_are_counted_by_reason() -> None:
+    firings = recorded()[0]
+    few = examples.examples(firings, Budget(units=3, least=2, scored=4, shown=4, contrast=4))
+    assert len(few.units) <= 3
+    assert few.eligible + sum(few.left_out.values()) == 24
     with pytest.raises(UserError, match="give a longer text"):
-        examples.examples(firings[0], text, Budget(least=500))
+        examples.examples(firings, Budget(least=500))
 
 
 def test_relatives_are_of_the_same_group_first() -> None:
@@ -164,31 +140,12 @@ def test_relatives_are_of_the_same_group_first() -> None:
     assert examples._relatives(similarity, np.array([0, 1, 0, 1])) == [2, 3, 0, 1]
 
 
-def test_relatives_are_of_the_same_family_where_it_is_known() -> None:
-    text, _ = planted_sets()
-    firings = examples.planted(text, [(text.tokens % 7 == number) & text.mask for number in range(4)], [0] * 4)
-    families = {0: "even", 1: "odd", 2: "even", 3: "odd"}
-    made = examples.examples(firings, text, BUDGET, families=families)
-    assert len(made.units) == 4
-    for index, relative in enumerate(made.relatives):
-        assert index != relative
-        assert families[made.units[index].unit] == families[made.units[relative].unit]
-
-
 def test_near_peaks_are_one_example() -> None:
     places = np.array([0, 5, 30, 33, 64, 100])
     values = np.array([1.0, 2.0, 5.0, 4.0, 1.0, 1.0])
-    assert places[examples._peaks(places, values, 128)].tolist() == [30, 64, 100]
+    assert places[examples.find_peaks(places, values, 128)].tolist() == [30, 64, 100]
 
 
-def test_nothing_to_explain_is_refused(source: ToySource) -> None:
+def test_nothing_to_explain_is_refused() -> None:
     with pytest.raises(UserError, match="at least one trained module"):
-        collected(source, [])
-
-
-def test_marks_and_cuts_are_shown() -> None:
-    text, one = planted_sets()
-    windows = one.units[0].first
-    marked = windows.marked(0, text.strings, windows.values[0] > 0)
-    assert "«" in marked
-    assert marked.startswith("…") != bool(windows.opens[0])
+        recorded([])

@@ -17,6 +17,7 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from chat_server import ChatServer, chat_server
@@ -103,15 +104,13 @@ def test_texts_cannot_change_a_prompt() -> None:
 
 
 def test_the_explainer_sees_marks_sources_and_silent_texts_of_the_first_half_alone() -> None:
-    text, one = planted_sets()
-    unit = next(unit for unit in one.units if unit.unit == 1)
-    prompt = judges.explain_request(unit, text.strings).messages[1][1]
-    assert prompt.count("[10]") == judges.SHOWN_ACTIVE
-    assert prompt.count('(from ",")') == judges.SHOWN_ACTIVE
-    assert "«" in prompt.split("silent, some")[0]
-    assert "«" not in prompt.split("silent, some")[1]
-    second = {unit.second.marked(row, text.strings) for row in range(len(unit.second))}
-    assert not any(some in prompt for some in second)
+    unit = next(unit for unit in planted_sets().units if unit.unit == 1)
+    prompt = judges.explain_request(unit).messages[1][1]
+    assert prompt.count("[10]") == prompt.count('(from ",")') == judges.SHOWN_STRONGEST + judges.SHOWN_WEAKER
+    active, silent = prompt.split("silent, some")
+    assert "«" in active
+    assert "«" not in silent
+    assert not any(unit.second.marked(row) in prompt for row in range(len(unit.second)))
 
 
 # ---- file of answers
@@ -172,7 +171,7 @@ def test_mishaps_are_asked_again(server: ChatServer, mishaps: list[str]) -> None
     assert judge.ask([QUESTION]) == ["[1, 0, 0]"]
     assert sum(server.answered.values()) == 1
     assert len(server.prompts) == len([name for name in mishaps if not name.startswith("slow")]) + 1
-    assert judge.calls == 1
+    assert judge.tally.calls == 1
 
 
 def test_one_retry_after_holds_all_threads(server: ChatServer) -> None:
@@ -265,46 +264,41 @@ def test_a_missing_variable_is_named(server: ChatServer, monkeypatch: pytest.Mon
 def test_unreadable_answers_are_left_out_not_wrong(server: ChatServer, content: str, readable: bool) -> None:
     server.content = lambda prompt: content
     judge = asked()
-    found = judge._verdicts("detection", Explanation("digits"), ["a 1", "b", "c"])
-    assert found.tolist() == [1, 0, 0] if readable else np.isnan(found).all()
+    verdicts = judge.verdicts_on("detection", "digits", ["a 1", "b", "c"])
+    assert verdicts.tolist() == [1, 0, 0] if readable else np.isnan(verdicts).all()
     assert judge.tally.failed == (0 if readable else 1)
 
 
 def test_a_refusal_is_unreadable(server: ChatServer) -> None:
     server.mishaps = ["refusal"]
-    judge = asked()
-    assert np.isnan(judge._verdicts("detection", Explanation("digits"), ["a 1"])).all()
+    assert np.isnan(asked().verdicts_on("detection", "digits", ["a 1"])).all()
 
 
-def study_once(folder: Path, concurrency: int = 3) -> tuple[OpenAIJudge, object]:
-    text, one = planted_sets(budget=Budget(units=3, shown=12, contrast=12, scored=8, least=8))
+FEW = Budget(units=3, shown=12, contrast=12, scored=8, least=8)
+
+
+def study_once(folder: Path, concurrency: int = 3) -> tuple[OpenAIJudge, pd.DataFrame]:
     answers = Answers(folder / "answers.jsonl")
     judge = asked(answers, concurrency=concurrency)
     try:
-        return judge, study.study([one], text, judge, progress=False)
+        return judge, study.study([planted_sets(budget=FEW)], judge, progress=False)
     finally:
         answers.close()
 
 
 def test_a_second_run_asks_nothing_and_a_recording_repeats_it(server: ChatServer, tmp_path: Path) -> None:
     first, table = study_once(tmp_path)
-    assert first.calls == sum(server.answered.values()) > 0
+    assert first.tally.calls == sum(server.answered.values()) > 0
     assert max(server.answered.values()) == 1
     assert 1 < server.most <= 3
     again, same = study_once(tmp_path)
-    assert again.calls == 0
-    assert sum(server.answered.values()) == first.calls
-    assert same.equals(table)  # type: ignore[attr-defined]
-    text, one = planted_sets(budget=Budget(units=3, shown=12, contrast=12, scored=8, least=8))
-    replayed = study.study([one], text, ReplayJudge(tmp_path / "answers.jsonl"), progress=False)
-    assert replayed.equals(table)
-
-
-def test_a_replay_of_other_questions_is_refused(server: ChatServer, tmp_path: Path) -> None:
-    study_once(tmp_path)
-    text, one = planted_sets(seed=1, budget=Budget(units=3, shown=12, contrast=12, scored=8, least=8))
+    assert again.tally.calls == 0
+    assert sum(server.answered.values()) == first.tally.calls
+    assert same.equals(table)
+    replay = ReplayJudge(tmp_path / "answers.jsonl")
+    assert study.study([planted_sets(budget=FEW)], replay, progress=False).equals(table)
     with pytest.raises(UserError, match="The recording has no answer"):
-        study.study([one], text, ReplayJudge(tmp_path / "answers.jsonl"), progress=False)
+        study.study([planted_sets(seed=1, budget=FEW)], replay, progress=False)
 
 
 def test_too_many_unreadable_answers_stop_a_study(server: ChatServer, tmp_path: Path) -> None:
@@ -345,8 +339,8 @@ def test_killed_in_the_middle_nothing_is_lost_or_repeated(server: ChatServer, tm
     judge, table = study_once(tmp_path)
     assert max(server.answered.values()) == 1, "a question that was answered is not asked again"
     assert set(before) <= set(server.answered)
-    assert judge.calls == len(server.answered) - len(before), "nothing that was answered is lost"
-    assert table["detection"].notna().all()  # type: ignore[index]
+    assert judge.tally.calls == len(server.answered) - len(before), "nothing that was answered is lost"
+    assert table["detection"].notna().all()
 
 
 def test_the_key_is_in_no_file_and_no_log(
@@ -398,21 +392,19 @@ def test_verdicts_are_read_from_the_logits_of_the_last_token(tiny: models.Langua
         assert float(answer) == pytest.approx(float((logits[10] - logits[20]).sigmoid()), abs=1e-5)
 
 
-def test_local_judges_are_kept_and_replayed(tiny: models.LanguageModel, tmp_path: Path) -> None:
-    text, one = planted_sets(budget=Budget(units=2, shown=8, contrast=8, scored=8, least=8))
+def test_local_answers_are_stored_and_replayed(tiny: models.LanguageModel, tmp_path: Path) -> None:
+    sets = [planted_sets(budget=Budget(units=2, shown=8, contrast=8, scored=8, least=8))]
     answers = Answers(tmp_path / "answers.jsonl")
     judge = SingleLetters(tiny, answers)
-    table = study.study([one], text, judge, ("detection", "simulation"), progress=False)
-    asked_first = judge.calls
-    again = study.study([one], text, judge, ("detection", "simulation"), progress=False)
+    table = study.study(sets, judge, ("detection", "simulation"), progress=False)
+    calls = judge.tally.calls
+    again = study.study(sets, judge, ("detection", "simulation"), progress=False)
     answers.close()
-    assert judge.calls == asked_first > 0
+    assert judge.tally.calls == calls > 0
     assert judge.tally.failed <= 0.05 * judge.tally.asked
-    replayed = study.study(
-        [one], text, ReplayJudge(tmp_path / "answers.jsonl"), ("detection", "simulation"), progress=False
-    )
+    replay = ReplayJudge(tmp_path / "answers.jsonl")
     assert again.equals(table)
-    assert replayed.equals(table)
+    assert study.study(sets, replay, ("detection", "simulation"), progress=False).equals(table)
 
 
 def test_a_model_without_yes_and_no_is_refused(tiny: models.LanguageModel) -> None:
@@ -421,6 +413,5 @@ def test_a_model_without_yes_and_no_is_refused(tiny: models.LanguageModel) -> No
 
 
 def test_rules_apply_only_to_rules() -> None:
-    text, one = planted_sets()
     with pytest.raises(UserError, match="only apply explanations that it made itself"):
-        judges.RulesJudge().detect(Explanation("digits"), one.units[0].second, text.strings)
+        judges.RulesJudge().verdicts(Explanation("digits"), planted_sets().units[0].second)

@@ -1,4 +1,4 @@
-"""Rules: planted units are explained in the right words; conditions hold where they should; nothing outside a window is used."""
+"""Rules: planted units are explained in the right words; conditions hold where they should."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from judged_text import FIRST_WORD, planted_sets
 
 from lorsa_utils.autointerp import rules, study
-from lorsa_utils.autointerp.examples import N_SOURCES, WIDTH, Windows
+from lorsa_utils.autointerp.examples import N_SOURCES, WIDTH, Corpus, Windows
 from lorsa_utils.autointerp.judges import RulesJudge
-from lorsa_utils.autointerp.rules import Condition, Lexicon, Rule, Term
+from lorsa_utils.autointerp.rules import Condition, Rule, Term
 
 STRINGS = {0: " the", 1: ",", 2: "7", 3: " cats", 4: " (", 5: ")", 6: ' "', 7: "\n", 8: " Paris", 9: "ing"}
+CORPUS = Corpus(np.zeros((1, 1), dtype=int), np.ones((1, 1), dtype=bool), STRINGS)
 
 
 def windows_of(rows: list[list[int]], opens: bool = True) -> Windows:
@@ -25,6 +26,7 @@ def windows_of(rows: list[list[int]], opens: bool = True) -> Windows:
     n = len(rows)
     nothing = np.full((n, N_SOURCES), -1)
     return Windows(
+        CORPUS,
         tokens,
         np.zeros((n, WIDTH)),
         np.full(n, opens),
@@ -38,7 +40,7 @@ def windows_of(rows: list[list[int]], opens: bool = True) -> Windows:
 
 def where(condition: Condition, row: list[int], opens: bool = True) -> list[int]:
     rule = Rule((Term((condition,), 0.5),))
-    return np.flatnonzero(rules.predict(rule, windows_of([row], opens), Lexicon(STRINGS))[0]).tolist()
+    return np.flatnonzero(rules.predict(rule, windows_of([row], opens))[0]).tolist()
 
 
 @pytest.mark.parametrize(
@@ -82,18 +84,18 @@ def test_conditions_never_hold_where_there_is_no_token(row: list[int]) -> None:
 
 
 def test_every_class_has_a_token_and_none_holds_for_no_token() -> None:
-    lexicon = Lexicon(STRINGS)
-    assert not lexicon.classes(np.array([-1])).any()
-    assert lexicon.table[2][list(rules.SHAPES).index("digit")]
+    classes = rules.token_classes(CORPUS)
+    assert not classes[-1].any()
+    assert classes[2][list(rules.SHAPES).index("digit")]
 
 
 def test_planted_units_are_explained_and_score_above_nine_tenths() -> None:
-    text, one = planted_sets()
+    examples = planted_sets()
     judge = RulesJudge()
     said = {}
-    for unit in one.units:
-        explanation = judge.explain(unit, text.strings)
-        scores = study.score_unit(judge, explanation, unit, text.strings, ("detection", "fuzzing", "simulation"), 0)
+    for unit in examples.units:
+        explanation = judge.explain(unit)
+        scores = study.score_unit(judge, explanation, unit, ("detection", "fuzzing", "simulation"), 0)
         assert min(scores[name] for name in ("detection", "fuzzing", "simulation")) > 0.9
         said[unit.unit] = explanation.text
     assert said == {
@@ -104,19 +106,18 @@ def test_planted_units_are_explained_and_score_above_nine_tenths() -> None:
 
 
 def test_learning_ignores_the_order_of_windows() -> None:
-    text, one = planted_sets()
-    lexicon = Lexicon(text.strings)
-    windows = one.units[0].first
+    examples = planted_sets()
+    windows = examples.units[0].first
     order = np.random.default_rng(1).permutation(len(windows))
-    texts = {rules.describe(rules.learn(some, lexicon), text.strings) for some in (windows, windows[order])}
+    texts = {rules.describe(rules.learn(same), windows.corpus.strings) for same in (windows, windows[order])}
     assert len(texts) == 1
 
 
 def test_noise_gets_no_score() -> None:
-    text, one = planted_sets()
+    examples = planted_sets()
     rng = np.random.default_rng(0)
     scores = []
-    for unit in one.units:
+    for unit in examples.units:
         for _ in range(4):
             # Active windows are dealt out at random: there is nothing to find.
             halves = []
@@ -127,30 +128,27 @@ def test_noise_gets_no_score() -> None:
                 halves.append(dataclasses.replace(half, kind=kind, values=values, quantile=quantile))
             noise = dataclasses.replace(unit, first=halves[0], second=halves[1])
             judge = RulesJudge()
-            scores.append(
-                study.score_unit(judge, judge.explain(noise, text.strings), noise, text.strings, ("detection",), 0)[
-                    "detection"
-                ]
-            )
+            score = study.score_unit(judge, judge.explain(noise), noise, ("detection",), 0)
+            scores.append(score["detection"])
     assert 0.4 < np.mean(scores) < 0.6
 
 
 def test_words_of_a_set_are_found() -> None:
-    text, one = planted_sets()
+    examples = planted_sets()
     words = FIRST_WORD + np.arange(40)
-    windows = one.units[0].first
+    windows = examples.units[0].first
     values = np.isin(windows.tokens, words).astype(float)
     active = values.any(axis=1)
     changed = dataclasses.replace(
         windows, values=values, kind=np.where(active, "active", "random"), quantile=np.where(active, 0, -1)
     )
-    rule = rules.learn(changed, Lexicon(text.strings))
-    found = rules.predict(rule, changed, Lexicon(text.strings)).any(axis=1)
-    assert np.mean(found[active]) > 0.2
-    assert not found[~active].all()
+    rule = rules.learn(changed)
+    holds = rules.predict(rule, changed).any(axis=1)
+    assert np.mean(holds[active]) > 0.2
+    assert not holds[~active].all()
 
 
 def test_no_rule_says_so_and_is_never_active() -> None:
     rule = Rule(())
     assert rules.describe(rule, STRINGS) == "No rule was found."
-    assert not rules.predict(rule, windows_of([[0, 1]]), Lexicon(STRINGS)).any()
+    assert not rules.predict(rule, windows_of([[0, 1]])).any()

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from judged_text import BUDGET, FIRST_WORD, make_text, planted_sets
+from judged_text import BUDGET, FIRST_WORD, make_corpus, planted_sets
 
 from lorsa_utils import stats
 from lorsa_utils.autointerp import examples, study
-from lorsa_utils.autointerp.examples import Budget
+from lorsa_utils.autointerp.examples import Budget, UnitExamples, Windows
 from lorsa_utils.autointerp.judges import Answers, Explanation, Judge, OpenAIJudge, RulesJudge
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.stats import Interval
@@ -29,17 +29,17 @@ def test_balanced_accuracy_by_hand() -> None:
 
 @given(st.lists(st.booleans(), min_size=2, max_size=40), st.floats(0, 1))
 def test_a_constant_answer_gets_one_half(truth: list[bool], answer: float) -> None:
-    found = study.balanced_accuracy(np.array(truth), np.full(len(truth), answer))
-    assert math.isnan(found.value) if len(set(truth)) == 1 else found.value == 0.5
+    score = study.balanced_accuracy(np.array(truth), np.full(len(truth), answer)).value
+    assert math.isnan(score) if len(set(truth)) == 1 else score == 0.5
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_the_interval_holds_the_score(pairs: list[tuple[bool, bool]]) -> None:
     truth, verdicts = (np.array(side) for side in zip(*pairs, strict=True))
-    found = study.balanced_accuracy(truth, verdicts.astype(float))
-    if not math.isnan(found.value):
-        assert 0 <= found.low <= found.value + 1e-9
-        assert found.value - 1e-9 <= found.high <= 1
+    score = study.balanced_accuracy(truth, verdicts.astype(float))
+    if not math.isnan(score.value):
+        assert 0 <= score.low <= score.value + 1e-9
+        assert score.value - 1e-9 <= score.high <= 1
 
 
 def test_unreadable_verdicts_are_left_out() -> None:
@@ -62,8 +62,7 @@ def test_correlation_by_hand() -> None:
 
 
 def test_half_of_the_marks_are_right_and_as_many_tokens_are_marked() -> None:
-    _, one = planted_sets()
-    for unit in one.units:
+    for unit in planted_sets().units:
         windows = unit.second[unit.second.active]
         marks, correct = study.fuzzing_marks(windows, np.random.default_rng(0))
         assert correct.sum() == len(windows) // 2
@@ -74,12 +73,12 @@ def test_half_of_the_marks_are_right_and_as_many_tokens_are_marked() -> None:
             assert (windows.tokens[row][marks[row]] >= 0).all()
 
 
-def token_sets(n_units: int = 16) -> tuple[examples.Text, examples.Examples]:
+def word_sets(n_units: int = 16) -> examples.Examples:
     """Units that fire on a twentieth of the words each: explanations differ from unit to unit."""
-    text = make_text(400)
-    groups = np.where(text.tokens >= FIRST_WORD, text.tokens % 60, -1)
-    firings = examples.planted(text, [groups == number for number in range(n_units)], [0] * n_units)
-    return text, examples.examples(firings, text, BUDGET)
+    corpus = make_corpus(400)
+    groups = np.where(corpus.tokens >= FIRST_WORD, corpus.tokens % 60, -1)
+    active = [groups == number for number in range(n_units)]
+    return examples.examples(examples.planted(corpus, active, [0] * n_units), BUDGET)
 
 
 class KnowsAll(Judge):
@@ -87,53 +86,45 @@ class KnowsAll(Judge):
 
     name = "knows all"
 
-    def explain(self, unit: examples.UnitExamples, strings: object) -> Explanation:
+    def explain(self, unit: UnitExamples) -> Explanation:
         return Explanation(str(unit.unit))
 
-    def _fires(self, explanation: Explanation, windows: examples.Windows) -> np.ndarray:
-        return (windows.tokens >= FIRST_WORD) & (windows.tokens % 60 == int(explanation.text))
+    def verdicts(self, explanation: Explanation, windows: Windows, marks: np.ndarray | None = None) -> np.ndarray:
+        fires = self.simulate(explanation, windows) > 0
+        return (fires if marks is None else fires & marks).any(axis=1).astype(float)
 
-    def detect(self, explanation: Explanation, windows: examples.Windows, strings: object) -> np.ndarray:
-        return self._fires(explanation, windows).any(axis=1).astype(float)
-
-    def fuzz(
-        self, explanation: Explanation, windows: examples.Windows, marks: np.ndarray, strings: object
-    ) -> np.ndarray:
-        return (self._fires(explanation, windows) & marks).any(axis=1).astype(float)
-
-    def simulate(self, explanation: Explanation, windows: examples.Windows, strings: object) -> np.ndarray:
-        return self._fires(explanation, windows).astype(float)
+    def simulate(self, explanation: Explanation, windows: Windows) -> np.ndarray:
+        fires = (windows.tokens >= FIRST_WORD) & (windows.tokens % 60 == int(explanation.text))
+        return fires.astype(float)
 
 
 def test_a_perfect_explanation_scores_one_and_a_shuffled_one_a_half() -> None:
-    text, one = token_sets()
-    scores = study.study([one], text, KnowsAll(), progress=False)
+    words = word_sets()
+    scores = study.study([words], KnowsAll(), progress=False)
     assert (scores[["detection", "fuzzing"]] == 1).all().all()
     assert np.allclose(scores["simulation"], 1)
     assert 0.45 <= scores["shuffled"].mean() <= 0.55
     assert 0.45 <= scores["relative"].mean() <= 0.55
-    assert study.constant_answer(one) == 0.5
+    assert study.constant_answer(words) == 0.5
 
 
 def test_shuffled_explanations_are_everybodys_once_and_nobodys_own() -> None:
-    dealt = study._shuffle([3, 5, 8, 9], 0)
-    assert sorted(dealt) == sorted(dealt.values()) == [3, 5, 8, 9]
-    assert all(own != other for own, other in dealt.items())
-    assert study._shuffle([3], 0) == {}
+    words = word_sets(6)
+    own = [Explanation(str(unit.unit)) for unit in words.units]
+    dealt = [subject.baselines["shuffled"] for subject in study._subjects(words, own, True, 0)]
+    assert sorted(dealt) == sorted(own)  # type: ignore[type-var]
+    assert all(explanation != other for explanation, other in zip(own, dealt, strict=True))
 
 
 def test_rules_on_planted_units_against_their_baselines() -> None:
-    text, one = planted_sets()
-    scores = study.study([one], text, RulesJudge(), progress=False)
+    scores = study.study([planted_sets()], RulesJudge(), progress=False)
     assert (scores["detection"] > 0.9).all()
     assert (scores["shuffled"] < 0.7).all()
-    assert scores.groupby("unit")["explanation"].nunique().eq(1).all()
 
 
 def test_unknown_scorer_is_named() -> None:
-    text, one = planted_sets()
     with pytest.raises(UserError, match="'recall' is unknown; known are detection, fuzzing, simulation"):
-        study.study([one], text, RulesJudge(), ("recall",))
+        study.check_scorers(("recall",))
 
 
 # ---- statistics
@@ -151,11 +142,11 @@ def table_of(gap: float, n: int = 100, seed: int = 0, layers: tuple[int, ...] = 
 
 
 def test_a_true_difference_wins_and_no_difference_ties() -> None:
-    wins = study.compare(table_of(0.1), scorers=("detection",))
+    wins = study.compare_dictionaries(table_of(0.1), scorers=("detection",))
     assert wins["outcome"].tolist() == wins["outcome_holm"].tolist() == ["win", "win"]
     assert ((wins["low"] < 0.1) & (wins["high"] > 0.1)).all()
     assert np.allclose(wins["effect"], 1, atol=0.4)
-    losses = study.compare(table_of(-0.1), scorers=("detection",))
+    losses = study.compare_dictionaries(table_of(-0.1), scorers=("detection",))
     assert losses["outcome"].tolist() == ["loss", "loss"]
     counts = study.outcomes(losses).set_index("where")
     assert counts.loc["here", "loss"] == 2
@@ -178,38 +169,7 @@ def test_permutation_p_by_hand() -> None:
 
 def test_nothing_to_compare_is_refused() -> None:
     with pytest.raises(UserError, match="No layer has scores of both"):
-        study.compare(table_of(0.1).query("dictionary == 'SAE'"))
-
-
-def test_overall_difference_has_the_right_size() -> None:
-    row = study.overall(table_of(0.1), scorers=("detection",)).iloc[0]
-    assert row["layers"] == 2
-    assert row["low"] < 0.1 < row["high"]
-    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * 0.1 * math.sqrt(2 / 200), rel=0.2)
-
-
-def test_trend_finds_a_perfect_one_and_none() -> None:
-    found = study.trend(table_of(0.0), "frequency", ("detection", "fuzzing")).set_index(["dictionary", "scorer"])
-    assert found.loc[("Lorsa", "fuzzing"), "rho"] == pytest.approx(1, abs=1e-3)
-    none = found.loc[("SAE", "detection")]
-    assert none["low"] < 0 < none["high"]
-
-
-def test_sample_size_against_the_textbook() -> None:
-    # Cohen's d of 0.5, 80 % power: 63 a group by the normal approximation.
-    assert study.sample_size(1.0, 0.5) == 63
-    with pytest.raises(UserError, match="difference above 0"):
-        study.sample_size(1.0, 0.0)
-
-
-def test_sample_size_reaches_its_power() -> None:
-    n = study.sample_size(0.1, 0.1)
-    rng = np.random.default_rng(0)
-    found = [
-        stats.permutation_p(rng.normal(0.1, 0.1, n), rng.normal(0, 0.1, n), seed=seed, n_draws=300) < 0.05
-        for seed in range(200)
-    ]
-    assert 0.7 < np.mean(found) < 0.9
+        study.compare_dictionaries(table_of(0.1).query("dictionary == 'SAE'"))
 
 
 def test_mean_interval_leaves_nan_out() -> None:
@@ -223,8 +183,8 @@ def test_mean_interval_leaves_nan_out() -> None:
 def test_the_estimate_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9")
-    text, one = planted_sets(budget=Budget(units=3, shown=12, contrast=12, scored=10, least=8))
-    expected = study.estimate([one], text, prices=(1.0, 2.0))
+    sets = [planted_sets(budget=Budget(units=3, shown=12, contrast=12, scored=10, least=8))]
+    expected = study.estimate(sets, prices=(1.0, 2.0))
     asked: list[str] = []
 
     class Forgetful(Answers):
@@ -235,11 +195,10 @@ def test_the_estimate_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         def complete(self, request):  # type: ignore[no-untyped-def]
             asked.append(request.kind)
             n = len(asked)
-            return (
-                f"EXPLANATION: {n}" if request.kind == "explain" else json.dumps([0] * ((request.max_tokens - 12) // 4))
-            )
+            zeros = json.dumps([0] * ((request.max_tokens - 12) // 4))
+            return f"EXPLANATION: {n}" if request.kind == "explain" else zeros
 
-    study.study([one], text, Counting("m", Forgetful(None), concurrency=1), progress=False)
+    study.study(sets, Counting("m", Forgetful(None), concurrency=1), progress=False)
     assert len(asked) == expected.calls
     assert expected.cost == pytest.approx((expected.prompt_tokens + 2 * expected.answer_tokens) / 1e6)
     with pytest.raises(UserError, match="Nothing was asked"):

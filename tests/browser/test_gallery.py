@@ -27,36 +27,32 @@ def test_pictures_and_links(images: bool, browser: Any, tmp_path: Path, monkeypa
     for label in ("P4_layer_fvu", "P5_table", "more"):
         run.show(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), label, f"Caption of {label}.")
     tiny = tiny_heads(tmp_path / "model")
-    chosen = [1, 2, 5]
+    chosen = [1, 5]
     pages.write_pages(tiny.evidence().heads(chosen), run.folder / "heads", chosen)
     run.record("x", 1.0)
-    for width in (1200, 400):
+    for width in (1200, 400) if images else (400,):
         tab = Watched(browser, width)
         page = tab.open(gallery.write_index(run.folder, "smoke"))
         for plate in page.locator("figure.plate").all():
             plate.scroll_into_view_if_needed()
             if images:
-                page.wait_for_function(
-                    "image => image.complete && image.naturalWidth > 300", arg=plate.locator("img").element_handle()
-                )
+                image = plate.locator("img").element_handle()
+                page.wait_for_function("image => image.complete && image.naturalWidth > 300", arg=image)
             else:
                 plate.frame_locator("iframe").locator(".main-svg").first.wait_for(timeout=30_000)
         assert page.locator("figure.plate").count() == 3
         assert page.locator("iframe").count() == (0 if images else 3)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         keep_screenshot(page, f"gallery_{'images' if images else 'frames'}_{width}")
-        links = {link.evaluate("link => link.href") for link in page.locator("a").all()}
-        assert len([link for link in links if "/heads/" in link]) == 3
-        for link in sorted(links):
-            if ".html" in link and "#" not in link:
-                other = Watched(browser)
-                other.page.goto(link)
-                assert other.page.locator("h1, .plotly-graph-div").count()
-                assert not other.problems, link
-                assert not other.left
-                other.page.close()
-            elif "#" not in link:
-                assert Path(link.removeprefix("file://")).is_file()
         assert not tab.problems
         assert not tab.left
-        page.close()
+    links = {link.evaluate("link => link.href") for link in page.locator("a").all()}
+    links = {link for link in links if "#" not in link}
+    assert len([link for link in links if "/heads/" in link]) == 2
+    assert all(Path(link.removeprefix("file://")).is_file() for link in links)
+    for link in [link for link in sorted(links) if link.endswith(".html")] if images else []:
+        other = Watched(browser)
+        other.page.goto(link)
+        assert other.page.locator("h1, .plotly-graph-div").count()
+        assert not other.problems, link
+        assert not other.left

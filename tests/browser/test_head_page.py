@@ -1,4 +1,4 @@
-"""Head pages in a real browser: what one sees under the pointer and hears with the keyboard is what the module computes."""
+"""Head pages in a real browser: what the pointer shows and the keyboard says is what the module computes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pytest
 from browsing import Watched, keep_screenshot
 from tiny_heads import DEAD, Tiny, tiny_heads
 
-from lorsa_utils.view import evidence, pages
-from lorsa_utils.view.evidence import Head
+from lorsa_utils.view import pages
+from lorsa_utils.view.evidence import Context, Head
 
 pytestmark = pytest.mark.browser
-NASTY = "<script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +24,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="module")
 def heads(tiny: Tiny) -> list[Head]:
     return list(tiny.evidence().heads([5, DEAD]))
+
+
+def opened(tab: Watched, head: Head, folder: Path) -> Any:
+    (folder / "page.html").write_text(pages.head_page(head), encoding="utf-8")
+    return tab.open(folder / "page.html")
 
 
 def value(text: str) -> float:
@@ -40,8 +44,8 @@ def table_of(figure: Any) -> tuple[list[list[str]], list[list[str]]]:
     return body, foot
 
 
-def check_table(figure: Any, context: evidence.Context, column: int) -> None:
-    """The table tells the z pattern and the attention of one query."""
+def check_table(figure: Any, context: Context, column: int) -> None:
+    """The table shows the z pattern and the attention of one query."""
     i = column - context.n_before
     z, attention = context.z_pattern[i, : column + 1], context.attention[i, : column + 1]
     body, foot = table_of(figure)
@@ -57,17 +61,15 @@ def check_table(figure: Any, context: evidence.Context, column: int) -> None:
 
 
 def test_hover_draws_the_z_pattern(browser: Any, heads: list[Head], tmp_path: Path) -> None:
-    file = tmp_path / "page.html"
-    file.write_text(pages.head_page(heads[0]), encoding="utf-8")
     tab = Watched(browser)
-    page = tab.open(file)
-    for number in (0, 2, len(heads[0].contexts) - 1):
+    page = opened(tab, heads[0], tmp_path)
+    for number in (0, len(heads[0].contexts) - 1):
         context, figure = heads[0].contexts[number], page.locator(f'[data-context="{number}"]')
         figure.scroll_into_view_if_needed()
         peak = context.n_before + context.peak
         check_table(figure, context, peak)
         tokens = figure.locator("[data-j][role=button]:visible").all()
-        for token in tokens[:: max(1, len(tokens) // 4)]:
+        for token in tokens[:: max(1, len(tokens) // 3)]:
             token.hover()
             column = int(token.get_attribute("data-j"))
             assert "here" in token.get_attribute("class")
@@ -89,10 +91,8 @@ def test_hover_draws_the_z_pattern(browser: Any, heads: list[Head], tmp_path: Pa
 
 
 def test_keyboard_and_screen_reader(browser: Any, heads: list[Head], tmp_path: Path) -> None:
-    file = tmp_path / "page.html"
-    file.write_text(pages.head_page(heads[0]), encoding="utf-8")
     tab = Watched(browser)
-    page = tab.open(file)
+    page = opened(tab, heads[0], tmp_path)
     context = heads[0].contexts[0]
     figure, live = page.locator('[data-context="0"]'), page.locator("#live")
     peak = context.n_before + context.peak
@@ -119,9 +119,7 @@ def test_keyboard_and_screen_reader(browser: Any, heads: list[Head], tmp_path: P
 
 
 def test_attention_and_whole_contexts_can_be_asked_for(browser: Any, heads: list[Head], tmp_path: Path) -> None:
-    file = tmp_path / "page.html"
-    file.write_text(pages.head_page(heads[0]), encoding="utf-8")
-    page = Watched(browser).open(file)
+    page = opened(Watched(browser), heads[0], tmp_path)
     context, figure = heads[0].contexts[0], page.locator('[data-context="0"]')
     page.get_by_label("attention of its QK group").check()
     attention = context.attention[context.peak]
@@ -139,16 +137,14 @@ def test_attention_and_whole_contexts_can_be_asked_for(browser: Any, heads: list
     assert other.locator("[data-j]:visible").count() == len(heads[0].contexts[1].tokens)
 
 
-@pytest.mark.parametrize("token", [NASTY, "שלום", "😀", "\u202eabc", '"><img src=x onerror=alert(1)>'])
+@pytest.mark.parametrize("token", ["שלום", "\u202eabc", '"><script>alert(1)</script><img src=x onerror=alert(1)>'])
 def test_token_text_stays_text(token: str, browser: Any, heads: list[Head], tmp_path: Path) -> None:
     contexts = [
         dataclasses.replace(one, tokens=[token if text else "" for text in one.tokens]) for one in heads[0].contexts
     ]
     head = dataclasses.replace(heads[0], contexts=contexts, raised=[(token, 1.0)] * 3, explanation=token)
-    file = tmp_path / "page.html"
-    file.write_text(pages.head_page(head), encoding="utf-8")
     tab = Watched(browser)
-    page = tab.open(file)
+    page = opened(tab, head, tmp_path)
     figure = page.locator('[data-context="0"]')
     figure.locator("[tabindex='0']").hover()
     shown = pages.visible(token)
@@ -160,13 +156,11 @@ def test_token_text_stays_text(token: str, browser: Any, heads: list[Head], tmp_
     assert not tab.left
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (400, False), (400, True), (320, False)])
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (400, True), (320, False)])
 def test_fits_and_can_be_read(width: int, dark: bool, browser: Any, heads: list[Head], tmp_path: Path) -> None:
     for name, head in (("alive", heads[0]), ("dead", heads[1])):
-        file = tmp_path / f"{name}.html"
-        file.write_text(pages.head_page(head), encoding="utf-8")
         tab = Watched(browser, width, dark=dark)
-        page = tab.open(file)
+        page = opened(tab, head, tmp_path)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out to the right"
         assert worst_contrast(page) >= 4.5
         keep_screenshot(page, f"head_page_{name}_{width}_{'dark' if dark else 'light'}")
@@ -204,13 +198,3 @@ def worst_contrast(page: Any) -> float:
     ratio, where = page.evaluate(CONTRAST)
     print(f"contrast {ratio:.2f} at {where}")
     return float(ratio)
-
-
-def test_dead_head_says_so(browser: Any, heads: list[Head], tmp_path: Path) -> None:
-    file = tmp_path / "page.html"
-    file.write_text(pages.head_page(heads[1]), encoding="utf-8")
-    tab = Watched(browser)
-    page = tab.open(file)
-    assert "A dead head" in page.locator(".lead").inner_text()
-    assert page.locator(".context").count() == 0
-    assert not tab.problems

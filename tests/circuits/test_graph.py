@@ -215,19 +215,10 @@ def test_file_has_what_viewers_ask_for(tmp_path: Path) -> None:
         content["metadata"]
     )
     assert set(content["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
-    needed = {
-        "node_id",
-        "feature",
-        "layer",
-        "ctx_idx",
-        "feature_type",
-        "token_prob",
-        "is_target_logit",
-        "run_idx",
-        "reverse_ctx_idx",
-    }
+    needed = {"node_id", "feature", "layer", "ctx_idx", "feature_type", "token_prob", "is_target_logit", "run_idx"}
+    needed |= {"reverse_ctx_idx", "jsNodeId", "clerp", "influence", "activation"}
     for node in content["nodes"]:
-        assert needed | {"jsNodeId", "clerp", "influence", "activation"} <= set(node)
+        assert needed <= set(node)
         assert isinstance(node["layer"], str)
         assert isinstance(node["feature"], int)
         assert node["feature_type"] in {"embedding", "cross layer transcoder", "mlp reconstruction error", "logit"}

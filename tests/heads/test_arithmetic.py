@@ -1,4 +1,4 @@
-"""Planted rules are read back exactly, from arrays and from a layer built by hand; gradual and random units get no name."""
+"""Planted rules are read back exactly, from arrays and a layer built by hand; gradual and random units get no name."""
 
 from __future__ import annotations
 
@@ -82,8 +82,6 @@ def test_a_constant_unit_has_no_rule() -> None:
     assert np.isnan(arithmetic.smooth_explained(np.ones((10, 10))))
     table = arithmetic.rule_table(Activations(torch.zeros(3, 10, 10), torch.zeros(0, 0), "+", 0))
     assert table.empty
-    with pytest.raises(UserError, match="square grid"):
-        arithmetic.fit_rules(np.zeros((10, 12)))
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(-9, 9)), min_size=2, max_size=7))
@@ -106,6 +104,31 @@ def test_best_sets_beat_every_other(cells: list[tuple[int, int]]) -> None:
         assert gain(list(arithmetic._best_residues(counts, sums))) == pytest.approx(max(map(gain, subsets)))
     if max(map(gain, ranges)) > 0:
         assert gain(list(arithmetic._best_range(counts, sums))) == pytest.approx(max(map(gain, ranges)))
+
+
+# ---- prompts
+
+
+@pytest.mark.parametrize("operator", ["+", "-", "*"])
+@pytest.mark.parametrize("which", ["words", "numbers"])
+def test_arithmetic_grid(which: str, operator: str) -> None:
+    vocabulary = prompts.Vocabulary(word_tokenizer(numbers=which == "numbers"), None)
+    grid = arithmetic.arithmetic_grid(vocabulary, operator, 8, 12)
+    assert len(grid.tokens) == 25
+    width = 2 if which == "words" else 1
+    assert int(grid.equals.max()) == 2 * width + 1 + len(vocabulary.start)
+    for number in range(25):
+        a, b, end = int(grid.a[number]), int(grid.b[number]), int(grid.equals[number])
+        assert vocabulary.tokenizer.decode(grid.tokens[number, len(vocabulary.start) : end + 1]) == f"{a}{operator}{b}="
+        answer = str(prompts.OPERATORS[operator](a, b))
+        assert answer.startswith(vocabulary.texts[int(grid.answer[number])])
+
+
+def test_arithmetic_grid_refuses() -> None:
+    words = prompts.Vocabulary(word_tokenizer(), None)
+    for arguments, told in ((("/",), "is not one of"), (("+", 5, 5), "must run from"), (("+", -1, 5), "must run from")):
+        with pytest.raises(UserError, match=told):
+            arithmetic.arithmetic_grid(words, *arguments)  # type: ignore[arg-type]
 
 
 # ---- a layer built by hand
@@ -144,9 +167,9 @@ def layer_of_rules(rules: Sequence[Rule], numbers: dict[int, int], n_tokens: int
     return lorsa
 
 
-def test_a_layer_of_known_rules_identifies_the_operand_of_36_plus_62() -> None:
+def test_the_rules_of_a_layer_built_by_hand_are_read_back() -> None:
     vocabulary = prompts.Vocabulary(word_tokenizer(numbers=True), None)
-    grid = prompts.arithmetic_grid(vocabulary, "+", 10, 99)
+    grid = arithmetic.arithmetic_grid(vocabulary, "+", 10, 99)
     numbers = {number: vocabulary.encode(str(number))[0] for number in range(10, 100)}
     n_tokens = max(vocabulary.tokenizer.get_vocab().values()) + 1
     known = [RULES[0], RULES[2], RULES[3], RULES[4], Rule("op2", 0, tuple(range(60, 70)))]
@@ -161,11 +184,3 @@ def test_a_layer_of_known_rules_identifies_the_operand_of_36_plus_62() -> None:
     assert rules["rule"].tolist() == [str(rule) for rule in known]
     assert np.allclose(rules["explained"], 1)
     assert rules["named"].all()
-    picture = arithmetic.joint_picture(found, rules.reset_index(), 36, 62)
-    assert set(picture["unit"]) == {0, 1, 2}
-    assert picture["left"].iloc[-1] == [36]
-    assert picture["n_left"].is_monotonic_decreasing
-    other = arithmetic.joint_picture(found, rules.reset_index(), 36, 62, "op2")
-    assert other["left"].iloc[-1] == list(range(60, 70))
-    with pytest.raises(UserError, match="from 10 to 99"):
-        arithmetic.joint_picture(found, rules.reset_index(), 5, 62)

@@ -15,7 +15,6 @@ from toys import random_sequences
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import origins, units
-from lorsa_utils.heads.origins import Shares
 from lorsa_utils.heads.prompts import PromptSet
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import AttentionSite, LanguageModel, load_model
@@ -91,17 +90,6 @@ def test_heads_needed_is_the_smallest_number(weights: list[int], threshold: floa
     ordered = sorted(shares[0].tolist(), reverse=True)
     assert sum(ordered[:needed]) >= threshold - 1e-6
     assert sum(ordered[: needed - 1]) < threshold
-
-
-def test_needed_table() -> None:
-    shares = torch.tensor([[1.0, 0, 0], [0.6, 0.4, 0], [0.4, 0.3, 0.3], [float("nan")] * 3, [1.0, 0, 0]]).double()
-    found = Shares(shares, torch.zeros(5), torch.ones(5), torch.tensor([50, 50, 50, 0, 3]))
-    table = origins.needed_table({"trained": found}, (0.5, 0.9)).set_index("threshold")
-    assert table.loc[0.5, ["one", "two", "three or more"]].tolist() == pytest.approx([2 / 3, 1 / 3, 0])
-    assert table.loc[0.9, ["one", "two", "three or more"]].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])
-    assert table.loc[0.9, "n"] == 3
-    with pytest.raises(UserError, match="longer text"):
-        origins.needed_table({"trained": found}, (0.5,), min_active=100)
     with pytest.raises(UserError, match="between 0 and 1"):
         origins.heads_needed(shares, 0)
 
@@ -157,16 +145,6 @@ def test_unit_effects_without_text(model: LanguageModel, lorsa: Lorsa) -> None:
         origins.unit_effects(model, 1, lorsa, 0, [0], mean_of(model), nothing)
 
 
-def test_family_shares() -> None:
-    shares = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.2], [float("nan")] * 2, [0.5, 0.5]]).double()
-    table = origins.family_shares(["induction", "induction", "sink", "sink", ""], shares).set_index("family")
-    assert table.loc["induction", [0, 1]].tolist() == [0.5, 0.5]
-    assert table.loc["induction", "mhsa_heads"] == pytest.approx(2)
-    assert table.loc["sink", "lorsa_heads"] == 1
-    turned = origins.families_of_mhsa_heads(table.reset_index(), 0.3)
-    assert turned["families"].tolist() == ["sink; induction", "induction"]
-
-
 # ---- patterns
 
 
@@ -202,14 +180,11 @@ def test_a_copied_group_overlaps_with_its_head(model: LanguageModel) -> None:
     copied = copied_groups(site)
     within = origins.pattern_overlaps(model, 1, copied, 1, SEQUENCES)
     other = origins.pattern_overlaps(model, 1, copied, 0, SEQUENCES)
-    table = origins.pattern_table(within, other, site.n_heads)
-    assert (table["best"] == table["start"]).all()
-    assert np.allclose(table["overlap"], 1, atol=1e-5)
-    assert (table["baseline"] < 1).all()
-    assert (table["baseline_mean"] <= table["baseline"]).all()
+    assert torch.allclose(within.max(dim=1).values, torch.ones(8), atol=1e-5)
+    assert torch.equal(within.argmax(dim=1), torch.arange(8) % 4)
+    assert (other < 1).all()
     own = origins.pattern_overlaps(model, 1, site, 1, SEQUENCES, without_first=True)
     assert torch.allclose(own.diagonal(), torch.ones(4), atol=1e-5)
-    assert np.allclose(table["others"][0], (within[0].sum() - 1) / 3, atol=1e-5)
 
 
 def test_attention_on_sources(model: LanguageModel) -> None:

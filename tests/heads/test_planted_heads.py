@@ -1,4 +1,4 @@
-"""Real Lorsa heads built by hand, with known rules, from activations to explanations: digits, a comma as source, a word seen before."""
+"""Real Lorsa heads built by hand, from activations to explanations: digits, a comma as source, a word seen before."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Source:
 
 
 def planted(model: HandModel, comma: int) -> Lorsa:
-    """Head 0 reads a digit on its own token, head 1 a comma on the token before, head 2 rests on the first token until a token returns."""
+    """Head 0 reads a digit on its token, head 1 a comma before, head 2 rests on the first token until one returns."""
     lorsa = Lorsa(LorsaConfig(d_model=D_MODEL, n_ov_heads=3, n_qk_heads=3, d_qk=CODE + 1, k=3, attn_scale=1.0))
     circuits = ((PLACE, PLACE), (PLACE_BEFORE, PLACE), (TOKEN, BEFORE))
     with torch.no_grad():
@@ -87,11 +87,11 @@ def scores() -> pd.DataFrame:
     model.days = torch.tensor(digits)  # what the stream marks
     budget = Budget(units=3, shown=40, contrast=40, scored=20, oversampling=1)
     dictionary = Dictionary("Lorsa", 0, planted(model, comma))
-    text, firings = examples.collect(
+    firings = examples.record_firings(
         Source(model, digits, comma), [dictionary], {0: model.site(0)}, tokenizer, budget, 64, progress=False
     )
-    sets = [examples.examples(one, text, budget) for one in firings]
-    return study.study(sets, text, RulesJudge(), progress=False).set_index("unit")
+    sets = [examples.examples(one, budget) for one in firings]
+    return study.study(sets, RulesJudge(), progress=False).set_index("unit")
 
 
 def test_planted_heads_are_explained(scores: pd.DataFrame) -> None:

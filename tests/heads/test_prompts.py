@@ -14,31 +14,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import prompts
+from lorsa_utils.heads import families, prompts
 from lorsa_utils.heads.prompts import PromptSet, Vocabulary
 
-WORDS = (
-    *(
-        "store",
-        "garden",
-        "bottle",
-        "window",
-        "river",
-        "yellow",
-        "letter",
-        "mountain",
-        "paper",
-        "silver",
-        "orange",
-        "table",
-        "market",
-    ),
-    *("bridge", "winter", "summer"),
+WORDS = prompts.listed(
+    "store garden bottle window river yellow letter mountain paper silver orange table market bridge winter summer"
 )
 
 
 def word_tokenizer(numbers: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on names, series and words; digits are single tokens, or numbers of up to three digits are."""
+    """Byte-level BPE trained on names, series and words; digits are single tokens, or whole numbers are."""
     rng = random.Random(0)
     series = [word for members in prompts.SERIES.values() for word in members if not word.isdigit()]
     pool = [
@@ -116,7 +101,7 @@ def check(found: PromptSet) -> None:
 
 @given(n_pairs=st.integers(1, 4), length=st.integers(2, 20), seed=st.integers(0, 99))
 def test_induction(bytes_only: Vocabulary, n_pairs: int, length: int, seed: int) -> None:
-    found = prompts.induction(bytes_only, n_pairs, seed, length)
+    found = families.induction(bytes_only, n_pairs, seed, length)
     check(found)
     assert found.predicts
     assert int(found.pair.max()) == n_pairs - 1
@@ -134,7 +119,7 @@ def test_induction(bytes_only: Vocabulary, n_pairs: int, length: int, seed: int)
 
 
 def test_controls_stand_on_the_same_tokens(bytes_only: Vocabulary) -> None:
-    found = prompts.induction(bytes_only, 1, 0, 8)
+    found = families.induction(bytes_only, 1, 0, 8)
     at = {name: [] for name in ("labelled", "first half", "other")}  # type: ignore[var-annotated]
     for query in range(len(found.row)):
         name = "labelled" if found.positive[query] else ("first half" if found.row[query] == 0 else "other")
@@ -143,7 +128,7 @@ def test_controls_stand_on_the_same_tokens(bytes_only: Vocabulary) -> None:
 
 
 def test_duplicate_tokens(bytes_only: Vocabulary) -> None:
-    found = prompts.duplicate_token(bytes_only, 3)
+    found = families.duplicate_token(bytes_only, 3)
     check(found)
     for query in labelled(found):
         (source,) = sources_of(found, query)
@@ -152,18 +137,18 @@ def test_duplicate_tokens(bytes_only: Vocabulary) -> None:
 
 
 def test_seeds(bytes_only: Vocabulary) -> None:
-    first, same, other = (prompts.induction(bytes_only, 2, seed) for seed in (3, 3, 4))
+    first, same, other = (families.induction(bytes_only, 2, seed) for seed in (3, 3, 4))
     assert torch.equal(first.tokens, same.tokens)
     assert not torch.equal(first.tokens, other.tokens)
 
 
 def test_bos_is_in_front_or_nowhere() -> None:
     tokenizer = byte_tokenizer()
-    assert (prompts.induction(Vocabulary(tokenizer, 0), 2).tokens[:, 0] == 0).all(), (
+    assert (families.induction(Vocabulary(tokenizer, 0), 2).tokens[:, 0] == 0).all(), (
         "token id 0 is a token like any other"
     )
-    without = prompts.induction(Vocabulary(tokenizer, None), 2)
-    assert without.tokens.shape[1] == prompts.induction(Vocabulary(tokenizer, 256), 2).tokens.shape[1] - 1
+    without = families.induction(Vocabulary(tokenizer, None), 2)
+    assert without.tokens.shape[1] == families.induction(Vocabulary(tokenizer, 256), 2).tokens.shape[1] - 1
     assert (without.tokens < 256).all()
 
 
@@ -173,11 +158,11 @@ def test_bos_is_in_front_or_nowhere() -> None:
 def test_positional_families(bytes_only: Vocabulary) -> None:
     texts = prompts.passages(documents(), bytes_only, 10, 64)
     for make, wanted in (
-        (prompts.previous_token, lambda i: [i - 1]),
-        (prompts.attention_sink, lambda i: [0]),
-        (prompts.local, lambda i: list(range(i - prompts.LOCAL_WINDOW, i + 1))),
+        (families.previous_token, lambda i: [i - 1]),
+        (families.attention_sink, lambda i: [0]),
+        (families.local, lambda i: list(range(i - families.LOCAL_WINDOW, i + 1))),
     ):
-        found = make(bytes_only, texts)
+        found = make(bytes_only, texts, 10)
         check(found)
         assert not found.has_controls
         assert not found.predicts
@@ -198,7 +183,7 @@ def test_passages(bytes_only: Vocabulary) -> None:
 def test_thematic_anchors_differ_in_the_beginning_alone(words: Vocabulary) -> None:
     rng = random.Random(2)
     own = [(f"d{i}", " " + " ".join(rng.sample([words.texts[t][1:] for t in words.words], 90))) for i in range(8)]
-    found = prompts.thematic_anchor(words, prompts.passages(own, words, 16, 80), 6)
+    found = families.thematic_anchor(words, prompts.passages(own, words, 16, 80), 6)
     check(found)
     for pair in found.pair.unique():
         rows = found.row[found.pair == pair].unique()
@@ -209,20 +194,20 @@ def test_thematic_anchors_differ_in_the_beginning_alone(words: Vocabulary) -> No
         tokens, position = found.tokens[found.row[query]], int(found.position[query])
         assert tokens[position] not in tokens[:position]
         if found.positive[query]:
-            assert sources_of(found, query) == list(range(1, position - prompts.FAR))
+            assert sources_of(found, query) == list(range(1, position - families.FAR))
 
 
 @pytest.mark.parametrize(("n", "length", "told"), [(1, 80, "two documents"), (3, 40, "passages of 56")])
 def test_thematic_anchors_need_text(bytes_only: Vocabulary, n: int, length: int, told: str) -> None:
     with pytest.raises(UserError, match=told):
-        prompts.thematic_anchor(bytes_only, prompts.passages(documents(n), bytes_only, 9, length))
+        families.thematic_anchor(bytes_only, prompts.passages(documents(n), bytes_only, 9, length), 4)
 
 
 # ---- words
 
 
 def test_indirect_objects(words: Vocabulary) -> None:
-    found = prompts.name_mover(words, 40)
+    found = families.name_mover(words, 40)
     check(found)
     to = words.single(" to")
     orders = set()
@@ -244,11 +229,11 @@ def test_indirect_objects(words: Vocabulary) -> None:
         assert len(changed) == 3, "the same sentence with other words in the places of the names"
         assert not {words.texts[int(other[i])][1:] for i in changed} & set(prompts.NAMES)
         assert found.position[control] == found.position[labelled_query]
-    assert torch.equal(found.tokens, prompts.copy_suppression(words, 40, seed=6).tokens)
+    assert torch.equal(found.tokens, families.copy_suppression(words, 40).tokens)
 
 
 def test_successors(words: Vocabulary) -> None:
-    found = prompts.successor(words, 6)
+    found = families.successor(words, 6)
     check(found)
     seen = set()
     for query in labelled(found):
@@ -269,13 +254,13 @@ def test_successors(words: Vocabulary) -> None:
 
 
 def test_numerals_go_without_spaces_where_digits_stand_alone(words: Vocabulary) -> None:
-    found = prompts.successor(words, 3)
+    found = families.successor(words, 3)
     numerals = found.tokens[found.row[torch.tensor([kind == "numerals" for kind in found.kinds()])]]
     assert all(words.tokenizer.decode(row).rstrip("0123456789")[-1] == "," for row in numerals)
 
 
 def test_split_words(words: Vocabulary) -> None:
-    found = prompts.split_words(words)
+    found = prompts.split_words(words, "")
     assert len(found) >= 16
     for word in found:
         whole, first, second = (words.texts[token] for token in word)
@@ -284,7 +269,7 @@ def test_split_words(words: Vocabulary) -> None:
 
 
 def test_subtoken_induction(words: Vocabulary) -> None:
-    found = prompts.subtoken_induction(words, 12)
+    found = families.subtoken_induction(words, 12)
     check(found)
     assert set(found.kind) == {"subtoken", "random", "token"}
     for pair in found.pair.unique():
@@ -305,29 +290,8 @@ def test_subtoken_induction(words: Vocabulary) -> None:
 # ---- arithmetic
 
 
-@pytest.mark.parametrize("operator", ["+", "-", "*"])
-@pytest.mark.parametrize("which", ["words", "numbers"])
-def test_arithmetic_grid(which: str, operator: str, request: pytest.FixtureRequest) -> None:
-    vocabulary: Vocabulary = request.getfixturevalue(which)
-    grid = prompts.arithmetic_grid(vocabulary, operator, 8, 12)
-    assert len(grid.tokens) == 25
-    width = 2 if which == "words" else 1
-    assert int(grid.equals.max()) == 2 * width + 1 + len(vocabulary.start)
-    for number in range(25):
-        a, b, end = int(grid.a[number]), int(grid.b[number]), int(grid.equals[number])
-        assert vocabulary.tokenizer.decode(grid.tokens[number, len(vocabulary.start) : end + 1]) == f"{a}{operator}{b}="
-        answer = str(prompts.OPERATORS[operator](a, b))
-        assert answer.startswith(vocabulary.texts[int(grid.answer[number])])
-
-
-def test_arithmetic_grid_refuses(words: Vocabulary) -> None:
-    for arguments, told in ((("/",), "is not one of"), (("+", 5, 5), "must run from"), (("+", -1, 5), "must run from")):
-        with pytest.raises(UserError, match=told):
-            prompts.arithmetic_grid(words, *arguments)  # type: ignore[arg-type]
-
-
 def test_arithmetic_prompts(words: Vocabulary) -> None:
-    found = prompts.arithmetic(words, 10)
+    found = families.arithmetic(words, 10)
     check(found)
     for query in labelled(found):
         text = words.tokenizer.decode(found.tokens[found.row[query], 1 : found.position[query] + 1])
@@ -344,7 +308,7 @@ def test_arithmetic_prompts(words: Vocabulary) -> None:
 def test_standard_makes_every_family(words: Vocabulary) -> None:
     rng = random.Random(3)
     own = [(f"d{i}", " " + " ".join(rng.sample([words.texts[t][1:] for t in words.words], 110))) for i in range(12)]
-    found = prompts.standard(words, prompts.passages(own, words, 24, 96), scale=0.1)
+    found = families.standard(words, prompts.passages(own, words, 24, 96), scale=0.1)
     assert not found.skipped
     assert len(found.sets) == 11
     for family, each in found.sets.items():
@@ -353,7 +317,7 @@ def test_standard_makes_every_family(words: Vocabulary) -> None:
 
 
 def test_standard_skips_what_a_tokenizer_lacks_with_a_sentence(bytes_only: Vocabulary) -> None:
-    found = prompts.standard(bytes_only, [], scale=0.1)
+    found = families.standard(bytes_only, [], scale=0.1)
     assert set(found.skipped) >= {
         "name_mover",
         "copy_suppression",
@@ -368,11 +332,11 @@ def test_standard_skips_what_a_tokenizer_lacks_with_a_sentence(bytes_only: Vocab
     tiny: Any = Vocabulary(byte_tokenizer(), None)
     tiny.texts = dict(list(tiny.texts.items())[:20])
     with pytest.raises(UserError, match="needs 32 different tokens"):
-        prompts.induction(tiny)
+        families.induction(tiny, 4)
 
 
 def test_keep_pairs(bytes_only: Vocabulary) -> None:
-    found = prompts.induction(bytes_only, 6)
+    found = families.induction(bytes_only, 6)
     even, odd = (found.keep_pairs(lambda pair, rest=rest: pair % 2 == rest) for rest in (0, 1))
     assert set(even.pair.tolist()) == {0, 2, 4}
     assert len(even.row) + len(odd.row) == len(found.row)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from hand_model import KNOWN, known_lorsa
-from test_families import found, made, model, texts
+from test_discovery import found, made, model, texts
 from toys import sequences_of
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import prompts, survey, units
-from lorsa_utils.heads.families import Discovery
+from lorsa_utils.heads.discovery import Discovery
+from lorsa_utils.heads.families import Prompts
 
 __all__ = ["found", "made", "model", "texts"]  # fixtures
 
@@ -96,7 +97,7 @@ def test_describe_is_the_whole_way(model: Any, texts: list[prompts.Passage], mon
         survey.describe(model, 0, dead, sequences, documents, progress=False)
 
 
-def test_thinned_keeps_pairs_from_everywhere(made: prompts.Prompts) -> None:
+def test_thinned_keeps_pairs_from_everywhere(made: Prompts) -> None:
     few = survey._thinned(made.sets["successor"], 14)
     assert len(few.pair.unique()) == 14
     assert set(few.kind) == set(made.sets["successor"].kind)

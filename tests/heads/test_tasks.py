@@ -1,4 +1,4 @@
-"""Pairs have equal length and differ in what decides the answer; metrics against plain formulas; bad prompts are refused."""
+"""Pairs differ in what decides the answer and nothing else; metrics are their formulas; bad prompts are refused."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from test_prompts import word_tokenizer
 from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import prompts, topics, units
-from lorsa_utils.heads.prompts import FAR, Passage, Vocabulary
+from lorsa_utils.heads import discovery, families, units
+from lorsa_utils.heads.families import FAR
+from lorsa_utils.heads.prompts import Passage, Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +46,16 @@ def test_topic_words(vocabulary: Vocabulary) -> None:
         Passage("y", (window,)),
         *(Passage(f"z{i}", (river, river)) for i in range(8)),
     ]
-    found = topics.topic_words(texts, vocabulary, rare=0.2)
+    found = families.topic_words(texts, vocabulary, rare=0.2)
     assert found[0] == {window}, "river is in most documents and once here, a is no word"
     assert found[1] == set()
-    assert topics.topic_words(texts, vocabulary, rare=1.0)[2] == {river}
+    assert families.topic_words(texts, vocabulary, rare=1.0)[2] == {river}
 
 
 @pytest.mark.parametrize("scrambled", [False, True])
 def test_topic_prompts(vocabulary: Vocabulary, texts: list[Passage], scrambled: bool) -> None:
-    found = topics.topic_prompts(texts, vocabulary, scrambled=scrambled)
-    words = topics.topic_words(texts, vocabulary)
+    found = families.topic_prompts(texts, vocabulary, scrambled=scrambled)
+    words = families.topic_words(texts, vocabulary)
     assert found.predicts
     assert found.has_controls
     for query in range(len(found.row)):
@@ -73,11 +74,11 @@ def test_topic_prompts(vocabulary: Vocabulary, texts: list[Passage], scrambled: 
         assert sorted(row) == sorted(passage.ids)
         assert (row == list(passage.ids)) != scrambled
     with pytest.raises(UserError, match="No passage has a topic word"):
-        topics.topic_prompts([Passage("x", tuple(range(50, 150)))], vocabulary)
+        families.topic_prompts([Passage("x", tuple(range(50, 150)))], vocabulary)
 
 
 class TopicModel(HandModel):
-    """Marks topic words of the passages in its stream, as a model that knows topics would: on the place block's last dimension."""
+    """Marks topic words of the passages on the first dimension of the place block, as a model of topics would."""
 
     topic: set[int] = set()
 
@@ -90,7 +91,7 @@ class TopicModel(HandModel):
 
 def test_a_planted_anchor(vocabulary: Vocabulary, texts: list[Passage]) -> None:
     model: Any = TopicModel(vocabulary)
-    model.topic = set().union(*topics.topic_words(texts, vocabulary))
+    model.topic = set().union(*families.topic_words(texts, vocabulary))
     lorsa = known_lorsa(model)
     anchor = 10
     with torch.no_grad():
@@ -102,24 +103,14 @@ def test_a_planted_anchor(vocabulary: Vocabulary, texts: list[Passage]) -> None:
         lorsa.W_V[anchor, PLACE.start] = 1
         lorsa.W_O[anchor] = 0
         lorsa.W_O[anchor, WRITTEN] = model.codes[sorted(model.topic)].sum(dim=0)
-    each = units.LorsaHeads(lorsa)
-    found = topics.topic_prompts(texts, vocabulary)
-    scrambled = topics.topic_prompts(texts, vocabulary, scrambled=True)
-    table = topics.anchors(model, 0, each, found, scrambled, n=5)
-    assert table["unit"].iloc[0] == anchor
-    best = table.iloc[0]
-    assert best["share"] > 0.5, "near topic words take the rest"
-    assert best["share"] > 2 * best["random_share"]
-    assert best["scrambled_share"] > 0.5
-    effects = topics.anchor_effects(model, 0, each, [anchor], range(11, 24), found, n_draws=2).set_index("removed")
-    assert effects.index.tolist() == ["anchors", "random 1", "random 2"]
-    assert effects.loc["anchors", "labelled"] > 5 * effects["labelled"].iloc[1:].abs().max()
-    assert effects.loc["anchors", "controls"] < 0, "it makes other words less likely"
-
-
-def test_passages_long_enough_for_topics_come_from_real_text(vocabulary: Vocabulary) -> None:
-    text = " ".join(["window river garden bottle mountain"] * 60)
-    found = prompts.passages([("a", " " + text), ("b", " " + text)], vocabulary, 4, 192)
-    assert topics.topic_words(found, vocabulary, rare=0.5) == [set()] * len(found), (
-        "words of every document are no topic"
-    )
+    each, made = units.LorsaHeads(lorsa), families.topic_prompts(texts, vocabulary)
+    for prompt_set in (made, families.topic_prompts(texts, vocabulary, scrambled=True)):
+        responses = discovery.read(model, 0, {"heads": each}, prompt_set)["heads"]
+        scores = discovery.score(responses)
+        assert scores["share"].idxmax() == anchor
+        assert scores["share"].max() > 0.5, "near topic words take the rest"
+    assert scores["share"].max() > 2 * float((responses.at_random.sum(dim=0) / responses.total.sum(dim=0))[anchor])
+    sets = {"anchor": [anchor], "other": [11], "another": [12]}
+    effects = units.Removals(model, 0, made).effects(each, sets).set_index("removed")
+    assert effects.loc["anchor", "labelled"] > 5 * effects["labelled"].iloc[1:].abs().max()
+    assert effects.loc["anchor", "controls"] < 0, "it makes other words less likely"

@@ -17,8 +17,9 @@ from lorsa_utils.config import SAEConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import families
 from lorsa_utils.lorsa import SAE
+from lorsa_utils.models import LanguageModel
 from lorsa_utils.view import evidence
-from lorsa_utils.view.evidence import Head
+from lorsa_utils.view.evidence import Evidence, Head
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +84,31 @@ def test_places_are_what_they_say(tiny: Tiny) -> None:
 
 
 def test_many_heads_are_those_taken_alone(tiny: Tiny) -> None:
-    together = collected(tiny, *range(24))
-    for index in (0, 7, DEAD):
-        (alone,) = collected(tiny, index, batch_size=2)
-        assert alone.raised == together[index].raised
-        for one, other in zip(alone.contexts, together[index].contexts, strict=True):
-            assert one.tokens == other.tokens
-            assert torch.allclose(one.z_pattern, other.z_pattern, atol=1e-5)
+    heads = collected(tiny, 0, 7, DEAD)
+    assert [head.dead for head in heads] == [False, False, True]
+    assert {context.place.kind for context in heads[2].contexts} == {"random"}
+    assert not any(bool(context.activation.any()) for context in heads[2].contexts)
+    for head in heads:
+        (alone,) = collected(tiny, head.head, batch_size=2)
+        assert alone.raised == head.raised
+        for context, other in zip(alone.contexts, head.contexts, strict=True):
+            assert context.tokens == other.tokens
+            assert torch.allclose(context.z_pattern, other.z_pattern, atol=1e-5)
 
 
-def test_dead_head_has_no_context_of_its_own(tiny: Tiny) -> None:
-    (head,) = collected(tiny, DEAD)
-    assert head.dead
-    assert {context.place.kind for context in head.contexts} == {"random"}
-    assert not any(bool(context.activation.any()) for context in head.contexts)
+def test_gathering_reads_each_text_once_and_finds_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, hidden = [], LanguageModel._hidden
+    monkeypatch.setattr(
+        LanguageModel, "_hidden", lambda model, tokens: passes.append(len(tokens)) or hidden(model, tokens)
+    )
+    gathered = Evidence.gather(tiny.model, LAYER, tiny.lorsa, tiny.sequences, batch_size=4, progress=False)
+    (head,) = gathered.heads([5])
+    assert sum(passes) <= len(tiny.sequences.tokens)
+    (other,) = collected(tiny, 5)
+    assert head.facts == pytest.approx(other.facts)
+    assert [context.place for context in head.contexts] == [context.place for context in other.contexts]
+    assert head.shares is not None
+    assert sum(head.shares) == pytest.approx(1, abs=1e-4)
 
 
 def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:
@@ -122,13 +134,8 @@ def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:
 def test_names_scores_and_explanations(tiny: Tiny) -> None:
     table = pd.DataFrame({"head": range(24), "families": "", "effect": np.nan, "effect_error": np.nan})
     table.loc[1, "families"] = "induction; local"
-    table.loc[1, ["induction_share", "induction_auc", "local_share", "effect", "effect_error"]] = [
-        0.9,
-        0.8,
-        0.7,
-        0.02,
-        0.01,
-    ]
+    columns = ["induction_share", "induction_auc", "local_share", "effect", "effect_error"]
+    table.loc[1, columns] = [0.9, 0.8, 0.7, 0.02, 0.01]
     shares = torch.full((24, 4), 0.25)
     shares[2] = float("nan")
     one, two = collected(tiny, 1, 2, table=table, shares=shares, explanations={2: ("colours", 0.75)})
@@ -153,23 +160,18 @@ def test_what_does_not_belong_together_is_refused(tiny: Tiny) -> None:
         tiny._replace(sequences=short).evidence()
 
 
-def test_a_text_is_read_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = evidence.ReadOnce(tiny.model, LAYER)
-    passes = []
-    hidden = model._hidden
-    monkeypatch.setattr(model, "_hidden", lambda tokens: passes.append(len(tokens)) or hidden(tokens))
+def test_what_was_read_is_remembered_but_not_inside_splice(tiny: Tiny) -> None:
     tokens = tiny.sequences.tokens[:5].long()
-    for batch in (tokens[:3], tokens, tokens[2:]):
-        again, first = model.capture(batch, [LAYER])[LAYER], tiny.model.capture(batch, [LAYER])[LAYER]
-        assert torch.allclose(again[0], first[0], atol=1e-5)
-        assert torch.allclose(again[1], first[1], atol=1e-5)
-    assert passes == [3, 1], "the fifth text is the first one again"
-    with model.splice({LAYER: lambda x, y: 0 * y}):
-        assert not model.capture(tokens, [LAYER])[LAYER][1].any(), "inside splice nothing is remembered"
-    assert model.capture(tokens, [LAYER])[LAYER][1].any()
-    small = evidence.ReadOnce(tiny.model, LAYER, limit=0)
-    assert torch.allclose(small.capture(tokens, [LAYER])[LAYER][0], tiny.model.capture(tokens, [LAYER])[LAYER][0])
+    plain = tiny.model.capture(tokens, [LAYER])[LAYER]
+    model, small = (evidence.ReadOnce(tiny.model, LAYER, limit) for limit in (1 << 30, 0))
+    for reader in (model, model, small):
+        for first, again in zip(plain, reader.capture(tokens, [LAYER])[LAYER], strict=True):
+            assert torch.allclose(again, first, atol=1e-5)
+    assert len(model._known) == 4, "the fifth text is the first one again"
     assert not small._known
+    with model.splice({LAYER: lambda x, y: 0 * y}):
+        assert not model.capture(tokens, [LAYER])[LAYER][1].any()
+    assert model.capture(tokens, [LAYER])[LAYER][1].any()
 
 
 @given(st.text(max_size=12))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -152,14 +150,3 @@ def test_widgets_react(explorer: Explorer) -> None:
 def test_no_layer_no_explorer(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="no layer to explore"):
         Explorer(tiny.model, [], SENTENCE, 256)
-
-
-def test_a_table_of_4608_heads_answers(tmp_path: Path) -> None:
-    tiny = tiny_heads(tmp_path, n_heads=4608, n_qk=72, k=8)
-    table = pd.concat([pd.DataFrame({"head": range(4608)}), tiny.found.facts], axis=1).assign(family="", families="")
-    table["top_logits"] = [["some", "tokens", f"t{head}"] for head in range(4608)]
-    explorer = Explorer(tiny.model, [View(LAYER, tiny.lorsa, table)], SENTENCE, 256, LENGTH)
-    explorer._quiet = True  # the table alone
-    explorer.search.value = "t46"
-    explorer.order.value = "distance"
-    assert "4,608 heads" in explorer.count.value

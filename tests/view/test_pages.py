@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def many(tiny: Tiny) -> list[Head]:
-    return list(tiny.evidence().heads(range(24)))
+    return list(tiny.evidence().heads([*range(8), DEAD]))
 
 
 class Reader(html.parser.HTMLParser):
@@ -64,7 +64,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_a_page_is_one_file_that_asks_nobody(many: list[Head]) -> None:
-    for head in (many[0], many[DEAD]):
+    for head in (many[0], many[-1]):
         page = pages.head_page(head)
         reader = Reader(page)
         assert {address for address in reader.addresses if not address.startswith("#")} == {"data:,"}
@@ -133,23 +133,11 @@ def test_what_a_page_says(many: list[Head]) -> None:
         score=0.8,
     )
     text = " ".join(Reader(pages.head_page(head)).text.split())
-    said = [
-        "Induction head: after A B ... A it looks at B",
-        "more names: local/positional",
-        "0.90",
-        "0.75",
-        "−0.25",
-        "0.02 ± 0.01 nats",
-    ]
-    said += [
-        "head 070 %",
-        "Colours.",
-        "balanced accuracy 0.80",
-        "Siblings in QK group 0",
-        f"head 3 of 24 in layer {LAYER}",
-    ]
+    said = ("Induction head: after A B ... A it looks at B", "more names: local/positional", "0.90", "0.75", "−0.25")
+    said += ("0.02 ± 0.01 nats", "head 070 %", "Colours.", "balanced accuracy 0.80", "Siblings in QK group 0")
+    said += (f"head 3 of 24 in layer {LAYER}",)
     assert not [words for words in said if words not in text]
-    dead = Reader(pages.head_page(many[DEAD])).text
+    dead = Reader(pages.head_page(many[-1])).text
     assert "A dead head: never among the kept heads of any of 2,250 tokens" in dead
     assert "no text where it is active" in dead
     assert "In text" not in dead
@@ -198,15 +186,13 @@ def test_pages_link_to_each_other(many: list[Head], tmp_path: Path) -> None:
     assert all((tmp_path / link).is_file() for link in links)
 
 
-def test_a_page_is_built_in_two_seconds_and_a_hundred_in_one_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = []
-    capture = tiny.model.capture
+def test_many_pages_cost_one_pass_and_a_page_less_than_two_seconds(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, capture = [], tiny.model.capture
     monkeypatch.setattr(
         tiny.model, "capture", lambda tokens, layers: passes.append(len(tokens)) or capture(tokens, layers)
     )
-    chosen = [number % 24 for number in range(100)]
     began = time.perf_counter()
-    made = [pages.head_page(head) for head in tiny.evidence().heads(chosen)]
-    assert len(made) == 100
+    made = [pages.head_page(head) for head in tiny.evidence().heads([*range(8), *range(4)])]
+    assert len(made) == 12
     assert sum(passes) <= len(tiny.sequences.tokens), "no text is read twice"
-    assert (time.perf_counter() - began) / 100 < 2
+    assert (time.perf_counter() - began) / 12 < 2
