@@ -20,9 +20,9 @@ PACKAGE = "lorsa_utils"
 
 # Each module imports only from modules before it: the core first, then room by room.
 FLOORS = (
-    *("exceptions", "store", "config"),
+    *("exceptions", "store", "selection", "config"),
     *("reference", "kernels", "ops"),
-    *("fetch", "architectures", "models", "prose", "corpus", "text", "lorsa", "activations"),
+    *("fetch", "architectures", "resume", "models", "prose", "corpus", "text", "lorsa", "activations"),
     *("processes", "initialize", "metrics", "training", "stats"),
     *("heads", "heads.prompts", "heads.units", "heads.families", "heads.discovery", "heads.survey", "heads.origins"),
     *("heads.arithmetic", "heads.tasks"),
@@ -32,7 +32,7 @@ FLOORS = (
     *("toys", "toys.sparse_transformer"),
     *("view", "view.evidence", "view.pages", "view.explorer", "view.figures"),
     *("kit.recipes", "kit.notebook", "kit.claims", "view.gallery", "view.book", "kit.reproduce"),
-    *("kit.commands", "kit.cli", "__main__"),
+    *("kit.doctor", "kit.commands", "kit.cli", "__main__"),
 )
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -34,16 +34,14 @@ LEAST_EXPLAINED = 0.5
 
 
 class ArithmeticGrid(NamedTuple):
-    """One prompt for every pair of operands."""
+    """One prompt for every pair of operands, in the order of the first and then of the second."""
 
     operator: str
     """`+`, `-` or `*`."""
     tokens: Tensor
     """[n, length] int64, right-padded."""
-    a: Tensor
-    """[n], first operand of each prompt."""
-    b: Tensor
-    """[n], second operand."""
+    low: int
+    """Smallest operand."""
     equals: Tensor
     """[n], position of `=`."""
     answer: Tensor
@@ -66,7 +64,7 @@ def arithmetic_grid(vocabulary: Vocabulary, operator: str = "+", low: int = 0, h
         raise UserError("Arithmetic needs a tokenizer in which prompts end in '='; this one merges it.")
     answers = [vocabulary.encode(str(OPERATORS[operator](a, b)))[0] for a, b in operands.tolist()]
     ends = torch.tensor([len(row) - 1 for row in rows])
-    return ArithmeticGrid(operator, pad(rows), operands[:, 0], operands[:, 1], ends, torch.tensor(answers))
+    return ArithmeticGrid(operator, pad(rows), low, ends, torch.tensor(answers))
 
 
 class Activations(NamedTuple):
@@ -105,7 +103,7 @@ def grid_activations(
             said = model.logits(tokens[:, : int(ends.max()) + 1])[place, ends].argmax(dim=1)
             correct.append(said.cpu() == grid.answer[rows])
     right = torch.cat(correct).view(n, n) if correct else torch.zeros(0, 0, dtype=torch.bool)
-    return Activations(z.T.reshape(-1, n, n), right, grid.operator, int(grid.a.min()))
+    return Activations(z.T.reshape(-1, n, n), right, grid.operator, grid.low)
 
 
 # ---- rules
@@ -160,14 +158,8 @@ def variables(op1: np.ndarray, op2: np.ndarray, operator: str) -> dict[str, np.n
 def fit_rules(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -> list[Fit]:
     """The best rule of every kind for one unit, the best first; of rules that explain the same, the simpler first.
 
-    Args:
-        z: activations over the grid, [n, n].
-        operator: `+`, `-` or `*`.
-        low: smallest operand.
-        seed: of the division of cells into a half to fit on and a half to measure on.
-
-    Returns:
-        nothing for a unit that is constant on the half to fit on or on the other.
+    z [n, n] are activations over a grid of operands from `low` on; the seed is that of the division of its cells into
+    halves. A unit that is constant on either half has no rule.
     """
     cells = _Cells(z, operator, low, seed)
     if cells.is_constant:

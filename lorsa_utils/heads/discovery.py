@@ -217,10 +217,8 @@ def p_values(
 ) -> np.ndarray:
     """For each chosen unit the largest of its p-values against shuffled labels, [n_chosen].
 
-    Per pair of prompts, three differences: mass on predicted minus random sources; mean activation at labelled queries
-    minus controls (where there are any); direct effect on the own minus another prompt's token (where `sign`, that of
-    the effect that the family asks for, is not 0). Under the null each pair's difference is as likely to have the other
-    sign; the p-values are one-sided. With `queries` [n_queries] bool, only those count.
+    One-sided p-values of the three differences of the module's docstring per pair of prompts; that of the effect on
+    logits counts where `sign`, which the family asks for, is not 0. With `queries` [n_queries] bool, only those count.
     """
     prompts, units = responses.prompts, torch.tensor(list(chosen), dtype=torch.long)
     queries = torch.ones_like(prompts.positive) if queries is None else queries
@@ -317,11 +315,10 @@ def discover(
     Args:
         model: the language model.
         layer: where the units are.
-        units: Lorsa heads, SAE features or MHSA heads.
+        units: of any kind.
         sets: prompts of each family (`families.standard`).
         null: a random-init Lorsa's heads; without it bars are the floors of `FAMILIES` alone.
-        others: name (not `units` or `null`) to other kinds of units, scored on the same prompts in the same pass, but
-            not named.
+        others: other kinds of units by name, scored on the same prompts in the same pass, but not named.
         skipped: families without prompts, passed on to the result.
         batch_size: prompts in one model pass.
         seed: of everything that is shuffled.

@@ -208,14 +208,8 @@ def topic_prompts(
     passage. On these prompts the share of a head's z pattern is its topic consistency, and removing heads shows whether
     the model needs them for topic words.
 
-    Args:
-        passages: long ones, of 192 tokens or more.
-        vocabulary: of the model.
-        n_pairs: passages to use, each a pair of its own.
-        per_passage: labelled queries in a passage, at most.
-        scrambled: put the first half of each passage in random order: its words stay, its text is lost. Queries are in
-            the other half.
-        seed: of the choice.
+    Passages should have 192 tokens or more; each is a pair of its own with at most `per_passage` labelled queries in
+    its second half. `scrambled` puts the first half in random order: its words stay, its text is lost.
 
     Raises:
         UserError: no passage has a topic word that comes back.

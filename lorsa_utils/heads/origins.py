@@ -18,7 +18,7 @@ without it (the other columns renormalised). The baseline is the same number aga
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from lorsa_utils import ops
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.prompts import PromptSet
-from lorsa_utils.heads.units import by_pair
+from lorsa_utils.heads.units import MHSAHeads, by_pair
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import AttentionSite, LanguageModel
 from lorsa_utils.text import Sequences
@@ -61,30 +61,23 @@ def mhsa_shares(
 ) -> Shares:
     """Split the output of every Lorsa head over the MHSA heads, on counted tokens.
 
-    Args:
-        model: the language model.
-        layer: of the Lorsa.
-        lorsa: takes raw activations.
-        mean_values: mean of every MHSA head's z (`units.mean_head_values`), [n_heads, d_head].
-        sequences: text.
-        exchanged: a seed to deal the write directions out anew among the heads: the null, in which a direction has
-            nothing to do with the tokens it is looked at on.
-        batch_size: sequences at a time.
-        progress: show a bar.
+    `mean_values` are the means of every MHSA head's z (`units.mean_head_values`), [n_heads, d_head]. `exchanged` is a
+    seed to deal the write directions out anew among the heads: the null, in which a direction has nothing to do with
+    the tokens it is looked at on.
     """
-    site = model.site(layer)
+    heads = MHSAHeads(model.site(layer), mean_values)
     directions, norms = normalize(lorsa.W_O.detach(), dim=1), lorsa.W_O.norm(dim=1)
     if exchanged is not None:
         order = torch.randperm(len(directions), generator=torch.Generator().manual_seed(exchanged))
         directions = directions[order.to(directions.device)]
-    parts = torch.zeros(lorsa.n_units, site.n_heads, dtype=torch.float64)
+    parts = torch.zeros(lorsa.n_units, heads.n, dtype=torch.float64)
     squares, active = torch.zeros(lorsa.n_units, dtype=torch.float64), torch.zeros(lorsa.n_units, dtype=torch.long)
     n_batches = -(-len(sequences.tokens) // batch_size)
     batches = sequences.batches(batch_size, model.device)
     for tokens, masks in tqdm(batches, total=n_batches, desc="shares", disable=not progress):
         x = model.capture(tokens, [layer])[layer][0].float()
         indices, values = lorsa.encode(x)
-        outputs = _centred_outputs(site, x, mean_values)
+        outputs = heads.outputs(x)
         for place, mask in enumerate(masks):
             # One sequence at a time: the chosen write directions of its tokens are [n_tokens, k, d_model].
             chosen, z = indices[place, mask], values[place, mask] * norms[indices[place, mask]]
@@ -95,11 +88,6 @@ def mhsa_shares(
     positive = parts.clamp_min(0)
     against = (positive.sum(dim=1) - parts.sum(dim=1)) / parts.abs().sum(dim=1)
     return Shares(positive / positive.sum(dim=1, keepdim=True), against, parts.sum(dim=1) / squares, active)
-
-
-def _centred_outputs(site: AttentionSite, x: Tensor, mean_values: Tensor) -> Tensor:
-    """Outputs of MHSA heads minus their means, x [batch, length, d_model] to [batch, length, n_heads, d_model]."""
-    return torch.einsum("blhe,hed->blhd", site.head_values(x) - mean_values.to(x), site.W_O)
 
 
 def heads_needed(shares: Tensor, threshold: float) -> Tensor:
@@ -149,11 +137,11 @@ def unit_effects(
     Raises:
         UserError: the head is not active in this text.
     """
-    site = model.site(layer)
+    heads = MHSAHeads(model.site(layer), mean_values)
     direction, norm = normalize(lorsa.W_O[head], dim=0), lorsa.W_O[head].norm()
     removals = {f"MHSA {index}": [index] for index in mhsa_heads}
     removals["MHSA " + " + ".join(map(str, mhsa_heads))] = list(mhsa_heads)
-    removals |= {"all MHSA heads": list(range(site.n_heads)), "the Lorsa head": []}
+    removals |= {"all MHSA heads": list(range(heads.n)), "the Lorsa head": []}
     changes: dict[str, list[Tensor]] = {name: [] for name in removals}
     written: dict[str, list[Tensor]] = {name: [] for name in removals}
     numbers: list[Tensor] = []
@@ -165,7 +153,7 @@ def unit_effects(
             untouched, counted = model.loss(tokens, mask)
         indices, values = lorsa.encode(x)
         z = (values * (indices == head)).sum(dim=-1) * norm * mask
-        outputs, here = _centred_outputs(site, x, mean_values), (z > 0)[:, :-1] & counted
+        outputs, here = heads.outputs(x), (z > 0)[:, :-1] & counted
         numbers.append(first * batch_size + here.nonzero()[:, 0].cpu())
         for name, chosen in removals.items():
             part = (outputs[:, :, chosen].sum(dim=2) @ direction) * (z > 0) if chosen else z
@@ -181,32 +169,25 @@ def unit_effects(
     sequence = torch.cat(numbers) if numbers else torch.zeros(0)
     if not len(sequence):
         raise UserError(f"Lorsa head {head} is not active in this text; give sequences from its top contexts.")
-    rows = []
-    for name in removals:
-        change = torch.cat(changes[name])
-        means = by_pair(change[:, None], sequence)[:, 0]
-        error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
-        size = float(torch.cat(written[name]).mean())
-        rows.append(
-            {"removed": name, "written": size, "effect": float(change.mean()), "error": error, "n": len(change)}
-        )
+    rows = [_effect(name, torch.cat(changes[name]), torch.cat(written[name]), sequence) for name in removals]
     return pd.DataFrame(rows)
+
+
+def _effect(removed: str, change: Tensor, written: Tensor, sequence: Tensor) -> dict[str, Any]:
+    """A row of `unit_effects`, from what happened at each active token [n] and its sequence [n]."""
+    means = by_pair(change[:, None], sequence)[:, 0]
+    error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
+    sizes = {"written": float(written.mean()), "effect": float(change.mean()), "error": error}
+    return {"removed": removed, **sizes, "n": len(change)}
 
 
 # ---- patterns
 
 
 def overlap(patterns: Tensor, others: Tensor, counted: Tensor, without_first: bool = False) -> Tensor:
-    """Overlap of every pattern with every one of `others`, averaged over counted queries.
+    """Overlap of every pattern [n, length, length] with every one of `others`, mean over counted queries, [n, m].
 
-    Args:
-        patterns: [n, length, length], rows are queries and sum to 1.
-        others: [m, length, length].
-        counted: [length] bool.
-        without_first: leave the first token out of every row and renormalise.
-
-    Returns:
-        [n, m].
+    Rows are queries and sum to 1; `without_first` leaves the first token out of each and renormalises.
     """
     patterns, others = patterns[:, counted], others[:, counted]
     if without_first:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,19 +162,10 @@ def describe(
 ) -> Description:
     """The whole way from a trained Lorsa to the table of its heads.
 
-    Args:
-        model: the language model.
-        layer: of the Lorsa.
-        lorsa: takes raw activations.
-        sequences: running text, read once.
-        documents: (id, text), for the families that need passages of real text.
-        removed: heads of each family whose removal is measured, in the order of `Discovery.units`; each costs one pass
-            of the model over `REMOVAL_PAIRS` pairs of prompts. Families that predict no token are left out.
-        others: other kinds of units of the layer, to be scored on the same prompts, see `discovery.discover`.
-        scale: factor on the number of prompts, see `families.standard`.
-        seed: of prompts, nulls and shuffles.
-        batch_size: sequences at a time.
-        progress: show bars.
+    The sequences are running text, read once; `documents` (id, text) are for the families that need passages of real
+    text. `removed` heads of each family that predicts a token, in the order of `Discovery.units`, are removed one by
+    one: each costs one pass of the model over `REMOVAL_PAIRS` pairs of prompts. `others` and `scale` as in
+    `discovery.discover` and `families.standard`.
 
     Raises:
         UserError: the text is empty, or no head is ever active on it.
@@ -252,3 +244,18 @@ def _context(sequences: Sequences, row: int, position: int, tokenizer: Any) -> s
     spans = (range(max(0, position - 16), position), [position], range(position + 1, end))
     before, peak, after = (tokenizer.decode([int(ids[i]) for i in span if counted[i]]) for span in spans)
     return f"{before}«{peak}»{after}"
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """The Parquet table of heads that `lorsa heads` wrote.
+
+    Raises:
+        UserError: the file is missing, or is something else.
+    """
+    try:
+        rows = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a table of heads; make it with `lorsa heads`.") from error
+    if not {"head", "families"} <= set(rows):
+        raise UserError(f"{path} is no table of heads; make it with `lorsa heads`.")
+    return rows

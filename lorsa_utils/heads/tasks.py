@@ -17,8 +17,10 @@ moves the metric from one to the other.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,11 +73,7 @@ def metric(name: str, logits: Tensor, task: Task, reference: Tensor | None = Non
     the difference of two logits); `loss`: minus the cross-entropy of the right answers, in nats; `kl`: minus the KL
     divergence from the untouched model's distribution, in nats.
 
-    Args:
-        name: of the metric.
-        logits: after each prompt, [n, vocabulary].
-        task: with n prompts.
-        reference: the untouched model's logits, [n, vocabulary]; `kl` needs them.
+    Logits are those after each prompt, [n, vocabulary]; `kl` needs those of the untouched model as `reference`.
 
     Raises:
         UserError: unknown metric, or `kl` without a reference.
@@ -299,3 +297,23 @@ def make(name: str, vocabulary: Vocabulary, n: int = 64, seed: int = 0) -> Task:
     if name not in TASKS:
         raise UserError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
     return _task(name, itertools.islice(TASKS[name](vocabulary, np.random.default_rng(seed)), n))
+
+
+def from_file(vocabulary: Vocabulary, path: str | Path) -> Task:
+    """`from_texts` of a file of JSON lines, under the file's name.
+
+    Raises:
+        UserError: the file cannot be read, or see `from_texts`.
+    """
+    file = Path(path)
+    try:
+        pairs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"Cannot read {file} ({error.strerror}); check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON lines ({error}); write one object per line.") from error
+    if len(pairs) < 2 or not all(isinstance(pair, dict) for pair in pairs):
+        raise UserError(
+            f"{file} needs at least two pairs, one JSON object per line: half of them rank nodes, half measure."
+        )
+    return from_texts(vocabulary, file.stem, pairs)

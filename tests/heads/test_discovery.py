@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hand_model import KNOWN, HandModel, known_lorsa
-from test_prompts import word_tokenizer
+from hand_model import KNOWN, known_lorsa
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import discovery, families, prompts, units
 from lorsa_utils.heads.discovery import Discovery
 from lorsa_utils.heads.families import Prompts
-from lorsa_utils.heads.prompts import Vocabulary
 from lorsa_utils.lorsa import Lorsa
-
-
-@pytest.fixture(scope="module")
-def model() -> HandModel:
-    tokenizer = word_tokenizer()
-    return HandModel(Vocabulary(tokenizer, tokenizer.bos_token_id))
-
-
-@pytest.fixture(scope="module")
-def texts(model: HandModel) -> list[prompts.Passage]:
-    rng = random.Random(0)
-    words = [model.vocabulary.texts[token] for token in model.vocabulary.words]
-    documents = [(f"d{i}", "".join(rng.choices(words, k=200))) for i in range(30)]
-    return prompts.passages(documents, model.vocabulary, 48, 64)
-
-
-@pytest.fixture(scope="module")
-def made(model: HandModel, texts: list[prompts.Passage]) -> Prompts:
-    return families.standard(model.vocabulary, texts, scale=0.75)
 
 
 def random_heads(model: Any, lorsa: Lorsa, texts: list[prompts.Passage]) -> units.LorsaHeads:
     tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts])
     return units.LorsaHeads(discovery.random_lorsa(lorsa, model, 0, tokens, tokens != model.vocabulary.bos_id))
-
-
-@pytest.fixture(scope="module")
-def found(model: Any, texts: list[prompts.Passage], made: Prompts) -> Discovery:
-    lorsa = known_lorsa(model)
-    null = random_heads(model, lorsa, texts)
-    return discovery.discover(model, 0, units.LorsaHeads(lorsa), made.sets, null, skipped=made.skipped, progress=False)
 
 
 # ---- planted
@@ -76,30 +47,30 @@ def test_what_a_name_rests_on(found: Discovery) -> None:
     assert found.names.query("named")["confirmed"].all()
 
 
-def test_the_same_layer_as_mhsa(model: Any, made: Prompts) -> None:
-    found = discovery.discover(model, 0, units.MHSAHeads(model.site(0)), made.sets, progress=False)
+def test_the_same_layer_as_mhsa(hand_made: Any, made: Prompts) -> None:
+    found = discovery.discover(hand_made, 0, units.MHSAHeads(hand_made.site(0)), made.sets, progress=False)
     assert [found.families(unit)[0] for unit in range(4)] == list(KNOWN)
     assert found.null.empty
     assert (found.bars["n_null"] == 0).all()
     assert (found.bars["share"] == found.bars["share_floor"]).all()
 
 
-def test_a_random_lorsa_scores_as_chance_does(model: Any, texts: list[prompts.Passage], made: Prompts) -> None:
-    config = known_lorsa(model).config.replace(n_ov_heads=600, n_qk_heads=60, k=60)
-    null = random_heads(model, Lorsa(config), texts)
-    found = discovery.discover(model, 0, null, made.sets, progress=False)
+def test_a_random_lorsa_scores_as_chance_does(hand_made: Any, texts: list[prompts.Passage], made: Prompts) -> None:
+    config = known_lorsa(hand_made).config.replace(n_ov_heads=300, n_qk_heads=30, k=30)
+    null = random_heads(hand_made, Lorsa(config), texts)
+    found = discovery.discover(hand_made, 0, null, made.sets, progress=False)
     means = found.scores.groupby("family")["auc"].mean()
-    assert len(means) == 11
+    assert set(means.index) == set(families.FAMILIES)
     assert means.between(0.45, 0.55).all(), means
     named = found.names.query("named")
     assert set(named["family"]) <= {"attention_sink", "local"}, "names that only describe a place"
 
 
-def test_removing_a_head_takes_its_effect_away(model: Any, made: Prompts) -> None:
-    lorsa = known_lorsa(model)
+def test_removing_a_head_takes_its_effect_away(hand_made: Any, made: Prompts) -> None:
+    lorsa = known_lorsa(hand_made)
     sets = made.sets["successor"]
     table = (
-        units.Removals(model, 0, sets)
+        units.Removals(hand_made, 0, sets)
         .effects(units.LorsaHeads(lorsa), {"successor": [3], "random": [10]})
         .set_index("removed")
     )
@@ -107,18 +78,22 @@ def test_removing_a_head_takes_its_effect_away(model: Any, made: Prompts) -> Non
     assert abs(table.loc["successor", "controls"]) < 1e-3
 
 
-def test_all_heads_dead(model: Any, made: Prompts) -> None:
-    lorsa = known_lorsa(model)
+def test_all_heads_dead(hand_made: Any, made: Prompts) -> None:
+    lorsa = known_lorsa(hand_made)
     with torch.no_grad():
         lorsa.W_V.zero_()
         lorsa.b_V.zero_()
-    found = discovery.discover(model, 0, units.LorsaHeads(lorsa), {"induction": made.sets["induction"]}, progress=False)
+    found = discovery.discover(
+        hand_made, 0, units.LorsaHeads(lorsa), {"induction": made.sets["induction"]}, progress=False
+    )
     assert found.counts() == {"induction": 0}
 
 
-def test_unknown_family(model: Any, made: Prompts) -> None:
+def test_unknown_family(hand_made: Any, made: Prompts) -> None:
     with pytest.raises(UserError, match="'telepathy' is unknown"):
-        discovery.discover(model, 0, units.LorsaHeads(known_lorsa(model)), {"telepathy": made.sets["induction"]})
+        discovery.discover(
+            hand_made, 0, units.LorsaHeads(known_lorsa(hand_made)), {"telepathy": made.sets["induction"]}
+        )
 
 
 # ---- bars and nulls
@@ -146,19 +121,20 @@ def test_random_sources(made: Prompts) -> None:
         assert (drawn.sum(dim=1) <= each.sources.sum(dim=1)).all()
 
 
-def test_kinds_are_scored_together_as_they_are_alone(model: Any, made: Prompts) -> None:
-    lorsa = units.LorsaHeads(known_lorsa(model))
-    kinds: dict[str | None, Any] = {None: lorsa, "MHSA": units.MHSAHeads(model.site(0)), "again": lorsa}
-    sets = {name: made.sets[name] for name in ("induction", "previous_token")}
+def test_kinds_are_scored_together_as_they_are_alone(hand_made: Any, made: Prompts) -> None:
+    lorsa = units.LorsaHeads(known_lorsa(hand_made))
+    kinds: dict[str | None, Any] = {None: lorsa, "MHSA": units.MHSAHeads(hand_made.site(0)), "again": lorsa}
+    few = {name: made.sets[name] for name in ("induction", "previous_token")}
+    sets = {name: prompt_set.keep_pairs(lambda pair: pair < 12) for name, prompt_set in few.items()}
     others = {name: each for name, each in kinds.items() if name}
-    together = discovery.discover(model, 0, lorsa, sets, others=others, progress=False)
+    together = discovery.discover(hand_made, 0, lorsa, sets, others=others, progress=False)
     assert list(together.others) == ["MHSA", "again"]
     for name, some in sets.items():
         for number, (half, part) in enumerate(zip(("discovery", "confirmation"), some.halves(), strict=True)):
             for kind, each in kinds.items():
-                alone = discovery.score(discovery.read(model, 0, {"units": each}, part, seed=number)["units"])
+                alone = discovery.score(discovery.read(hand_made, 0, {"units": each}, part, seed=number)["units"])
                 pd.testing.assert_frame_equal(together.halves(name, kind)[half], alone, check_names=False)
-    apart = discovery.discover(model, 0, lorsa, sets, progress=False)
+    apart = discovery.discover(hand_made, 0, lorsa, sets, progress=False)
     pd.testing.assert_frame_equal(apart.names, together.names)
     assert apart.others == {}
     assert apart.null.empty

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from hand_model import known_lorsa
-from test_discovery import model, texts
 from toys import sequences_of
 
 from lorsa_utils.heads import discovery, families, prompts, survey, units
@@ -18,32 +17,30 @@ from lorsa_utils.heads.families import FAMILIES
 from lorsa_utils.text import Sequences
 from lorsa_utils.view import evidence, explorer, pages
 
-__all__ = ["model", "texts"]  # fixtures
+
+@pytest.fixture(scope="module")
+def sequences(hand_made: Any, texts: list[prompts.Passage]) -> Sequences:
+    tokens = torch.tensor([hand_made.vocabulary.start + list(passage.ids) for passage in texts[:4]])
+    return sequences_of(tokens, tokens != hand_made.vocabulary.bos_id)
 
 
 @pytest.fixture(scope="module")
-def sequences(model: Any, texts: list[prompts.Passage]) -> Sequences:
-    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts[:4]])
-    return sequences_of(tokens, tokens != model.vocabulary.bos_id)
-
-
-@pytest.fixture(scope="module")
-def seen(model: Any, sequences: Sequences) -> survey.Survey:
-    return survey.survey(model, 0, units.LorsaHeads(known_lorsa(model)), sequences, progress=False)
+def seen(hand_made: Any, sequences: Sequences) -> survey.Survey:
+    return survey.survey(hand_made, 0, units.LorsaHeads(known_lorsa(hand_made)), sequences, progress=False)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_names_tables_and_pages(
-    name: str, model: Any, texts: list[prompts.Passage], sequences: Sequences, seen: survey.Survey
+    name: str, hand_made: Any, texts: list[prompts.Passage], sequences: Sequences, seen: survey.Survey
 ) -> None:
-    made = FAMILIES[name].make(model.vocabulary, texts, scale=0.1)
+    made = FAMILIES[name].make(hand_made.vocabulary, texts, scale=0.1)
     assert made.family == name
     assert made.predicts or not FAMILIES[name].logit_sign, "a sign needs a predicted token"
-    heads = units.LorsaHeads(known_lorsa(model))
-    found = discovery.discover(model, 0, heads, {name: made}, progress=False)
+    heads = units.LorsaHeads(known_lorsa(hand_made))
+    found = discovery.discover(hand_made, 0, heads, {name: made}, progress=False)
     assert found.counts().keys() == {name}
     named = dataclasses.replace(found, names=pd.DataFrame({"unit": [5], "family": [name], "named": [True]}))
-    row = survey.table(named, seen, heads, model, sequences).iloc[5]
+    row = survey.table(named, seen, heads, hand_made, sequences).iloc[5]
     assert row["family"] == name
     assert f"{name}_share" in row
     labels = evidence._families(row)
@@ -58,7 +55,7 @@ def test_each_family_has_its_own_draws_and_words() -> None:
         assert len({getattr(family, field) for family in FAMILIES.values()}) == len(FAMILIES)
 
 
-def test_standard_makes_every_family_once(model: Any, texts: list[prompts.Passage]) -> None:
-    made = families.standard(model.vocabulary, texts, scale=0.1)
+def test_standard_makes_every_family_once(hand_made: Any, texts: list[prompts.Passage]) -> None:
+    made = families.standard(hand_made.vocabulary, texts, scale=0.1)
     assert set(made.sets) == set(FAMILIES)
     assert not made.skipped

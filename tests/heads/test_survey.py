@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from hand_model import KNOWN, known_lorsa
-from test_discovery import found, made, model, texts
 from toys import sequences_of
 
 from lorsa_utils.exceptions import UserError
@@ -16,23 +15,21 @@ from lorsa_utils.heads import prompts, survey, units
 from lorsa_utils.heads.discovery import Discovery
 from lorsa_utils.heads.families import Prompts
 
-__all__ = ["found", "made", "model", "texts"]  # fixtures
 
-
-def test_survey_and_table(model: Any, found: Discovery, texts: list[prompts.Passage]) -> None:
-    lorsa = known_lorsa(model, k=6)
+def test_survey_and_table(hand_made: Any, found: Discovery, texts: list[prompts.Passage]) -> None:
+    lorsa = known_lorsa(hand_made, k=6)
     with torch.no_grad():
         lorsa.W_V[23], lorsa.b_V[23] = 0, 0
     each = units.LorsaHeads(lorsa)
-    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts[:20]])
-    sequences = sequences_of(tokens, tokens != model.vocabulary.bos_id)
-    seen = survey.survey(model, 0, each, sequences, n_contexts=3, batch_size=3, progress=False)
+    tokens = torch.tensor([hand_made.vocabulary.start + list(passage.ids) for passage in texts[:20]])
+    sequences = sequences_of(tokens, tokens != hand_made.vocabulary.bos_id)
+    seen = survey.survey(hand_made, 0, each, sequences, n_contexts=3, batch_size=3, progress=False)
     facts = seen.facts
     assert facts.loc[1, "distance"] == pytest.approx(1, abs=1e-3)
     assert facts.loc[1, "previous_share"] == pytest.approx(1, abs=1e-3)
     assert facts.loc[2, "first_share"] == pytest.approx(1, abs=1e-3)
     assert facts.loc[23, "frequency"] == 0
-    x = model.stream(tokens)
+    x = hand_made.stream(tokens)
     indices, values = lorsa.encode(x)
     kept = torch.zeros(*x.shape[:2], 24).scatter(2, indices, values)[:, 1:]
     assert np.allclose(facts["frequency"], (kept > 0).double().mean(dim=(0, 1)), atol=1e-6)
@@ -49,7 +46,7 @@ def test_survey_and_table(model: Any, found: Discovery, texts: list[prompts.Pass
     assert len(set(drawn)) == len(drawn) == int((kept[:, :, 0] > 0).any(dim=1).sum()), (
         "one token of every text where it is active"
     )
-    rows = survey.table(found, seen, each, model, sequences)
+    rows = survey.table(found, seen, each, hand_made, sequences)
     assert rows["head"].tolist() == list(range(24))
     assert rows["family"].tolist()[:4] == list(KNOWN)
     assert (rows["family"][4:] == "").all()
@@ -63,23 +60,27 @@ def test_survey_and_table(model: Any, found: Discovery, texts: list[prompts.Pass
     assert "local_precision" not in rows, "there are no controls"
 
 
-def test_survey_does_not_depend_on_the_batch_size(model: Any, texts: list[prompts.Passage]) -> None:
-    each = units.LorsaHeads(known_lorsa(model, k=6))
-    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts[:5]])
-    sequences = sequences_of(tokens, tokens != model.vocabulary.bos_id)
-    one, other = (survey.survey(model, 0, each, sequences, batch_size=size, progress=False) for size in (1, 4))
+def test_survey_does_not_depend_on_the_batch_size(hand_made: Any, texts: list[prompts.Passage]) -> None:
+    each = units.LorsaHeads(known_lorsa(hand_made, k=6))
+    tokens = torch.tensor([hand_made.vocabulary.start + list(passage.ids) for passage in texts[:5]])
+    sequences = sequences_of(tokens, tokens != hand_made.vocabulary.bos_id)
+    one, other = (survey.survey(hand_made, 0, each, sequences, batch_size=size, progress=False) for size in (1, 4))
     assert np.allclose(one.facts, other.facts, equal_nan=True, atol=1e-5)
     assert torch.equal(one.places, other.places)
     nothing = sequences_of(tokens, torch.zeros_like(tokens, dtype=torch.bool))
     with pytest.raises(UserError, match="longer text"):
-        survey.survey(model, 0, each, nothing)
+        survey.survey(hand_made, 0, each, nothing)
 
 
-def test_describe_is_the_whole_way(model: Any, texts: list[prompts.Passage], monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts])
-    sequences = sequences_of(tokens, tokens != model.vocabulary.bos_id)
-    documents = [(passage.document, model.tokenizer.decode(passage.ids)) for passage in texts]
-    found = survey.describe(model, 0, known_lorsa(model), sequences, documents, removed=2, scale=0.75, progress=False)
+def test_describe_is_the_whole_way(
+    hand_made: Any, texts: list[prompts.Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.tensor([hand_made.vocabulary.start + list(passage.ids) for passage in texts])
+    sequences = sequences_of(tokens, tokens != hand_made.vocabulary.bos_id)
+    documents = [(passage.document, hand_made.tokenizer.decode(passage.ids)) for passage in texts]
+    found = survey.describe(
+        hand_made, 0, known_lorsa(hand_made), sequences, documents, removed=2, scale=0.75, progress=False
+    )
     assert found.table["family"].tolist()[0] == "induction"
     assert found.table["family"].tolist()[3] == "successor"
     assert found.table.loc[3, "effect"] > 0.1
@@ -89,12 +90,12 @@ def test_describe_is_the_whole_way(model: Any, texts: list[prompts.Passage], mon
     assert set(found.discovery.skipped) == {"previous_token", "attention_sink", "local", "thematic_anchor"}, (
         "no passage is 96 tokens long"
     )
-    dead = known_lorsa(model)
+    dead = known_lorsa(hand_made)
     with torch.no_grad():
         dead.W_V.zero_()
         dead.b_V.zero_()
     with pytest.raises(UserError, match="all are dead"):
-        survey.describe(model, 0, dead, sequences, documents, progress=False)
+        survey.describe(hand_made, 0, dead, sequences, documents, progress=False)
 
 
 def test_thinned_keeps_pairs_from_everywhere(made: Prompts) -> None:

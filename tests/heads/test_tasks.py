@@ -6,18 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_prompts import word_tokenizer
 from tiny_models import byte_tokenizer
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import tasks
 from lorsa_utils.heads.prompts import Vocabulary
-
-
-@pytest.fixture(scope="module")
-def words() -> Vocabulary:
-    tokenizer = word_tokenizer()
-    return Vocabulary(tokenizer, tokenizer.bos_token_id)
 
 
 @pytest.mark.parametrize("name", ["induction", "indirect_object", "successor", "greater_than"])

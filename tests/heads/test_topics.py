@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hand_model import CODE, FIRST, PLACE, SHARP, WRITTEN, HandModel, known_lorsa
-from test_prompts import word_tokenizer
 from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
@@ -18,16 +17,10 @@ from lorsa_utils.heads.prompts import Passage, Vocabulary
 
 
 @pytest.fixture(scope="module")
-def vocabulary() -> Vocabulary:
-    tokenizer = word_tokenizer()
-    return Vocabulary(tokenizer, tokenizer.bos_token_id)
-
-
-@pytest.fixture(scope="module")
-def texts(vocabulary: Vocabulary) -> list[Passage]:
+def texts(words: Vocabulary) -> list[Passage]:
     """Each passage has two topic words of its own, a dozen times each, among common words."""
     rng = random.Random(0)
-    long = [token for token in vocabulary.words if len(vocabulary.texts[token]) > 4]
+    long = [token for token in words.words if len(words.texts[token]) > 4]
     common, own = long[:20], long[20:]
     found = []
     for number in range(20):
@@ -36,8 +29,8 @@ def texts(vocabulary: Vocabulary) -> list[Passage]:
     return found
 
 
-def test_topic_words(vocabulary: Vocabulary) -> None:
-    window, river, a = (vocabulary.single(text) for text in (" window", " river", "a"))
+def test_topic_words(words: Vocabulary) -> None:
+    window, river, a = (words.single(text) for text in (" window", " river", "a"))
     assert window is not None
     assert river is not None
     assert a is not None
@@ -46,21 +39,21 @@ def test_topic_words(vocabulary: Vocabulary) -> None:
         Passage("y", (window,)),
         *(Passage(f"z{i}", (river, river)) for i in range(8)),
     ]
-    found = families.topic_words(texts, vocabulary, rare=0.2)
+    found = families.topic_words(texts, words, rare=0.2)
     assert found[0] == {window}, "river is in most documents and once here, a is no word"
     assert found[1] == set()
-    assert families.topic_words(texts, vocabulary, rare=1.0)[2] == {river}
+    assert families.topic_words(texts, words, rare=1.0)[2] == {river}
 
 
 @pytest.mark.parametrize("scrambled", [False, True])
-def test_topic_prompts(vocabulary: Vocabulary, texts: list[Passage], scrambled: bool) -> None:
-    found = families.topic_prompts(texts, vocabulary, scrambled=scrambled)
-    words = families.topic_words(texts, vocabulary)
+def test_topic_prompts(words: Vocabulary, texts: list[Passage], scrambled: bool) -> None:
+    found = families.topic_prompts(texts, words, scrambled=scrambled)
+    topics = families.topic_words(texts, words)
     assert found.predicts
     assert found.has_controls
     for query in range(len(found.row)):
         row, position = found.tokens[found.row[query]], int(found.position[query])
-        topic = words[int(found.row[query])]
+        topic = topics[int(found.row[query])]
         sources = found.sources[query].nonzero()[:, 0].tolist()
         if found.positive[query]:
             assert int(row[position + 1]) in topic
@@ -74,7 +67,7 @@ def test_topic_prompts(vocabulary: Vocabulary, texts: list[Passage], scrambled: 
         assert sorted(row) == sorted(passage.ids)
         assert (row == list(passage.ids)) != scrambled
     with pytest.raises(UserError, match="No passage has a topic word"):
-        families.topic_prompts([Passage("x", tuple(range(50, 150)))], vocabulary)
+        families.topic_prompts([Passage("x", tuple(range(50, 150)))], words)
 
 
 class TopicModel(HandModel):
@@ -89,9 +82,9 @@ class TopicModel(HandModel):
         return x
 
 
-def test_a_planted_anchor(vocabulary: Vocabulary, texts: list[Passage]) -> None:
-    model: Any = TopicModel(vocabulary)
-    model.topic = set().union(*families.topic_words(texts, vocabulary))
+def test_a_planted_anchor(words: Vocabulary, texts: list[Passage]) -> None:
+    model: Any = TopicModel(words)
+    model.topic = set().union(*families.topic_words(texts, words))
     lorsa = known_lorsa(model)
     anchor = 10
     with torch.no_grad():
@@ -103,8 +96,8 @@ def test_a_planted_anchor(vocabulary: Vocabulary, texts: list[Passage]) -> None:
         lorsa.W_V[anchor, PLACE.start] = 1
         lorsa.W_O[anchor] = 0
         lorsa.W_O[anchor, WRITTEN] = model.codes[sorted(model.topic)].sum(dim=0)
-    each, made = units.LorsaHeads(lorsa), families.topic_prompts(texts, vocabulary)
-    for prompt_set in (made, families.topic_prompts(texts, vocabulary, scrambled=True)):
+    each, made = units.LorsaHeads(lorsa), families.topic_prompts(texts, words)
+    for prompt_set in (made, families.topic_prompts(texts, words, scrambled=True)):
         responses = discovery.read(model, 0, {"heads": each}, prompt_set)["heads"]
         scores = discovery.score(responses)
         assert scores["share"].idxmax() == anchor
