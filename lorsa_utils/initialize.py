@@ -26,7 +26,6 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, Scaling, SparseModule
 from lorsa_utils.models import AttentionSite
 
-INITS = ("mhsa", "random")
 CALIBRATION_SEQUENCES = 32
 
 
@@ -43,16 +42,11 @@ def initialize(
         y: calibration outputs of the layer, raw, [n, length, d_model].
         mask: counted tokens, [n, length].
         init: `mhsa` or `random`; an SAE or transcoder has one start and ignores it.
-        seed: seed of the draws.
-
-    Returns:
-        mean and scales of what the module reads and writes, over the counted calibration tokens.
+        seed: of the draws.
 
     Raises:
-        UserError: unknown start, or d_qk is not the head width that `mhsa` copies.
+        UserError: d_qk is not the head width that `mhsa` copies.
     """
-    if init not in INITS:
-        raise UserError(f"init must be one of {', '.join(INITS)}, not {init!r}.")
     generator = torch.Generator().manual_seed(seed)
     reads = module.input_from(x, y)
     input_mean = reads[mask].mean(dim=0)
@@ -82,7 +76,8 @@ def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor
     config = module.config
     if config.d_qk != site.d_head:
         raise UserError(
-            f"The mhsa start copies heads of width {site.d_head}, not {config.d_qk}; use d_qk {site.d_head} or --init random."
+            f"The mhsa start copies heads of width {site.d_head}, not {config.d_qk}; "
+            f"use d_qk {site.d_head} or --init random."
         )
     heads = torch.arange(config.n_qk_heads) % site.n_heads
     W_K, b_K, W_V, b_V = (site.expand_kv(tensor) for tensor in (site.W_K, site.b_K, site.W_V, site.b_V))
@@ -112,7 +107,7 @@ def _start_random(module: Lorsa, generator: torch.Generator) -> None:
 
 
 def _start_dictionary(module: SAE, x: Tensor, y: Tensor, mask: Tensor, generator: torch.Generator) -> None:
-    """Write directions from the covariance of the targets; reads equal them (SAE) or their least-squares image (transcoder)."""
+    """Write directions from the targets' covariance; the SAE's reads equal them, the transcoder's predict them."""
     inputs, targets = x[mask], y[mask]
     inputs_mean, targets_mean = inputs.mean(dim=0), targets.mean(dim=0)
     centred_x, centred_y = inputs - inputs_mean, targets - targets_mean
@@ -130,7 +125,7 @@ def _start_dictionary(module: SAE, x: Tensor, y: Tensor, mask: Tensor, generator
 
 @torch.no_grad()
 def match_scale(module: SparseModule, x: Tensor, y: Tensor, mask: Tensor, batch_size: int = 8) -> float:
-    """Multiply a module's reads by the least-squares scalar between its prediction and the target; returns the scalar."""
+    """Multiply a module's reads by the least-squares scalar between prediction and target, which is returned."""
     dot = norm = 0.0
     for rows, target, kept in zip(x.split(batch_size), y.split(batch_size), mask.split(batch_size), strict=True):
         predicted = (module(rows).y - module.b_O)[kept]

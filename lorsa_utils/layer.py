@@ -16,14 +16,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lorsa_utils import metrics, store
+from lorsa_utils import metrics, store, training
 from lorsa_utils.activations import ActivationStream
-from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
+from lorsa_utils.config import TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
 from lorsa_utils.models import AttentionSite, LanguageModel, load_model, loaded_model, resolve_device
 from lorsa_utils.text import Document, Sequences, load_corpus, tokenize
-from lorsa_utils.training import RunSpec, train_runs
 
 if TYPE_CHECKING:
     from lorsa_utils.heads.units import Units
@@ -328,21 +327,9 @@ def train(
     Raises:
         UserError: an impossible setting, a folder that cannot be written, or a loss that is not finite.
     """
-    site = model.site(layer)
-    shape = module_config(site, kind, n_heads, n_qk, k)
+    shape = training.module_config(model.site(layer), kind, n_heads, n_qk, k)
     how = TrainConfig(tokens=tokens or text.n_tokens, **settings)
-    spec = RunSpec(f"{kind} {layer}", layer, shape, how, store.require_writable(out))
+    spec = training.RunSpec(f"{kind} {layer}", layer, shape, how, store.require_writable(out))
     source = ActivationStream(model, text, [layer], text.origin)
-    train_runs([spec], source, {layer: site}, device=model.device, resume=resume)
+    training.train([spec], source, None, model, resume=resume)
     return Layer(model, layer, load(out, model.device), Path(out), run_config(out))
-
-
-def module_config(
-    site: AttentionSite, kind: str, n_heads: int | None, n_qk: int | None, k: int
-) -> LorsaConfig | SAEConfig:
-    """Shape of a module for an attention layer; what was not asked for follows from the layer."""
-    n_heads = n_heads or 8 * site.d_model
-    if kind != "lorsa":
-        return SAEConfig(d_model=site.d_model, n_features=n_heads, k=k, kind=kind)  # type: ignore[arg-type]
-    default = next(n for n in range(max(1, n_heads // site.d_head), 0, -1) if n_heads % n == 0)
-    return Lorsa.config_for_site(site, n_heads, n_qk or default, k)

@@ -31,18 +31,13 @@ KINDS = ("lorsa", "sae", "transcoder")
 
 
 class SparseOutput(NamedTuple):
-    """What a Lorsa, SAE or transcoder returns."""
+    """Predicted output y [batch, length, d_model], and `ops.KeptHeads` as [batch, length, k] and [.., aux_k]."""
 
     y: Tensor
-    """Predicted output, [batch, length, d_model]."""
     indices: Tensor
-    """Kept heads or features, [batch, length, k], int64, in no order."""
     values: Tensor
-    """Their activations, [batch, length, k]; zero where a kept one is not active."""
     aux_indices: Tensor
-    """The best among the units that were called dead, [batch, length, aux_k]; aux_k is 0 unless asked for."""
     aux_values: Tensor
-    """Their activations, [batch, length, aux_k]."""
 
 
 class Scaling(NamedTuple):
@@ -78,17 +73,17 @@ class SparseModule(nn.Module, ABC):
     b_O: Tensor
     config: LorsaConfig | SAEConfig
     backend: str = "auto"
-    """Which implementation of the operations `forward` uses, see `ops`."""
+    """Of the operations in `forward`, see `ops`."""
 
     @property
     def k(self) -> int:
-        """Heads or features kept for each token."""
+        """Units (heads or features) kept for each token."""
         return self.config.k
 
     @property
     def n_units(self) -> int:
         """Number of heads or features."""
-        return self.W_O.shape[0]
+        return self.config.n_units
 
     def selection(self, k: int | None = None) -> Selection:
         """How the module selects; training anneals k."""

@@ -63,7 +63,7 @@ class Reconstruction:
         self.fired = torch.zeros(n_units, dtype=torch.long)
 
     def update(self, y: Tensor, output: SparseOutput, mask: Tensor) -> None:
-        """Add a batch: targets y [batch, length, d_model], what the module returned, counted tokens mask [batch, length]."""
+        """Add a batch: targets y [batch, length, d_model], what the module returned, mask of counted tokens."""
         target, predicted = y[mask].double(), output.y[mask].double()
         error = (target - predicted).square().sum(dim=-1)
         deviation = (target - self.mean.to(target.device)).square().sum(dim=-1)
@@ -100,15 +100,9 @@ class Reconstruction:
 def evaluate_activations(
     modules: Mapping[str, tuple[int, SparseModule]], source: ActivationSource, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
-    """Reconstruction of several modules on the same held-out activations.
+    """Reconstruction of modules, by name with their layers, on held-out activations: `Reconstruction.result` by name.
 
-    Args:
-        modules: name to (layer, module); modules take raw activations.
-        source: held-out activations; read twice, first for the mean target.
-        batch_size: sequences at a time.
-
-    Returns:
-        per name the dict of `Reconstruction.result`.
+    The source is read twice, first for the mean target.
     """
     layers = sorted({layer for layer, _ in modules.values()})
     means = {layer: MeanTarget() for layer in layers}

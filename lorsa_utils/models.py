@@ -211,10 +211,7 @@ _LIVE: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
 
 
 class LanguageModel:
-    """A frozen causal language model with its tokenizer.
-
-    Made by `load_model`; `model` is the unmodified Hugging Face module.
-    """
+    """A frozen causal language model with its tokenizer; `model` is the unmodified Hugging Face module."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any | None, revision: str | None = None):
         self.name = name
@@ -258,7 +255,7 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
-        """Number of attention layers."""
+        """How many blocks there are."""
         return int(self.config.num_hidden_layers)
 
     @property
@@ -268,10 +265,7 @@ class LanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the activations: shape, norms, RoPE, and a summary of every weight.
-
-        The same on every load and device; another dtype or a fine-tuned copy has another.
-        """
+        """SHA-256 over what decides the activations, on any device: shape, norms, RoPE, a summary of every weight."""
         names = ("hidden_act", "activation_function", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
         settings = {name: getattr(self.config, name, None) for name in (*names, "use_parallel_residual")}
         site = self.site(0)
@@ -284,11 +278,7 @@ class LanguageModel:
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """SHA-256 over the tokenizer's rules, vocabulary and special tokens.
-
-        Raises:
-            UserError: the model came without a tokenizer.
-        """
+        """SHA-256 over the tokenizer's rules, vocabulary and special tokens."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
@@ -344,14 +334,7 @@ class LanguageModel:
         """
         tokens = self._checked(tokens)
         captured: dict[int, tuple[Tensor, Tensor]] = {}
-        deepest = max(layers, default=-1)
-        if deepest < 0:
-            raise UserError("No layer was named; give at least one.")
-        if self._resumed is not None and min(layers) < self._resumed[0]:
-            raise UserError(
-                f"The forward pass resumes at layer {self._resumed[0]}; "
-                f"capture layer {min(layers)} outside of `resume`."
-            )
+        deepest = max(layers)
 
         def reader(layer: int) -> Callable[..., None]:
             def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -396,15 +379,11 @@ class LanguageModel:
             not count; counted [batch, length - 1] bool.
 
         Raises:
-            UserError: the tokens are not valid or the mask has another shape.
+            UserError: the tokens are not valid.
         """
         tokens = self._checked(tokens)
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
-        if mask.shape != tokens.shape:
-            raise UserError(
-                f"The mask has shape {list(mask.shape)}, the tokens {list(tokens.shape)}; give one entry per token."
-            )
         counted = mask[:, 1:].to(self.device).bool()
         hidden = self._hidden(tokens)[:, :-1][counted]
         head = self.model.get_output_embeddings()
@@ -421,20 +400,20 @@ class LanguageModel:
         Raises:
             UserError: the layer does not exist, or the tokens are not valid.
         """
-        found: list[Tensor] = []
+        self.module_path(layer)  # refuses a layer that is not there
+        read: list[Tensor] = []
 
-        def read(block: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0])
+        def stop(block: nn.Module, args: tuple[Any, ...]) -> None:
+            read.append(args[0])
             raise _DeepestLayerReached
 
-        self.module_path(layer)  # refuses a layer that is not there
-        hook = self.block(layer).register_forward_pre_hook(read)
+        hook = self.block(layer).register_forward_pre_hook(stop)
         try:
             with contextlib.suppress(_DeepestLayerReached):
                 self._hidden(self._checked(tokens))
         finally:
             hook.remove()
-        return found[0]
+        return read[0]
 
     @contextlib.contextmanager
     def resume(self, layer: int, residual: Tensor) -> Iterator[None]:
@@ -444,7 +423,7 @@ class LanguageModel:
         layer again and again costs the layers after it only. A `splice` of an earlier layer does nothing here.
 
         Raises:
-            UserError: the layer does not exist, or (in `capture`) lies before the first block.
+            UserError: the layer does not exist.
         """
         self.module_path(layer)  # refuses a layer that is not there
         before, self._resumed = self._resumed, (layer, residual)
@@ -481,7 +460,8 @@ class LanguageModel:
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """What the unembedding reads, [batch, length, d_model]."""
-        with contextlib.nullcontext() if self._resumed is None else blocks_from(self, *self._resumed):
+        path = self.architecture.blocks
+        with contextlib.nullcontext() if self._resumed is None else blocks_from(self.model, path, *self._resumed):
             return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
     def _checked(self, tokens: Tensor) -> Tensor:
@@ -574,9 +554,7 @@ def loaded_model(
 
 
 def require_available(name: str) -> None:
-    """Refuse a Hub id whose weights are gated, absent or out of reach, without loading any of them.
-
-    Local models always pass.
+    """Refuse a Hub id whose weights are gated, absent or out of reach, without loading them; local models pass.
 
     Raises:
         UserError: says what to do about it.

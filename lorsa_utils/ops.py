@@ -3,15 +3,8 @@
 Each takes `backend`: "torch" (vectorised, any device), "triton" (the kernels of `kernels`, NVIDIA GPUs), "reference"
 (the loops of `reference`, for checks) or "auto": triton where it runs, else torch.
 
-`sparse_attention` is what training runs: attention and selection as one operation, whose backward pass knows that the
-gradient of z is zero outside the kept heads. With P the pattern of a QK group, dz the gradient of its kept heads and
-i a query in which at least one of its heads was kept (no other query is visited),
-
-    delta_i = sum_kept dz z,   dP = dz V^T,   dS = P * (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T
-                               dz
-
-so that z itself need not be remembered: the kept values give delta, and the log-sum-exp of the forward pass gives P
-back.
+`sparse_attention` is what training runs: attention and selection as one operation. Its backward pass visits for each QK
+group only the queries in which one of its heads was kept, and needs neither z nor a pattern (equations in `kernels`).
 """
 
 from __future__ import annotations
@@ -230,8 +223,6 @@ def sparse_attention(
 
 
 class _SparseAttention(torch.autograd.Function):
-    """See the module's docstring for the equations of the backward pass."""
-
     @staticmethod
     def forward(
         ctx: Any,

@@ -18,86 +18,53 @@ MIN_DOCUMENTATION_CHARACTERS = 600
 
 
 def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split(";"))
+    return frozenset(" ".join(text.split()).split("; "))
 
 
 _END_SECTIONS = _set(
-    "references;external links;see also;further reading;notes;bibliography;footnotes;citations;sources;works cited;notes and references;"
-    "references and notes;gallery;filmography;discography;selected works;selected publications;publications;works;awards and nominations;"
-    "other uses;list of characters;primary sources;secondary sources;collections of works;notes and citations;references and footnotes;"
-    "literature;bibliography and references;external sources;explanatory notes;specific references;major works;written works;"
-    "bibliographies;reference literature"
+    """
+    references; external links; see also; further reading; notes; bibliography; footnotes; citations; sources; works
+    cited; notes and references; references and notes; gallery; filmography; discography; selected works; selected
+    publications; publications; works; awards and nominations; other uses; list of characters; primary sources;
+    secondary sources; collections of works; notes and citations; references and footnotes; literature; bibliography
+    and references; external sources; explanatory notes; specific references; major works; written works;
+    bibliographies; reference literature
+    """
 )
-_DROPPED_TAGS = _set("ref;references;table;gallery;timeline;imagemap;score;source;syntaxhighlight;hiero")
+_DROPPED_TAGS = _set(
+    """
+    ref; references; table; gallery; timeline; imagemap; score; source; syntaxhighlight; hiero
+    """
+)
 _FIRST_ARGUMENT = _set(
-    "nowrap;nobr;small;smaller;big;ipa;vanchor;visible anchor;sc;smallcaps;small caps;flag;flagcountry;vr;abbr;mvar;math;nobold;noitalic;"
-    "polytonic;hebrew;script/hebrew;mono;var;em;strong;zh;key"
+    """
+    nowrap; nobr; small; smaller; big; ipa; vanchor; visible anchor; sc; smallcaps; small caps; flag; flagcountry; vr;
+    abbr; mvar; math; nobold; noitalic; polytonic; hebrew; script/hebrew; mono; var; em; strong; zh; key
+    """
 )
 _FIXED = {
-    **{
-        "'s": "'s",
-        "'": "'",
-        "nbsp": " ",
-        "thinsp": " ",
-        "spaces": " ",
-        "=": "=",
-        "pi": "π",
-        "okina": "ʻ",
-        "degree": "°",
-        "euro": "€",
-    },
-    **dict.fromkeys(("snd", "spaced ndash", "spnd", "dash"), " – "),
-    **dict.fromkeys(("ndash", "endash"), "–"),
-    **dict.fromkeys(("mdash", "mdashb", "emdash"), "—"),
+    **{"'s": "'s", "'": "'", "nbsp": " ", "thinsp": " ", "spaces": " ", "=": "=", "pi": "π", "okina": "ʻ"},
+    **{"degree": "°", "euro": "€", "snd": " – ", "spaced ndash": " – ", "spnd": " – ", "dash": " – "},
+    **{"ndash": "–", "endash": "–", "mdash": "—", "mdashb": "—", "emdash": "—"},
 }
-_CONVERT_RANGE = {
-    "to": "to",
-    "-": "to",
-    "–": "to",
-    "and": "and",
-    "or": "or",
-    "x": "by",
-    "by": "by",
-    "to(-)": "to",
-    "and(-)": "and",
-}
+_CONVERT_RANGE = {"-": "to", "–": "to", "x": "by", "to(-)": "to", "and(-)": "and"}
+_CONVERT_RANGE |= {word: word for word in ("to", "and", "or", "by")}
 _UNITS = {
-    **{
-        "mi": "miles",
-        "km": "kilometres",
-        "m": "metres",
-        "ft": "feet",
-        "in": "inches",
-        "cm": "centimetres",
-        "mm": "millimetres",
-    },
-    **{
-        "yd": "yards",
-        "nmi": "nautical miles",
-        "kg": "kilograms",
-        "g": "grams",
-        "oz": "ounces",
-        "t": "tonnes",
-        "acre": "acres",
-    },
-    **{
-        "ha": "hectares",
-        "m2": "square metres",
-        "m3": "cubic metres",
-        "cuft": "cubic feet",
-        "l": "litres",
-        "C": "°C",
-        "F": "°F",
-    },
-    **dict.fromkeys(("lb", "lbs"), "pounds"),
-    **dict.fromkeys(("sqmi", "sq mi", "mi2"), "square miles"),
-    **dict.fromkeys(("sqkm", "sq km", "km2"), "square kilometres"),
+    **{"mi": "miles", "km": "kilometres", "m": "metres", "ft": "feet", "in": "inches", "cm": "centimetres"},
+    **{"mm": "millimetres", "yd": "yards", "nmi": "nautical miles", "kg": "kilograms", "g": "grams", "oz": "ounces"},
+    **{"t": "tonnes", "acre": "acres", "ha": "hectares", "m2": "square metres", "m3": "cubic metres"},
+    **{"cuft": "cubic feet", "l": "litres", "C": "°C", "F": "°F", "lb": "pounds", "lbs": "pounds"},
+    **{"sqmi": "square miles", "sq mi": "square miles", "mi2": "square miles"},
+    **{"sqkm": "square kilometres", "sq km": "square kilometres", "km2": "square kilometres"},
 }
 _COMMON_WORDS = _set(
-    "the;of;and;to;in;a;is;that;it;for;as;was;with;be;by;on;not;are;this;at;from;or;have;an;which;you;were;but;one;all;can;if;has;its;it's;"
-    "when;will;more;no;other;than;then;into;may;these;their;such;only;also;he;his;she;her;they;we;there;been;any;each;both;between;where;used;"
-    "use;using;so;do;does;did;who;what;how;most;some;many;after;before;while;during;about;over;under;first;two;new;time;would;could;should;"
-    "must;same;because"
+    """
+    the; of; and; to; in; a; is; that; it; for; as; was; with; be; by; on; not; are; this; at; from; or; have; an;
+    which; you; were; but; one; all; can; if; has; its; it's; when; will; more; no; other; than; then; into; may;
+    these; their; such; only; also; he; his; she; her; they; we; there; been; any; each; both; between; where; used;
+    use; using; so; do; does; did; who; what; how; most; some; many; after; before; while; during; about; over; under;
+    first; two; new; time; would; could; should; must; same; because
+    """
 )
 
 
@@ -151,7 +118,7 @@ def _convert_text(arguments: Sequence[str]) -> str:
 
 
 def _wiki_text(nodes: Iterable[Any]) -> str:
-    """Plain text of parsed wiki nodes: words of links and styles stay; references, tables, images and unknown templates go."""
+    """Plain text of parsed nodes: words of links and styles stay; references, tables, images, other templates go."""
     from mwparserfromhell import nodes as kinds
 
     parts: list[str] = []
@@ -262,7 +229,7 @@ def _tidy(text: str) -> str:
 
 
 def module_prose(path: Path, seen: set[str] | None = None) -> str:
-    """Prose of the docstrings of one Python file in file order, or nothing when there is less than 600 characters of it.
+    """Prose of the docstrings of one Python file in file order, or nothing when it has less than 600 characters.
 
     `seen` holds paragraphs met before; they are skipped, and new ones are added.
     """
@@ -304,18 +271,15 @@ _OTHER_BLOCK = re.compile(rf"\.\. (\[|(?!({_PROSE_DIRECTIVES})::)[\w-]+::)")
 
 
 def docstring_paragraphs(docstring: str) -> list[str]:
-    """Paragraphs of running English in a docstring, joined to one line each, with the markup of reStructuredText taken off.
+    """Paragraphs of running English in a docstring, joined to one line each, without markup of reStructuredText.
 
     Doctests, code, tables, signatures and one-line parameter entries go; descriptions of parameters stay when they are
     sentences.
     """
     paragraphs = []
     block: list[str] = []
-    start, indent, skipped = (
-        0,
-        0,
-        -1,
-    )  # depth of the block's first and next lines; lines deeper than `skipped` are code or the like
+    start = indent = 0  # depth of the block's first line and of its next ones
+    skipped = -1  # lines deeper than this are code or the like
     for line in [*docstring.splitlines(), ""]:
         stripped = line.strip()
         if _UNDERLINE.fullmatch(stripped):

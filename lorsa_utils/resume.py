@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lorsa_utils.models import LanguageModel
-
 
 @contextlib.contextmanager
-def blocks_from(model: LanguageModel, layer: int, residual: Tensor) -> Iterator[None]:
-    """Inside the context `model.model` lacks the blocks before a layer, whose block reads `residual` instead."""
-    path, _, name = model.architecture.blocks.rpartition(".")
-    parent: Any = model.model.get_submodule(path)
+def blocks_from(model: Any, path: str, layer: int, residual: Tensor) -> Iterator[None]:
+    """Inside the context a Hugging Face model lacks the blocks before a layer, whose block reads `residual` instead.
+
+    `path` is that of the list of blocks inside the model.
+    """
+    above, _, name = path.rpartition(".")
+    parent = model.get_submodule(above)
     blocks: nn.ModuleList = getattr(parent, name)
 
     def read_residual(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

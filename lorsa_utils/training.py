@@ -16,14 +16,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lorsa_utils import store
-from lorsa_utils.activations import ActivationBatch, ActivationSource, own_rows, prepared_ahead
+from lorsa_utils.activations import ActivationBatch, ActivationSource, prepared_ahead
 from lorsa_utils.config import SCHEMA_VERSION, LorsaConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.initialize import CALIBRATION_SEQUENCES, initialize
 from lorsa_utils.lorsa import SAE, Lorsa, Scaling, SparseOutput
-from lorsa_utils.models import AttentionSite
+from lorsa_utils.metrics import evaluate_activations
+from lorsa_utils.models import AttentionSite, LanguageModel
+from lorsa_utils.processes import World
 
 QK_PARAMETERS = ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm")
 
@@ -63,51 +64,11 @@ class RunSpec:
     """One module to train."""
 
     name: str
-    """Name in progress bars and logs."""
+    """In progress bars and logs."""
     layer: int
-    """Attention layer that is replaced."""
     module: LorsaConfig | SAEConfig
-    """Shape of the module."""
     train: TrainConfig
-    """How it is trained."""
     folder: Path
-    """Run folder."""
-
-
-class World(NamedTuple):
-    """The processes that train together, each on its own sequences of every batch (`torchrun`)."""
-
-    rank: int = 0
-    """Number of this process; 0 writes the files."""
-    size: int = 1
-    """How many there are."""
-
-    def gather(self, answers: dict[str, Any]) -> dict[str, Any]:
-        """The answers of all processes in one dict."""
-        parts: list[dict[str, Any]] = [answers] * self.size
-        if self.size > 1:
-            torch.distributed.all_gather_object(parts, answers)
-        return {name: value for part in parts for name, value in part.items()}
-
-
-@contextlib.contextmanager
-def join_world() -> Iterator[World]:
-    """The processes that `torchrun` started, connected for as long as the block runs; alone without it.
-
-    Raises:
-        UserError: they do not find each other.
-    """
-    world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    if world.size > 1 and not torch.distributed.is_initialized():
-        try:
-            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"The {world.size} processes of torchrun did not find each other ({error}); start them again."
-            ) from error
-    yield world
-    if world.size > 1:
-        torch.distributed.destroy_process_group()
 
 
 class Run:
@@ -158,7 +119,7 @@ class Run:
         self.scaling = initialize(self.module, site, x, y, batch.mask.to(self.device), train.init, train.seed)
 
     def train_step(self, batch: ActivationBatch) -> None:
-        """One optimizer step on a batch of raw activations, without waiting for a GPU.
+        """One optimizer step on a batch of raw activations.
 
         Raises:
             UserError: the loss or a gradient is not finite; the weights are those before this step. On a GPU the run
@@ -218,10 +179,7 @@ class Run:
         return (dead, train.aux_k) if train.aux_k and (self.device.type == "cuda" or bool(dead.any())) else (None, 0)
 
     def _aux_squares(self, output: SparseOutput, error: Tensor, mask: Tensor) -> Tensor:
-        """AuxK (Gao et al.
-
-        2024): the dead heads with the largest scores rebuild what the live ones left over; weighted squared error.
-        """
+        """Weighted squared error of AuxK: the best dead heads rebuild what the live ones left (Gao et al. 2024)."""
         rebuilt = self.module.decode(output.aux_indices, output.aux_values, bias=False)
         return self.spec.train.aux_weight * torch.where(mask[..., None], rebuilt + error.detach(), 0.0).square().sum()
 
@@ -229,7 +187,7 @@ class Run:
     def _summed_over_processes(
         self, output: SparseOutput, squares: Tensor, y: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """How often every unit fired in this step, and its squared error, squared deviation and active units, in one exchange."""
+        """How often every unit fired in this step; its squared error, squared deviation and active units."""
         weight = mask[..., None].float()
         fired = (output.values != 0) * weight
         counts = torch.zeros(self.module.n_units, device=self.device).index_add_(
@@ -255,7 +213,7 @@ class Run:
             )
 
     def recent_metrics(self) -> dict[str, float]:
-        """One row of metrics.jsonl: counters, and what happened since the last call (ratios of sums, as in `metrics`)."""
+        """One row of metrics.jsonl: counters, and ratios of sums since the last call, as in `metrics`."""
         rows, self._recent = self._recent, []
         sums = {name: float(sum(torch.as_tensor(row[name]).double() for row in rows)) for name in rows[0]}
         n_tokens = max(1.0, sums["n_tokens"])
@@ -274,15 +232,13 @@ class Run:
             "seconds": self.seconds,
         }
 
-    # ------------------------------------------------------------------------------------------------ saving and
-    # resuming
+    # ---- saving and resuming
 
     def config(self) -> dict[str, Any]:
         """Everything needed to rebuild and resume the run, as saved in config.json."""
-        kind = self.spec.module.kind
         return {
             "schema_version": SCHEMA_VERSION,
-            "module": {**self.spec.module.to_dict(), "kind": kind},
+            "module": {**self.spec.module.to_dict(), "kind": self.spec.module.kind},
             "layer": self.spec.layer,
             "train": self.spec.train.to_dict(),
             "processes": self.world.size,
@@ -298,14 +254,9 @@ class Run:
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{index}.{name}"] = value
         tensors["since_fired"], tensors["input_mean"] = self.since_fired, self.scaling.input_mean
-        counters = {
-            "step": self.step,
-            "tokens_seen": self.tokens_seen,
-            "seconds": self.seconds,
-            "input_scale": self.scaling.input_scale,
-            "output_scale": self.scaling.output_scale,
-            "recent": [{name: float(value) for name, value in row.items()} for row in self._recent],
-        }
+        counters: dict[str, Any] = {"step": self.step, "tokens_seen": self.tokens_seen, "seconds": self.seconds}
+        counters |= {"input_scale": self.scaling.input_scale, "output_scale": self.scaling.output_scale}
+        counters["recent"] = [{name: float(value) for name, value in row.items()} for row in self._recent]
         # Counters ride in the same file's header: one rename makes the whole state new at once.
         store.write_tensors(
             self.spec.folder / "state" / "state.safetensors", tensors, {"counters": json.dumps(counters)}
@@ -348,10 +299,100 @@ class Run:
         return copy.requires_grad_(False)
 
     def save_module(self) -> None:
-        """Write model.safetensors (raw activations in, raw outputs out; the first process does); config.json is there since the start."""
+        """Write model.safetensors (raw activations in and out); the first process does."""
         if self.world.rank > 0:
             return
         store.write_tensors(self.spec.folder / "model.safetensors", self.finished_module().state_dict())
+
+
+def module_config(
+    site: AttentionSite, kind: str, n_heads: int | None, n_qk: int | None, k: int
+) -> LorsaConfig | SAEConfig:
+    """Shape of a module for an attention layer; what was not asked for follows from the layer."""
+    n_heads = n_heads or 8 * site.d_model
+    if kind != "lorsa":
+        return SAEConfig(d_model=site.d_model, n_features=n_heads, k=k, kind=kind)  # type: ignore[arg-type]
+    default = next(n for n in range(max(1, n_heads // site.d_head), 0, -1) if n_heads % n == 0)
+    return Lorsa.config_for_site(site, n_heads, n_qk or default, k)
+
+
+def train(
+    specs: Sequence[RunSpec],
+    source: ActivationSource,
+    held_out: ActivationSource | None,
+    model: LanguageModel,
+    *,
+    resume: bool = False,
+    logger: Logger | None = None,
+    world: World = World(),  # noqa: B008
+) -> dict[str, dict[str, float]]:
+    """`train_runs`, then measure the modules on held-out activations; results.json of each run keeps what is returned.
+
+    Returns:
+        by name of the run the keys of `metrics.Reconstruction.result`, `tokens_per_s` and `seconds`; nothing without
+        held-out activations, or from another process than the first.
+
+    Raises:
+        UserError: the disk is too small, or see `train_runs`.
+    """
+    store.require_free_bytes(specs[0].folder, _disk_bytes(specs), "The run")
+    before = tokens_seen(specs[0].folder) or 0 if resume else 0
+    began = time.perf_counter()
+    sites = {spec.layer: model.site(spec.layer) for spec in specs}
+    runs = train_runs(specs, source, sites, device=model.device, resume=resume, logger=logger, world=world)
+    seconds = time.perf_counter() - began
+    if world.rank > 0 or held_out is None:
+        return {}
+    modules = {run.spec.name: (run.spec.layer, run.finished_module()) for run in runs}
+    measured = evaluate_activations(modules, held_out, specs[0].train.batch_size)
+    speed = {"tokens_per_s": (runs[0].tokens_seen - before) / seconds, "seconds": seconds}
+    for spec in specs:
+        store.write_json(spec.folder / "results.json", measured[spec.name] | speed)
+    return {name: result | speed for name, result in measured.items()}
+
+
+def tokens_seen(folder: Path) -> int | None:
+    """Tokens that a run has been trained on by its saved state, None when it was never saved."""
+    state = folder / "state" / "state.safetensors"
+    return json.loads(store.read_tensor_metadata(state)["counters"])["tokens_seen"] if state.is_file() else None
+
+
+def cost(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel) -> str | None:
+    """What training takes, as a sentence, when that is more than a minute: measured on two batches, nothing is kept."""
+    how, parameters = specs[0].train, sum(spec.module.n_parameters for spec in specs)
+    seconds = _estimate_seconds(specs, source, model) if how.tokens >= 100_000 else 0.0
+    if seconds < 60:
+        return None
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+    units = max(spec.module.n_units for spec in specs)
+    memory = weights + 16 * parameters + 16 * how.batch_size * source.context * units
+    return (
+        f"Training on {how.tokens:,} tokens: about {seconds / 60:.1f} minutes, {memory / 1e9:.1f} GB of memory, "
+        f"{_disk_bytes(specs) / 1e9:.2f} GB on disk."
+    )
+
+
+def _disk_bytes(specs: Sequence[RunSpec]) -> int:
+    """Weights, and a state of weights and Adam's two moments."""
+    return 4 * 4 * sum(spec.module.n_parameters for spec in specs)
+
+
+def _estimate_seconds(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel) -> float:
+    """Time of the second of two batches (activations and a step of every module), times the number of steps."""
+    how = specs[0].train
+    batches = source.batches(how.batch_size, layers=sorted({spec.layer for spec in specs}))
+    first = next(batches)
+    began = time.perf_counter()
+    second = next(batches, first)
+    seconds = time.perf_counter() - began
+    for spec in specs:
+        run = Run(spec, {}, model.device)
+        run.start(model.site(spec.layer), first)
+        run.train_step(first)
+        began = time.perf_counter()
+        run.train_step(second)
+        seconds += time.perf_counter() - began
+    return seconds * how.tokens / max(1, int(second.mask.sum()))
 
 
 def prepare_runs(
@@ -417,8 +458,8 @@ def _start_or_load(
 
 def _check_specs(specs: Sequence[RunSpec]) -> None:
     folders = [spec.folder.resolve() for spec in specs]
-    for spec, folder in zip(specs, folders, strict=True):
-        if folders.count(folder) > 1:
+    for spec in specs:
+        if folders.count(spec.folder.resolve()) > 1:
             raise UserError(f"Two runs would write to {spec.folder}; give each its own folder.")
         units = spec.module.n_units
         if spec.train.k_start > units:
@@ -427,17 +468,16 @@ def _check_specs(specs: Sequence[RunSpec]) -> None:
             )
 
 
-def _require_same_config(folder: Path, wanted: Mapping[str, Any]) -> None:
-    found = _flatten(store.read_json(folder / "config.json"))
-    asked = _flatten(json.loads(json.dumps(wanted)))
+def _require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
+    saved, asked = _flatten(store.read_json(folder / "config.json")), _flatten(json.loads(json.dumps(config)))
     # Files may move, hashes tell what was read; how often the run is logged and saved changes nothing that it computes.
     free = {"source.text", "train.log_every", "train.save_every_seconds"}
-    if found.get("source.model_sha256") == asked.get("source.model_sha256"):
+    if saved.get("source.model_sha256") == asked.get("source.model_sha256"):
         free |= {"source.model", "source.revision"}
-    for name in sorted((set(found) | set(asked)) - free):
-        if found.get(name) != asked.get(name):
+    for name in sorted({*saved, *asked} - free):
+        if saved.get(name) != asked.get(name):
             raise UserError(
-                f"{folder} was started with {name} = {found.get(name)!r}, not {asked.get(name)!r}; "
+                f"{folder} was started with {name} = {saved.get(name)!r}, not {asked.get(name)!r}; "
                 "resume with the same settings or choose another --out."
             )
 
@@ -461,21 +501,18 @@ def train_runs(
     stop_after_steps: int | None = None,
     world: World = World(),  # noqa: B008
 ) -> list[Run]:
-    """Train several modules on the same batches.
+    """Train several modules on the same batches; finished ones have their module saved.
 
     Args:
-        specs: what to train; all with the same batch size and token budget, so that the comparison is fair.
+        specs: all with the same batch size and token budget, so that the comparison is fair.
         source: training activations. When the budget is larger than the source, it is read again from the start.
         sites: per layer its attention site, for the starts.
         device: where the modules live.
-        resume: continue runs that exist in their folders.
+        resume: continue runs that exist in their folders, each from where it was.
         progress: show a bar with rate and ETA.
-        logger: called beside metrics.jsonl, see `loggers`.
-        stop_after_steps: save the state and stop after so many more steps (to show or test resuming).
+        logger: called beside metrics.jsonl.
+        stop_after_steps: save the state and stop after this many more steps (to show or test resuming).
         world: the processes that train these runs together; all call this function with the same arguments.
-
-    Returns:
-        the runs; finished ones have their module saved.
 
     Raises:
         UserError: settings do not fit together, or the loss is not finite.
@@ -484,7 +521,8 @@ def train_runs(
         raise UserError("Runs trained together must have the same batch_size and tokens; train them in separate calls.")
     if world.size > specs[0].train.batch_size:
         raise UserError(
-            f"{world.size} processes cannot share a batch of {specs[0].train.batch_size} sequences; start fewer or raise --batch-size."
+            f"{world.size} processes cannot share a batch of {specs[0].train.batch_size} sequences; "
+            "start fewer or raise --batch-size."
         )
     runs = prepare_runs(specs, source, sites, device=device, resume=resume, world=world)
     progress = progress and world.rank == 0
@@ -502,7 +540,8 @@ def train_runs(
             run.save_state()
         raise UserError(
             f"Another process of this training has ended ({str(error).splitlines()[0]}); "
-            f"the last good state is kept in {runs[0].spec.folder / 'state'}: go on with --resume and as many processes."
+            f"the last good state is kept in {runs[0].spec.folder / 'state'}: "
+            "go on with --resume and as many processes."
         ) from error
     for run in runs:
         run.save_state()
@@ -536,7 +575,7 @@ def _loop(
         batches = source.batches(train.batch_size, start, layers, world)
         # On a CPU all cores are busy with the step itself.
         for batch in prepared_ahead(batches, runs[0].device) if runs[0].device.type == "cuda" else batches:
-            batch = _cut_to_budget(batch, train.tokens - runs[0].tokens_seen, world)
+            batch = batch.up_to(train.tokens - runs[0].tokens_seen, world)
             with _interrupt_waits():
                 for run in runs:
                     began = time.perf_counter()
@@ -573,14 +612,6 @@ def _interrupt_waits() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _cut_to_budget(batch: ActivationBatch, left: int, world: World) -> ActivationBatch:
-    """Mask what the token budget no longer covers."""
-    if int(batch.whole_mask.sum()) <= left:
-        return batch
-    whole = batch.whole_mask & (batch.whole_mask.flatten().cumsum(0) <= left).view_as(batch.whole_mask)
-    return batch._replace(mask=own_rows(whole, world)[1].to(batch.mask.device), whole_mask=whole)
-
-
 def _log(runs: Sequence[Run], logger: Logger | None) -> float:
     """Append one row per run to its metrics.jsonl; returns the mean training FVU."""
     total = 0.0
@@ -608,11 +639,9 @@ def _cut_log(run: Run) -> None:
     if run.world.rank > 0:
         return
     file = run.spec.folder / "metrics.jsonl"
-    rows = (
-        [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if file.is_file() else []
-    )
-    kept = [line for line in rows if json.loads(line)["step"] <= run.step]
-    store.write_text(file, "".join(line + "\n" for line in kept))
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= run.step]
+    store.write_text(file, "".join(line + "\n" for line in lines))
 
 
 def read_log(folder: str | Path) -> list[dict[str, float]]:
@@ -636,31 +665,31 @@ def make_logger(kind: str, folder: str | Path) -> Logger | None:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder))
-
-            def write_tensorboard(name: str, row: Mapping[str, float]) -> None:
-                for key, value in row.items():
-                    writer.add_scalar(f"{name}/{key}", value, int(row["tokens"]))
-                writer.flush()
-
-            return write_tensorboard
-        if kind == "wandb":
+        elif kind == "wandb":
             import wandb
 
             session = wandb.init(project="lorsa", dir=str(folder))
-
-            def write_wandb(name: str, row: Mapping[str, float]) -> None:
-                session.log({f"{name}/{key}": value for key, value in row.items()})
-
-            return write_wandb
+        else:
+            raise UserError(f"logger must be jsonl, tensorboard or wandb, not {kind!r}.")
     except ImportError as error:
         raise UserError(
             f"The logger {kind!r} needs a package that is missing ({error.name}); install it with pip install {kind}."
         ) from error
-    raise UserError(f"logger must be jsonl, tensorboard or wandb, not {kind!r}.")
+
+    def log(name: str, row: Mapping[str, float]) -> None:
+        values = {f"{name}/{key}": value for key, value in row.items()}
+        if kind == "wandb":
+            session.log(values)
+            return
+        for key, value in values.items():
+            writer.add_scalar(key, value, int(row["tokens"]))
+        writer.flush()
+
+    return log
 
 
 @functools.cache
 def training_sources() -> list[str]:
-    """Hashes of the source files that decide what a trained module is; runs of other code must not pass for runs of this one."""
+    """Hashes of the files that decide what a trained module is: runs of other code must not pass for runs of this."""
     folder = Path(__file__).parent
     return [store.sha256_file(folder / f"{name}.py") for name in ("ops", "lorsa", "initialize", "training")]

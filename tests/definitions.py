@@ -9,13 +9,16 @@ import nbformat
 from lorsa_utils.kit import reproduce
 
 
-def definitions(name: str) -> ModuleType:
-    """A module of the imports, functions and classes in the code cells of notebook `name`."""
+def definitions(name: str, *wanted: str) -> ModuleType:
+    """A module of the imports and the functions and classes of notebook `name`, or of the wanted ones alone."""
     book = nbformat.read(reproduce.notebooks_dir() / f"{name}.ipynb", as_version=4)
-    source = "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
-    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if isinstance(node, kinds)]
+    tree = ast.parse("\n".join(cell.source for cell in book.cells if cell.cell_type == "code"))
+    defined = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (not wanted or node.name in wanted)
+    ]
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)] + defined
     module = sys.modules[f"notebook_{name}"] = ModuleType(f"notebook_{name}")
     exec(compile(tree, name, "exec"), module.__dict__)
     return module

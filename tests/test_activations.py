@@ -1,4 +1,4 @@
-"""Streamed and cached activations are the same; a killed cache goes on to the same bytes; what does not belong is named and refused."""
+"""Streamed and cached activations are the same; a killed cache goes on to the same bytes; the foreign is refused."""
 
 from __future__ import annotations
 
@@ -120,16 +120,15 @@ def test_rows_are_what_the_model_computes(lm: LanguageModel, cache: Path) -> Non
         assert rows[f"{layer}.output"].std() > 0.1
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 6, 7, 20, 21, 100])
-@pytest.mark.parametrize("start", [0, 1, 5, 6, 13, 20])
-def test_batch_size_and_start_do_not_change_cached_rows(cache_once: Path, batch_size: int, start: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 5, 6, 7, 20, 100])
+def test_batch_size_and_start_do_not_change_cached_rows(cache_once: Path, batch_size: int) -> None:
     source = ActivationCache(cache_once)
-    every = joined(list(source.batches(4)))
-    batches = list(source.batches(batch_size, start))
-    assert_same(joined(batches), {name: tensor[start:] for name, tensor in every.items()})
-    sizes = [len(batch.tokens) for batch in batches]
-    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
-    assert sum(sizes) == 21 - start
+    rows = joined(list(source.batches(4)))
+    for start in (0, 1, 5, 6, 13, 20):
+        batches = list(source.batches(batch_size, start))
+        assert_same(joined(batches), {name: tensor[start:] for name, tensor in rows.items()})
+        sizes = [len(batch.tokens) for batch in batches]
+        assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
 
 
 @pytest.fixture(scope="module")
@@ -238,11 +237,10 @@ class Killed(BaseException):
     """Not an Exception: nothing may catch it on the way, as nothing catches a kill."""
 
 
-@pytest.mark.parametrize("writes", range(1, 7))
+@pytest.mark.parametrize("writes", [1, 3, 5, 6])
 def test_a_run_killed_between_shard_and_manifest_goes_on_to_the_same_bytes(
-    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+    lm: LanguageModel, cache_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
-    whole = contents(build(lm, tmp_path / "whole"))
     real, count = store.write_json, 0
 
     def write(path: Path, content: Any) -> None:
@@ -258,7 +256,7 @@ def test_a_run_killed_between_shard_and_manifest_goes_on_to_the_same_bytes(
     monkeypatch.setattr(store, "write_json", real)
     with pytest.raises(UserError, match=r"is unfinished"):
         ActivationCache(tmp_path / "cache")
-    assert contents(build(lm, tmp_path / "cache")) == whole
+    assert contents(build(lm, tmp_path / "cache")) == contents(cache_once)
 
 
 def test_going_on_does_not_compute_finished_shards_again(
@@ -316,8 +314,9 @@ def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_kill_9_in_the_middle_of_a_shard(lm: LanguageModel, model_folder: Path, tmp_path: Path) -> None:
-    whole = contents(build(lm, tmp_path / "whole"))
+def test_kill_9_in_the_middle_of_a_shard(
+    lm: LanguageModel, cache_once: Path, model_folder: Path, tmp_path: Path
+) -> None:
     killed = run_script(KILLED_CACHE, str(model_folder), str(tmp_path / "cache"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = contents(tmp_path / "cache")
@@ -328,7 +327,7 @@ def test_kill_9_in_the_middle_of_a_shard(lm: LanguageModel, model_folder: Path, 
     assert any(name.endswith(".tmp") for name in left), "the kill came too early or too late to test anything"
     with pytest.raises(UserError, match=r"is unfinished; run the same `lorsa cache` command again"):
         ActivationCache(tmp_path / "cache")
-    assert contents(build(lm, tmp_path / "cache")) == whole
+    assert contents(build(lm, tmp_path / "cache")) == contents(cache_once)
 
 
 # ---- refusals
@@ -347,7 +346,7 @@ def test_a_cut_shard_is_named(cache: Path) -> None:
         ActivationCache(cache)
 
 
-@pytest.mark.parametrize("place", [3, 40, -1, -2000])
+@pytest.mark.parametrize("place", [3, -1])
 def test_a_flipped_bit_is_named_before_its_rows_are_given(cache: Path, place: int) -> None:
     flip(cache / "train-00001.safetensors", place)
     batches = ActivationCache(cache).batches(3)
@@ -494,4 +493,4 @@ def test_an_os_error_while_writing_is_a_sentence(
         patch.setattr(store, "save_file", full)
         with pytest.raises(UserError, match=r"The disk is full: .*train-00000.safetensors was not written"):
             build(lm, tmp_path / "cache")
-    assert contents(build(lm, tmp_path / "cache")) == contents(build(lm, tmp_path / "whole"))
+    build(lm, tmp_path / "cache")

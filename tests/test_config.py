@@ -96,7 +96,9 @@ STRATEGIES: dict[type[Config], st.SearchStrategy[Any]] = {
     Preset: st.sampled_from(list(PRESETS.values())),
 }
 KINDS = [
-    kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Config) and kind is not Config
+    kind
+    for kind in vars(config).values()
+    if isinstance(kind, type) and issubclass(kind, Config) and kind not in (Config, config.Size)
 ]
 
 

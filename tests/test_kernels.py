@@ -43,7 +43,7 @@ ROUNDING = 2.0**-24  # of float32; errors below it are nobody's fault
 
 
 def mend_interpreter() -> None:
-    """Close gaps of Triton's interpreter: loop bounds under NumPy 2.4 (up to 3.6), products of and rounding to bfloat16 (all up to 3.9)."""
+    """Close gaps of Triton's interpreter: loop bounds under NumPy 2.4 (up to 3.6), bfloat16 (all up to 3.9)."""
     import numpy as np
     from triton.runtime import interpreter
 
@@ -170,15 +170,8 @@ def check_attention(case: Problem, precision: str = "ieee") -> None:
 @pytest.mark.parametrize(
     ("length", "d", "g", "n_kept", "batch"),
     [
-        *[
-            (1, 8, 1, 1, 2),
-            (1, 24, 3, None, 1),
-            (63, 24, 3, 7, 2),
-            (63, 64, 128, 64, 1),
-            (97, 64, 8, 64, 2),
-            (97, 128, 64, 7, 1),
-        ],
-        *[(128, 8, 64, 7, 1), (128, 24, 1, None, 2), (257, 128, 3, 1, 1), (257, 24, 8, 64, 1), (1000, 8, 1, 1, 1)],
+        *[(1, 8, 1, 1, 2), (63, 24, 3, 7, 2), (63, 64, 128, 64, 1), (97, 64, 8, 64, 2), (97, 128, 64, 7, 1)],
+        *[(128, 24, 1, None, 2), (257, 128, 3, 1, 1), (257, 24, 8, 64, 1), (1000, 8, 1, 1, 1)],
     ],
 )
 def test_attention_equals_float64(length: int, d: int, g: int, n_kept: int | None, batch: int) -> None:
@@ -186,21 +179,15 @@ def test_attention_equals_float64(length: int, d: int, g: int, n_kept: int | Non
 
 
 @pytest.mark.parametrize(
-    ("length", "d", "g", "n_kept"), [(63, 24, 3, 1), (97, 128, 128, 64), (257, 64, 64, 7), (128, 8, 8, None)]
+    ("kind", "length", "d", "g", "n_kept"),
+    [
+        *[("bfloat16", 63, 24, 3, 1), ("bfloat16", 97, 128, 128, 64), ("bfloat16", 128, 8, 8, None)],
+        *[("tf32", 97, 64, 64, 64), ("tf32", 140, 24, 3, 1), ("tf32", 20, 256, 256, 7), ("float16", 97, 24, 8, 7)],
+    ],
 )
-def test_attention_of_bfloat16_equals_float64(length: int, d: int, g: int, n_kept: int | None) -> None:
-    check_attention(problem(length, d, g, n_kept, torch.bfloat16))
-
-
-@pytest.mark.parametrize(
-    ("length", "d", "g", "n_kept"), [(97, 64, 64, 64), (140, 24, 3, 1), (63, 128, 8, 7), (20, 256, 256, 7)]
-)
-def test_attention_of_tf32_equals_float64(length: int, d: int, g: int, n_kept: int | None) -> None:
-    check_attention(problem(length, d, g, n_kept, torch.float32), "tf32")
-
-
-def test_attention_of_float16_equals_float64() -> None:
-    check_attention(problem(97, 24, 8, 7, torch.float16))
+def test_attention_of_other_precisions(kind: str, length: int, d: int, g: int, n_kept: int | None) -> None:
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    check_attention(problem(length, d, g, n_kept, dtype), "tf32" if kind == "tf32" else "ieee")
 
 
 def test_layout_of_gradients_and_strides_of_inputs() -> None:
@@ -210,9 +197,7 @@ def test_layout_of_gradients_and_strides_of_inputs() -> None:
     for gradient in first[1:]:
         assert gradient.transpose(1, 2).is_contiguous()
     fused = torch.cat([x.transpose(1, 2) for x in case[:3]], dim=-1).transpose(1, 2)  # rows with gaps between them
-    backwards = [
-        x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in case[:3]
-    ]  # the last dimension is not the dense one
+    backwards = [x.mT.contiguous().mT for x in case[:3]]  # the last dimension is not the dense one
     for inputs in ([x.contiguous() for x in case[:3]], fused.split([24, 24, 3], dim=-1), backwards):
         q, k, v = inputs
         for ours, theirs in zip(first, with_kernels(case._replace(q=q, k=k, v=v)), strict=True):
@@ -266,7 +251,7 @@ def test_layers_past_the_limits_are_refused() -> None:
 
 
 def expected_selection(z: Tensor, norms: Tensor, k: int, score: str, among: Tensor | None) -> tuple[Tensor, Tensor]:
-    scores = (z.float().clamp_min(0) if score == "relu" else z.float().abs()) * norms
+    scores = {"relu": z.float().clamp_min(0), "abs": z.float().abs()}[score] * norms
     if among is not None:
         scores = scores.masked_fill(~among, -1.0)
     indices = reference.select_top_k(scores, k)
@@ -280,7 +265,7 @@ def check_selection(z: Tensor, norms: Tensor, k: int, score: str = "relu", among
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 7), (128, 64), (300, 7), (6144, 64), (2500, 2500), (33000, 128)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (128, 64), (300, 7), (2500, 2500), (33000, 128)])
 def test_selection_equals_a_full_sort(n: int, k: int, score: str) -> None:
     check_selection(draw(2, n), draw(n, seed=1).abs(), k, score)
 
@@ -290,7 +275,7 @@ levels = st.sampled_from([-3.0, -1.0, -0.0, 0.0, 1e-30, 0.5, 1.0, 3.0])
 
 
 @given(data=st.data(), n=st.integers(1, 40), score=st.sampled_from(list(SCORES)))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_selection_is_exact_and_breaks_ties_by_index(data: st.DataObject, n: int, score: str) -> None:
     z = torch.tensor(data.draw(st.lists(st.lists(levels, min_size=n, max_size=n), min_size=1, max_size=2)))
     norms = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=n, max_size=n)))
@@ -377,7 +362,7 @@ def test_gradient_of_values_is_summed_over_spans_of_a_weight_larger_than_the_cac
 
 
 @pytest.mark.parametrize("adjacent", [False, True])
-@pytest.mark.parametrize(("d", "rotary_dim"), [(8, 8), (24, 10), (64, 64), (64, 16), (128, 128)])
+@pytest.mark.parametrize(("d", "rotary_dim"), [(8, 8), (24, 10), (64, 16), (128, 128)])
 def test_rotation_equals_plain(d: int, rotary_dim: int, adjacent: bool) -> None:
     rotary = RotaryConfig(rope_type="default", rotary_dim=rotary_dim, theta=1e4, adjacent_pairs=adjacent)
     cos, sin = ops.rotary_tables(rotary, 19, DEVICE)
@@ -526,15 +511,9 @@ torch.float32)]:
 def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path)).splitlines()]
     names = {name for name, _, _ in rows}
-    launched = {
-        "_attention_forward",
-        "_pack_queries",
-        "_attention_backward_q",
-        "_attention_backward_kv",
-        "_select_top_k",
-        "_rotate",
-    }
-    assert names == {*launched, "_decode", "_decode_backward_values", "_decode_backward_hot", "_decode_backward_weight"}
+    attention = {"_attention_forward", "_pack_queries", "_attention_backward_q", "_attention_backward_kv"}
+    decode = {"_decode", "_decode_backward_values", "_decode_backward_hot", "_decode_backward_weight"}
+    assert names == {*attention, *decode, "_select_top_k", "_rotate"}
     for name, shared_bytes, compiled in rows:
         assert compiled, name
         assert shared_bytes <= 100 * 1024, f"{name} asks for {shared_bytes} bytes of shared memory"

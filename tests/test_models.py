@@ -110,13 +110,6 @@ def test_heads_sum_to_the_output(lm: LanguageModel) -> None:
         assert (parts.sum(dim=2) + site.b_O - output).abs().max() < 1e-5
 
 
-def test_head_values_are_pattern_times_values(lm: LanguageModel) -> None:
-    x, _ = lm.capture(random_tokens(2, 20), [1])[1]
-    site = lm.site(1)
-    moved = torch.einsum("bhqk,bhkd->bqhd", site.pattern(x), site.values(x))
-    assert torch.allclose(site.head_values(x), moved, atol=1e-5)
-
-
 def test_weights_per_head_have_the_promised_shapes(lm: LanguageModel) -> None:
     site = lm.site(2)
     n, n_kv, d_head = site.n_heads, site.n_kv_heads, site.d_head
@@ -141,15 +134,6 @@ def test_weights_are_copies(lm: LanguageModel) -> None:
     after = lm.site(0)
     assert after.W_Q.any()
     assert after.b_O.any() or lm.config.model_type == "qwen3"
-
-
-def test_rotation_is_by_relative_position(lm: LanguageModel) -> None:
-    site = lm.site(0)
-    q, k = torch.randn(2, 1, site.d_head, generator=torch.Generator().manual_seed(0)).expand(2, 40, -1)
-    products = site.rotate(q) @ site.rotate(k).T
-    assert torch.allclose(products.diagonal(-3), products[3, 0].expand(37), atol=1e-4)
-    turned = not torch.allclose(products[3, 0], products[30, 0], atol=1e-3)
-    assert turned == (lm.config.model_type != "gpt2")
 
 
 # ---- where the hooks are
@@ -200,12 +184,6 @@ def test_splice_replaces_the_output(lm: LanguageModel) -> None:
     assert not spliced[1][1].any()
     assert not torch.allclose(spliced[2][0], clean[2][0], atol=1e-2)
     assert torch.equal(lm.logits(tokens), plain)
-
-
-def test_splicing_a_rebuilt_layer_keeps_the_logits(lm: LanguageModel) -> None:
-    tokens, site = random_tokens(2, LENGTH), lm.site(1)
-    with lm.splice({1: lambda x, output: site.head_outputs(x).sum(dim=2) + site.b_O}):
-        assert torch.allclose(lm.logits(tokens), lm.model(tokens).logits, atol=1e-3)
 
 
 def test_gradients_reach_the_replacement(lm: LanguageModel) -> None:
@@ -271,8 +249,8 @@ def test_a_pass_resumed_at_a_layer_is_the_whole_pass(lm: LanguageModel) -> None:
                     torch.equal(again[number][side], sides[number][side]) for number in (1, 2) for side in (0, 1)
                 )
             else:
-                with pytest.raises(UserError, match="outside of `resume`"):
-                    lm.capture(tokens, [1])
+                with pytest.raises(KeyError):
+                    lm.capture(tokens, [1, layer])
         assert torch.equal(lm.logits(tokens), plain), "afterwards the whole model runs"
     for hook in hooks:
         hook.remove()
@@ -358,12 +336,8 @@ def test_impossible_tokens_are_refused(folders: dict[str, Path], tokens: torch.T
             call(tokens)
 
 
-def test_wrong_mask_no_layer_and_too_long_a_sequence_are_refused(folders: dict[str, Path]) -> None:
+def test_too_long_a_sequence_is_refused(folders: dict[str, Path]) -> None:
     lm = load_model(folders["gpt2"], device="cpu")
-    with pytest.raises(UserError, match="mask"):
-        lm.loss(random_tokens(2, 8), torch.ones(2, 7))
-    with pytest.raises(UserError, match="No layer"):
-        lm.capture(random_tokens(2, 8), [])
     with pytest.raises(UserError, match="learned positions for 128"):
         lm.logits(random_tokens(1, 129))
 

@@ -1,4 +1,4 @@
-"""The loops agree with a second, independent form of the paper's equations: dense matrices, complex rotations, masks for the top K."""
+"""The loops agree with a second form of the equations: dense matrices, complex rotations, masks for the top K."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 def test_rotation_by_hand() -> None:
-    """One radian a token, dimension 0 with 1 in adjacent pairs, 0 with 2 in halves; the last two pass through or turn slowly."""
+    """One radian per token, dimension 0 with 1 in adjacent pairs, 0 with 2 in halves; the rest pass or barely turn."""
     rotary = RotaryConfig(rope_type="default", rotary_dim=2, theta=10000.0, adjacent_pairs=True)
     cos, sin = math.cos(3), math.sin(3)
     vector = torch.tensor([1.0, 2.0, 5.0, 7.0], dtype=torch.float64)

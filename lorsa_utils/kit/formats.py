@@ -64,38 +64,13 @@ ROTARY = {
     "old_context_len": "original_context",
 }
 """Their settings of the rotation and ours; the last four belong to NTK by parts."""
-KNOWN = {*SUPPORTED, *ROTARY} | set(
-    [
-        "d_model",
-        "expansion_factor",
-        "use_decoder_bias",
-        "sparsity_include_decoder_norm",
-        "top_k",
-        "n_qk_heads",
-        "d_qk_head",
-        "n_ctx",
-        "hook_point_in",
-        "hook_point_out",
-        "positional_embedding_type",
-        "use_NTK_by_parts_rope",
-        "attn_scale",
-        "use_post_qk_ln",
-        "normalization_type",
-        "eps",
-        "n_ov_heads",
-        "avg_norm",
-        "mode",
-        "use_z_relu",
-        "layer",
-        "model_name",
-        "device",
-        "dtype",
-        "use_triton_kernel",
-        "sparsity_threshold_for_triton_spmm_kernel",
-        "jumprelu_threshold_window",
-        "skip_bos",
-    ]
-)
+_OTHERS = """
+d_model expansion_factor use_decoder_bias sparsity_include_decoder_norm top_k n_qk_heads d_qk_head n_ctx hook_point_in
+hook_point_out positional_embedding_type use_NTK_by_parts_rope attn_scale use_post_qk_ln normalization_type eps
+n_ov_heads avg_norm mode use_z_relu layer model_name
+device dtype use_triton_kernel sparsity_threshold_for_triton_spmm_kernel jumprelu_threshold_window skip_bos
+"""
+KNOWN = {*SUPPORTED, *ROTARY, *_OTHERS.split()}
 """Settings whose meaning is known; the last line says how they train, nothing about what is computed."""
 
 
@@ -109,7 +84,8 @@ class Reading:
     """Whether its input is the norm's output with its gain (and bias), which is what attention modules read."""
 
     def __str__(self) -> str:
-        return f"{'normalised' if self.scaled else 'raw'} activations{'' if self.gain else ', before the gain of the norm'}"
+        name = "normalised activations" if self.scaled else "raw activations"
+        return name if self.gain else f"{name}, before the gain of the norm"
 
 
 @dataclass(frozen=True)
@@ -202,7 +178,7 @@ def _renamed(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tenso
 
 
 def _filled(config: LorsaConfig, weights: Mapping[str, Tensor], file: Path) -> Lorsa:
-    """A Lorsa with these weights; biases that are not there are zero, fewer QK circuits than groups are shared by neighbours.
+    """A Lorsa with these weights; missing biases are zero, fewer QK circuits than groups are shared by neighbours.
 
     Raises:
         UserError: a name or a shape does not fit.
@@ -246,16 +222,18 @@ def _check_settings(config: Mapping[str, Any], weights: Mapping[str, Tensor], pa
     ignores_lengths = _is_topk(config) and not config.get("sparsity_include_decoder_norm", True)
     if ignores_lengths and (lengths / lengths[0] - 1).abs().max() > 1e-4:
         raise UserError(
-            f"{path} selects without the length of w_o (sparsity_include_decoder_norm false), which Lorsa here does not have."
+            f"{path} selects without the length of w_o (sparsity_include_decoder_norm false), "
+            "which Lorsa here does not have."
         )
     if config.get("use_post_qk_ln") and config.get("normalization_type", "RMS") != "RMS":
         raise UserError(
-            f"{path} norms queries and keys by {config['normalization_type']} (normalization_type), only RMS is supported."
+            f"{path} norms queries and keys by {config['normalization_type']} (normalization_type); "
+            "only RMS is supported."
         )
     # Their number of heads is d_model times a rounded expansion_factor: the weights know better.
     if "expansion_factor" in config and abs(config["expansion_factor"] * d_model - n_ov) >= 1:
         raise UserError(
-            f"{path}: expansion_factor {config['expansion_factor']} does not fit {n_ov} heads; download both files again."
+            f"{path}: expansion_factor {config['expansion_factor']} does not fit {n_ov} heads; download both again."
         )
     if config.get("mode") == "top_k" and not config.get("top_k"):
         raise UserError(f"{path} has mode top_k but no top_k; restore its config.json.")
@@ -334,7 +312,8 @@ def as_read(published: Published, reading: Reading, gain: tuple[Tensor, Tensor] 
     if reading.scaled:
         if published.norms is None:
             raise UserError(
-                "This checkpoint wants normalised activations but does not state their norms; give --model, to measure it on text."
+                "This checkpoint wants normalised activations but does not state their norms; "
+                "give --model, to measure it on text."
             )
         input_scale, output_scale = (math.sqrt(lorsa.config.d_model) / norm for norm in published.norms)
         lorsa.fold(Scaling(torch.zeros(lorsa.config.d_model), input_scale, output_scale))

@@ -181,10 +181,9 @@ def import_checkpoint(
     else:
         if layer is None or sequences is None:
             raise UserError("The checkpoint does not say which layer it is for; give --layer.")
-        if model.d_model != published.lorsa.config.d_model:
-            raise UserError(
-                f"{model.name} has width {model.d_model}, the checkpoint {published.lorsa.config.d_model}; give its own model."
-            )
+        width = published.lorsa.config.d_model
+        if model.d_model != width:
+            raise UserError(f"{model.name} has width {model.d_model}, the checkpoint {width}; give its own model.")
         stream = ActivationStream(model, sequences(published.context), [layer], text)
         lorsa, chosen, measured = _best(published, model, layer, stream)
         config |= {"source": stream.identity()}
@@ -241,7 +240,8 @@ def _warning(
             f"{name}: FVU {fvu[name]}" for name in map(str, (chosen, published.reading)) if name in fvu
         )
         sentences.append(
-            f"The config asks for {published.reading}, but the weights work on {chosen} ({compared}), so they were read that way."
+            f"The config asks for {published.reading}, but the weights work on {chosen} ({compared}), "
+            "so they were read that way."
         )
     if not measured:
         sentences.append("Nothing was measured: give --model, so that FVU shows whether the weights were read rightly.")
@@ -343,7 +343,7 @@ def check(folder: str | Path) -> dict[str, Any]:
 
 
 def find(model: LanguageModel, layer: int, kind: str) -> Path | None:
-    """The checkpoint in data/checkpoints for a layer of a language model, of several the one with the most training tokens.
+    """The checkpoint in data/checkpoints for a layer of a language model, of several the longest trained.
 
     It was trained on the same weights, or the same name and tokenizer where they were loaded in another dtype.
 

@@ -14,7 +14,7 @@ from lorsa_utils.config import PRESETS, LorsaConfig, Preset, get_preset, get_pro
 from lorsa_utils.kit.bench import Shape, count_flops
 
 H100_RATE = 400e12
-"""Operations per second that large bf16 products reach on an H100; before you measure, expect several times the hours."""
+"""Operations per second of large bf16 products on an H100; before you measure, expect several times the hours."""
 BYTES_OF_TRAINING = 16
 """A parameter under training in fp32: weight, gradient, Adam's two moments."""
 

@@ -6,7 +6,6 @@ is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,21 +63,11 @@ def trained(
         settings = {"layer": layer, "module": module.to_dict(), "train": train.to_dict(), "source": source.identity()}
         key = store.sha256_json({"kit": __version__, "code": training_sources(), **settings})
         specs.append(RunSpec(name, layer, module, train, run.folder / "runs" / f"{name}-{key[:8]}"))
-    # A killed run can leave modules saved at different steps; each group resumes from its own.
-    groups: dict[int | None, list[RunSpec]] = {}
-    for spec in specs:
-        if not (spec.folder / "model.safetensors").is_file():
-            groups.setdefault(_tokens_seen(spec.folder), []).append(spec)
-    for group in groups.values():
-        sites = {spec.layer: model.site(spec.layer) for spec in group}
-        train_runs(group, source, sites, device=model.device, resume=True)
+    missing = [spec for spec in specs if not (spec.folder / "model.safetensors").is_file()]
+    if missing:
+        sites = {spec.layer: model.site(spec.layer) for spec in missing}
+        train_runs(missing, source, sites, device=model.device, resume=True)
     return {spec.name: spec.folder for spec in specs}
-
-
-def _tokens_seen(folder: Path) -> int | None:
-    """Tokens that an unfinished run has been trained on, None when it was never saved."""
-    state = folder / "state" / "state.safetensors"
-    return json.loads(store.read_tensor_metadata(state)["counters"])["tokens_seen"] if state.is_file() else None
 
 
 def train_config(run: Context, tokens: int, log_lines: int = 50) -> TrainConfig:

@@ -8,18 +8,19 @@ around the best one.
 
 Intervals come from a bootstrap of residuals: relative residuals, enlarged for the parameters that were fitted, are
 drawn again and laid on the fitted curve, and the law is fitted anew. They hold what seeds scatter and what the law
-misses at the fitted sizes; they cannot hold what changes beyond the largest of them.
+misses at the fitted sizes; they cannot hold what changes beyond the largest of them. All draws are fitted at once,
+which is why the search is written out here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.stats import Interval, percentile_interval
 
 Floats = npt.NDArray[np.float64]
 EXPONENTS = (0.05, 4.0)
@@ -27,18 +28,15 @@ EXPONENTS = (0.05, 4.0)
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """A fitted law and its bootstrap. Made by `fit`."""
+    """A fitted law and its bootstrap, as `fit` returns it."""
 
     floor: float
-    """Irreducible part."""
     a: float
-    """Height at n = 1."""
     b: float
-    """Exponent."""
     sizes: Floats
-    """n of the fitted points, [n_points]."""
+    """[n_points]"""
     values: Floats
-    """Their values, [n_points]."""
+    """[n_points]"""
     draws: Floats
     """[n_draws, 3]: floor, a (at n = `scale`) and b of the bootstrap."""
     scale: float
@@ -46,41 +44,32 @@ class PowerLaw:
     spread: Floats
     """Relative residuals, enlarged, [n_points]."""
 
-    def __call__(self, n: Any) -> Floats:
+    def __call__(self, n: npt.ArrayLike) -> Floats:
         """The law at sizes n."""
         return np.asarray(self.floor + self.a * np.asarray(n, dtype=float) ** -self.b)
 
-    def band(self, n: Any, level: float = 0.95) -> tuple[Floats, Floats]:
-        """Interval of the curve at sizes n: lower and upper bound, each of the shape of n."""
+    def band(self, n: npt.ArrayLike) -> tuple[Floats, Floats]:
+        """95 % interval of the curve at sizes n: lower and upper bound, each of the shape of n."""
         curves = _curve(self.draws, np.atleast_1d(np.asarray(n, dtype=float)) / self.scale)
-        low, high = np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        low, high = np.quantile(curves, [0.025, 0.975], axis=0)
         return low, high
 
-    def predict(self, n: float, n_seeds: int = 1, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
-        """What a mean of `n_seeds` new runs of size n will be: value, lower and upper bound."""
-        generator = np.random.default_rng(seed)
-        noise = generator.choice(self.spread, size=(len(self.draws), n_seeds)).mean(axis=1)
-        values = _curve(self.draws, np.array([n / self.scale]))[:, 0] * (1 + noise)
-        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-        return float(self(n)), float(low), float(high)
+    def predict(self, n: float, n_seeds: int = 1, seed: int = 0) -> Interval:
+        """What a mean of `n_seeds` new runs of size n will be."""
+        noise = np.random.default_rng(seed).choice(self.spread, size=(len(self.draws), n_seeds)).mean(axis=1)
+        return percentile_interval(float(self(n)), _curve(self.draws, np.array([n / self.scale]))[:, 0] * (1 + noise))
 
-    def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
-        """Interval of `floor` or `b`."""
-        low, high = np.quantile(self.draws[:, {"floor": 0, "b": 2}[name]], [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+    def interval(self, name: str) -> tuple[float, float]:
+        """95 % interval of `floor` or `b`."""
+        return percentile_interval(0.0, self.draws[:, {"floor": 0, "b": 2}[name]])[1:]
 
 
 def fit(
     sizes: npt.ArrayLike, values: npt.ArrayLike, *, floor: bool = True, n_draws: int = 1000, seed: int = 0
 ) -> PowerLaw:
-    """Fit a power law.
+    """Fit a power law to values [n_points] at sizes [n_points], with or without an irreducible part.
 
-    Args:
-        sizes: parameters or tokens, positive, [n_points]; several points of one size are several seeds.
-        values: positive, [n_points].
-        floor: whether the law has an irreducible part.
-        n_draws: of the bootstrap.
-        seed: of the bootstrap.
+    Several points of one size are several seeds. `n_draws` and `seed` are of the bootstrap.
 
     Raises:
         UserError: too few different sizes, or values that are not positive and finite.
@@ -126,7 +115,7 @@ def _fit(x: Floats, y: Floats, size: Floats, floor: bool) -> Floats:
 
 
 def _solve(x: Floats, y: Floats, weights: Floats, b: Floats, floor: bool) -> tuple[Floats, Floats, Floats]:
-    """Weighted least squares of y on a constant and x^-b, both not negative: constant, slope and error, each [n_rows]."""
+    """Weighted least squares of y on a constant and x^-b, neither negative: constant, slope, error, each [n_rows]."""
     basis = x[None] ** -b[:, None]
     total, s, ss = weights.sum(), (weights * basis).sum(axis=1), (weights * basis**2).sum(axis=1)
     t, st = (weights * y).sum(axis=1), (weights * basis * y).sum(axis=1)

@@ -6,6 +6,7 @@ No test looks at how long anything took.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -15,15 +16,24 @@ from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit import bench, cli
-from lorsa_utils.kit.bench import OursLorsa, PlainLorsa, Shape
+from lorsa_utils.kit.bench import Shape
+from lorsa_utils.lorsa import Lorsa
 
 CPU = torch.device("cpu")
+PEAK_MB = bench.peak_mb
 TINY = Shape(d_model=16, n_qk=3, d_qk=8, n_heads=12, k=4, batch=2, length=5)
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(bench, "peak_mb", lambda *arguments: 1.0)  # a process of its own, for each row
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_weights_and_more() -> None:
+    peak = PEAK_MB("torch", "A", CPU)
+    assert math.isnan(peak) or peak > 16 * bench.SHAPES["A"].config().n_parameters / 1e6
 
 
 def test_the_papers_layer_costs_what_the_paper_says() -> None:
@@ -55,52 +65,35 @@ def test_backends_agree_with_float64(name: str) -> None:
     bench.check(name, TINY, CPU)
 
 
-class Wrong(OursLorsa):
-    """Off by a thousandth."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return 1.001 * super().forward(x)
+def wrong(module: Lorsa, x: Tensor) -> Tensor:
+    return 1.001 * bench.ours(module, x)
 
 
-class Forgetful(PlainLorsa):
+def forgetful(module: Lorsa, x: Tensor) -> Tensor:
     """Gives no gradient to the output bias."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x) - self.b_O + self.b_O.detach()
+    return bench.plain(module, x) - module.b_O + module.b_O.detach()
 
 
-@pytest.mark.parametrize(("cls", "words"), [(Wrong, r"is off by .*it is not timed"), (Forgetful, "off by|no gradient")])
-def test_a_backend_that_errs_is_not_timed(monkeypatch: pytest.MonkeyPatch, cls: type[PlainLorsa], words: str) -> None:
+@pytest.mark.parametrize(
+    ("mine", "words"), [(wrong, r"is off by .*it is not timed"), (forgetful, "off by|no gradient")]
+)
+def test_a_backend_that_errs_is_not_timed(monkeypatch: pytest.MonkeyPatch, mine: bench.Forward, words: str) -> None:
     known = bench.backends(CPU)
-    monkeypatch.setattr(bench, "backends", lambda device: {**known, "mine": (cls, False)})
+    monkeypatch.setattr(bench, "backends", lambda device: {**known, "mine": mine})
     with pytest.raises(UserError, match=words):
         bench.measure("tiny", CPU, ["mine"], rounds=1)
 
 
 def test_rows_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "benchmarks.csv"
+    command = ["bench", "--shape", "tiny", "--backend", "torch,plain", "--rounds", "2", "--out", str(file), "--json"]
     for _ in range(2):
-        assert (
-            cli.main(
-                ["bench", "--shape", "tiny", "--backend", "torch,plain", "--rounds", "2", "--out", str(file), "--json"]
-            )
-            == 0
-        )
+        assert cli.main(command) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = pd.read_csv(file)
     assert list(rows.backend) == ["torch", "plain"] * 2
     assert [row["backend"] for row in answer["rows"]] == ["torch", "plain"]
-    asked = {
-        "backend",
-        "shape",
-        "device",
-        "step_ms_p20",
-        "step_ms_p50",
-        "step_ms_p80",
-        "step_over_floor",
-        "tokens_per_s",
-        "peak_mb",
-    }
+    asked = {"device", "step_ms_p20", "step_ms_p50", "step_ms_p80", "step_over_floor", "tokens_per_s", "peak_mb"}
     assert asked <= set(rows.columns) == set(answer["rows"][0])
     assert (rows.step_ms_p20 <= rows.step_ms_p50).all()
     assert (rows.step_ms_p50 <= rows.step_ms_p80).all()

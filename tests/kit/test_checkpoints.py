@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import random_inputs, random_lorsa, random_sae, randomized
+from toys import random_inputs, random_lorsa, random_sae
 
 from lorsa_utils import store
-from lorsa_utils.config import LorsaConfig, SAEConfig, TrainConfig
+from lorsa_utils.config import TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit import cli, hub
 from lorsa_utils.lorsa import SAE, Lorsa, load
@@ -97,18 +97,6 @@ def test_a_packed_module_opens_as_it_is_and_computes_nearly_the_same(run: Path, 
     }
 
 
-def test_a_lorsa_and_an_sae_of_the_laptop_profile_fit_into_25_megabytes(tmp_path: Path) -> None:
-    lorsa = randomized(
-        Lorsa(LorsaConfig(d_model=576, n_ov_heads=4608, n_qk_heads=72, d_qk=64, k=64)), dtype=torch.float32
-    )
-    sae = randomized(SAE(SAEConfig(d_model=576, n_features=4608, k=64)), dtype=torch.float32)
-    runs = [save_run(tmp_path / "lorsa", lorsa), save_run(tmp_path / "sae", sae)]
-    folders = [hub.pack(run, tmp_path / f"small_{run.name}") for run in runs]
-    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
-    assert sizes[0] < 16.2e6
-    assert sizes[1] < 5.5e6
-
-
 def test_unpack_gives_an_ordinary_run_folder(run: Path, tmp_path: Path) -> None:
     small = hub.pack(run, tmp_path / "small")
     folder = hub.unpack(small, tmp_path / "full")
@@ -123,7 +111,7 @@ def test_unpack_gives_an_ordinary_run_folder(run: Path, tmp_path: Path) -> None:
         hub.unpack(small, save_run(tmp_path / "other", random_sae(), layer=3))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.999])
 def test_a_cut_checkpoint_is_refused(run: Path, tmp_path: Path, share: float) -> None:
     file = hub.pack(run, tmp_path / "small") / "model.safetensors"
     content = file.read_bytes()
@@ -134,13 +122,9 @@ def test_a_cut_checkpoint_is_refused(run: Path, tmp_path: Path, share: float) ->
         hub.unpack(tmp_path / "small", tmp_path / "full")
     with pytest.raises(UserError, match="is damaged"):
         load(tmp_path / "small")
-
-
-def test_a_flipped_bit_is_found(run: Path, tmp_path: Path) -> None:
-    file = hub.pack(run, tmp_path / "small") / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 16
-    file.write_bytes(bytes(content))
+    flipped = bytearray(content)
+    flipped[-5] ^= 16
+    file.write_bytes(flipped)
     with pytest.raises(UserError, match="is not the file that was packed"):
         hub.check(tmp_path / "small")
 

@@ -235,7 +235,7 @@ def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- same outputs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     options=st.fixed_dictionaries(
@@ -274,7 +274,7 @@ def test_llamascopium_weights_compute_the_same(seed: int, options: dict[str, Any
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     options=st.fixed_dictionaries(
@@ -346,11 +346,11 @@ def test_export_refuses_what_the_format_lacks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("n_ov", range(1, 200, 7))
-def test_the_expansion_factor_gives_back_the_number_of_heads(n_ov: int) -> None:
-    config = random_lorsa().config.replace(n_ov_heads=n_ov, n_qk_heads=1, k=1)
-    written = formats.llamascopium_config(config, {})
-    assert int(config.d_model * written["expansion_factor"]) == n_ov
+def test_the_expansion_factor_gives_back_the_number_of_heads() -> None:
+    for n_ov in range(1, 200, 7):
+        config = random_lorsa().config.replace(n_ov_heads=n_ov, n_qk_heads=1, k=1)
+        written = formats.llamascopium_config(config, {})
+        assert int(config.d_model * written["expansion_factor"]) == n_ov
 
 
 # ---- refusals
@@ -423,7 +423,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("file", ["final.pth", "sae_weights.safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.98])
+@pytest.mark.parametrize("share", [0.0, 0.98])
 def test_cut_files_are_refused(file: str, share: float, tmp_path: Path) -> None:
     is_new = file != "final.pth"
     folder = write_llamascopium(tmp_path, llamascopium(), llamascopium_weights(llamascopium())) if is_new else None

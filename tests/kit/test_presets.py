@@ -1,4 +1,4 @@
-"""Presets train by the same path as everything else, cost what arithmetic says, and a model out of reach leaves a banner."""
+"""Presets train as everything else does, cost what arithmetic says, and a model out of reach leaves a banner."""
 
 from __future__ import annotations
 
@@ -84,10 +84,9 @@ def test_operations_and_bytes_by_hand() -> None:
     preset = preset.replace(parameters=100.0, multiplied=50.0)
     weights = 2 * 4 * 2 * 2 + 2 * 4 * 6  # W_Q and W_K of two groups, W_V and W_O of six heads
     assert presets.lorsa_parameters(preset) == weights
-    # Projections and their weights' gradients over 3 tokens: 2 * 2 operations a weight of W_Q, W_K, W_V; attention
-    # forward over
-    # 6 causal pairs in 2 groups, backward in one of them (one head is kept); decode and its two gradients read one row
-    # a token.
+    # Projections and their weights' gradients over 3 tokens: 2 * 2 operations per weight of W_Q, W_K, W_V; attention
+    # forward over 6 causal pairs in 2 groups, backward in one of them (one head is kept); decode and its two gradients
+    # read one row per token.
     projections = 2 * 2 * 3 * 4 * (2 * 2 * 2 + 6)
     attention = 2 * (2 + 3) * 6 * 2 + 2 * (3 * 2 + 2 * 3) * 6
     decode = 3 * 2 * 3 * 1 * 4

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
+from definitions import definitions
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,3 +93,15 @@ def test_fits_are_repeatable() -> None:
 def test_points_that_give_no_law_are_refused(sizes: list[float], values: list[float], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         scaling.fit(sizes, values)
+
+
+def test_laws_show_every_point_and_held_out_ones_open() -> None:
+    sizes = np.array([1e6, 2e6, 3e6, 4e6])
+    law = scaling.fit(sizes, 0.1 + 0.2 * (sizes / 1e6) ** -0.5, n_draws=20)
+    points = pd.DataFrame({"x": [*sizes, 8e6], "fvu": [*law.values, 0.17], "held_out": [False] * 4 + [True]})
+    draw_laws = definitions("10_scaling_laws", "add_line", "short", "draw_laws").draw_laws
+    figure = draw_laws(points.assign(line="K = 4", panel="Lorsa"), {"K = 4": law}, "t", "parameters")
+    marks = [trace for trace in figure.data if trace.mode == "markers"]
+    assert [len(trace.x) for trace in marks] == [4, 1]
+    assert marks[1].marker.color == "white"
+    assert figure.layout.xaxis.ticktext[-1] == "8.0M"

@@ -1,4 +1,4 @@
-"""A sweep goes on where it was killed and gives what it would have given; starts hold what they say; bad input is a sentence."""
+"""A sweep goes on where it was killed and gives what it would have given; starts hold what they say."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from definitions import definitions
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
-from lorsa_utils import metrics, ops, store
+from lorsa_utils import metrics, ops
 from lorsa_utils.activations import ActivationBatch
 from lorsa_utils.config import LorsaConfig, RotaryConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
@@ -31,30 +33,25 @@ SITE = toy_site(0)
 SOURCE = ToySource(40, 12, layers=(0, 1))
 TRAIN = TrainConfig(tokens=120, batch_size=3, lr=3e-3, aux_k=4, dead_window=30)
 LORSA = lorsa_shape(SITE, 16, 4, 4)
+NOTEBOOK = definitions("09_ablations", "verdict", "effects", "draw_changes")
 SAE = SAEConfig(d_model=D_MODEL, n_features=24, k=4)
 
 
 def trials() -> list[Trial]:
     base = Trial("base", "base", LORSA, TRAIN)
-    levels = [
-        Trial("start", "random", LORSA, TRAIN, start="random"),
-        Trial("D_QK", "2", lorsa_shape(SITE, 16, 4, 4, 2), TRAIN),
-        Trial("biases", "none", LORSA, TRAIN, biases=False),
-        Trial("kind", "SAE", SAE, TRAIN),
+    return [
+        *base.over_seeds(2),
+        replace(base, factor="start", level="random", start="random"),
+        replace(base, factor="D_QK", level="2", module=lorsa_shape(SITE, 16, 4, 4, 2)),
+        replace(base, factor="biases", level="none", biases=False),
+        replace(base, factor="kind", level="SAE", module=SAE),
     ]
-    return [one for trial in [base, *levels] for one in trial.over_seeds(2)]
 
 
-def sweep(file: Path, wanted: list[Trial] | None = None, **options: Any) -> Sweep:
+def sweep(file: Path, chosen: list[Trial] | None = None, workers: int = 2) -> Sweep:
+    held_out = HeldTokens(ToySource(16, 12, seed=9), 0, 40)
     data = HeldTokens(SOURCE, 0, 150)
-    return Sweep(
-        trials() if wanted is None else wanted,
-        SITE,
-        data,
-        HeldTokens(ToySource(16, 12, seed=9), 0, 40),
-        file,
-        **options,
-    )
+    return Sweep(trials() if chosen is None else chosen, SITE, data, held_out, file, workers=workers)
 
 
 def without_times(table: pd.DataFrame) -> pd.DataFrame:
@@ -85,11 +82,12 @@ def test_what_does_not_fit_in_memory_is_read_again_and_is_the_same() -> None:
     held, read = HeldTokens(SOURCE, 0, 100), HeldTokens(SOURCE, 0, 100, memory_share=0.0)
     assert held.n_bytes
     assert read.n_bytes == 0
-    for mine, other in zip(held.first(70).batches(4), read.first(70).batches(4), strict=True):
-        keep = mine.mask
-        assert torch.equal(keep, other.mask[: len(keep)])
-        assert not other.mask[len(keep) :].any()
-        assert torch.equal(mine.inputs[0][keep], other.inputs[0][: len(keep)][keep])
+    for _ in range(2):
+        pairs = zip(*(sweeps.first_tokens(side.batches(4), 70) for side in (held, read)), strict=True)
+        for mine, other in pairs:
+            assert torch.equal(mine.mask, other.mask[: len(mine.mask)])
+            assert not other.mask[len(mine.mask) :].any()
+            assert torch.equal(mine.inputs[0][mine.mask], other.inputs[0][: len(mine.mask)][mine.mask])
 
 
 def test_more_tokens_than_there_are_is_a_sentence() -> None:
@@ -111,7 +109,7 @@ def test_table_has_a_row_for_every_trial_in_order(finished: pd.DataFrame) -> Non
     assert (finished["status"] == "done").all()
     assert (finished["tokens"] == 120).all()
     assert finished["fvu"].between(0, 2).all()
-    assert finished.loc[finished["level"] == "SAE", "units"].tolist() == [24, 24]
+    assert finished.loc[finished["level"] == "SAE", "units"].tolist() == [24]
     assert finished["fvu"].nunique() == len(finished), "every run is another one"
 
 
@@ -121,7 +119,7 @@ def test_a_run_is_what_training_it_alone_gives(
 ) -> None:
     monkeypatch.setattr(sweeps, "CALIBRATION_SEQUENCES", CALIBRATION_SEQUENCES)
     table = sweep(tmp_path / "r.parquet", [Trial("a", "b", module, TRAIN)]).run(progress=False)
-    with sweeps.one_thread_each(1, torch.device("cpu")):
+    with sweeps.one_thread_each(torch.device("cpu")):
         spec = RunSpec("alone", 0, module, TRAIN, tmp_path / "alone")
         (run,) = train_runs([spec], HeldTokens(SOURCE, 0, 150), {0: SITE}, progress=False)
         held_out = HeldTokens(ToySource(16, 12, seed=9), 0, 40)
@@ -132,8 +130,6 @@ def test_a_run_is_what_training_it_alone_gives(
 
 def test_runs_at_once_are_the_same_as_one_by_one(tmp_path: Path, finished: pd.DataFrame) -> None:
     alone = sweep(tmp_path / "results.parquet", workers=1).run(progress=False)
-    several = sweep(tmp_path / "others.parquet", workers=3).run(progress=False)
-    pd.testing.assert_frame_equal(without_times(alone), without_times(several), check_exact=True)
     pd.testing.assert_frame_equal(without_times(alone), without_times(finished), check_exact=True)
 
 
@@ -148,14 +144,12 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Run, "train_step", counted)
     again = sweep(tmp_path / "r.parquet", trials()[:4])
-    assert again.plan().done == again.plan().runs == 4
+    assert again.plan().startswith("4 runs, 4 of them finished before")
     pd.testing.assert_frame_equal(again.run(progress=False), first, check_exact=True)
     assert not steps
-    more = sweep(tmp_path / "r.parquet", trials()[2:6]).run(progress=False)
-    assert set(steps) == {"D_QK 2"}
-    pd.testing.assert_frame_equal(
-        more.iloc[:2].reset_index(drop=True), first.iloc[2:].reset_index(drop=True), check_exact=True
-    )
+    more = sweep(tmp_path / "r.parquet", trials()[2:5]).run(progress=False)
+    assert set(steps) == {"biases none"}
+    pd.testing.assert_frame_equal(more.iloc[:2], first.iloc[2:].reset_index(drop=True), check_exact=True)
 
 
 def test_labels_do_not_make_another_run(tmp_path: Path) -> None:
@@ -167,31 +161,13 @@ def test_labels_do_not_make_another_run(tmp_path: Path) -> None:
     assert table["fvu"].nunique() == 1
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        Trial("a", "1", LORSA, TRAIN.replace(seed=5)),
-        Trial("a", "1", LORSA, TRAIN.replace(lr=1e-4)),
-        Trial("a", "1", LORSA.replace(k=3), TRAIN),
-        Trial("a", "1", LORSA, TRAIN, start="qk"),
-        Trial("a", "1", LORSA, TRAIN, biases=False),
-    ],
-)
-def test_every_setting_makes_another_run(changed: Trial) -> None:
-    (key,), (other,) = (
-        sweep(Path("unused"), [Trial("a", "1", LORSA, TRAIN)]).keys,
-        sweep(Path("unused"), [changed]).keys,
-    )
-    assert key != other
-
-
-def test_other_text_makes_another_run() -> None:
-    wanted = [Trial("a", "1", LORSA, TRAIN)]
-    data = HeldTokens(SOURCE, 0, 150)
-    keys = {
-        Sweep(wanted, SITE, data, HeldTokens(ToySource(16, 12, seed=seed), 0, 40), "unused").keys[0] for seed in (1, 2)
-    }
-    assert len(keys) == 2
+def test_every_setting_and_other_text_make_another_run() -> None:
+    base = Trial("a", "1", LORSA, TRAIN)
+    chosen = [base, replace(base, train=TRAIN.replace(seed=5)), replace(base, train=TRAIN.replace(lr=1e-4))]
+    chosen += [replace(base, module=LORSA.replace(k=3)), replace(base, start="qk"), replace(base, biases=False)]
+    keys = sweep(Path("unused"), chosen).keys
+    other = Sweep([base], SITE, HeldTokens(SOURCE, 0, 150), HeldTokens(ToySource(16, 12, seed=2), 0, 40), "unused").keys
+    assert len({*keys, *other}) == len(chosen) + 1
 
 
 KILLED = """
@@ -220,10 +196,10 @@ def test_kill_9_and_go_on(tmp_path: Path, finished: pd.DataFrame) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(folder) for folder in (here, here.parent, here.parents[1]))
     }
-    command = [sys.executable, "-c", KILLED, str(file), "3"]
+    command = [sys.executable, "-c", KILLED, str(file), "2"]
     assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
     saved = pd.read_parquet(file)
-    assert 3 <= len(saved) < len(trials())
+    assert 2 <= len(saved) < len(trials())
     (tmp_path / ".results.parquet.0123abcd.tmp").touch()  # as a kill in the middle of writing leaves it
     stamp = saved.set_index("key")["seconds"]
     table = sweep(file).run(progress=False)
@@ -262,7 +238,7 @@ def test_a_diverged_run_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table = sweep(tmp_path / "r.parquet", wanted).run(progress=False)
     assert table["status"].tolist() == ["done", "diverged"]
     assert math.isnan(table["fvu"][1])
-    changes = sweeps.effects(table, table[table["level"] == "1e-3"])
+    changes = NOTEBOOK.effects(table, table[table["level"] == "1e-3"])
     assert changes["verdict"].tolist() == ["no difference shown", "diverged"]
     assert len(sweep(tmp_path / "r.parquet", wanted).pending()) == 0
 
@@ -286,32 +262,15 @@ def test_damaged_data_is_no_divergence(tmp_path: Path) -> None:
     assert not (tmp_path / "r.parquet").exists()
 
 
-def test_plan_counts_and_estimates(tmp_path: Path) -> None:
-    one = sweep(tmp_path / "r.parquet", workers=2)
-    plan = one.plan()
-    assert (plan.runs, plan.done, plan.workers) == (10, 0, 2)
-    assert plan.seconds > 0
-    assert plan.n_bytes == one.data.n_bytes + one.held_out.n_bytes
-    assert "10 runs, 0 of them finished before" in str(plan)
-    assert "2 at a time" in str(plan)
-    assert torch.get_num_threads() >= 1
-    one.run(progress=False)
-    assert str(one.plan()).endswith("in memory")
-
-
-def test_estimate_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A machine that takes a millisecond a step and a second for a GFLOP.
-    monkeypatch.setattr(Sweep, "_time_step", lambda self, trial: 1e-3 + self._step_operations(trial) / 1e9)
-    wide = [Trial("heads", str(n), lorsa_shape(SITE, n, 4, 4), TRAIN) for n in (16, 64, 256)]
-    one = sweep(tmp_path / "r.parquet", wide, workers=2)
-    steps = [one._operations(trial) / one._step_operations(trial) for trial in wide]
-    by_hand = sum(n * 1e-3 + one._operations(trial) / 1e9 for n, trial in zip(steps, wide, strict=True)) / 2
-    assert one.plan().seconds == pytest.approx(by_hand, rel=1e-6)
+def test_plan_counts(tmp_path: Path) -> None:
+    chosen = sweep(tmp_path / "r.parquet")
+    assert chosen.plan().startswith("6 runs, 0 of them finished before; 2 at a time, ")
+    assert chosen.plan().endswith("MB of activations in memory")
 
 
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(ValueError, match="x"), sweeps.one_thread_each(2, torch.device("cpu")):
+    with pytest.raises(ValueError, match="x"), sweeps.one_thread_each(torch.device("cpu")):
         raise ValueError("x")
     assert torch.get_num_threads() == before
 
@@ -375,30 +334,17 @@ def test_a_narrow_start_copies_a_part_of_the_whole_one() -> None:
     assert narrow.attn_scale == pytest.approx(SITE.attn_scale * math.sqrt(2))
 
 
-@pytest.mark.parametrize(
-    ("trial", "sentence"),
-    [
-        # type: ignore[arg-type]
-        (Trial("a", "b", LORSA, TRAIN, start="copy"), "start must be one of both, qk, ov, random, not 'copy'"),
-        (Trial("a", "b", LORSA, TRAIN.replace(k_start=17)), r"k_start \(17\) must not exceed"),
-        (Trial("a", "b", SAE.replace(d_model=8), TRAIN), "for a width of 8, the layer has 16"),
-        (Trial("a", "b", LORSA.replace(rotary=RotaryConfig()), TRAIN), "another rotation"),
-        (Trial("a", "b", LorsaConfig(D_MODEL, 16, 4, 3, 4), TRAIN), "width 3 cannot be cut from heads of width 4"),
-    ],
-)
-def test_trials_that_cannot_be_run_are_refused(trial: Trial, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        sweep(Path("unused"), [trial])
-
-
-def test_an_empty_sweep_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="at least one trial"):
-        sweep(tmp_path / "r.parquet", [])
+def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="start must be one of both, qk, ov, random, not 'copy'"):
+        Trial("a", "b", LORSA, TRAIN, start="copy")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="another rotation"):
+        sweep(Path("unused"), [Trial("a", "b", LORSA.replace(rotary=RotaryConfig()), TRAIN)])
+    with pytest.raises(UserError, match="width 3 cannot be cut from heads of width 4"):
+        lorsa_shape(SITE, 16, 4, 4, 3)
     (tmp_path / "r.parquet").write_text("something else")
     with pytest.raises(UserError, match="is not the results file of a sweep"):
         sweep(tmp_path / "r.parquet")
-    with store.atomic_path(tmp_path / "r.parquet") as temporary:
-        pd.DataFrame({"a": [1]}).to_parquet(temporary)
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "r.parquet")
     with pytest.raises(UserError, match="is not the results file of a sweep"):
         sweep(tmp_path / "r.parquet")
 
@@ -415,22 +361,26 @@ def test_mean_interval_by_hand() -> None:
     assert math.isnan(t_interval([1.0, math.nan])[0])
 
 
-@pytest.mark.parametrize("n", [2, 5, 11, 12, 30, 200])
-def test_mean_interval_is_that_of_students_t(n: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    values = [math.sin(i) for i in range(n)]
-    low, high = stats.t.interval(0.95, n - 1, sum(values) / n, stats.sem(values))
-    assert t_interval(values)[1:] == pytest.approx((low, high), rel=1e-9)
-
-
 def test_effects_are_paired_by_seed() -> None:
     base = pd.DataFrame({"factor": "base", "level": "base", "seed": [0, 1, 2], "fvu": [0.30, 0.40, 0.50]})
     up = pd.DataFrame({"factor": "f", "level": "up", "seed": [2, 1, 0], "fvu": [0.561, 0.46, 0.359]})
     same = pd.DataFrame({"factor": "f", "level": "same", "seed": [0, 1, 2], "fvu": [0.31, 0.39, 0.50]})
     down = pd.DataFrame({"factor": "f", "level": "down", "seed": [0, 1, 2], "fvu": [0.299, 0.399, 0.499]})
-    found = sweeps.effects(pd.concat([up, same, down]), base, least=0.01).set_index("level")
-    assert found["verdict"].to_dict() == {"up": "worse", "same": "no difference shown", "down": "small"}
-    assert found.loc["up", "change"] == pytest.approx(0.06)
-    assert found.loc["up", "low"] == pytest.approx(0.06 - 4.303 * 0.001 / math.sqrt(3), rel=1e-3)
-    with pytest.raises(UserError, match="has seed 2, which the base has not"):
-        sweeps.effects(up, base[base["seed"] < 2])
+    effects = NOTEBOOK.effects(pd.concat([up, same, down]), base).set_index("level")
+    assert effects["verdict"].to_dict() == {"up": "worse", "same": "no difference shown", "down": "small"}
+    assert effects.loc["up", "change"] == pytest.approx(15)  # percent of 0.4
+    assert effects.loc["up", "low"] == pytest.approx(15 - 4.303 * 0.25 / math.sqrt(3), rel=1e-3)
+    with pytest.raises(KeyError):
+        NOTEBOOK.effects(up, base[base["seed"] < 2])
+
+
+def test_changes_stand_under_their_factor_with_their_intervals() -> None:
+    table = {"factor": ["G", "G", "start"], "level": ["32", "128", "random"], "change": [1.0, -2.0, 9.0]}
+    effects = pd.DataFrame(table | {"low": [0.5, -4.0, 8.0], "high": [1.5, 0.0, 11.0]})
+    figure = NOTEBOOK.draw_changes(effects, "t")
+    assert [[list(side) for side in trace.y] for trace in figure.data] == [
+        [["G", "G"], ["32", "128"]],
+        [["start"], ["random"]],
+    ]
+    assert list(figure.data[0].error_x.array) == pytest.approx([0.5, 2.0])
+    assert list(figure.data[0].error_x.arrayminus) == pytest.approx([0.5, 2.0])
