@@ -69,7 +69,7 @@ def new_figure(title: str, x_title: str, y_title: str) -> go.Figure:
 
 
 def series_style(number: int) -> dict[str, Any]:
-    """Line and marker of the n-th series; colour and symbol both tell it apart."""
+    """Line and marker of the n-th series; colour and symbol both distinguish it."""
     colour = PALETTE[number % len(PALETTE)]
     marker = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": colour}
     return {"line": {"color": colour, "width": 2}, "marker": marker}
