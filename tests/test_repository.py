@@ -20,7 +20,7 @@ PACKAGE = "lorsa_utils"
 
 # Each module imports only from modules before it: the core first, then room by room.
 FLOORS = (
-    *("exceptions", "store", "selection", "config"),
+    *("exceptions", "store", "config", "selection"),
     *("reference", "kernels", "ops"),
     *("fetch", "architectures", "resume", "models", "prose", "corpus", "text", "lorsa", "activations"),
     *("processes", "initialize", "metrics", "training", "stats"),
@@ -31,8 +31,10 @@ FLOORS = (
     *("kit", "kit.bench", "kit.sweeps", "kit.scaling", "kit.formats", "kit.hub", "kit.presets", "kit.dark_matter"),
     *("toys", "toys.sparse_transformer"),
     *("view", "view.evidence", "view.pages", "view.explorer", "view.figures"),
-    *("kit.recipes", "kit.notebook", "kit.claims", "view.gallery", "view.book", "kit.reproduce"),
-    *("kit.doctor", "kit.commands", "kit.cli", "__main__"),
+    "layer",
+    *("kit.notebook", "kit.recipes", "kit.claims", "view.gallery", "kit.reproduce", "kit.doctor"),
+    *("kit.commands", "kit.cli"),
+    "__main__",
 )
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
