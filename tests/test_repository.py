@@ -20,7 +20,7 @@ PACKAGE = "lorsa_utils"
 
 # Each module imports only from modules before it: the core first, then room by room.
 FLOORS = (
-    *("exceptions", "store", "config", "selection"),
+    *("exceptions", "store", "selection", "config"),
     *("reference", "kernels", "ops"),
     *("fetch", "architectures", "resume", "models", "prose", "corpus", "text", "lorsa", "activations"),
     *("processes", "initialize", "metrics", "training", "stats"),
