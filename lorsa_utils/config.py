@@ -53,11 +53,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            UserError: a field is unknown or missing, or a value impossible.
-        """
+        """Rebuild from `to_dict`; UserError where a field is unknown or missing, or a value impossible."""
         known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
             raise UserError(
@@ -347,22 +343,12 @@ PRESETS, PROFILES = _read_sizes(Path(__file__).with_name("profiles.toml"))
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in PRESETS:
-        raise UserError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    """The preset of that name; UserError where there is none."""
+    _check(name in PRESETS, f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
 def get_profile(name: str) -> Profile:
-    """The profile of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in PROFILES:
-        raise UserError(f"There is no profile {name!r}; choose one of {', '.join(PROFILES)}.")
+    """The profile of that name; UserError where there is none."""
+    _check(name in PROFILES, f"There is no profile {name!r}; choose one of {', '.join(PROFILES)}.")
     return PROFILES[name]

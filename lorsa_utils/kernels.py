@@ -680,10 +680,7 @@ def _rotate(
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, inverse: bool = False) -> Tensor:
     """Rotate queries or keys [batch, n_groups, length, d_qk] of any strides; the result has the same layout in memory.
 
-    Args:
-        cos, sin: [length, rotary_dim / 2] from `ops.rotary_tables`; dimensions past rotary_dim pass through.
-        adjacent_pairs: which dimensions turn together, see `RotaryConfig`.
-        inverse: turn back; this is the gradient.
+    Tables [length, rotary_dim / 2] are those of `ops.rotary_tables`. The inverse rotation is the gradient.
     """
     batch, n_groups, length, d = x.shape
     half = cos.shape[-1]

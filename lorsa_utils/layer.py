@@ -165,12 +165,13 @@ class Layer:
         Raises:
             UserError: the module is not a Lorsa, or there is no such head.
         """
+        from lorsa_utils.heads import survey
         from lorsa_utils.view import evidence, pages
 
         text = self.text(20_000) if text is None else text
         table_file = None if self.folder is None else self.folder / "heads.parquet"
         if table_file is not None and table_file.is_file():
-            options.setdefault("table", pd.read_parquet(table_file))
+            options.setdefault("table", survey.read_table(table_file))
         seen = evidence.Evidence.gather(self.model, self.number, self.lorsa, text, **options)
         return HeadPage(pages.head_page(next(seen.heads([head]))))
 

@@ -69,7 +69,7 @@ def rotary_from_config(config: Any) -> RotaryConfig:
         "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")}
         | {"original_context": "original_max_position_embeddings"},
     }
-    settings = {ours: parameters.get(theirs) for ours, theirs in names.get(rope_type, {}).items()}
+    settings: dict[str, Any] = {ours: parameters.get(theirs) for ours, theirs in names.get(rope_type, {}).items()}
     if missing := [name for name, value in settings.items() if value is None]:
         raise UserError(f"The model's config has rope type {rope_type!r} without {missing[0]}; repair its config.json.")
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -211,7 +211,10 @@ _LIVE: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
 
 
 class LanguageModel:
-    """A frozen causal language model with its tokenizer; `model` is the unmodified Hugging Face module."""
+    """A frozen causal language model with its tokenizer; `model` is the unmodified Hugging Face module.
+
+    Methods raise UserError for a layer that does not exist and for tokens that are no ids of the model.
+    """
 
     def __init__(self, name: str, model: Any, tokenizer: Any | None, revision: str | None = None):
         self.name = name
@@ -227,11 +230,7 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer.
-
-        Raises:
-            UserError: the model came without one.
-        """
+        """The Hugging Face tokenizer; UserError where the model came without one."""
         if self._tokenizer is None:
             raise UserError(
                 f"Model {self.name} has no tokenizer files beside its weights; put its tokenizer.json there."
@@ -324,13 +323,10 @@ class LanguageModel:
         Inside `splice` the outputs are the replaced ones.
 
         Args:
-            tokens: [batch, length] token ids; padding, if any, on the right.
+            tokens: [batch, length]; padding, if any, on the right.
 
         Returns:
             layer -> (attention input, attention output), each [batch, length, d_model] in the model's dtype.
-
-        Raises:
-            UserError: a layer does not exist, or the tokens are not valid.
         """
         tokens = self._checked(tokens)
         captured: dict[int, tuple[Tensor, Tensor]] = {}
@@ -356,9 +352,6 @@ class LanguageModel:
         """Next-token logits [batch, length, vocabulary], or [batch, n_positions, vocabulary] at some positions only.
 
         Gradients reach a `splice` replacement that asks for them.
-
-        Raises:
-            UserError: the tokens are not valid.
         """
         hidden = self._hidden(self._checked(tokens))
         if positions is not None:
@@ -377,9 +370,6 @@ class LanguageModel:
         Returns:
             losses [batch, length - 1] in nats, fp32: entry t is the loss of predicting token t + 1, 0 where that does
             not count; counted [batch, length - 1] bool.
-
-        Raises:
-            UserError: the tokens are not valid.
         """
         tokens = self._checked(tokens)
         if mask is None:
@@ -395,11 +385,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def residual(self, tokens: Tensor, layer: int) -> Tensor:
-        """The residual stream that a block reads, [batch, length, d_model], from a forward pass that ends there.
-
-        Raises:
-            UserError: the layer does not exist, or the tokens are not valid.
-        """
+        """The residual stream that a block reads, [batch, length, d_model], from a forward pass that ends there."""
         self.module_path(layer)  # refuses a layer that is not there
         read: list[Tensor] = []
 
@@ -421,9 +407,6 @@ class LanguageModel:
 
         With the `residual` of the same tokens, logits and losses are those of a whole pass, bit for bit: changing one
         layer again and again costs the layers after it only. A `splice` of an earlier layer does nothing here.
-
-        Raises:
-            UserError: the layer does not exist.
         """
         self.module_path(layer)  # refuses a layer that is not there
         before, self._resumed = self._resumed, (layer, residual)
@@ -437,7 +420,7 @@ class LanguageModel:
         """Inside the context a layer's output is `replacement(attention input, attention output)` in every pass.
 
         Raises:
-            UserError: a layer does not exist, or (in the forward pass) a replacement has another shape than the output.
+            UserError: (in the forward pass) a replacement has another shape than the output.
         """
 
         def replacer(layer: int, replacement: Replacement) -> Callable[..., Any]:

@@ -27,11 +27,7 @@ BACKENDS = ("auto", "torch", "triton", "reference")
 def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
     """The backend that "auto" means for tensors like `like`; any other stays itself.
 
-    Args:
-        sizes: d_qk, group size and number of units, where the kernels have limits; they know no float64 either.
-
-    Raises:
-        UserError: there is no such backend.
+    The kernels have limits in `sizes` (d_qk, group size, number of units), and know no float64.
     """
     if backend not in BACKENDS:
         raise UserError(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
@@ -51,13 +47,7 @@ def rotary_tables(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, backend: str = "auto") -> Tensor:
-    """Rotate queries or keys.
-
-    Args:
-        x: [..., length, d_qk]; dimensions past rotary_dim pass through (partial RoPE).
-        cos, sin: broadcastable to [..., length, rotary_dim / 2], from `rotary_tables`.
-        adjacent_pairs: which dimensions turn together, see `RotaryConfig`.
-    """
+    """Rotate x [..., length, d_qk] by `rotary_tables`; dimensions past rotary_dim pass through (partial RoPE)."""
     if cos.shape[-1] == 0:
         return x
     backend = choose_backend(backend, x) if x.dim() == 4 and cos.dim() == 2 else "torch"
@@ -109,7 +99,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
     """Causal softmax attention: rotated q, k [batch, n_heads, length, d_qk], v [..., d_v] to [..., d_v]."""
     if choose_backend(backend, q) == "reference":
         heads = zip(*(side.flatten(0, 1) for side in (q, k, v)), strict=True)
-        return torch.stack([reference.causal_attention(*head, scale) for head in heads]).reshape(v.shape)
+        return torch.stack([reference.causal_attention(*qkv, scale=scale) for qkv in heads]).reshape(v.shape)
     d_v, d_qk = v.shape[-1], q.shape[-1]
     if v.device.type == "cpu" and d_v < d_qk:
         # The CPU's fast path wants values as wide as keys.
@@ -207,9 +197,7 @@ def sparse_attention(
         q, k: [batch, n_qk, length, d_qk], rotated.
         v: [batch, n_qk, length, group size]; head g * group size + i is column i of group g.
         scale: factor on q . k.
-        selection: of n_ov heads.
-        dead: mask [n_ov] of the heads that AuxK chooses from.
-        aux_k: how many it chooses.
+        dead: mask [n_ov] of the heads from which AuxK chooses aux_k.
     """
     n_heads = len(selection.norms)
     backend = choose_backend(backend, q, q.shape[-1], v.shape[-1], n_heads)
@@ -391,12 +379,9 @@ def _as_rows(side: Tensor) -> Tensor:
 def _backward_of_pairs(
     tables: Sequence[Tensor], lse: Tensor, scale: float, visits: _Visits, chosen: slice, grads: Sequence[Tensor]
 ) -> None:
-    """Add the gradients of some (sequence, QK group) pairs; these have nearly equally many visits, the first has most.
+    """Add the gradients of the chosen (sequence, QK group) pairs, of which the first has the most visits.
 
-    Args:
-        tables, grads: rows of q, k and v, and of their gradients (with one row more), see `_as_rows`.
-        lse, scale: as in `_attention_backward`.
-        visits, chosen: all visits, and which pairs are meant.
+    Tables are q, k and v as rows (`_as_rows`); grads have one row more, for padding.
     """
     (_, groups, length), counts = lse.shape, visits.counts[chosen]
     n, spare = len(counts), len(grads[0]) - 1
@@ -499,12 +484,9 @@ def sparse_encode(
     aux_k: int = 0,
     backend: str = "auto",
 ) -> KeptHeads:
-    """Linear encoder and selection of features; the backward pass touches the rows of kept features only.
+    """Features of x [n_rows, d] by weight [n, d] and bias [n], and their selection as in `sparse_attention`.
 
-    Args:
-        x: [n_rows, d].
-        weight, bias: [n, d] and [n].
-        selection, dead, aux_k: as in `sparse_attention`.
+    The backward pass touches the rows of kept features only.
     """
     return KeptHeads(*_SparseEncoding.apply(x, weight, bias, selection, dead, aux_k, choose_backend(backend, x)))
 

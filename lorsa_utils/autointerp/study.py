@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -394,3 +395,23 @@ def outcomes(comparison: pd.DataFrame) -> pd.DataFrame:
     rows = [{"where": name} | {key: (side == key).sum() for key in PAPER_OUTCOMES} for name, side in counts.items()]
     table = pd.DataFrame([*rows, {"where": "paper", **PAPER_OUTCOMES}])
     return table.assign(comparisons=table[list(PAPER_OUTCOMES)].sum(axis=1))
+
+
+def read_explanations(path: str | Path, layer: int) -> dict[int, tuple[str | None, float | None]]:
+    """Explanations of a layer's Lorsa heads in the table of `study`, each with its detection score if there is one.
+
+    Raises:
+        UserError: the file is missing, or is something else.
+    """
+    try:
+        scores = pd.read_parquet(path)
+        own = scores[(scores["dictionary"] == "Lorsa") & (scores["layer"] == layer) & scores["explanation"].notna()]
+        rows = own.assign(detection=own.get("detection", math.nan)).to_dict("records")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read as a table of explanations; make it with `lorsa autointerp`."
+        ) from error
+    return {
+        int(row["unit"]): (row["explanation"], None if math.isnan(row["detection"]) else float(row["detection"]))
+        for row in rows
+    }

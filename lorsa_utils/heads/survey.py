@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,3 +244,18 @@ def _context(sequences: Sequences, row: int, position: int, tokenizer: Any) -> s
     spans = (range(max(0, position - 16), position), [position], range(position + 1, end))
     before, peak, after = (tokenizer.decode([int(ids[i]) for i in span if counted[i]]) for span in spans)
     return f"{before}«{peak}»{after}"
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """The Parquet table of heads that `lorsa heads` wrote.
+
+    Raises:
+        UserError: the file is missing, or is something else.
+    """
+    try:
+        rows = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a table of heads; make it with `lorsa heads`.") from error
+    if not {"head", "families"} <= set(rows):
+        raise UserError(f"{path} is no table of heads; make it with `lorsa heads`.")
+    return rows

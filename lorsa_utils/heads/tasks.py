@@ -17,8 +17,10 @@ moves the metric from one to the other.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -295,3 +297,23 @@ def make(name: str, vocabulary: Vocabulary, n: int = 64, seed: int = 0) -> Task:
     if name not in TASKS:
         raise UserError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
     return _task(name, itertools.islice(TASKS[name](vocabulary, np.random.default_rng(seed)), n))
+
+
+def from_file(vocabulary: Vocabulary, path: str | Path) -> Task:
+    """`from_texts` of a file of JSON lines, under the file's name.
+
+    Raises:
+        UserError: the file cannot be read, or see `from_texts`.
+    """
+    file = Path(path)
+    try:
+        pairs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"Cannot read {file} ({error.strerror}); check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON lines ({error}); write one object per line.") from error
+    if len(pairs) < 2 or not all(isinstance(pair, dict) for pair in pairs):
+        raise UserError(
+            f"{file} needs at least two pairs, one JSON object per line: half of them rank nodes, half measure."
+        )
+    return from_texts(vocabulary, file.stem, pairs)

@@ -251,27 +251,26 @@ def peak_mb(name: str, shape_name: str, device: torch.device) -> float:
     On a CPU it is measured in a process of its own, where nothing ran before; NaN where only Linux could tell.
     """
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        _three_steps(name, shape_name, device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    script = f"from lorsa_utils.kit import bench; print(bench.cpu_peak({name!r}, {shape_name!r}))"
+        return peak_here(name, shape_name, device)
+    call = f"bench.peak_here({name!r}, {shape_name!r}, bench.torch.device('cpu'))"
+    script = f"from lorsa_utils.kit import bench; print({call})"
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     return float(answer.stdout.split()[-1]) if answer.returncode == 0 else float("nan")
 
 
-def cpu_peak(name: str, shape_name: str) -> float:
-    """Peak memory of this process over what it has now, in MB."""
-    before = psutil.Process().memory_info().rss
-    _three_steps(name, shape_name, torch.device("cpu"))
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return (int(status.split("VmHWM:")[1].split()[0]) * 1024 - before) / 1e6
-
-
-def _three_steps(name: str, shape_name: str, device: torch.device) -> None:
+def peak_here(name: str, shape_name: str, device: torch.device) -> float:
+    """The same in this process."""
+    on_gpu, (x, y) = device.type == "cuda", _batch(SHAPES[shape_name], device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
     candidate = Candidate(name, SHAPES[shape_name], device)
     for _ in range(3):
-        candidate.step(*_batch(SHAPES[shape_name], device))
+        candidate.step(x, y)
+    if on_gpu:
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return (int(status.split("VmHWM:")[1].split()[0]) * 1024 - before) / 1e6
 
 
 def measure(

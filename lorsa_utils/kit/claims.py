@@ -272,10 +272,11 @@ def count(rows: Sequence[Finding]) -> str:
 
 def as_json(rows: Sequence[Finding]) -> list[dict[str, Any]]:
     """The findings as JSON values."""
-    none = Number._make((None,) * 3)  # type: ignore[arg-type]
-    return [
-        asdict(row.claim) | (row.number or none)._asdict() | {"verdict": row.verdict, "why": row.why} for row in rows
-    ]
+    answer = []
+    for row in rows:
+        number = dict(zip(Number._fields, row.number or (None,) * 3, strict=True))
+        answer.append(asdict(row.claim) | number | {"verdict": row.verdict, "why": row.why})
+    return answer
 
 
 # ---- publishing

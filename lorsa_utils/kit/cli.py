@@ -149,7 +149,7 @@ def command(name: str, *more: inspect.Parameter) -> Callable[[Callable[..., None
 
         options = inspect.signature(function, eval_str=True).parameters.values()
         run.__signature__ = inspect.Signature([*options, *more, AS_JSON])  # type: ignore[attr-defined]
-        app.command(name, cls=Command, help=function.__doc__)(run)
+        app.command(name, cls=Command, help=function.__doc__, short_help=function.__doc__)(run)  # short: not cut off
         return function
 
     return declare

@@ -6,8 +6,6 @@ An answer is a dict of JSON values. `lines` in it is what people see in its plac
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import sys
 import time
@@ -23,11 +21,11 @@ from lorsa_utils import activations, store, training
 from lorsa_utils.activations import ActivationCache, ActivationSource, ActivationStream
 from lorsa_utils.config import TrainConfig, get_preset
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.layer import Layer, run_config
+from lorsa_utils.layer import Layer, documents_of_run, run_config
 from lorsa_utils.lorsa import SAE, Lorsa, read_module_settings
 from lorsa_utils.models import LanguageModel, load_model, resolve_device
 from lorsa_utils.processes import World, join_world
-from lorsa_utils.text import Sequences, Text, load_text
+from lorsa_utils.text import Sequences, Text, load_text, tokenize
 from lorsa_utils.training import RunSpec, make_logger, module_config
 
 if TYPE_CHECKING:
@@ -60,55 +58,9 @@ def _records(table: pd.DataFrame) -> list[Answer]:
 
 def doctor(options: Options) -> Answer:
     """What is here, what is missing, and what a profile or preset would cost."""
-    import psutil
+    from lorsa_utils.kit import doctor
 
-    from lorsa_utils.fetch import EMBEDDED_NAME
-    from lorsa_utils.kit import presets
-    from lorsa_utils.kit.notebook import provenance
-    from lorsa_utils.kit.reproduce import expected_minutes
-    from lorsa_utils.view.figures import can_draw_png
-
-    memory, embedded = psutil.virtual_memory(), store.data_dir() / "models" / EMBEDDED_NAME
-    fetched, images = (embedded / "source.json").is_file(), can_draw_png()
-    answer: Answer = {
-        **provenance(),
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "memory_gb": round(memory.total / 1e9, 1),
-        "memory_free_gb": round(memory.available / 1e9, 1),
-        "data": str(store.data_dir()),
-        "disk_free_gb": round(store.free_bytes(store.data_dir()) / 1e9, 1),
-        "embedded_model": str(embedded) if fetched else None,
-        "static_images": images,
-        "missing": _missing(fetched, images),
-    }
-    if options.profile:
-        minutes = None
-        with contextlib.suppress(UserError):  # the package without its notebooks
-            minutes = expected_minutes(options.profile)
-        answer["estimate"] = presets.profile_estimate(options.profile, minutes)
-    if options.preset:
-        answer["preset"] = presets.preset_estimate(options.preset)
-    return answer
-
-
-def _missing(fetched: bool, images: bool) -> list[str]:
-    """One sentence for each thing that is not here, with its fix."""
-    import importlib.util
-
-    from lorsa_utils.kit.notebook import check_versions
-
-    missing = [] if fetched else ["the embedded model: it is fetched when first needed, or now by `lorsa fetch`"]
-    missing += [] if images else ["Chrome or Chromium: figures have no static images; install chromium"]
-    packages = {
-        "papermill": "notebooks cannot be run by `lorsa reproduce`; pip install 'lorsa-utils[notebooks]'",
-        "datasets": "--dataset does not work; pip install 'lorsa-utils[hub]'",
-    }
-    missing += [f"{name}: {effect}" for name, effect in packages.items() if importlib.util.find_spec(name) is None]
-    try:
-        check_versions()
-    except UserError as error:
-        missing.append(str(error))
-    return missing
+    return doctor.report(options.profile, options.preset)
 
 
 def fetch(options: Options) -> Answer:
@@ -350,6 +302,8 @@ def heads(options: Options) -> Answer:
 
 def show(options: Options) -> Answer:
     """Pages of heads."""
+    from lorsa_utils.autointerp import study
+    from lorsa_utils.heads import survey
     from lorsa_utils.view import pages
     from lorsa_utils.view.evidence import Evidence
 
@@ -358,12 +312,13 @@ def show(options: Options) -> Answer:
     if is_page != (len(chosen) == 1):
         fitting = "a file name that ends in .html" if len(chosen) == 1 else "a folder"
         raise UserError(f"For {len(chosen)} page{'s' * (len(chosen) > 1)} give --out {fitting}, not {out.name}.")
-    number = run_config(options.folder)["layer"]
+    number, usual = run_config(options.folder)["layer"], Path(options.folder) / "heads.parquet"
+    table = options.table or (usual if usual.is_file() else None)
     beside = {
         "sae": _beside(options.sae, "sae", number),
         "transcoder": _beside(options.transcoder, "transcoder", number),
-        "table": _table_of_heads(options.table, Path(options.folder) / "heads.parquet"),
-        "explanations": _explanations(options.explanations, number),
+        "table": survey.read_table(table) if table else None,
+        "explanations": study.read_explanations(options.explanations, number) if options.explanations else {},
     }
     layer = Layer.from_pretrained(options.folder, options.model, options.device)
     lorsa = layer.lorsa
@@ -391,42 +346,6 @@ def _beside(folder: str | None, kind: str, layer: int) -> SAE | None:
     if module.config.kind != kind or its_layer != layer:
         raise UserError(f"{folder} holds a {module.config.kind} of layer {its_layer}; give a {kind} of layer {layer}.")
     return module
-
-
-def _explanations(path: str | None, layer: int) -> dict[int, tuple[str | None, float | None]]:
-    """Explanations of the Lorsa heads of a layer, each with its detection score where there is one."""
-    import pandas as pd
-
-    if path is None:
-        return {}
-    try:
-        scores = pd.read_parquet(path)
-        own = scores[(scores["dictionary"] == "Lorsa") & (scores["layer"] == layer) & scores["explanation"].notna()]
-        own = own.assign(detection=own.get("detection", math.nan)).to_dict("records")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read as a table of explanations; make it with `lorsa autointerp`."
-        ) from error
-    return {
-        int(row["unit"]): (row["explanation"], None if math.isnan(row["detection"]) else float(row["detection"]))
-        for row in own
-    }
-
-
-def _table_of_heads(path: str | None, usual: Path) -> pd.DataFrame | None:
-    """The Parquet table of `lorsa heads`; where none is asked for the usual one, if it is there."""
-    import pandas as pd
-
-    if path is None and not usual.is_file():
-        return None
-    path = path or str(usual)
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a table of heads; make it with `lorsa heads`.") from error
-    if not {"head", "families"} <= set(table):
-        raise UserError(f"{path} is no table of heads; make it with `lorsa heads`.")
-    return table
 
 
 def _layers(options: Options, shared: Sequence[str]) -> list[Layer]:
@@ -619,23 +538,8 @@ def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
     sparse = decompose(model, modules)
     vocabulary = Vocabulary(model.tokenizer, bos_id(model.tokenizer, bos_policy))
     if options.prompts:
-        return sparse, tasks.from_texts(vocabulary, Path(options.prompts).stem, _own_pairs(Path(options.prompts)))
+        return sparse, tasks.from_file(vocabulary, options.prompts)
     return sparse, tasks.make(options.task, vocabulary, max(4, options.pairs), options.seed)
-
-
-def _own_pairs(path: Path) -> list[dict[str, Any]]:
-    """The caller's own prompts."""
-    try:
-        pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON lines ({error}); write one object per line.") from error
-    if len(pairs) < 2 or not all(isinstance(pair, dict) for pair in pairs):
-        raise UserError(
-            f"{path} needs at least two pairs, one JSON object per line: half of them rank nodes, half measure."
-        )
-    return pairs
 
 
 def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
@@ -671,34 +575,26 @@ def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
 
 
 def import_(options: Options) -> Answer:
-    """A run folder from published weights."""
+    """A run folder from published weights; with a model, in the reading that fits its layer best."""
     from lorsa_utils.kit import hub
 
     if (Path(options.source) / "checkpoint.json").is_file():
         return {"path": str(hub.unpack(options.source, options.folder)), "format": "small", "warning": None}
-    if options.model is None:
-        answer = hub.import_checkpoint(options.source, options.folder, layer=options.layer)
-    else:
-        answer = _measured_import(options)
+    measured: tuple[Any, ...] = (None, options.layer)
+    if options.model:
+        model = load_model(options.model, device=options.device)
+        origin = options.dataset or "embedded"
+        documents = documents_of_run(options.text, origin, options.tokens)
+
+        def sequences(context: int) -> Sequences:
+            context = min(context, model.context_length)
+            return tokenize(documents, model.tokenizer, context=context, n_tokens=options.tokens)
+
+        paths = [str(Path(path).absolute()) for path in options.text or ()]
+        measured = (model, options.layer, sequences, paths or origin)
+    answer = hub.import_checkpoint(options.source, options.folder, *measured)
     note(answer["warning"])
     return answer
-
-
-def _measured_import(options: Options) -> Answer:
-    """The reading of published weights that the layer's own text fits best."""
-    from lorsa_utils.kit import hub
-    from lorsa_utils.text import load_corpus, tokenize
-
-    model = load_model(options.model, device=options.device)
-    corpus = load_corpus(options.text, options.dataset, max_tokens=10 * options.tokens)
-    documents = [*corpus.train, *corpus.held_out] if options.text else corpus.held_out or corpus.train
-    name = [str(Path(path).absolute()) for path in options.text] if options.text else options.dataset or "embedded"
-
-    def sequences(context: int) -> Sequences:
-        context = min(context, model.context_length)
-        return tokenize(documents, model.tokenizer, context=context, n_tokens=options.tokens)
-
-    return hub.import_checkpoint(options.source, options.folder, model, options.layer, sequences, name)
 
 
 def export(options: Options) -> Answer:

@@ -39,18 +39,14 @@ def lorsa_parameters(preset: Preset) -> int:
 
 
 def estimate(preset: Preset, rate: float = H100_RATE, memory: float = 80e9) -> dict[str, Any]:
-    """Memory, disk and hours of all layers of a preset on one device.
+    """Memory, disk and hours of all layers of a preset on one device of some operations per second and bytes of memory.
 
-    Args:
-        preset: model, shape and budget.
-        rate: operations per second.
-        memory: bytes of the device; as many layers are trained together, from one pass of the model, as fit.
+    As many layers are trained together, from one pass of the model, as fit into the memory.
 
     Returns:
-        `mflop_per_token_and_layer`, `model_gflop_per_token`, `layers_together`, `hours_training`, `hours_model` (its
-        passes over the text, one for each group of layers), `hours`, `memory_gb` (model in bfloat16, the layers trained
-        together, a step's activations), `memory_gb_per_layer` (weights, gradients, Adam), `tokens_gb` (the text's
-        tokens, in the machine's own memory) and `disk_gb` (finished layers and their states).
+        `hours_model` are its passes over the text, one for each group of layers; `memory_gb` is that of the model in
+        bfloat16, the layers trained together and a step's activations, `memory_gb_per_layer` that of weights, gradients
+        and Adam, `tokens_gb` the text's tokens in the machine's own memory, `disk_gb` finished layers and their states.
     """
     parameters, step = lorsa_parameters(preset), step_flops(shape(preset))
     layer_bytes, model_bytes = BYTES_OF_TRAINING * parameters, 2 * preset.parameters

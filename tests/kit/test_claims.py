@@ -1,4 +1,4 @@
-"""Claims: rows that say all they must, verdicts that follow the stated rule, and README's table equal to what the files give."""
+"""Claims: rows that say all they must, verdicts by the stated rule, and README's table equal to what the files give."""
 
 import csv
 from pathlib import Path

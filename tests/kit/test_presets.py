@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from tiny_models import save_tiny_model
 from lorsa_utils import config, models, store
 from lorsa_utils.activations import ActivationCache
 from lorsa_utils.config import PRESETS
+from lorsa_utils.corpus import Corpus, Document
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import cli, notebook, presets
+from lorsa_utils.kit import cli, notebook, presets, recipes
 from lorsa_utils.kit.bench import SHAPES
 from lorsa_utils.lorsa import Lorsa, load
-from lorsa_utils.text import Corpus, Document
 from lorsa_utils.view import figures, gallery
 
 KINDS = {"pythia-160m": "gpt_neox", "llama-3.1-8b": "llama", "qwen3-1.7b": "qwen3"}
@@ -50,8 +51,12 @@ def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str,
         profile = preset.profile().replace(cache_tokens=2000, held_out_tokens=400, compare_held_out_tokens=400)
         monkeypatch.setitem(config.PROFILES, name, profile)
     corpus = Corpus(PROSE[:32], PROSE[32:], {})
-    monkeypatch.setattr("lorsa_utils.text.load_corpus", lambda *arguments, **options: corpus)
-    monkeypatch.setattr("lorsa_utils.text.embedded_corpus", lambda: corpus)
+
+    def load_corpus(files: Any = None, dataset: str | None = None, **options: Any) -> Corpus:
+        return replace(corpus, origin=list(files) if files else dataset or "embedded")
+
+    monkeypatch.setattr("lorsa_utils.text.load_corpus", load_corpus)
+    monkeypatch.setattr("lorsa_utils.kit.recipes.embedded_corpus", lambda: corpus)
     return small
 
 
@@ -114,7 +119,7 @@ def test_readme_prints_what_doctor_computes() -> None:
 def test_doctor_estimates_a_preset(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_matmul_rate", lambda: 1e12)
+    monkeypatch.setattr(presets, "matmul_rate", lambda: 1e12)
     assert cli.main(["doctor", "--preset", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["preset"]
     assert "not measured" in found["how"]
@@ -148,23 +153,20 @@ def test_train_fills_in_the_preset_and_explicit_options_win(
     assert torch.isfinite(lorsa(torch.randn(1, 8, lorsa.config.d_model)).y).all()
 
 
-def test_text_of_ones_own_takes_the_place_of_the_presets(tmp_path: Path) -> None:
-    parser = cli.build_parser()
-    for given in (["--text", "a.txt"], ["--cache", "c"]):
-        arguments = parser.parse_args(["train", "--preset", "pythia-160m", "--layer", "3", "--out", "x", *given])
-        assert cli._preset_options(arguments)["dataset"] is None
-    arguments = parser.parse_args(["train", "--preset", "pythia-160m", "--layer", "3", "--out", "x"])
-    assert cli._preset_options(arguments)["dataset"] == "cerebras/SlimPajama-627B"
+def test_text_of_ones_own_takes_the_place_of_the_presets(tiny: dict[str, config.Preset], tmp_path: Path) -> None:
+    options = ["--layer", "1", "--out", str(tmp_path / "run"), "--held-out-tokens", "300", "--text", "a.txt"]
+    assert cli.main(["train", "--preset", "pythia-160m", *options]) == 0
+    assert store.read_json(tmp_path / "run" / "config.json")["source"]["text"] == ["a.txt"]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["qwen3-1.7b"])
 def test_notebooks_run_in_the_size_of_a_preset(name: str, tiny: dict[str, config.Preset], tmp_path: Path) -> None:
     run = notebook.start("02_train_lorsa", name, tmp_path / "run")
     assert run.profile.name == name
     assert notebook.banners(run.folder) == []
     model = models.load_model(run.profile.model)
-    cache = notebook.activation_cache(run, model, notebook.sequences(run, model))
-    lorsa = load(notebook.main_lorsa(run, model, ActivationCache(cache, "train", model=model)))
+    cache = recipes.activation_cache(run, model, recipes.sequences(run, model))
+    lorsa = load(recipes.main_lorsa(run, model, ActivationCache(cache, "train", model=model)))
     assert lorsa.n_units == 96
 
 
