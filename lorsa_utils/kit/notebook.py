@@ -28,21 +28,6 @@ import plotly.graph_objects as go
 from lorsa_utils import __version__, store
 from lorsa_utils.config import Profile, get_profile
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit.recipes import (  # noqa: F401
-    LAYER_MODULES,
-    activation_cache,
-    best_modules,
-    compare_tokens,
-    layer_modules,
-    main_lorsa,
-    modules_at_hand,
-    second_seed,
-    sequences,
-    short_config,
-    short_starts,
-    train_config,
-    trained,
-)
 from lorsa_utils.view import figures
 
 TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((5,), (6,))}
