@@ -29,8 +29,8 @@ LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
 def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
     """`train` and `held_out` sequences of the embedded text, sized by the profile, the same in all notebooks."""
     p = run.profile
-    budgets = {"n_tokens": p.cache_tokens, "held_out_tokens": p.compare_held_out_tokens}
-    text = load_text(model, **budgets, context=p.context, seed=run.seed)
+    held_out_tokens = p.compare_held_out_tokens
+    text = load_text(model, p.cache_tokens, held_out_tokens=held_out_tokens, context=p.context, seed=run.seed)
     return {split: part for split, part in text._asdict().items() if part}
 
 
