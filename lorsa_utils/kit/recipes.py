@@ -16,7 +16,7 @@ from lorsa_utils.config import LorsaConfig, Profile, SAEConfig, TrainConfig
 from lorsa_utils.kit import hub
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
-from lorsa_utils.text import Sequences, embedded_corpus, tokenize
+from lorsa_utils.text import Sequences, load_text
 from lorsa_utils.training import RunSpec, train_runs, training_sources
 
 if TYPE_CHECKING:
@@ -28,12 +28,10 @@ LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
 
 def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
     """`train` and `held_out` sequences of the embedded text, sized by the profile, the same in all notebooks."""
-    p, corpus = run.profile, embedded_corpus()
-    budgets = {"train": (corpus.train, p.cache_tokens), "held_out": (corpus.held_out, p.compare_held_out_tokens)}
-    return {
-        split: tokenize(documents, model.tokenizer, context=p.context, n_tokens=n_tokens, seed=run.seed)
-        for split, (documents, n_tokens) in budgets.items()
-    }
+    p = run.profile
+    held_out_tokens = p.compare_held_out_tokens
+    text = load_text(model, p.cache_tokens, held_out_tokens=held_out_tokens, context=p.context, seed=run.seed)
+    return {split: part for split, part in text._asdict().items() if part}
 
 
 def activation_cache(run: Context, model: LanguageModel, splits: Mapping[str, Sequences]) -> Path:
