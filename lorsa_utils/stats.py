@@ -35,7 +35,7 @@ def percentile_interval(value: float, draws: np.ndarray | Tensor) -> Interval:
 
 
 def sample_interval(draws: Tensor) -> Interval:
-    """The interval of a statistic [n_draws + 1]: its first entry is the sample's value, the others are bootstrap draws."""
+    """The interval of a statistic [n_draws + 1]: first the sample's value, then bootstrap draws."""
     return percentile_interval(float(draws[0]), draws[1:])
 
 
@@ -49,7 +49,7 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0, n_draws: int = N_DRAWS) ->
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """Mean and its interval by Student's t; without a second value, or with one that is not finite, there are no bounds."""
+    """Mean and its interval by Student's t; no bounds for fewer than two values or one that is not finite."""
     n = len(values)
     mean = math.fsum(values) / n if n else math.nan
     if n < 2 or not math.isfinite(mean):
@@ -92,7 +92,7 @@ def sign_flip_p(differences: Tensor, seed: int = 0, n_flips: int = N_FLIPS) -> n
 
 
 def holm(p: np.ndarray, rate: float) -> np.ndarray:
-    """Which of p [n] Holm's method rejects, so that the chance of even one wrong rejection is at most `rate`: [n] bool."""
+    """Which of p [n] Holm's method rejects, [n] bool: the chance of even one wrong rejection is at most `rate`."""
     order = np.argsort(p, kind="stable")
     passed = p[order] <= rate / (len(p) - np.arange(len(p)))
     rejected = np.zeros(len(p), dtype=bool)

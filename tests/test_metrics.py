@@ -126,14 +126,15 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_model(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", "llama"), device="cpu")
 
 
-class Fixed(SparseModule):
+class Fixed(torch.nn.Module):
     """Stands for an SAE that writes what `rule` makes of the layer's output."""
 
-    config = random_sae(d_model=64).config
+    config, n_units = random_sae(d_model=64).config, 24
+    input_from = SparseModule.input_from
 
     def __init__(self, rule: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.rule, self.W_O, self.b_O = rule, torch.zeros(24, 64), torch.zeros(64)
+        self.rule, self.b_O = rule, torch.zeros(64)
 
     def forward(self, x: Tensor, *options: Any) -> SparseOutput:
         return output(self.rule(x))

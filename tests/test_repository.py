@@ -31,8 +31,10 @@ FLOORS = (
     *("kit", "kit.bench", "kit.sweeps", "kit.scaling", "kit.formats", "kit.hub", "kit.presets", "kit.dark_matter"),
     *("toys", "toys.sparse_transformer"),
     *("view", "view.evidence", "view.pages", "view.explorer", "view.figures"),
-    *("kit.recipes", "kit.notebook", "kit.claims", "view.gallery", "view.book", "kit.reproduce"),
-    *("kit.doctor", "kit.commands", "kit.cli", "__main__"),
+    "layer",
+    *("kit.notebook", "kit.recipes", "kit.claims", "view.gallery", "kit.reproduce", "kit.doctor"),
+    *("kit.commands", "kit.cli"),
+    "__main__",
 )
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -99,7 +101,10 @@ def test_floor_check_sees_every_kind_of_import(source: str, used: str) -> None:
 
 
 def test_importing_the_package_and_its_settings_needs_no_torch() -> None:
-    code = f"import sys, {PACKAGE}, {PACKAGE}.config, {PACKAGE}.exceptions; print([name for name in ('torch', 'numpy', 'pandas') if name in sys.modules])"
+    code = (
+        f"import sys, {PACKAGE}, {PACKAGE}.config, {PACKAGE}.exceptions; "
+        "print([name for name in ('torch', 'numpy', 'pandas') if name in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -202,7 +202,7 @@ def test_near_duplicates_go_and_different_texts_stay() -> None:
 # --- cleaning --------------------------------------------------------------------------------------------------------
 
 ARTICLE = """{{Infobox country|name=Utopia|motto={{lang|la|Nusquam}}}}
-'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} of [[T. More|More]].<ref>x</ref>
+'''Utopia''' ({{IPA|x}}; {{lang-grc|οὐτοπία}}) is an isle of {{convert|1300|mi|km}} named by [[T.M|More]].<ref>x</ref>
 
 [[File:Map.jpg|thumb|right|A map of the island that shows where the cities of it are.]]
 {| class="wikitable"
@@ -228,7 +228,7 @@ The name of the island is used in many of the languages of the world &ndash; as 
 
 def test_wiki_markup_leaves_prose_with_headings() -> None:
     assert wiki_prose(ARTICLE).split("\n\n") == [
-        "Utopia (x; οὐτοπία) is an isle of 1300 miles of More.",
+        "Utopia (x; οὐτοπία) is an isle of 1300 miles named by More.",
         "History",
         "The oldest city of the island was founded by the king in the year of the great flood.",
         "A style that is never closed runs into the next heading and it should not take it along.",

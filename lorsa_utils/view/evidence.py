@@ -361,7 +361,7 @@ class Evidence:
         n_heads, d_model = self.lorsa.n_units, self.lorsa.config.d_model
         if len(self.survey.facts) != n_heads or int(self.survey.places[..., 0].max()) >= len(self.sequences.tokens):
             raise UserError("This survey is of other heads or of another text; rebuild it with survey.survey.")
-        if any(rows is not None and len(rows) != n_heads for rows in (self.table, self.shares)):
+        if self.table is not None and len(self.table) != n_heads:
             other = f"The table of heads belongs to another module than this one with {n_heads} heads"
             raise UserError(f"{other}; make it with `lorsa heads`.")
         for module, kind, what in (

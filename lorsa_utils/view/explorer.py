@@ -98,8 +98,9 @@ class Reader:
             raise UserError("There is nothing to read yet; type a sentence.")
         read, layer = ids[: self.context], self.view.layer
         x = self.model.capture(torch.tensor([read], device=self.model.device), [layer])[layer][0].float()
-        kept = (side[0] for side in self.view.lorsa.encode(x))
-        return Reading(read, token_texts(self.model.tokenizer, read), x[0], *kept, n_cut=len(ids) - len(read))
+        (heads,), (activations,) = self.view.lorsa.encode(x)
+        texts = token_texts(self.model.tokenizer, read)
+        return Reading(read, texts, x[0], heads, activations, len(ids) - len(read))
 
     def context_of(self, sentence: Reading, head: int, position: int) -> Context:
         """The whole sentence as a head sees it, around one token.

@@ -7,6 +7,7 @@ static image when a Chrome or Chromium is there to draw it, and the numbers as C
 from __future__ import annotations
 
 import functools
+import html
 import os
 import re
 import sys
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -69,7 +69,7 @@ def new_figure(title: str, x_title: str, y_title: str) -> go.Figure:
 
 
 def series_style(number: int) -> dict[str, Any]:
-    """Line and marker of the n-th series; colour and symbol both tell it apart."""
+    """Line and marker of the n-th series; colour and symbol both distinguish it."""
     colour = PALETTE[number % len(PALETTE)]
     marker = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": colour}
     return {"line": {"color": colour, "width": 2}, "marker": marker}
@@ -104,31 +104,47 @@ def _series(data: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]
     return [("", data)] if by is None else [(str(name), rows) for name, rows in data.groupby(by, sort=False)]
 
 
-def pattern_heatmap(
-    pattern: Any, tokens: Sequence[str], title: str = "Attention pattern", value: str = "attention"
-) -> go.Figure:
-    """A map of destinations (rows) by sources (columns).
+def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", chance: float = 0.5) -> go.Figure:
+    """Means with intervals over layers, one colour per dictionary, one panel per score; a dashed line at chance.
 
     Args:
-        pattern: [length, length]; entries above the diagonal are left blank. With negative entries the colours diverge
-            from 0.
-        tokens: text of the tokens, [length].
+        data: columns `dictionary`, `layer`, `score`, `mean`, `low`, `high`.
         title: of the figure.
-        value: what an entry is, for the colour bar.
+        chance: where the dashed line is; correlations have theirs at 0.
     """
-    values = np.array(pattern, dtype=float)
-    values[np.triu_indices(len(values), 1)] = np.nan
-    names = [f"{position} {token}" for position, token in enumerate(tokens)]
-    figure = new_figure(title, "source token", "destination token")
-    scale: dict[str, Any] = {"colorscale": "Viridis", "zmin": 0}
-    if np.nanmin(values) < 0:
-        scale = {"colorscale": "RdBu", "zmid": 0}
-    figure.add_heatmap(z=values, x=names, y=names, colorbar={"title": value}, hoverongaps=False, **scale)
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
-    # Token names take the left third of the figure; a title over the map alone would be cut.
-    figure.update_layout(height=520, title={"xref": "container", "x": 0.02})
-    return figure
+    scores, layers = list(dict.fromkeys(data["score"])), sorted(set(data["layer"]))
+    alike = "simulation" not in scores
+    spacing = 0.04 if alike else 0.08
+    figure = make_subplots(cols=len(scores), subplot_titles=scores, horizontal_spacing=spacing, shared_yaxes=alike)
+    for panel, score in enumerate(scores, start=1):
+        place = {"row": 1, "col": panel}
+        for number, (name, rows) in enumerate(data[data["score"] == score].groupby("dictionary", sort=False)):
+            error = {"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "symmetric": False}
+            style = {"mode": "markers", "marker": series_style(number)["marker"], "error_y": error}
+            # Dictionaries are moved apart, so that intervals do not hide each other.
+            x = [layers.index(layer) + 0.14 * number for layer in rows["layer"]]
+            legend = {"name": str(name), "legendgroup": str(name), "showlegend": panel == 1}
+            figure.add_scatter(x=x, y=rows["mean"], **style, **legend, **place)
+        line = {"dash": "dash", "color": "#888888", "width": 1}
+        figure.add_hline(y=0 if score == "simulation" else chance, line=line, **place)
+    ticks = {"tickvals": [i + 0.07 for i in range(len(layers))], "ticktext": [str(layer) for layer in layers]}
+    figure.update_xaxes(title="layer", range=[-0.4, len(layers) - 0.4], **ticks)
+    if alike:
+        low, high = min(chance - 0.1, data["low"].min() - 0.02), max(chance + 0.1, data["high"].max() + 0.04)
+        figure.update_yaxes(range=[low, high])
+    figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, margin={"t": 110})
+    return figure.update_layout(legend={"orientation": "h", "y": 1.22, "x": 1.0, "xanchor": "right"})
+
+
+def table_figure(data: pd.DataFrame, title: str, widths: Sequence[float] | None = None) -> go.Figure:
+    """A table as a figure, so that it is saved like one; `widths` of the columns are relative."""
+    columns = [data[name].astype(str).tolist() for name in data.columns]
+    style: dict[str, Any] = {"align": "left", "line": {"color": "#CCCCCC"}, "height": 30}
+    header = {"values": [f"<b>{name}</b>" for name in data.columns], "fill": {"color": "#E8EEF3"}, **style}
+    cells = {"values": columns, "fill": {"color": "white"}, **style}
+    figure = go.Figure(go.Table(columnwidth=widths, header=header, cells=cells))
+    margin, height = {"l": 10, "r": 10, "b": 10}, 110 + 38 * (len(data) + 1)
+    return figure.update_layout(template=TEMPLATE, title={"text": title}, height=height, margin=margin)
 
 
 # ---- saving
@@ -151,12 +167,7 @@ def save_figure(
 ) -> SavedFigure:
     """Write `<name>.html`, `<name>.csv` and, when it can be drawn, `<name>.png` into `folder`.
 
-    Args:
-        figure: what to save.
-        name: file name without an ending: letters, digits, `_`, `-` and `.`.
-        folder: made when missing.
-        data: the numbers; taken from the figure's traces when not given.
-        caption: shown below the interactive figure.
+    `data` are the numbers, those of the traces when not given; the caption is shown below the interactive figure.
 
     Raises:
         UserError: the name is impossible or the folder cannot be written.
@@ -182,44 +193,27 @@ def save_figure(
 
 def _add_caption(figure: go.Figure, caption: str) -> None:
     """Put a wrapped caption below the axes."""
-    import html
-
     wrapped = textwrap.wrap(caption, 90)
-    figure.add_annotation(
-        text="<br>".join(html.escape(line) for line in wrapped),
-        x=0,
-        y=0,
-        yshift=-70,
-        xref="paper",
-        yref="paper",
-        xanchor="left",
-        yanchor="top",
-        align="left",
-        showarrow=False,
-        font={"size": 11},
-    )
+    text = "<br>".join(html.escape(line) for line in wrapped)
+    at = {"x": 0, "y": 0, "yshift": -70, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top"}
+    figure.add_annotation(text=text, align="left", showarrow=False, font={"size": 11}, **at)
     bottom = 85 + 15 * len(wrapped)
-    height = figure.layout.height or HEIGHT
-    figure.update_layout(height=height + bottom - 60, margin={"b": bottom})
+    figure.update_layout(height=(figure.layout.height or HEIGHT) + bottom - 60, margin={"b": bottom})
 
 
 def figure_data(figure: go.Figure) -> pd.DataFrame:
-    """The numbers in a figure's traces, one row a point: `trace`, `x`, `y` and, for maps, `z`."""
+    """The numbers in a figure's traces, one row per point: `trace`, `x`, `y` and, for maps, `z`."""
     rows: list[dict[str, Any]] = []
     for number, trace in enumerate(figure.data):
         name = trace.name or str(number)
-        x, y, z = (getattr(trace, side, None) if side in trace else None for side in ("x", "y", "z"))
+        x, y, z = (getattr(trace, side, None) for side in ("x", "y", "z"))
         if z is not None:
-            for i, line in enumerate(z):
-                for j, value in enumerate(line):
-                    rows.append(
-                        {
-                            "trace": name,
-                            "x": x[j] if x is not None else j,
-                            "y": y[i] if y is not None else i,
-                            "z": value,
-                        }
-                    )
+            xs, ys = (range(n) if side is None else side for side, n in ((x, len(z[0])), (y, len(z))))
+            rows += [
+                {"trace": name, "x": a, "y": b, "z": value}
+                for b, line in zip(ys, z, strict=True)
+                for a, value in zip(xs, line, strict=True)
+            ]
         elif x is not None or y is not None:
             points = max(len(side) for side in (x, y) if side is not None)
             xs, ys = (range(points) if side is None else side for side in (x, y))
@@ -254,101 +248,3 @@ def can_draw_png() -> bool:
     if not found:
         print("No Chrome or Chromium found: figures are saved as HTML and CSV, without static images.", file=sys.stderr)
     return bool(found)
-
-
-# ---- tables and maps
-
-
-def toy_shares(shares: Any, units: Sequence[str], title: str = "P1: how MHSA heads share the true units") -> go.Figure:
-    """A map of MHSA heads (columns) by true units (rows), each cell with its share of the unit.
-
-    Args:
-        shares: [n_units, n_heads], rows sum to 1.
-        units: names, [n_units].
-        title: of the figure.
-    """
-    values = np.asarray(shares, dtype=float)
-    figure = new_figure(title, "MHSA head", "true unit")
-    figure.add_heatmap(
-        z=values,
-        x=[str(head) for head in range(values.shape[1])],
-        y=list(units),
-        zmin=0,
-        zmax=1,
-        colorscale="Blues",
-        texttemplate="%{z:.0%}",
-        colorbar={"title": "share", "tickformat": ".0%"},
-    )
-    _as_map(figure, len(values))
-    return figure
-
-
-def _as_map(figure: go.Figure, rows: int) -> None:
-    """Categories on both axes, first row on top, a height that keeps row names apart."""
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
-    figure.update_layout(height=140 + 26 * rows)
-
-
-def toy_table(data: pd.DataFrame, title: str, widths: Sequence[float] | None = None) -> go.Figure:
-    """A table as a figure, so that it is saved like one.
-
-    Args:
-        data: columns become the header.
-        title: of the figure.
-        widths: of the columns, relative.
-    """
-    columns = [data[name].astype(str).tolist() for name in data.columns]
-    style: dict[str, Any] = {"align": "left", "line": {"color": "#CCCCCC"}, "height": 30}
-    figure = go.Figure(
-        go.Table(
-            columnwidth=widths,
-            header={"values": [f"<b>{name}</b>" for name in data.columns], "fill": {"color": "#E8EEF3"}, **style},
-            cells={"values": columns, "fill": {"color": "white"}, **style},
-        )
-    )
-    figure.update_layout(
-        template=TEMPLATE, title={"text": title}, height=110 + 38 * (len(data) + 1), margin={"l": 10, "r": 10, "b": 10}
-    )
-    return figure
-
-
-# ---- automated interpretability
-
-
-def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", chance: float = 0.5) -> go.Figure:
-    """Means with intervals over layers, one colour a dictionary, one panel a score; a dashed line at chance.
-
-    Args:
-        data: of `autointerp.summary`: `dictionary`, `layer`, `score`, `mean`, `low`, `high`.
-        title: of the figure.
-        chance: where the dashed line is; correlations have theirs at 0.
-    """
-    scores = list(dict.fromkeys(data["score"]))
-    alike = "simulation" not in scores
-    figure = make_subplots(
-        rows=1, cols=len(scores), subplot_titles=scores, horizontal_spacing=0.04 if alike else 0.08, shared_yaxes=alike
-    )
-    layers = sorted(set(data["layer"]))
-    for panel, score in enumerate(scores, start=1):
-        place = {"row": 1, "col": panel}
-        for number, (name, part) in enumerate(data[data["score"] == score].groupby("dictionary", sort=False)):
-            error = {"array": part["high"] - part["mean"], "arrayminus": part["mean"] - part["low"], "symmetric": False}
-            x = [layers.index(layer) + 0.14 * number for layer in part["layer"]]
-            # Dictionaries are moved apart, so that intervals do not hide each other.
-            figure.add_scatter(
-                **{"x": x, "y": part["mean"], "error_y": error, "name": str(name), "legendgroup": str(name)},
-                **{"showlegend": panel == 1, "mode": "markers", "marker": series_style(number)["marker"], **place},
-            )
-        figure.add_hline(
-            y=0 if score == "simulation" else chance, line={"dash": "dash", "color": "#888888", "width": 1}, **place
-        )
-    ticks = {"tickvals": [i + 0.07 for i in range(len(layers))], "ticktext": [str(layer) for layer in layers]}
-    figure.update_xaxes(title="layer", range=[-0.4, len(layers) - 0.4], **ticks)
-    if alike:
-        figure.update_yaxes(
-            range=[min(chance - 0.1, data["low"].min() - 0.02), max(chance + 0.1, data["high"].max() + 0.04)]
-        )
-    figure.update_layout(template=TEMPLATE, title={"text": title}, height=420, margin={"t": 110})
-    figure.update_layout(legend={"orientation": "h", "y": 1.22, "x": 1.0, "xanchor": "right"})
-    return figure

@@ -45,9 +45,7 @@ PAGES_FILE = "pages.json"
 
 def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
     """The page of one head, as HTML; `links` are addresses of the pages of other heads."""
-    facts = head.facts
-    shares = {"first token": "first_share", "token before": "previous_share", "itself": "self_share"}
-    looks = [(place, facts[key]) for place, key in shares.items()]
+    looks = _looks(head)
     origins = sorted(enumerate(head.shares or []), key=lambda pair: -pair[1])[:9]
     siblings = head.siblings.sort_values(["frequency", "head"], ascending=[False, True])
     return render(
@@ -55,7 +53,7 @@ def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
         head=head,
         links=links or {},
         lead=describe(head),
-        looks=[*looks, ("elsewhere", max(0.0, 1 - sum(share for _, share in looks)))],
+        looks=looks | {"elsewhere": max(0.0, 1 - sum(looks.values()))},
         largest_logit=max(abs(value) for _, value in [*head.raised, *head.lowered]) or 1.0,
         origins=[(index, share) for index, share in origins if share >= 0.005],
         scores=SCORES,
@@ -66,15 +64,9 @@ def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
 
 
 def write_pages(heads: Iterable[Head], folder: str | Path, pages: Sequence[int] = ()) -> dict[int, Path]:
-    """Write the pages of some heads into a folder, and `PAGES_FILE` with a line about each.
+    """Write the pages of heads into a folder, and `PAGES_FILE` with a line about each; returns head to its file.
 
-    Args:
-        heads: of `Evidence.heads`.
-        folder: made when missing.
-        pages: all heads that get a page here, so that siblings can be linked.
-
-    Returns:
-        head to its file.
+    `pages` are all heads that get a page in this folder, so that siblings can be linked.
     """
     target, written, lines = store.require_writable(folder), {}, []
     for head in heads:
@@ -158,16 +150,15 @@ def describe(head: Head) -> str:
         family = next(family for family in FAMILIES.values() if family.label == head.families[0])
         return f"{family.label[0].upper()}{family.label[1:]} head: {family.meaning}. {activity}; {where}."
     unnamed = "A head without a name" if head.named else "A head whose name was not looked for"
-    return f"{unnamed}: {_where_it_looks(head)}. {activity}; {where}."
+    place, share = max(_looks(head).items(), key=lambda pair: pair[1])
+    looks = f"mostly at the {place}" if share >= 0.5 else f"{head.facts['distance']:.0f} tokens back on average"
+    return f"{unnamed}: it looks {looks}. {activity}; {where}."
 
 
-def _where_it_looks(head: Head) -> str:
-    """The most telling of the shares, in words."""
-    places = {"the first token": "first_share", "the token before": "previous_share", "the token itself": "self_share"}
-    name, share = max(((name, head.facts[key]) for name, key in places.items()), key=lambda pair: pair[1])
-    if share >= 0.5:
-        return f"it looks mostly at {name}"
-    return f"it looks {head.facts['distance']:.0f} tokens back on average"
+def _looks(head: Head) -> dict[str, float]:
+    """Shares of the z pattern where the head is active."""
+    places = {"first token": "first_share", "token before": "previous_share", "token itself": "self_share"}
+    return {place: head.facts[key] for place, key in places.items()}
 
 
 # ---- contexts
@@ -180,12 +171,8 @@ def _kinds(head: Head) -> list[dict[str, Any]]:
     for kind, (title, note) in KINDS.items():
         numbered = [(number, context) for number, context in enumerate(head.contexts) if context.place.kind == kind]
         contexts = [
-            {
-                "number": number,
-                "about": _title(context, rank),
-                "place": context.place,
-                "pieces": list(_pieces(context, largest)),
-            }
+            {"number": number, "about": _title(context, rank), "place": context.place}
+            | {"pieces": list(_pieces(context, largest))}
             for rank, (number, context) in enumerate(numbered, 1)
         ]
         if contexts:

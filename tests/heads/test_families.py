@@ -12,7 +12,7 @@ import torch
 from hand_model import known_lorsa
 from toys import sequences_of
 
-from lorsa_utils.heads import discovery, families, prompts, survey, units
+from lorsa_utils.heads import discovery, prompts, survey, units
 from lorsa_utils.heads.families import FAMILIES
 from lorsa_utils.text import Sequences
 from lorsa_utils.view import evidence, explorer, pages
@@ -53,9 +53,3 @@ def test_prompts_names_tables_and_pages(
 def test_each_family_has_its_own_draws_and_words() -> None:
     for field in ("stream", "label", "meaning", "prompts"):
         assert len({getattr(family, field) for family in FAMILIES.values()}) == len(FAMILIES)
-
-
-def test_standard_makes_every_family_once(hand_made: Any, texts: list[prompts.Passage]) -> None:
-    made = families.standard(hand_made.vocabulary, texts, scale=0.1)
-    assert set(made.sets) == set(FAMILIES)
-    assert not made.skipped

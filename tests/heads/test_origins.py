@@ -117,10 +117,9 @@ def test_unit_effects(model: LanguageModel, lorsa: Lorsa) -> None:
     assert table["effect"]["the Lorsa head"] == pytest.approx(
         float((changed - losses)[active[:, :-1]].mean()), abs=1e-4
     )
-    never = torch.nonzero(found.n_active == 0)
-    if len(never):
-        with pytest.raises(UserError, match="not active"):
-            origins.unit_effects(model, 1, lorsa, int(never[0]), [0], mean, SEQUENCES)
+    nothing = dataclasses.replace(SEQUENCES, tokens=SEQUENCES.tokens[:0], mask=SEQUENCES.mask[:0])
+    with pytest.raises(UserError, match="not active in this text"):
+        origins.unit_effects(model, 1, lorsa, head, [0], mean, nothing)
 
 
 def test_labelled_positions_count_and_the_token_after_each() -> None:
@@ -137,15 +136,6 @@ def test_labelled_positions_count_and_the_token_after_each() -> None:
         "a prompt without a labelled position has nothing to show"
     )
     assert labelled.mask.int().tolist() == [[0, 0, 1, 1, 0, 1], [0, 1, 1, 0, 0, 0]]
-
-
-def test_unit_effects_without_text(model: LanguageModel, lorsa: Lorsa) -> None:
-    nothing = dataclasses.replace(SEQUENCES, tokens=SEQUENCES.tokens[:0], mask=SEQUENCES.mask[:0])
-    with pytest.raises(UserError, match="not active in this text"):
-        origins.unit_effects(model, 1, lorsa, 0, [0], mean_of(model), nothing)
-
-
-# ---- patterns
 
 
 def random_pattern(n: int, length: int, seed: int) -> torch.Tensor:

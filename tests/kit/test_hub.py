@@ -156,63 +156,39 @@ def llamascopium(**changes: Any) -> dict[str, Any]:
 
 def llamascopium_weights(config: Mapping[str, Any], seed: int = 0, stored_groups: int = N_QK) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("W_Q", "W_K"), (stored_groups, D, D_QK))
-    shapes |= {
-        "W_V": (N_OV, D),
-        "W_O": (N_OV, D),
-        "b_Q": (stored_groups, D_QK),
-        "b_K": (stored_groups, D_QK),
-        "b_V": (N_OV,),
-    }
+    shapes |= {"W_V": (N_OV, D), "W_O": (N_OV, D), "b_V": (N_OV,)}
+    shapes |= dict.fromkeys(("b_Q", "b_K"), (stored_groups, D_QK))
     shapes |= {"b_D": (D,)} if config["use_decoder_bias"] else {}
     shapes |= {"ln_q.w": (stored_groups, D_QK), "ln_k.w": (stored_groups, D_QK)} if config["use_post_qk_ln"] else {}
     tensors = draws(shapes, seed)
     if config["norm_activation"] == "dataset-wise":
         for name, norm in (("in", 5.0), ("out", 0.7)):
-            tensors["dataset_average_activation_norm." + config[f"hook_point_{name}"]] = torch.tensor(
-                norm, dtype=torch.float64
-            )
+            key = "dataset_average_activation_norm." + config[f"hook_point_{name}"]
+            tensors[key] = torch.tensor(norm, dtype=torch.float64)
     return tensors
 
 
 def write_llamascopium(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     stored = {name: tensor.float() for name, tensor in tensors.items()}
-    stored |= {
-        "mask": torch.ones(4, 4).tril().bool(),
-        "IGNORE": torch.tensor(-torch.inf),
-        "rotary_sin": torch.zeros(4, D_QK),
-    }
+    buffers = {"mask": torch.ones(4, 4).tril().bool(), "rotary_sin": torch.zeros(4, D_QK)}
+    stored |= buffers | {"IGNORE": torch.tensor(-torch.inf)}
     store.write_tensors(folder / "sae_weights.safetensors", stored)
     store.write_json(folder / "config.json", config)
     return folder
 
 
 def openmoss(**changes: Any) -> dict[str, Any]:
-    config = {
-        name: value
-        for name, value in llamascopium().items()
-        if name.startswith(("n_", "d_", "rotary", "positional", "attn"))
-    }
-    config |= {
-        "n_ov_heads": N_OV,
-        "d_ov_head": 1,
-        "avg_norm": {"in": 4.0, "out": 0.5},
-        "mode": "top_k",
-        "top_k": 2,
-        "use_z_relu": False,
-    }
-    return config | {"virtual_kv_num": 0, "layer": 1, "dtype": "torch.float32", "device": "cuda"} | changes
+    same = ("n_", "d_", "rotary", "positional", "attn")
+    config = {name: value for name, value in llamascopium().items() if name.startswith(same)}
+    config |= {"n_ov_heads": N_OV, "d_ov_head": 1, "avg_norm": {"in": 4.0, "out": 0.5}, "virtual_kv_num": 0, "layer": 1}
+    config |= {"mode": "top_k", "top_k": 2, "use_z_relu": False, "dtype": "torch.float32", "device": "cuda"}
+    return config | changes
 
 
 def openmoss_weights(seed: int = 0) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("W_Q", "W_K"), (N_QK, D, D_QK))
-    shapes |= {
-        "W_V": (N_OV, D, 1),
-        "W_O": (N_OV, 1, D),
-        "b_Q": (N_QK, D_QK),
-        "b_K": (N_QK, D_QK),
-        "b_V": (N_OV, 1),
-        "b_O": (D,),
-    }
+    shapes |= {"W_V": (N_OV, D, 1), "W_O": (N_OV, 1, D), "b_V": (N_OV, 1), "b_O": (D,)}
+    shapes |= dict.fromkeys(("b_Q", "b_K"), (N_QK, D_QK))
     return draws(shapes, seed)
 
 
@@ -256,12 +232,8 @@ def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 )
 def test_llamascopium_weights_compute_the_same(seed: int, options: dict[str, Any], stored_groups: int) -> None:
     config = llamascopium(**options, normalization_type="RMS" if options["use_post_qk_ln"] else None)
-    config |= {
-        "NTK_by_parts_factor": 8.0,
-        "NTK_by_parts_low_freq_factor": 1.0,
-        "NTK_by_parts_high_freq_factor": 4.0,
-        "old_context_len": 24,
-    }
+    config |= {"NTK_by_parts_factor": 8.0, "NTK_by_parts_low_freq_factor": 1.0, "NTK_by_parts_high_freq_factor": 4.0}
+    config["old_context_len"] = 24
     tensors = llamascopium_weights(config, seed, stored_groups)
     x = random_inputs(1, LENGTH, D, seed + 1, torch.float64)
     with tempfile.TemporaryDirectory() as place:
@@ -532,14 +504,10 @@ def test_weights_for_normalised_activations_are_folded(tmp_path: Path, model: La
     with_norms(folder, 1.0, 30.0)
     size = math.sqrt(good.config.d_model)
     tensors = store.read_tensors(folder / "sae_weights.safetensors")
-    for name, factor in (
-        ("W_Q", 1 / size),
-        ("W_K", 1 / size),
-        ("W_V", 1 / size),
-        ("W_O", size / 30),
-        ("b_D", size / 30),
-    ):
-        tensors[name] *= factor
+    for name in ("W_Q", "W_K", "W_V"):
+        tensors[name] /= size
+    for name in ("W_O", "b_D"):
+        tensors[name] *= size / 30
     store.write_tensors(folder / "sae_weights.safetensors", tensors)
     answer = imported(folder, model)
     assert (answer["reading"], answer["warning"]) == ("normalised activations", None)
@@ -622,11 +590,8 @@ def test_commands_export_and_import(
     assert lorsa_command("export", tmp_path / "run", tmp_path / "out", "--json") == 0
     assert json.loads(capsys.readouterr().out)["keys"]["W_V"] == "W_V"
     text = tmp_path / "text.txt"
-    text.write_text(
-        "\n\n".join(
-            f"Paragraph {i} of a text that is long enough to be cut into sequences, {i * i}." for i in range(60)
-        )
-    )
+    paragraph = "Paragraph {} of a text that is long enough to be cut into sequences."
+    text.write_text("\n\n".join(paragraph.format(i) for i in range(60)))
     options = ("--model", model.name, "--text", text, "--tokens", 500, "--json")
     assert lorsa_command("import", tmp_path / "out", tmp_path / "here", *options) == 0
     captured = capsys.readouterr()

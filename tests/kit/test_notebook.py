@@ -11,7 +11,7 @@ import pytest
 import torch
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
-from lorsa_utils import activations, store, training
+from lorsa_utils import store, training
 from lorsa_utils.config import PRESETS, PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit import hub, notebook, recipes
@@ -69,10 +69,10 @@ def test_modules_at_hand_are_the_checkpoint_alone_until_notebook_03_has_run(
     for folder, tokens in ((shipped["lorsa"], 2000), (own["lorsa"], 100)):
         store.write_json(cast(Path, folder) / "config.json", {"train": {"tokens": tokens}})
     monkeypatch.setattr(hub, "find", lambda model, layer, kind: shipped[kind])
-    monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
-    monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
+    monkeypatch.setattr(recipes, "activation_cache", lambda run, model, splits: tmp_path)
+    monkeypatch.setattr(recipes, "ActivationCache", lambda folder, split, model: "cache")
     monkeypatch.setattr(
-        notebook, "layer_modules", lambda run, model, source, kinds: dict.fromkeys(run.profile.layers, own)
+        recipes, "layer_modules", lambda run, model, source, kinds: dict.fromkeys(run.profile.layers, own)
     )
     store.write_json(
         tmp_path / "data" / "expected" / "02_test.json",
@@ -83,7 +83,7 @@ def test_modules_at_hand_are_the_checkpoint_alone_until_notebook_03_has_run(
 
     def opened(train: bool, fvu: float) -> dict[int, dict[str, Path]]:
         run = begin(tmp_path)
-        folders = notebook.modules_at_hand(run, model, {}, train)
+        folders = recipes.modules_at_hand(run, model, {}, train)
         run.record("fvu", fvu)
         run.finish()  # each way has expected values of its own
         assert (run.layers, run.about["layer"]) == (tuple(folders), list(folders))
@@ -291,20 +291,20 @@ def test_trained_goes_on_with_runs_that_stopped_at_different_steps(
             patch.setattr(
                 recipes, "train_runs", functools.partial(training.train_runs, stop_after_steps=steps, progress=False)
             )
-            notebook.trained(run, model, source, {name: modules[name]}, settings)
+            recipes.trained(run, model, source, {name: modules[name]}, settings)
 
     stop("lorsa", 2)
     stop("sae", 4)
-    folders = notebook.trained(run, model, source, modules, settings)
+    folders = recipes.trained(run, model, source, modules, settings)
     assert {name: training.read_log(folder)[-1]["tokens"] for name, folder in folders.items()} == {
         "lorsa": 300,
         "sae": 300,
     }
-    fresh = notebook.trained(begin(tmp_path / "fresh"), model, source, modules, settings)
+    fresh = recipes.trained(begin(tmp_path / "fresh"), model, source, modules, settings)
     for name, folder in folders.items():
         assert store.sha256_file(folder / "model.safetensors") == store.sha256_file(fresh[name] / "model.safetensors")
     monkeypatch.setattr(recipes, "train_runs", None)  # nothing is left to train
-    assert notebook.trained(run, model, source, modules, settings) == folders
+    assert recipes.trained(run, model, source, modules, settings) == folders
 
 
 def test_best_modules_are_the_shipped_ones_when_both_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,16 +312,16 @@ def test_best_modules_are_the_shipped_ones_when_both_are_there(tmp_path: Path, m
     monkeypatch.setattr(
         hub, "find", lambda model, layer, kind: shipped[kind] if layer == get_profile("smoke").layer else None
     )
-    monkeypatch.setattr(notebook, "sequences", lambda run, model: {})
-    monkeypatch.setattr(notebook, "activation_cache", lambda run, model, splits: tmp_path)
-    monkeypatch.setattr(activations, "ActivationCache", lambda folder, split, model: "cache")
-    monkeypatch.setattr(notebook, "main_lorsa", lambda run, model, source: tmp_path / "of notebook 02")
+    monkeypatch.setattr(recipes, "sequences", lambda run, model: {})
+    monkeypatch.setattr(recipes, "activation_cache", lambda run, model, splits: tmp_path)
+    monkeypatch.setattr(recipes, "ActivationCache", lambda folder, split, model: "cache")
+    monkeypatch.setattr(recipes, "main_lorsa", lambda run, model, source: tmp_path / "of notebook 02")
     own = {"sae_equal_features": tmp_path / "of notebook 03"}
-    monkeypatch.setattr(notebook, "layer_modules", lambda run, model, source, kinds: {run.profile.layer: own})
+    monkeypatch.setattr(recipes, "layer_modules", lambda run, model, source, kinds: {run.profile.layer: own})
     run, model = begin(tmp_path), cast(Any, None)
-    assert notebook.best_modules(run, model) == shipped
+    assert recipes.best_modules(run, model) == shipped
     shipped["sae"] = None
-    assert notebook.best_modules(run, model) == {
+    assert recipes.best_modules(run, model) == {
         "lorsa": tmp_path / "of notebook 02",
         "sae": tmp_path / "of notebook 03",
     }

@@ -14,11 +14,11 @@ from tiny_models import save_tiny_model
 from lorsa_utils import config, models, store
 from lorsa_utils.activations import ActivationCache
 from lorsa_utils.config import PRESETS
+from lorsa_utils.corpus import Corpus, Document
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import cli, notebook, presets
+from lorsa_utils.kit import cli, notebook, presets, recipes
 from lorsa_utils.kit.bench import SHAPES
 from lorsa_utils.lorsa import Lorsa, load
-from lorsa_utils.text import Corpus, Document
 from lorsa_utils.view import figures, gallery
 
 KINDS = {"pythia-160m": "gpt_neox", "llama-3.1-8b": "llama", "qwen3-1.7b": "qwen3"}
@@ -56,7 +56,7 @@ def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str,
         return replace(corpus, origin=list(files) if files else dataset or "embedded")
 
     monkeypatch.setattr("lorsa_utils.text.load_corpus", load_corpus)
-    monkeypatch.setattr("lorsa_utils.text.embedded_corpus", lambda: corpus)
+    monkeypatch.setattr("lorsa_utils.kit.recipes.embedded_corpus", lambda: corpus)
     return small
 
 
@@ -159,14 +159,14 @@ def test_text_of_ones_own_takes_the_place_of_the_presets(tiny: dict[str, config.
     assert store.read_json(tmp_path / "run" / "config.json")["source"]["text"] == ["a.txt"]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["qwen3-1.7b"])
 def test_notebooks_run_in_the_size_of_a_preset(name: str, tiny: dict[str, config.Preset], tmp_path: Path) -> None:
     run = notebook.start("02_train_lorsa", name, tmp_path / "run")
     assert run.profile.name == name
     assert notebook.banners(run.folder) == []
     model = models.load_model(run.profile.model)
-    cache = notebook.activation_cache(run, model, notebook.sequences(run, model))
-    lorsa = load(notebook.main_lorsa(run, model, ActivationCache(cache, "train", model=model)))
+    cache = recipes.activation_cache(run, model, recipes.sequences(run, model))
+    lorsa = load(recipes.main_lorsa(run, model, ActivationCache(cache, "train", model=model)))
     assert lorsa.n_units == 96
 
 
