@@ -247,9 +247,15 @@ class SparseTransformer:
 def make_sparse(model: LanguageModel, language: Language, seed: int = 0, progress: bool = False) -> SparseTransformer:
     """Train the sparse modules of all layers on what the model reads and writes, with the kit's own training step."""
     config, generator = language.config, torch.Generator().manual_seed(seed + 1_000)
-    tokens = config.sparse_steps * config.batch_size * config.length
-    schedule = {"tokens": tokens, "warmup": 0.05, "decay": 0.4}
-    train = TrainConfig(batch_size=config.batch_size, lr=config.sparse_lr, aux_k=8, seed=seed, **schedule)
+    train = TrainConfig(
+        tokens=config.sparse_steps * config.batch_size * config.length,
+        batch_size=config.batch_size,
+        lr=config.sparse_lr,
+        warmup=0.05,
+        decay=0.4,
+        aux_k=8,
+        seed=seed,
+    )
     calibration = read_layers(model, language.sample(128, generator).tokens)
     runs: list[Run] = []
     for number, (kind, layer) in enumerate(PLACES):
