@@ -98,8 +98,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "torch") -> Tensor:
     """Causal softmax attention: rotated q, k [batch, n_heads, length, d_qk], v [..., d_v] to [..., d_v]."""
     if choose_backend(backend, q) == "reference":
-        heads = zip(*(side.flatten(0, 1) for side in (q, k, v)), strict=True)
-        return torch.stack([reference.causal_attention(*qkv, scale=scale) for qkv in heads]).reshape(v.shape)
+        heads = zip(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), strict=True)
+        z = [reference.causal_attention(q_head, k_head, v_head, scale) for q_head, k_head, v_head in heads]
+        return torch.stack(z).reshape(v.shape)
     d_v, d_qk = v.shape[-1], q.shape[-1]
     if v.device.type == "cpu" and d_v < d_qk:
         # The CPU's fast path wants values as wide as keys.

@@ -1,4 +1,4 @@
-"""A two-layer language model built by hand: an induction circuit whose parts are known, and a layer whose feature two heads write together.
+"""A two-layer language model built by hand: a known induction circuit, and a feature that two heads write together.
 
 GPT-2 shape: width 128 in four blocks of 32, one for the token, one for the position, one for the token before (written
 by the first layer) and one for the predicted token (written by the second, read by the unembedding). MLPs write
@@ -76,7 +76,7 @@ def _set_head(attention, head, sharp, query, key, match, read, write, size) -> N
 
 
 def planted_lorsa(model: LanguageModel, layer: int, k: int = 8) -> Lorsa:
-    """Heads 0..31 of the one real group write what the MHSA heads of the layer write together, one token each; 32..63 are random."""
+    """Heads 0..31 write what the MHSA heads of the layer write together, one token each; 32..63 are random."""
     site = model.site(layer)
     heads = FIRST_LAYER if layer == 0 else SECOND_LAYER
     lorsa = Lorsa(LorsaConfig(d_model=D_MODEL, n_ov_heads=2 * N, n_qk_heads=2, d_qk=N, k=k, attn_scale=site.attn_scale))

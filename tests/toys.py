@@ -1,4 +1,4 @@
-"""Small random Lorsa modules, SAEs, attention layers and activations in memory, for tests that need no language model."""
+"""Small random Lorsa modules, SAEs, attention layers and activations, for tests that need no language model."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def toy_site(layer: int = 0) -> AttentionSite:
 
 
 class ToySource:
-    """What some `toy_site` layers read and write on random inputs, in memory; BOS and padding of uneven lengths do not count."""
+    """What `toy_site` layers read and write on random inputs; BOS and padding of uneven lengths do not count."""
 
     def __init__(
         self, n_sequences: int = 20, context: int = 12, layers: Sequence[int] = (0,), seed: int = 0, padded: bool = True
