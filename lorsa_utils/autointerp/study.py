@@ -331,7 +331,7 @@ def summary(
     rows = []
     for (layer, name), units in scores.groupby(["layer", "dictionary"], sort=False):
         for column in (column for column in columns if column in units):
-            mean, low, high = bootstrap_mean(units[column].to_numpy(dtype=float), seed)
+            mean, low, high = bootstrap_mean(units[column].to_numpy(dtype=float), seed, N_DRAWS)
             rows.append((name, layer, column, units[column].count(), mean, low, high))
     return pd.DataFrame(rows, columns=["dictionary", "layer", "score", "n", "mean", "low", "high"])
 

@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 import torch
 from chat_server import ChatServer, chat_server
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from judged_text import planted_sets
 from tiny_models import save_tiny_model
@@ -77,6 +77,7 @@ def test_lists_are_read_or_nothing_is(answer: str, expected: list[float] | None)
     assert judges.parse_numbers(answer, 3, 1) == expected
 
 
+@settings(max_examples=30)
 @given(st.text(max_size=60))
 def test_no_answer_breaks_the_parser(answer: str) -> None:
     judges.parse_numbers(answer, 3, 1)
@@ -152,25 +153,13 @@ def test_a_plain_answer(server: ChatServer) -> None:
     assert server.keys == {f"Bearer {KEY}"}
 
 
-@pytest.mark.parametrize(
-    "mishaps",
-    [
-        ["status 500"],
-        ["status 503", "status 502"],
-        ["cut"],
-        ["hangup"],
-        ["status 408"],
-        ["slow 0.2"],
-        ["status 429"],
-        ["cut", "status 500", "hangup"],
-    ],
-)
+@pytest.mark.parametrize("mishaps", [["status 503", "status 408", "status 429"], ["cut", "status 500", "hangup"]])
 def test_mishaps_are_asked_again(server: ChatServer, mishaps: list[str]) -> None:
     server.mishaps = list(mishaps)
     judge = asked()
     assert judge.ask([QUESTION]) == ["[1, 0, 0]"]
     assert sum(server.answered.values()) == 1
-    assert len(server.prompts) == len([name for name in mishaps if not name.startswith("slow")]) + 1
+    assert len(server.prompts) == 4
     assert judge.tally.calls == 1
 
 
@@ -250,28 +239,14 @@ def test_a_missing_variable_is_named(server: ChatServer, monkeypatch: pytest.Mon
         asked()
 
 
-@pytest.mark.parametrize(
-    ("content", "readable"),
-    [
-        ("[1, 0, 0]", True),
-        ("```json\n[1, 0, 0]\n```", True),
-        ("[1, 0", False),
-        ("[1, 0]", False),
-        ("I'm sorry, but I can't.", False),
-        ("", False),
-    ],
-)
-def test_unreadable_answers_are_left_out_not_wrong(server: ChatServer, content: str, readable: bool) -> None:
-    server.content = lambda prompt: content
-    judge = asked()
-    verdicts = judge.verdicts_on("detection", "digits", ["a 1", "b", "c"])
-    assert verdicts.tolist() == [1, 0, 0] if readable else np.isnan(verdicts).all()
-    assert judge.tally.failed == (0 if readable else 1)
-
-
-def test_a_refusal_is_unreadable(server: ChatServer) -> None:
+def test_unreadable_answers_and_refusals_are_left_out_not_wrong(server: ChatServer) -> None:
     server.mishaps = ["refusal"]
-    assert np.isnan(asked().verdicts_on("detection", "digits", ["a 1"])).all()
+    judge = asked()
+    assert np.isnan(judge.verdicts_on("detection", "digits", ["a 1"])).all()
+    assert judge.verdicts_on("detection", "digits", ["a 1", "b", "c"]).tolist() == [1, 0, 0]
+    server.content = lambda prompt: "[1, 0"
+    assert np.isnan(judge.verdicts_on("fuzzing", "digits", ["a 1", "b", "c"])).all()
+    assert (judge.tally.failed, judge.tally.asked) == (2, 3)
 
 
 FEW = Budget(units=3, shown=12, contrast=12, scored=8, least=8)

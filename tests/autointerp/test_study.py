@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from chat_server import chat_server
 from hypothesis import given
 from hypothesis import strategies as st
 from judged_text import BUDGET, FIRST_WORD, make_corpus, planted_sets
+from tiny_models import save_tiny_model
 
 from lorsa_utils import stats
 from lorsa_utils.autointerp import examples, study
 from lorsa_utils.autointerp.examples import Budget, UnitExamples, Windows
 from lorsa_utils.autointerp.judges import Answers, Explanation, Judge, OpenAIJudge, RulesJudge
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit.cli import main
 from lorsa_utils.stats import Interval
 
 
@@ -212,10 +215,6 @@ def test_the_estimate_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A Lorsa and an SAE of one layer of a tiny model, trained for a moment on a text file."""
-    from tiny_models import save_tiny_model
-
-    from lorsa_utils.kit.cli import main
-
     folder = tmp_path_factory.mktemp("runs")
     save_tiny_model(folder / "model", "llama")
     rng = np.random.default_rng(0)
@@ -223,22 +222,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for number in range(6):
         (folder / f"text{number}.txt").write_text(" ".join(rng.choice(words, 1500)) + "\n")
     common = ["--model", str(folder / "model"), "--text", *(str(path) for path in sorted(folder.glob("*.txt")))]
-    common += [
-        "--layer",
-        "1",
-        "--n-heads",
-        "16",
-        "--k",
-        "4",
-        "--tokens",
-        "3000",
-        "--context",
-        "64",
-        "--held-out-tokens",
-        "500",
-    ]
+    sizes = {"layer": 1, "n-heads": 16, "k": 4, "tokens": 3000, "context": 64, "held-out-tokens": 500}
+    common += ["--device", "cpu", *(part for name, size in sizes.items() for part in (f"--{name}", str(size)))]
     for kind, extra in (("lorsa", ["--n-qk", "4"]), ("sae", [])):
-        assert main(["train", *common, *extra, "--kind", kind, "--out", str(folder / kind), "--device", "cpu"]) == 0
+        assert main(["train", *common, *extra, "--kind", kind, "--out", str(folder / kind)]) == 0
     return [folder / "lorsa", folder / "sae"]
 
 
@@ -247,8 +234,6 @@ def command(runs: list[Path], out: Path, *extra: str) -> list[str]:
 
 
 def test_command_compares_two_runs(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lorsa_utils.kit.cli import main
-
     assert main(command(runs, tmp_path / "out")) == 0
     answer = json.loads(capsys.readouterr().out)
     assert "proxy" in answer["judge"]
@@ -279,8 +264,6 @@ def test_command_refuses_with_one_sentence(
     extra: tuple[str, ...],
     sentence: str,
 ) -> None:
-    from lorsa_utils.kit.cli import main
-
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert main(command(runs, tmp_path / "out", *extra)) == 1
     assert sentence in capsys.readouterr().err
@@ -289,10 +272,6 @@ def test_command_refuses_with_one_sentence(
 def test_command_asks_an_endpoint_only_after_a_yes(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from chat_server import chat_server
-
-    from lorsa_utils.kit.cli import main
-
     with chat_server() as server:
         monkeypatch.setenv("OPENAI_API_KEY", "k")
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -302,10 +281,7 @@ def test_command_asks_an_endpoint_only_after_a_yes(
         assert server.prompts == []
         assert main(command(runs, tmp_path / "out", *options, "--yes")) == 0
         assert "at the given prices" in capsys.readouterr().err
-        n = len(server.prompts)
-        assert n > 0
-        assert main(command(runs, tmp_path / "out", *options, "--yes")) == 0
-        assert len(server.prompts) == n, "a second run asks nothing"
+        assert len(server.prompts) > 0
         again = ("--backend", "replay", "--answers", str(tmp_path / "out" / "answers.jsonl"), "--scorers", "detection")
         assert main(command(runs, tmp_path / "again", *again)) == 0
     first, second = (pd.read_parquet(tmp_path / name / "scores.parquet") for name in ("out", "again"))
