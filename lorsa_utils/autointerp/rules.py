@@ -371,7 +371,8 @@ def _variance(share: np.ndarray, n: int) -> np.ndarray:
 def _best_term(counts: _Counts, singles: Hits, covered: np.ndarray, wrong: np.ndarray) -> tuple[tuple[int, ...], float]:
     """The best term of up to `MAX_CONDITIONS`, by beam search."""
     gains = _gains(singles, covered, wrong, 1)
-    best, best_gain = (int(gains.argmax()),), float(gains.max())
+    best: tuple[int, ...] = (int(gains.argmax()),)
+    best_gain = float(gains.max())
     # What hits many active windows may become good once another condition rules silent ones out.
     many = (singles.active & ~covered[:, None]).sum(axis=0).argsort()[::-1]
     starts = [*gains.argsort()[::-1][: BEAM // 2].tolist(), *many[: BEAM // 2].tolist()]

@@ -75,8 +75,8 @@ def balanced_accuracy(truth: np.ndarray, verdicts: np.ndarray, seed: int = 0) ->
 def verdict_auc(truth: np.ndarray, verdicts: np.ndarray) -> float:
     """How often a positive gets a higher verdict than a negative, ties half; NaN when a class is missing."""
     known = ~np.isnan(verdicts)
-    sides = [torch.from_numpy(verdicts[known & side])[:, None] for side in (truth, ~truth)]
-    return float(auc(*sides)[0]) if all(map(len, sides)) else math.nan
+    yes, no = (torch.from_numpy(verdicts[known & side])[:, None] for side in (truth, ~truth))
+    return float(auc(yes, no)[0]) if len(yes) and len(no) else math.nan
 
 
 def correlation(true: np.ndarray, predicted: np.ndarray) -> float:
@@ -233,7 +233,7 @@ def _subjects(
 
 def _score(judge: Judge, subject: Subject, scorers: Sequence[str], seed: int) -> dict[str, Any]:
     unit, explanation = subject.unit, subject.explanation
-    row = {"unit": unit.unit, "group": unit.group, "frequency": unit.frequency, "maximum": unit.maximum}
+    row: dict[str, Any] = {"unit": unit.unit, "group": unit.group, "frequency": unit.frequency, "maximum": unit.maximum}
     row |= {"explanation": explanation and explanation.text, "relative_unit": subject.relative_unit}
     if explanation is not None:
         row |= score_unit(judge, explanation, unit, scorers, seed)
