@@ -113,8 +113,8 @@ def test_heads_sum_to_the_output(lm: LanguageModel) -> None:
 def test_weights_per_head_have_the_promised_shapes(lm: LanguageModel) -> None:
     site = lm.site(2)
     n, n_kv, d_head = site.n_heads, site.n_kv_heads, site.d_head
-    grouped = lm.config.model_type in ("llama", "qwen3")
-    assert (n, n_kv, d_head) == (4, 2 if grouped else 4, 24 if lm.config.model_type == "qwen3" else 16)
+    kv_heads, width = (getattr(lm.config, name, None) for name in ("num_key_value_heads", "head_dim"))
+    assert (n, n_kv, d_head) == (4, kv_heads or 4, width or D_MODEL // 4)
     assert site.W_Q.shape == (n, D_MODEL, d_head)
     assert site.W_K.shape == site.W_V.shape == (n_kv, D_MODEL, d_head)
     assert site.W_O.shape == (n, d_head, D_MODEL)
@@ -123,7 +123,7 @@ def test_weights_per_head_have_the_promised_shapes(lm: LanguageModel) -> None:
     assert site.b_O.shape == (D_MODEL,)
     assert site.expand_kv(site.W_K).shape == site.W_Q.shape
     assert torch.equal(site.expand_kv(site.W_V)[n // n_kv - 1], site.W_V[0])
-    assert site.qk_norm == (lm.config.model_type == "qwen3") == (site.k_norm_weight is not None)
+    assert site.qk_norm == hasattr(lm.attention_module(2), "q_norm") == (site.k_norm_weight is not None)
     assert lm.attention_module(2) is lm.model.get_submodule(site.module_path)
 
 
@@ -133,7 +133,9 @@ def test_weights_are_copies(lm: LanguageModel) -> None:
     before.b_O.zero_()
     after = lm.site(0)
     assert after.W_Q.any()
-    assert after.b_O.any() or lm.config.model_type == "qwen3"
+    projection = dict(lm.attention_module(0).named_modules())
+    (out,) = (projection[name] for name in ("o_proj", "dense", "c_proj") if name in projection)
+    assert bool(after.b_O.any()) == (out.bias is not None)
 
 
 # ---- where the hooks are
