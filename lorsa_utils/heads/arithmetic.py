@@ -1,14 +1,12 @@
 """What units say about operands: activations at `=` over the operand grid, read as simple rules (paper item P9).
 
-A rule is a set of values of one variable, on which a unit is active: op1 or op2 or the result in a range, one of them
-modulo m in a set of residues (m = 10 is the last digit), or whether the addition of last digits carries. A rule
-predicts two levels,
+A rule says where a unit is active: op1, op2 or the result in a range or, modulo m, in a set of residues (m = 10: the
+last digit), or whether the last digits carry. It predicts two levels,
 
     z(op1, op2) = base + height * [variable in values]
 
-The best range and the best set of residues are found exactly (all intervals; all cuts of the residues in order of their
-mean), on a random half of the grid's cells. What counts is the explained variance on the other half, beside that of a
-smooth null: a cubic polynomial in op1 and op2, which any gradual dependence on size would fit as well.
+The best range and residues are found exactly on a random half of the grid's cells. What counts is the variance
+explained on the other half, compared with a smooth null: a cubic polynomial in op1 and op2.
 """
 
 from __future__ import annotations
@@ -30,26 +28,24 @@ from lorsa_utils.models import LanguageModel
 
 MODULI = tuple(range(2, 11))
 LEAST_EXPLAINED = 0.5
-"""A rule is named when it explains more than this share of held-out variance, and more than the smooth null."""
+"""A rule is named when it explains more of the held-out variance than this share and than the smooth null."""
 
 
 class ArithmeticGrid(NamedTuple):
-    """One prompt for every pair of operands, in the order of the first and then of the second."""
+    """One prompt per pair of operands, ordered by the first, then the second."""
 
     operator: str
-    """`+`, `-` or `*`."""
     tokens: Tensor
     """[n, length] int64, right-padded."""
     low: int
-    """Smallest operand."""
     equals: Tensor
     """[n], position of `=`."""
     answer: Tensor
-    """[n], first token of the answer, which is not part of the prompt."""
+    """[n], first token of the answer (not part of the prompt)."""
 
 
 def arithmetic_grid(vocabulary: Vocabulary, operator: str = "+", low: int = 0, high: int = 99) -> ArithmeticGrid:
-    """`a+b=` for all operands from `low` to `high`, whether the tokenizer cuts numbers into digits or not.
+    """`a+b=` for all operands from `low` to `high`.
 
     Raises:
         UserError: unknown operator, an impossible range, or a tokenizer that merges `=`.
@@ -68,14 +64,13 @@ def arithmetic_grid(vocabulary: Vocabulary, operator: str = "+", low: int = 0, h
 
 
 class Activations(NamedTuple):
-    """Units over the operand grid. Made by `grid_activations`."""
+    """Units over the operand grid."""
 
     z: Tensor
     """[n_units, n, n], activation at `=`; rows are op1, columns op2."""
     correct: Tensor
-    """[n, n] bool, whether the model's first token of the answer is right (empty when not asked for)."""
+    """[n, n] bool, whether the model's first answer token is right (empty when not asked for)."""
     operator: str
-    """`+`, `-` or `*`."""
     low: int
     """Smallest operand; the largest is low + n - 1."""
 
@@ -90,7 +85,7 @@ def grid_activations(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Activations:
-    """Activations of every unit at `=` over the grid; with `answers` also where the whole model answers right."""
+    """Activations of every unit at `=`; with `answers` also where the whole model answers correctly."""
     n = round(len(grid.tokens) ** 0.5)
     z, correct = torch.zeros(len(grid.tokens), module.n_units), []
     for rows in tqdm(torch.arange(len(grid.tokens)).split(batch_size), desc=f"a{grid.operator}b", disable=not progress):
@@ -111,14 +106,14 @@ def grid_activations(
 
 @dataclass(frozen=True)
 class Rule:
-    """A set of values of one variable."""
+    """Values of one variable for which a unit is active."""
 
     variable: str
     """`op1`, `op2`, `result` or `carry`."""
     modulus: int
-    """Of the residues in `values`; 0 when they are the values themselves."""
+    """`values` are residues modulo this; 0 when they are plain values."""
     values: tuple[int, ...]
-    """Where the unit is active (for `carry`: 1)."""
+    """For `carry`, 1 (carry) or 0 (no carry)."""
 
     def __str__(self) -> str:
         if self.variable == "carry":
@@ -128,25 +123,23 @@ class Rule:
         return f"{self.variable} in {self.values[0]}..{self.values[-1]}"
 
     def holds(self, op1: np.ndarray, op2: np.ndarray, operator: str) -> np.ndarray:
-        """Where it holds, for operands of any equal shapes."""
+        """Where the rule holds, for operands of equal shape."""
         value = variables(op1, op2, operator)[self.variable]
         return np.isin(value % self.modulus if self.modulus else value, self.values)
 
 
 class Fit(NamedTuple):
-    """A rule fitted to one unit."""
+    """A rule fitted to one unit; `base` and `height` as in the module docstring."""
 
     rule: Rule
     explained: float
-    """Explained variance on held-out cells."""
+    """Share of variance, on held-out cells."""
     base: float
-    """Activation where the rule does not hold."""
     height: float
-    """Added where it holds."""
 
 
 def variables(op1: np.ndarray, op2: np.ndarray, operator: str) -> dict[str, np.ndarray]:
-    """What a unit may know: both operands, the result, and for sums and differences whether the last digits carry."""
+    """Both operands, the result and, for sums and differences, whether the last digits carry (borrow)."""
     values = {"op1": op1, "op2": op2, "result": np.asarray(OPERATORS[operator](op1, op2))}
     if operator == "+":
         values["carry"] = (op1 % 10 + op2 % 10 >= 10).astype(int)
@@ -156,10 +149,9 @@ def variables(op1: np.ndarray, op2: np.ndarray, operator: str) -> dict[str, np.n
 
 
 def fit_rules(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -> list[Fit]:
-    """The best rule of every kind for one unit, the best first; of rules that explain the same, the simpler first.
+    """The best rule of every kind for one unit, the best first; of equally good rules, the simpler first.
 
-    z [n, n] are activations over a grid of operands from `low` on; the seed is that of the division of its cells into
-    halves. A unit that is constant on either half has no rule.
+    z [n, n] is over operands from `low` on; `seed` splits its cells. A unit that is constant on a half has no rule.
     """
     cells = _Cells(z, operator, low, seed)
     if cells.is_constant:
@@ -168,12 +160,12 @@ def fit_rules(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -
     for name in cells.variables:
         for modulus in (0,) if name == "carry" else (0, *MODULI):
             fits.append(cells.fit(name, modulus))
-    # Rules within a thousandth explain the same: a range or a smaller modulus comes first.
+    # Rules within a thousandth count as equal.
     return sorted(fits, key=lambda fit: (-round(fit.explained, 3), fit.rule.modulus))
 
 
 def smooth_explained(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -> float:
-    """Explained variance of the smooth null on the held-out cells: a cubic polynomial in both operands."""
+    """Variance that the smooth null explains on the held-out cells."""
     cells = _Cells(z, operator, low, seed)
     if cells.is_constant:
         return float("nan")
@@ -184,7 +176,7 @@ def smooth_explained(z: np.ndarray, operator: str = "+", low: int = 0, seed: int
 
 
 class _Cells:
-    """The cells of one unit's grid, flat, half of them to fit on."""
+    """One unit's grid, flattened; rules are fitted on half of the cells."""
 
     def __init__(self, z: np.ndarray, operator: str, low: int, seed: int) -> None:
         n = len(z)
@@ -203,7 +195,6 @@ class _Cells:
         return float(1 - np.square(z - predicted[~self.fitted]).sum() / np.square(z - z.mean()).sum())
 
     def fit(self, name: str, modulus: int) -> Fit:
-        """The best rule on one variable: a range or, with a modulus, a set of residues."""
         value = self.variables[name] % modulus if modulus else self.variables[name]
         labels, place = np.unique(value, return_inverse=True)
         counts = np.bincount(place[self.fitted], minlength=len(labels)).astype(float)
@@ -220,7 +211,7 @@ class _Cells:
 
 
 def _between(counts: np.ndarray, sums: np.ndarray, inside_counts: np.ndarray, inside_sums: np.ndarray) -> np.ndarray:
-    """Variance between inside and outside, where inside is higher; what a two-level fit explains, up to a constant."""
+    """Variance between inside and outside, up to a constant; -1 where inside is not higher."""
     outside_counts, outside_sums = counts.sum() - inside_counts, sums.sum() - inside_sums
     with np.errstate(divide="ignore", invalid="ignore"):
         means = inside_sums / inside_counts, outside_sums / outside_counts
@@ -229,7 +220,7 @@ def _between(counts: np.ndarray, sums: np.ndarray, inside_counts: np.ndarray, in
 
 
 def _best_range(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """The interval of values on which a unit is higher than elsewhere, by the variance that it explains."""
+    """The interval of values that explains most variance."""
     totals = [np.concatenate([[0.0], side.cumsum()]) for side in (counts, sums)]
     inside = [side[None, :] - side[:, None] for side in totals]
     first, last = np.unravel_index(np.argmax(_between(counts, sums, *inside)), inside[0].shape)
@@ -238,7 +229,7 @@ def _best_range(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
 
 
 def _best_residues(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """The set of residues likewise: for two levels the best set is a cut of the residues in order of their means."""
+    """The best set of residues: for two levels, it is a cut of the residues ordered by mean."""
     order = np.argsort(-(sums / np.maximum(counts, 1)), kind="stable")
     n = int(np.argmax(_between(counts, sums, counts[order].cumsum(), sums[order].cumsum()))) + 1
     return np.isin(np.arange(len(counts)), order[:n])
@@ -249,10 +240,8 @@ def rule_table(
 ) -> pd.DataFrame:
     """The best rule of some units, or of all that are active on at least `least_active` of the cells.
 
-    Returns:
-        columns `unit`, `rule` (text), `variable`, `modulus`, `values`, `explained`, `smooth` (explained by the smooth
-        null), `base`, `height`, `active` (share of cells) and `named` (see `LEAST_EXPLAINED`), the best explained
-        first.
+    Columns: `unit`, `rule` (text), the fields of `Rule` and `Fit`, `smooth` (explained by the smooth null), `active`
+    (share of cells) and `named` (see `LEAST_EXPLAINED`), the best explained first.
     """
     active = (grid.z > 0).float().mean(dim=(1, 2))
     rows = []

@@ -1,28 +1,23 @@
 """Head discovery: which unit of a layer does what, with thresholds from nulls and names that hold on unseen prompts.
 
-The way of a name, for one family (see `families`):
+For each family (see `families`):
 
-1. *Scores* of every unit on half of the prompt pairs (the discovery half, even pair numbers):
-   share      z-pattern mass on the predicted sources / mass on all sources, both summed over labelled queries where it
-              is active
+1. *Scores* of every unit on the discovery half of the prompt pairs (even pair numbers):
+   share      z-pattern mass on the predicted sources / mass on all sources, both summed over labelled queries
    precision  mean activation at labelled queries / (that + mean activation at controls); chance is 1/2
    recall     share of labelled queries where it is active with more than half of its mass on the predicted sources
    auc        chance that its activation at a labelled query exceeds that at a control (ties count half); in families
               without controls: that its mass on the predicted sources exceeds that on as many random earlier positions
-   logit      mean direct effect on the logit of the predicted token, minus that on the predicted token of another
-              prompt
-2. *Bars*: floors in `FAMILIES` that the meaning of the name asks for: half of the pattern on the source, three times as
-   active as at controls, an effect on the logit of the right sign. Where more than `NULL_RATE` of the heads of a
-   randomly initialised Lorsa of the same shape clear all floors on the same prompts, the bar of the share is raised
-   until no more do.
-3. *Confirmation* on the other half: the unit must clear the same bars again, and each of its scores must differ from
-   what shuffled labels give: labelled against control swapped within pairs, predicted against random sources, own
-   against another prompt's token. p-values come from sign flips of whole pairs (queries of one prompt are not
-   independent), the largest of a unit's p-values counts, and Holm's method over all units and families that reached
-   this step keeps the chance of even one wrong name at `ERROR_RATE`. Holm, because it needs no assumption on how heads
-   depend on each other, and they share patterns and text.
+   logit      mean direct effect on the logit of the predicted token, minus that on another prompt's predicted token
+2. *Bars*: the floors in `FAMILIES`. Where more than `NULL_RATE` of the heads of a randomly initialised Lorsa of the
+   same shape clear all floors, the bar of the share is raised until no more do (except if `Family.raised` is False).
+3. *Confirmation* on the other half: the unit must clear the same bars again and differ from shuffled labels (labelled
+   against control, predicted against random sources, own against another prompt's token). p-values come from sign
+   flips of whole pairs, because queries of one prompt are not independent, and a unit's largest p-value counts. Holm's
+   method over all units and families that get this far keeps the chance of even one wrong name at `ERROR_RATE`; it
+   assumes nothing about how heads depend on each other, and they share patterns and text.
 
-Numbers in tables are those of the confirmation half, which no unit was chosen on.
+Tables show the scores of the confirmation half, on which no unit was chosen.
 """
 
 from __future__ import annotations
@@ -51,9 +46,9 @@ from lorsa_utils.stats import auc, holm, sign_flip_p
 NULL_RATE = 0.001
 """Share of random-init heads that may clear all bars of a family."""
 ERROR_RATE = 0.05
-"""Chance that a table holds even one name that shuffled labels would have given."""
+"""Chance of even one false name in a table."""
 MIN_SUPPORT = 8
-"""A unit is judged when it is active at a labelled query of this many pairs; fewer cannot be significant."""
+"""Pairs with an active labelled query that a unit needs to be judged; fewer cannot be significant."""
 
 
 # ---- responses
@@ -61,21 +56,21 @@ MIN_SUPPORT = 8
 
 @dataclass(frozen=True)
 class Responses:
-    """What units of one kind did on the prompts of one family. Masses and effects are at labelled queries alone."""
+    """What units of one kind did on the prompts of one family, [n_labelled, n_units] except for `activation`."""
 
     prompts: PromptSet = field(repr=False)
     activation: Tensor = field(repr=False)
     """[n_queries, n_units]."""
     at_source: Tensor = field(repr=False)
-    """[n_labelled, n_units], mass on the predicted sources."""
+    """Mass on the predicted sources."""
     at_random: Tensor = field(repr=False)
-    """[n_labelled, n_units], mass on random earlier positions, scaled to as many as there are predicted sources."""
+    """Mass on random earlier positions, scaled to the number of predicted sources."""
     total: Tensor = field(repr=False)
-    """[n_labelled, n_units], mass on all sources."""
+    """Mass on all sources."""
     logit: Tensor | None = field(repr=False, default=None)
-    """[n_labelled, n_units], direct effect on the logit of the predicted token; None where the family predicts none."""
+    """Direct effect on the predicted token's logit; None where the family predicts none."""
     logit_other: Tensor | None = field(repr=False, default=None)
-    """[n_labelled, n_units], the same for the predicted token of another prompt."""
+    """The same for another prompt's predicted token."""
 
 
 @torch.no_grad()
@@ -89,8 +84,7 @@ def read(
 ) -> dict[str, Responses]:
     """Read several kinds of units (by name) on the prompts of one family, in one pass of the model.
 
-    The whole model runs where the family predicts a token, else it stops at `layer`. The seed is that of the random
-    sources and of the exchange of predicted tokens, which are the same for all kinds.
+    The model stops at `layer` unless the family predicts a token. All kinds get the same random sources and tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     others = _random_sources(prompts, generator)
@@ -121,7 +115,7 @@ def read(
                     fields[key] = units.along(prepared[name], place, asked, value, direction)
                 for key, values in fields.items():
                     chunks[name][key].append(values.cpu())
-    # What was read prompt by prompt goes back into the order of the queries.
+    # Back from the order of prompts into that of the queries.
     queries = torch.cat(order)
     places = {True: queries.argsort(), False: queries[prompts.positive[queries]].argsort()}
     return {
@@ -131,7 +125,7 @@ def read(
 
 
 def _random_sources(prompts: PromptSet, generator: torch.Generator) -> Tensor:
-    """For each query as many earlier positions as it has sources, none of them a source (or all there are)."""
+    """For each query as many other earlier positions as it has sources (or all there are)."""
     length = prompts.sources.shape[1]
     open_to = (torch.arange(length) <= prompts.position[:, None]) & ~prompts.sources
     keys = torch.rand(prompts.sources.shape, generator=generator).masked_fill(~open_to, 2.0)
@@ -140,7 +134,7 @@ def _random_sources(prompts: PromptSet, generator: torch.Generator) -> Tensor:
 
 
 def _exchange(prompts: PromptSet, generator: torch.Generator) -> Tensor:
-    """Predicted tokens dealt out anew among labelled queries, [n_queries]."""
+    """Predicted tokens permuted among labelled queries, [n_queries]."""
     tokens = prompts.predicted.clone()
     labelled = prompts.positive.nonzero()[:, 0]
     tokens[labelled] = tokens[labelled[torch.randperm(len(labelled), generator=generator)]]
@@ -148,7 +142,7 @@ def _exchange(prompts: PromptSet, generator: torch.Generator) -> Tensor:
 
 
 def _layer_and_residual(model: LanguageModel, layer: int, tokens: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What a layer reads and writes and, when the `whole` model is to run (else empty), what its last norm reads."""
+    """What a layer reads and writes and what the last norm reads (empty unless the `whole` model runs)."""
     if not whole:
         x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
         return x, y, x[:0]
@@ -174,12 +168,11 @@ def _layer_and_residual(model: LanguageModel, layer: int, tokens: Tensor, whole:
 
 
 def score(responses: Responses, queries: Tensor | None = None) -> pd.DataFrame:
-    """Scores of every unit (see the module's docstring) on some queries [n_queries] bool or all, one row per unit.
+    """Scores of every unit on some queries [n_queries] bool or all, one row per unit.
 
-    Returns:
-        `SCORES`, `active` (share of labelled queries where the unit is active), `support` (number of pairs with such a
-        query) and `size` (mean activation at labelled queries: how much the unit writes there). NaN where a score is
-        not defined: `share` of a unit that is never active, `precision` without controls, `logit` without prediction.
+    Columns: `SCORES` (see the module docstring; NaN where undefined, such as `precision` without controls), `active`
+    (share of labelled queries where it is active), `support` (number of pairs with such a query) and `size` (mean
+    activation at labelled queries).
     """
     prompts = responses.prompts
     queries = torch.ones_like(prompts.positive) if queries is None else queries
@@ -215,10 +208,9 @@ def score(responses: Responses, queries: Tensor | None = None) -> pd.DataFrame:
 def p_values(
     responses: Responses, chosen: Sequence[int], sign: int, queries: Tensor | None = None, seed: int = 0
 ) -> np.ndarray:
-    """For each chosen unit the largest of its p-values against shuffled labels, [n_chosen].
+    """Largest one-sided p-value of each chosen unit over the differences of the module docstring, [n_chosen].
 
-    One-sided p-values of the three differences of the module's docstring per pair of prompts; that of the effect on
-    logits counts where `sign`, which the family asks for, is not 0. With `queries` [n_queries] bool, only those count.
+    Effects on logits count unless `sign` (the family's `logit_sign`) is 0. `queries` are [n_queries] bool or all.
     """
     prompts, units = responses.prompts, torch.tensor(list(chosen), dtype=torch.long)
     queries = torch.ones_like(prompts.positive) if queries is None else queries
@@ -238,52 +230,51 @@ def p_values(
 
 @dataclass(frozen=True)
 class Discovery:
-    """Names of units and everything they rest on. Made by `discover`."""
+    """Names of units and the scores that they rest on."""
 
     scores: pd.DataFrame
-    """Columns `unit`, `family`, `half` (`discovery`, `confirmation`) and those of `score`."""
+    """Columns `unit`, `family`, `half` (`discovery` or `confirmation`) and those of `score`."""
     bars: pd.DataFrame
-    """One row per family: `share_floor`, `share` (the bar), `precision`, `null_rate` (share of judged random-init heads
-    that clear all floors) and `n_null` (how many are judged, see `MIN_SUPPORT`; 0 without a null)."""
+    """One row per family: `share_floor`, `share` (the bar), `precision`, `n_null` (judged random-init heads, see
+    `MIN_SUPPORT`) and `null_rate` (share of them that clear all floors)."""
     names: pd.DataFrame
-    """One row for each unit and family that cleared the bars on the discovery half: `unit`, `family`, `series`, `p`,
+    """One row per unit, family and `series` ("" for all) that cleared the bars on the discovery half, with `p`,
     `confirmed` (cleared them again) and `named` (also significant by Holm's method)."""
     null: pd.DataFrame
     """As `scores`, for the random-init Lorsa; empty without one."""
     others: dict[str, pd.DataFrame]
-    """As `scores`, for each other kind of units that read the same prompts."""
+    """As `scores`, for each other kind of units."""
     skipped: dict[str, str]
     """Families without prompts, and why."""
 
     def families(self, unit: int) -> list[str]:
-        """Every family of a unit, the most specific first."""
+        """Names of a unit, the most specific first."""
         return [family for family in FAMILIES if family in self._named.get(unit, ())]
 
     @cached_property
     def _named(self) -> dict[int, set[str]]:
-        """Families of each unit that has a name."""
         return self.names[self.names["named"].astype(bool)].groupby("unit")["family"].agg(set).to_dict()
 
     def units(self, family: str) -> list[int]:
-        """Named units of a family, those first that write most from the predicted sources (share times size)."""
+        """Named units of a family, by how much they write from the predicted sources (share times size)."""
         named = set(self.names.query("family == @family and named")["unit"])
         rows = self.scores.query("family == @family and half == 'confirmation'").set_index("unit")
         worth = rows["share"] * rows["size"]
         return [int(unit) for unit in worth.sort_values(ascending=False).index if unit in named]
 
     def halves(self, family: str, kind: str | None = None) -> dict[str, pd.DataFrame]:
-        """The scores of one family, of the units or of another `kind`: half to a table indexed by unit."""
+        """Half to the scores of one family, indexed by unit, for the units or another `kind`."""
         scores = self.scores if kind is None else self.others[kind]
         mine = scores[scores["family"] == family].drop(columns="family").set_index("unit")
         return {half: mine[mine["half"] == half].drop(columns="half") for half in ("discovery", "confirmation")}
 
     def counts(self) -> dict[str, int]:
-        """Named units of every family that was looked for."""
+        """Number of named units per family."""
         return {family: len(self.units(family)) for family in FAMILIES if family in set(self.scores["family"])}
 
 
 def random_lorsa(lorsa: Lorsa, model: LanguageModel, layer: int, tokens: Tensor, mask: Tensor, seed: int = 0) -> Lorsa:
-    """A Lorsa of the same shape with random weights, matched in scale to the layer: the null of every score."""
+    """The null: a Lorsa of the same shape with random weights, matched in scale to the layer."""
     x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
     null = Lorsa(lorsa.config).to(x.device)
     null.fold(initialize(null, model.site(layer), x, y, mask.to(x.device), "random", seed))
@@ -291,8 +282,6 @@ def random_lorsa(lorsa: Lorsa, model: LanguageModel, layer: int, tokens: Tensor,
 
 
 class _Half(NamedTuple):
-    """One kind of units on one half of the prompts."""
-
     responses: Responses
     scores: pd.DataFrame
 
@@ -310,19 +299,10 @@ def discover(
     seed: int = 0,
     progress: bool = True,
 ) -> Discovery:
-    """Score all units on all families and name those that clear every bar on both halves of the prompts.
+    """Score all units on the prompts of every family (`families.standard`) and name those that clear every bar.
 
-    Args:
-        model: the language model.
-        layer: where the units are.
-        units: of any kind.
-        sets: prompts of each family (`families.standard`).
-        null: a random-init Lorsa's heads; without it bars are the floors of `FAMILIES` alone.
-        others: other kinds of units by name, scored on the same prompts in the same pass, but not named.
-        skipped: families without prompts, passed on to the result.
-        batch_size: prompts in one model pass.
-        seed: of everything that is shuffled.
-        progress: show a bar.
+    Without the `null` (heads of `random_lorsa`), the bars are the floors of `FAMILIES`. `others`, kinds of units by
+    name, are scored in the same pass but not named.
 
     Raises:
         UserError: a family is unknown.
@@ -352,7 +332,7 @@ def discover(
 
 
 def _bars(family: str, null: pd.DataFrame | None) -> dict[str, Any]:
-    """One row of `Discovery.bars`, from the scores of random heads."""
+    """A row of `Discovery.bars`, from the scores of random heads."""
     entry = FAMILIES[family]
     bars = {"share_floor": entry.share, "share": entry.share, "precision": entry.precision}
     if null is None:
@@ -366,7 +346,7 @@ def _bars(family: str, null: pd.DataFrame | None) -> dict[str, Any]:
 
 
 def _clears(scores: pd.DataFrame, family: str, bars: Mapping[str, float]) -> np.ndarray:
-    """Units above every bar, [n_units] bool; precision is not asked for in families without controls."""
+    """Units above every bar, [n_units] bool; precision counts only in families with controls."""
     passed = (scores["support"].to_numpy() >= MIN_SUPPORT) & (scores["share"].to_numpy() >= bars["share"])
     if not scores["precision"].isna().all():
         passed &= scores["precision"].to_numpy() >= bars["precision"]
@@ -375,7 +355,7 @@ def _clears(scores: pd.DataFrame, family: str, bars: Mapping[str, float]) -> np.
 
 
 def _candidates(family: str, first: _Half, second: _Half, bars: Mapping[str, Any], seed: int) -> pd.DataFrame:
-    """Units that clear the bars on the first half, on all prompts or on one series, and how they do on the other."""
+    """Rows of `Discovery.names` for one family, without `named`."""
     columns = {"unit": int, "family": str, "series": str, "p": float, "confirmed": bool}
     tables = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})]
     masks = _series(first.responses.prompts), _series(second.responses.prompts)
@@ -395,7 +375,7 @@ def _candidates(family: str, first: _Half, second: _Half, bars: Mapping[str, Any
 
 
 def _series(prompts: PromptSet) -> dict[str, Tensor]:
-    """All queries and, in a family made of several series, those of each series with their controls."""
+    """Masks of all queries ("") and, in a family of several series, of each series with its controls."""
     masks = {"": torch.ones_like(prompts.positive)}
     kinds = np.array(prompts.kinds())
     series = sorted(set(kinds[prompts.positive.numpy()]))

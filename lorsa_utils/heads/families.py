@@ -1,7 +1,6 @@
 """Head families: for each known behaviour its test prompts, what its name means, and what a head must do to earn it.
 
-`FAMILIES` is the one list of them; prompt sets, bars, tables and head pages derive from it. A new family is a function
-that builds a `PromptSet` and an entry.
+To add one, write a function that builds a `PromptSet` and an entry of `FAMILIES`.
 
 Sources: induction and previous-token heads: Elhage et al. 2021, Olsson et al. 2022; name movers and duplicate tokens:
 Wang et al. 2022; copy suppression: McDougall et al. 2023; successors: Gould et al. 2023; attention sinks: Xiao et al.
@@ -23,47 +22,43 @@ from lorsa_utils.heads import prompts
 from lorsa_utils.heads.prompts import OPERATORS, Builder, Passage, PromptSet, Queries, Vocabulary, draw, require
 
 SCORES = ("share", "precision", "recall", "auc", "logit")
-"""What a unit gets for each family, see `discovery`."""
+"""Scores of a unit for each family, see `discovery`."""
 LOCAL_WINDOW = 8
-"""A local head looks at the query itself or at one of this many tokens before it."""
+"""A local head looks at the query itself or at up to this many tokens before it."""
 FAR = 32
-"""A thematic anchor looks back further than this many tokens."""
+"""A thematic anchor looks back more than this many tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A behaviour of heads: prompts that ask for it, and what its name asks of a head."""
+    """A behaviour of heads: its prompts, and what its name asks of a head."""
 
     label: str
-    """The name in words."""
     meaning: str
-    """What such a head does, as a clause that follows "... head:" on its page."""
+    """A clause that follows "... head:" on its page."""
     prompts: Callable[..., PromptSet]
-    """Builds the prompts from (vocabulary, n_pairs, seed) or, with `needs_text`, (vocabulary, passages, n_pairs, seed).
+    """From (vocabulary, n_pairs, seed) or, with `needs_text`, (vocabulary, passages, n_pairs, seed).
 
     Raises a `UserError` that says what the tokenizer or the passages lack."""
     stream: int
-    """Number of its random draws, different for each family. Prompt sets are made in this order."""
+    """Random stream, unique to the family; prompts are made in this order."""
     needs_text: bool = False
-    """Whether its prompts are made of passages of real text."""
     n_pairs: int = 96
     """Pairs of prompts (of each series, for successors) at scale 1."""
     least_pairs: int = 16
-    """And at any scale."""
+    """At any scale."""
     share: float = 0.5
-    """Least share of the z pattern on the predicted sources."""
+    """Floor of this score, as `precision` (see `discovery`)."""
     precision: float = 0.75
-    """Least precision (three times as active on labelled positions as on controls), in families with controls."""
+    """0.75: three times as active on labelled positions as on controls."""
     logit_sign: int = 0
-    """1: must raise the predicted token, -1: must lower it, 0: what it writes does not matter."""
+    """1: must raise the predicted token, -1: must lower it, 0: either."""
     raised: bool = True
-    """Whether the null raises the bar.
-
-    Not for names that only describe where a head looks: a random head that rests on the first token is a sink too (how
-    many of them do is in `Discovery.bars`)."""
+    """Whether the null raises the bar; not where the name only says where a head looks, because a random head that
+    looks at the first token is a sink too."""
 
     def make(self, vocabulary: Vocabulary, passages: Sequence[Passage], scale: float = 1.0, seed: int = 0) -> PromptSet:
-        """Its prompts, `scale` times `n_pairs` pairs of them."""
+        """`scale` times `n_pairs` pairs of prompts."""
         text = (passages,) if self.needs_text else ()
         n_pairs = max(self.least_pairs, round(scale * self.n_pairs))
         return self.prompts(vocabulary, *text, n_pairs, 1000 * seed + self.stream)
@@ -75,7 +70,7 @@ class Family:
 def induction(vocabulary: Vocabulary, n_pairs: int, seed: int = 0, length: int = 16) -> PromptSet:
     """Random tokens twice, `r1 .. rn r1 .. rn`: a query r_k attends to the first r_(k+1), which it predicts.
 
-    Controls are the first half, and the same tokens at the same places after another first half `s1 .. sn`.
+    Controls are the first half, and the second half after another first half `s1 .. sn`.
     """
     return _repeated("induction", 1, vocabulary, n_pairs, seed, length)
 
@@ -105,12 +100,12 @@ def _repeated(family: str, offset: int, vocabulary: Vocabulary, n_pairs: int, se
 def previous_token(
     vocabulary: Vocabulary, passages: Sequence[Passage], n_pairs: int, seed: int = 0, per_passage: int = 8
 ) -> PromptSet:
-    """Real text; every query attends to the token before it; `per_passage` queries in each passage."""
+    """Real text; every query attends to the token before it."""
     return _positional("previous_token", lambda i: range(i - 1, i), vocabulary, passages[:n_pairs], seed, per_passage)
 
 
 def attention_sink(vocabulary: Vocabulary, passages: Sequence[Passage], n_pairs: int, seed: int = 0) -> PromptSet:
-    """Real text; every query attends to the first token of the sequence (BOS, where there is one)."""
+    """Real text; every query attends to the first token (BOS, where there is one)."""
     return _positional("attention_sink", lambda i: range(1), vocabulary, passages[:n_pairs], seed)
 
 
@@ -127,7 +122,7 @@ def _positional(
     seed: int,
     per_passage: int = 8,
 ) -> PromptSet:
-    """Queries anywhere in real text; what they attend to depends on positions alone, so there are no controls."""
+    """Sources depend on positions alone, so there are no controls."""
     rng = np.random.default_rng(seed)
     builder = Builder(family, predicts=False)
     for pair, passage in enumerate(passages):
@@ -144,14 +139,14 @@ def _positional(
 def thematic_anchor(
     vocabulary: Vocabulary, passages: Sequence[Passage], n_pairs: int, seed: int = 0, tail: int = 24
 ) -> PromptSet:
-    """The end of a passage after its own beginning, against the same end after the beginning of another document.
+    """The end of a passage after its own beginning; controls have the beginning of another document.
 
-    Labelled queries lie in the last `tail` tokens, on tokens that occur nowhere before (so that neither induction nor
-    duplicate-token heads have anything to find), and attend further back than `FAR` tokens. Controls: the same tokens
-    at the same places.
+    Queries are new tokens among the last `tail` (so that induction and duplicate-token heads find nothing) and attend
+    more than `FAR` tokens back.
 
     Raises:
-        UserError: the passages come from one document alone, or are shorter than `FAR` + `tail` tokens.
+        UserError: there are fewer than two documents, a passage has fewer than `FAR` + `tail` tokens, or fewer than two
+            passages have enough new words at the end.
     """
     who = "Family thematic_anchor"
     if len({passage.document for passage in passages}) < 2:
@@ -179,10 +174,10 @@ def thematic_anchor(
 def topic_words(
     passages: Sequence[Passage], vocabulary: Vocabulary, least: int = 2, rare: float = 0.2
 ) -> list[set[int]]:
-    """Topic words of every passage, as token ids: plain words that come back in it and are rare elsewhere.
+    """Topic words of every passage, as token ids.
 
-    They have four letters or more and occur at least `least` times in the passage, and in at most a `rare` share of all
-    documents.
+    Words of four or more letters that occur at least `least` times in the passage and in at most a `rare` share of
+    documents (or in one).
     """
     documents: dict[str, set[int]] = {}
     for passage in passages:
@@ -204,12 +199,11 @@ def topic_prompts(
 ) -> PromptSet:
     """Queries before topic words that come back, and as many controls before other words (paper item P10).
 
-    The word occurred more than `FAR` tokens ago. Sources are the far earlier occurrences of all topic words of the
-    passage. On these prompts the share of a head's z pattern is its topic consistency, and removing heads shows whether
-    the model needs them for topic words.
+    Sources are the occurrences of all topic words more than `FAR` tokens back, one of them the predicted word itself.
+    The `share` of a head on these prompts is its topic consistency.
 
     Passages should have 192 tokens or more; each is a pair of its own with at most `per_passage` labelled queries in
-    its second half. `scrambled` puts the first half in random order: its words stay, its text is lost.
+    its second half. `scrambled` puts the first half in random order.
 
     Raises:
         UserError: no passage has a topic word that comes back.
@@ -244,13 +238,13 @@ def topic_prompts(
 def name_mover(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
     """Indirect objects: `Then, Mary and John went .., and John gave .. to` attends to ` Mary` and says it.
 
-    Both orders of the names. The control is the same sentence with other words in the places of the names.
+    The control has other words in the places of the names.
     """
     return _indirect_objects("name_mover", vocabulary, n_pairs, seed)
 
 
 def copy_suppression(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
-    """The prompts of `name_mover`, where the model is about to repeat a name: the head makes it less likely."""
+    """The prompts of `name_mover`; the head lowers the name that the model is about to repeat."""
     return _indirect_objects("copy_suppression", vocabulary, n_pairs, seed)
 
 
@@ -271,16 +265,15 @@ def _indirect_objects(family: str, vocabulary: Vocabulary, n_pairs: int, seed: i
 
 
 def successor(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
-    """Three members of a series, `Monday, Tuesday, Wednesday,`: the last comma predicts the next one.
+    """`Monday, Tuesday, Wednesday,`: the last comma attends to the member before it and predicts the next.
 
-    It attends to the last member. Controls are lists of unrelated words. `n_pairs` pairs for each series that the
-    tokenizer has as single tokens (the longest stretch that it has).
+    Controls are lists of unrelated words. `n_pairs` pairs of each series that the tokenizer has as single tokens.
     """
     rng, builder, pair = np.random.default_rng(seed), Builder("successor"), 0
     comma = vocabulary.encode(",")[0]
     for name, (stretch, prefix) in prompts.stretches(vocabulary).items():
         members = {token for series in prompts.SERIES.values() for token in vocabulary.singles(series, prefix).values()}
-        # Where lists go without spaces, small letters take the place of words.
+        # Where lists go without spaces, small letters replace words.
         pool = vocabulary.words if prefix else vocabulary.singles(string.ascii_lowercase, "").values()
         unrelated = [token for token in pool if token not in members]
         if len(unrelated) < 8:
@@ -300,8 +293,8 @@ def successor(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
 def subtoken_induction(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet:
     """Context `[ Marion] ... [Mar]`: the query attends to the whole word and predicts its second part `[ion]`.
 
-    Two controls per pair: another word in the place of the whole one (random), and the parts `[Mar][ion]` in its place,
-    which ordinary induction would use (token induction).
+    Two controls per pair, in place of the whole word: another word (`random`), and the parts `[Mar][ion]`, which
+    ordinary induction would use (`token`).
     """
     split = prompts.split_words(vocabulary, "Family subtoken_induction")
     rng, builder = np.random.default_rng(seed), Builder("subtoken_induction")
@@ -339,7 +332,7 @@ def arithmetic(vocabulary: Vocabulary, n_pairs: int, seed: int = 0) -> PromptSet
 
 # ---- all of them
 
-# From the most to the least specific: a unit that earns several names is shown under the first, all are listed.
+# From the most to the least specific: a unit with several names is shown under the first.
 FAMILIES: dict[str, Family] = {
     "subtoken_induction": Family(
         label="subtoken induction",
@@ -421,19 +414,14 @@ FAMILIES: dict[str, Family] = {
 
 
 class Prompts(NamedTuple):
-    """What `standard` could make."""
+    """Prompts by family, and why others have none."""
 
     sets: dict[str, PromptSet]
-    """Family to prompts."""
     skipped: dict[str, str]
-    """Family to the sentence that says why there are none."""
 
 
 def standard(vocabulary: Vocabulary, passages: Sequence[Passage], seed: int = 0, scale: float = 1.0) -> Prompts:
-    """The prompts of every family that the tokenizer and the text allow; without passages, those that need none.
-
-    At scale 1 they are about 75,000 tokens in all.
-    """
+    """The prompts of every family that the tokenizer and the passages allow, about 75,000 tokens at scale 1."""
     sets, skipped = {}, {}
     for name, family in sorted(FAMILIES.items(), key=lambda item: item[1].stream):
         try:

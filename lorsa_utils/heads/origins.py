@@ -1,18 +1,14 @@
 """How Lorsa heads relate to the MHSA heads of the same layer (paper items P12, P13 and P15).
 
-P12. At the tokens where a Lorsa head is active, how much of what it writes comes from each MHSA head? With write
-direction w_o (norm 1), activation z_t and the output o_tm of MHSA head m minus its mean over text,
+P12. How much of what a Lorsa head writes comes from each MHSA head? With write direction w_o (norm 1), activation z_t
+and the output o_tm of MHSA head m minus its mean over text (which Lorsa holds in its bias),
 
     c_m = sum_t z_t o_tm . w_o        share_m = max(c_m, 0) / sum_m' max(c_m', 0)
 
-Outputs are taken minus their means because Lorsa holds the layer's mean output in its bias. MHSA heads that write
-against the Lorsa head (c_m < 0) get the share 0; `against` says how large they are: sum of negative parts / sum of
-absolute parts. The number of MHSA heads that a Lorsa head needs for a share t is the smallest number whose largest
-shares sum to at least t.
+MHSA heads that write against the Lorsa head (c_m < 0) get the share 0.
 
-P13. How alike are two attention patterns? overlap(A, B) = mean over queries of sum_j min(A_ij, B_ij): 1 for equal
-patterns, 0 for patterns that share no source. Most patterns rest on the first token, so the overlap is also given
-without it (the other columns renormalised). The baseline is the same number against MHSA heads of another layer.
+P13. How alike are two patterns? overlap(A, B) = mean over queries of sum_j min(A_ij, B_ij), from 0 (no common source)
+to 1 (equal). Most patterns rest on the first token, so it can be left out. The baseline is another layer's MHSA heads.
 """
 
 from __future__ import annotations
@@ -36,16 +32,16 @@ from lorsa_utils.text import Sequences
 
 
 class Shares(NamedTuple):
-    """Where Lorsa heads come from. Made by `mhsa_shares`."""
+    """Where Lorsa heads come from (c_m as in the module docstring), each [n_lorsa_heads]."""
 
     shares: Tensor
-    """[n_lorsa_heads, n_mhsa_heads], rows sum to 1; NaN for a head that no MHSA head writes along."""
+    """[n_lorsa_heads, n_mhsa_heads], rows sum to 1 or are NaN (no MHSA head writes along)."""
     against: Tensor
-    """[n_lorsa_heads], size of the negative parts over that of all parts."""
+    """Sum of max(-c_m, 0) / sum of abs(c_m)."""
     captured: Tensor
-    """[n_lorsa_heads], sum of all parts over the sum of z^2: 1 when MHSA heads together write what it does."""
+    """Sum of c_m / sum of z_t^2: 1 when MHSA heads together write what it does."""
     n_active: Tensor
-    """[n_lorsa_heads], tokens where it is active."""
+    """Tokens where it is active."""
 
 
 @torch.no_grad()
@@ -61,9 +57,8 @@ def mhsa_shares(
 ) -> Shares:
     """Split the output of every Lorsa head over the MHSA heads, on counted tokens.
 
-    `mean_values` are the means of every MHSA head's z (`units.mean_head_values`), [n_heads, d_head]. `exchanged` is a
-    seed to deal the write directions out anew among the heads: the null, in which a direction has nothing to do with
-    the tokens it is looked at on.
+    `mean_values` [n_heads, d_head] are those of `units.mean_head_values`. `exchanged` is the seed of the null: it
+    permutes write directions among the Lorsa heads.
     """
     heads = MHSAHeads(model.site(layer), mean_values)
     directions, norms = normalize(lorsa.W_O.detach(), dim=1), lorsa.W_O.norm(dim=1)
@@ -79,7 +74,7 @@ def mhsa_shares(
         indices, values = lorsa.encode(x)
         outputs = heads.outputs(x)
         for place, mask in enumerate(masks):
-            # One sequence at a time: the chosen write directions of its tokens are [n_tokens, k, d_model].
+            # One sequence at a time, because its write directions are [n_tokens, k, d_model].
             chosen, z = indices[place, mask], values[place, mask] * norms[indices[place, mask]]
             along = torch.einsum("tmd,tkd->tkm", outputs[place, mask], directions[chosen]) * z[..., None]
             parts.index_add_(0, chosen.flatten().cpu(), along.flatten(0, 1).double().cpu())
@@ -91,7 +86,7 @@ def mhsa_shares(
 
 
 def heads_needed(shares: Tensor, threshold: float) -> Tensor:
-    """Smallest number of MHSA heads whose shares sum to `threshold`, for shares [n, n_mhsa_heads] without NaN: [n]."""
+    """Smallest number of MHSA heads whose shares [n, n_mhsa_heads] (no NaN) sum to `threshold`, [n]."""
     if not 0 < threshold <= 1:
         raise UserError(f"The threshold is a share between 0 and 1, not {threshold}.")
     reached = shares.sort(dim=1, descending=True).values.cumsum(dim=1)
@@ -102,7 +97,7 @@ def heads_needed(shares: Tensor, threshold: float) -> Tensor:
 
 
 def on_labelled(prompts: PromptSet) -> Sequences:
-    """Prompts as sequences in which the labelled positions count, and the token after each, whose loss is measured."""
+    """Prompts as sequences in which labelled positions and the token after each (for its loss) count."""
     mask = torch.zeros(prompts.tokens.shape, dtype=torch.bool)
     rows, positions = prompts.row[prompts.positive], prompts.position[prompts.positive]
     mask[rows, positions] = True
@@ -123,16 +118,13 @@ def unit_effects(
     sequences: Sequences,
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """Is a Lorsa head what some MHSA heads compute together? The loss without their parts along its w_o.
+    """Is a Lorsa head what some MHSA heads compute together? Remove, where it is active, their parts along its w_o.
 
-    Where the head is active, removed are, in turn: the part of each of `mhsa_heads` (those with the largest shares)
-    alone, the parts of all of them, of all MHSA heads of the layer, and the Lorsa head. The head has to be active in
-    the text, its top contexts for instance; `mean_values` as in `mhsa_shares`.
+    One row per removal: each of `mhsa_heads` (those with the largest shares) alone, all of them, all MHSA heads of the
+    layer, and the Lorsa head. `mean_values` as in `mhsa_shares`.
 
-    Returns:
-        columns `removed`, `written` (mean size of what was removed along w_o, over active tokens), `effect` (mean
-        change of the next token's loss there, in nats), `error` (its standard error over sequences) and `n` (active
-        tokens).
+    Columns: `removed`, `written` (mean removed along w_o, over active tokens), `effect` (mean change of the next
+    token's loss there, in nats), `error` (its standard error over sequences) and `n` (active tokens).
 
     Raises:
         UserError: the head is not active in this text.
@@ -174,7 +166,7 @@ def unit_effects(
 
 
 def _effect(removed: str, change: Tensor, written: Tensor, sequence: Tensor) -> dict[str, Any]:
-    """A row of `unit_effects`, from what happened at each active token [n] and its sequence [n]."""
+    """A row of `unit_effects`, from values at each active token [n]."""
     means = by_pair(change[:, None], sequence)[:, 0]
     error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
     sizes = {"written": float(written.mean()), "effect": float(change.mean()), "error": error}
@@ -187,7 +179,7 @@ def _effect(removed: str, change: Tensor, written: Tensor, sequence: Tensor) -> 
 def overlap(patterns: Tensor, others: Tensor, counted: Tensor, without_first: bool = False) -> Tensor:
     """Overlap of every pattern [n, length, length] with every one of `others`, mean over counted queries, [n, m].
 
-    Rows are queries and sum to 1; `without_first` leaves the first token out of each and renormalises.
+    `without_first` leaves the first token out and renormalises.
     """
     patterns, others = patterns[:, counted], others[:, counted]
     if without_first:
@@ -208,7 +200,7 @@ def pattern_overlaps(
 ) -> Tensor:
     """Mean overlap of each QK group (or MHSA head) at `layer` with each MHSA head of layer `against`, [n, n_heads].
 
-    The cost is one model pass and n * n_heads patterns per sequence: some dozens of sequences are enough.
+    Some dozens of sequences are enough.
     """
     site = model.site(against)
     total, weight = torch.zeros(()), 0
@@ -221,7 +213,7 @@ def pattern_overlaps(
 
 
 def _patterns(patterns_of: Lorsa | AttentionSite, x: Tensor) -> Tensor:
-    """Patterns of all QK groups or MHSA heads for one sequence x [1, length, d_model]: [n, length, length]."""
+    """For one sequence x [1, length, d_model]: [n, length, length]."""
     if isinstance(patterns_of, Lorsa):
         q, k = patterns_of.queries_keys(x)
         return ops.attention_pattern(q[0], k[0], patterns_of.attn_scale)
@@ -232,7 +224,7 @@ def _patterns(patterns_of: Lorsa | AttentionSite, x: Tensor) -> Tensor:
 def attention_on_sources(
     model: LanguageModel, layer: int, patterns_of: Lorsa | AttentionSite, prompts: PromptSet
 ) -> Tensor:
-    """Attention of each QK group (or MHSA head) to the predicted sources, mean over labelled positions, [n]."""
+    """Mean attention of each QK group (or MHSA head) from labelled positions to the predicted sources, [n]."""
     per_query = []
     for number in prompts.row[prompts.positive].unique().tolist():
         x = model.capture(prompts.tokens[[number]].to(model.device), [layer])[layer][0].float()
@@ -246,9 +238,7 @@ def attention_on_sources(
 def qk_singular_values(circuits: Lorsa | AttentionSite) -> Tensor:
     """Singular values of W_Q W_K^T of every QK circuit, largest first, [n_circuits, d_qk] (paper item P15).
 
-    The product is the bilinear form that scores a token against itself; between tokens at a distance RoPE turns one
-    side of it, which leaves the singular values of W_Q and of W_K as they are but not those of the product. Gains of a
-    QK norm are multiplied in.
+    Without RoPE, which changes the product between tokens at a distance. Gains of a QK norm are multiplied in.
     """
     W_Q, W_K = circuits.W_Q, circuits.W_K
     if isinstance(circuits, AttentionSite):
@@ -257,14 +247,14 @@ def qk_singular_values(circuits: Lorsa | AttentionSite) -> Tensor:
         W_K = circuits.expand_kv(W_K)
     elif circuits.config.qk_norm:
         W_Q, W_K = W_Q * circuits.q_norm[:, None], W_K * circuits.k_norm[:, None]
-    # Two small triangles have the singular values of the [d_model, d_model] product.
+    # The product of two small triangles has the singular values of the [d_model, d_model] one.
     triangles = [torch.linalg.qr(side.double(), mode="r").R for side in (W_Q, W_K)]
     values: Tensor = torch.linalg.svdvals(triangles[0] @ triangles[1].transpose(1, 2))
     return values
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
-    """exp(entropy) of the shares of squared singular values [..., n]: n when all are equal, 1 when there is one."""
+    """exp(entropy) of the shares of squared singular values [..., n], between 1 and n."""
     shares = singular_values.double().square()
     shares = shares / shares.sum(dim=-1, keepdim=True)
     return torch.special.entr(shares).sum(dim=-1).exp()

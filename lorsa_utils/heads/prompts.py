@@ -1,12 +1,11 @@
 """Prompts with labelled positions, and what they are built of: words, names, series, passages of real text.
 
-A query is a token position at which a behaviour should show (a labelled position) or, matched to it, should not (a
-control). Labelled queries name the source positions that a head with this behaviour attends to, and the token after a
-query is the one that the behaviour predicts. Prompts come in pairs that hold both labelled positions and controls:
-swapping the two labels within a pair is what the shuffled-label null does.
+A query is a token position where a behaviour should show (labelled) or should not (a control). A labelled query has
+sources, the positions that a head with this behaviour attends to, and the behaviour predicts the token after it.
+Prompts come in pairs with both; the shuffled-label null swaps the labels within a pair.
 
-`families` builds the prompts of head families from these parts, `tasks` those of circuits. Where a tokenizer lacks what
-they need (names that are single tokens, say), they raise a `UserError` of one sentence.
+`families` builds prompts of head families from these parts, `tasks` those of circuits. They raise a `UserError` where
+the tokenizer lacks what they need.
 """
 
 from __future__ import annotations
@@ -31,40 +30,39 @@ class PromptSet:
     """Prompts of one family with labelled positions."""
 
     family: str
-    """Key of the family, such as `induction`."""
     tokens: Tensor = field(repr=False)
-    """[n, length] int64, padded on the right (with the last token of the row; nothing is ever read there)."""
+    """[n, length] int64, padded on the right with the last token of the row."""
     row: Tensor = field(repr=False)
     """[n_queries], prompt of each query."""
     position: Tensor = field(repr=False)
-    """[n_queries], its position in the prompt."""
+    """[n_queries]."""
     positive: Tensor = field(repr=False)
-    """[n_queries] bool, True on labelled positions, False on controls."""
+    """[n_queries] bool, False on controls."""
     sources: Tensor = field(repr=False)
-    """[n_queries, length] bool, the positions that the family predicts as sources; all False at controls."""
+    """[n_queries, length] bool, the predicted sources; all False at controls."""
     pair: Tensor = field(repr=False)
-    """[n_queries], number of the pair of each query; pairs are independent draws."""
+    """[n_queries], number of its pair; pairs are independent draws."""
     kind: tuple[str, ...] = field(repr=False)
-    """[n], what each prompt is: the series of a successor prompt, the kind of control."""
+    """[n], such as the series or the kind of control."""
     predicts: bool = True
-    """Whether the token after a labelled query is what the family predicts (for its direct logit effect and loss)."""
+    """Whether the family predicts the token after a labelled query."""
 
     @property
     def has_controls(self) -> bool:
-        """Whether activations on labelled positions can be compared with controls."""
+        """Whether any query is a control."""
         return not bool(self.positive.all())
 
     @property
     def predicted(self) -> Tensor:
-        """[n_queries], the token after each query (the query itself where nothing follows)."""
+        """[n_queries], the token after each query (its own where nothing follows)."""
         return self.tokens[self.row, (self.position + 1).clamp(max=self.tokens.shape[1] - 1)]
 
     def kinds(self) -> list[str]:
-        """Kind of each query's prompt, [n_queries]."""
+        """`kind` of each query's prompt, [n_queries]."""
         return [self.kind[index] for index in self.row.tolist()]
 
     def keep_pairs(self, keep: Callable[[Tensor], Tensor]) -> PromptSet:
-        """The prompts of some pairs: `keep` maps pair numbers to True or False."""
+        """The pairs for which `keep`, given pair numbers, is True."""
         queries = keep(self.pair)
         rows, row = torch.unique(self.row[queries], return_inverse=True)
         kind = tuple(self.kind[index] for index in rows.tolist())
@@ -72,12 +70,12 @@ class PromptSet:
         return replace(self, tokens=self.tokens[rows], row=row, kind=kind, **columns)
 
     def halves(self) -> tuple[PromptSet, PromptSet]:
-        """The discovery half (even pair numbers) and the confirmation half (odd ones)."""
+        """Discovery half (even pair numbers) and confirmation half (odd ones)."""
         return self.keep_pairs(lambda pair: pair % 2 == 0), self.keep_pairs(lambda pair: pair % 2 == 1)
 
 
 Queries = dict[int, Sequence[int]]
-"""Positions of a prompt's queries, to the sources that a labelled one attends to; controls have none."""
+"""Positions of a prompt's queries to their sources; controls have none."""
 
 
 class Builder:
@@ -107,7 +105,7 @@ class Builder:
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int | None = None) -> Tensor:
-    """Rows of token ids as one tensor, padded on the right with `fill` or else with the last token of each."""
+    """One tensor of rows padded on the right with `fill`, or else with the last token of each."""
     length = max(len(row) for row in rows)
     return torch.tensor([[*row, *[row[-1] if fill is None else fill] * (length - len(row))] for row in rows])
 
@@ -116,10 +114,7 @@ def pad(rows: Sequence[Sequence[int]], fill: int | None = None) -> Tensor:
 
 
 class Vocabulary:
-    """What prompts ask of a tokenizer.
-
-    `bos_id` is the token in front of every prompt, None for none; the one that the module was trained with.
-    """
+    """What prompts need of a tokenizer. `bos_id`, in front of every prompt, is the one from the module's training."""
 
     def __init__(self, tokenizer: Any, bos_id: int | None) -> None:
         self.tokenizer, self.bos_id = tokenizer, bos_id
@@ -131,7 +126,7 @@ class Vocabulary:
 
     @cached_property
     def texts(self) -> dict[int, str]:
-        """Text of every token that is ordinary: not special, and whole characters."""
+        """Text of every token that is not special and has whole characters."""
         special = set(self.tokenizer.all_special_ids)
         ids = sorted(index for index in self.tokenizer.get_vocab().values() if index not in special)
         decoded = self.tokenizer.batch_decode([[index] for index in ids], clean_up_tokenization_spaces=False)
@@ -139,7 +134,7 @@ class Vocabulary:
 
     @cached_property
     def words(self) -> list[int]:
-        """Tokens that are a space and a word of at least three plain letters."""
+        """Tokens that are a space and at least three plain letters."""
         return [index for index, text in self.texts.items() if re.fullmatch(" [A-Za-z]{3,}", text)]
 
     def encode(self, text: str) -> list[int]:
@@ -158,18 +153,18 @@ class Vocabulary:
 
 
 def require(n: int, items: Collection[Any], what: str, who: str) -> None:
-    """Refuse a tokenizer in which `who` (a family or task) has fewer than `n` of what it needs."""
+    """Raise a `UserError` where `who` (a family or task) has fewer than `n` items."""
     if len(items) < n:
         raise UserError(f"{who} needs {n} {what}, this tokenizer has {len(items)}.")
 
 
 def draw(rng: np.random.Generator, pool: Sequence[int], n: int) -> list[int]:
-    """`n` different entries of a pool."""
+    """`n` entries of a pool, without replacement."""
     return [int(index) for index in rng.choice(np.asarray(pool), n, replace=False)]
 
 
 def random_pool(vocabulary: Vocabulary, n: int, who: str) -> list[int]:
-    """Every ordinary token, at least `n`."""
+    """All of `Vocabulary.texts`, at least `n`."""
     require(n, vocabulary.texts, "different tokens", who)
     return list(vocabulary.texts)
 
@@ -192,7 +187,7 @@ def passages(
     per_document: int = 8,
     seed: int = 0,
 ) -> list[Passage]:
-    """Up to `n` passages of `length` tokens (without BOS) from documents (id, text), from as many of them as possible.
+    """Up to `n` passages of `length` tokens (no BOS) from as many documents (id, text) as possible.
 
     Raises:
         UserError: no document is long enough.
@@ -224,7 +219,7 @@ NAMES = listed(
     """Mary John Tom James Anna Paul Mark Sarah David Peter Alice Emma Jack Kate Laura Henry Lucy George Jane Robert
     Susan Michael Adam Ben Emily Simon Martin Rachel Alex Daniel Maria Thomas William Charles Richard Joseph"""
 )
-# {A} and {B} are the two names in either order, {S} is the one named again; the query is the last token.
+# {A} and {B} are two names, {S} the one that is repeated; the query is the last token.
 TEMPLATES = (
     "Then,{A} and{B} went to the store, and{S} gave a bottle of milk to",
     "When{A} and{B} drove to the station,{S} handed the tickets to",
@@ -243,7 +238,7 @@ def names(vocabulary: Vocabulary, who: str) -> list[int]:
 
 
 def fill(template: str, vocabulary: Vocabulary, slots: Mapping[str, int]) -> tuple[list[int], dict[str, int]]:
-    """Token ids of a template whose slots (such as `A` for `{A}`) are single tokens, and the position of every slot."""
+    """Token ids of a template with its slots (`A` for `{A}`) filled, and the position of every slot."""
     ids, places = list(vocabulary.start), {}
     for part in re.split(r"(\{\w\})", template):
         if part.startswith("{"):
@@ -269,14 +264,14 @@ OPENINGS = ("", "Here is the list:", "In this order:", "We count:", "They come o
 
 
 class Stretch(NamedTuple):
-    """Consecutive members of a series that are single tokens after a prefix: a space, or nothing."""
+    """Consecutive members of a series that are single tokens after a space or an empty prefix."""
 
     tokens: list[int]
     prefix: str
 
 
 def stretches(vocabulary: Vocabulary) -> dict[str, Stretch]:
-    """The longest stretch of every series that has one of five members or more."""
+    """The longest stretch of every series, where it has at least five members."""
     # Tokenizers that cut digits one by one have no " 7"; there the list goes without spaces.
     by_prefix = {
         name: [Stretch(_longest_run(vocabulary, members, prefix), prefix) for prefix in (" ", "")]
@@ -308,9 +303,9 @@ class SplitWord(NamedTuple):
 
 
 def split_words(vocabulary: Vocabulary, who: str) -> list[SplitWord]:
-    """Words such as ` Marion`, one token, whose bare form `Marion` the tokenizer cuts into two, `Mar` and `ion`.
+    """Words such as ` Marion` (one token) that are two tokens without the space (`Mar`, `ion`).
 
-    Capitalised words alone where there are 100 of them: among the others many are fragments of longer words.
+    Only capitalised ones where there are 100 of them, because many others are fragments of longer words.
     """
     words = vocabulary.words
     bare = [vocabulary.texts[index][1:] for index in words]

@@ -1,4 +1,4 @@
-"""What each unit does on running text, in one pass, and the table of all heads of a layer (`lorsa heads`)."""
+"""What each unit does on running text, and the table of all heads of a layer (`lorsa heads`)."""
 
 from __future__ import annotations
 
@@ -28,23 +28,21 @@ from lorsa_utils.text import Sequences
 
 @dataclass(frozen=True)
 class Survey:
-    """What each unit does on running text. Made by `survey`."""
+    """What each unit does on running text."""
 
     facts: pd.DataFrame
-    """One row per unit: `frequency` (share of counted tokens where it is active), `mean_activation` and
-    `max_activation` (where active), and, over its mass where active, `distance` (mean tokens back), `first_share`,
-    `previous_share`, `self_share`. For a dead unit `frequency` and `max_activation` are 0 and the rest NaN."""
+    """One row per unit: `frequency` (share of counted tokens where it is active), `mean_activation` (where active),
+    `max_activation` and, over its mass, `distance` (mean tokens back), `first_share`, `previous_share`, `self_share`.
+    For a dead unit `frequency` and `max_activation` are 0 and the rest NaN."""
     places: Tensor = field(repr=False)
-    """[n_units, n_contexts, 2], sequence and position of its largest activations, each from another sequence; -1 where
-    there are none."""
+    """[n_units, n_contexts, 2], sequence and position of its largest activations, one per sequence; -1 for none."""
     peaks: Tensor = field(repr=False)
-    """[n_units, n_contexts], those activations."""
+    """[n_units, n_contexts], activations at `places`."""
     sampled: Tensor = field(repr=False)
-    """[n_units, n_samples, 2], the same for tokens drawn at random from those where it is active."""
+    """[n_units, n_samples, 2], as `places` for randomly drawn active tokens."""
     samples: Tensor = field(repr=False)
-    """[n_units, n_samples], activations there."""
+    """[n_units, n_samples], activations at `sampled`."""
     n_tokens: int
-    """Counted tokens."""
 
 
 @torch.no_grad()
@@ -59,9 +57,7 @@ def survey(
     n_samples: int = 32,
     seed: int = 0,
 ) -> Survey:
-    """One pass over text; memory does not grow with it.
-
-    For each unit the places of the `n_contexts` largest activations are kept, and `n_samples` active tokens are drawn.
+    """One pass over text; memory does not grow with its length.
 
     Raises:
         UserError: the text holds no counted token.
@@ -85,7 +81,7 @@ def survey(
                 sums += torch.stack([side.sum(dim=0).double() for side in sides]).cpu()
                 activation = rows.activation.cpu().float()
                 top.add(activation, activation, positions.cpu(), number)
-                # The largest of random keys: a draw in which every active token counts alike, however long the text.
+                # The largest of random keys are a uniform draw of active tokens, however long the text.
                 keys = torch.rand(activation.shape, generator=generator) * (activation > 0)
                 drawn.add(keys, activation, positions.cpu(), number)
             number += 1
@@ -100,7 +96,7 @@ def survey(
 
 
 def _text_maps(length: int) -> dict[str, Tensor]:
-    """Weights of source tokens, each [length, length], rows are queries."""
+    """Weights of source tokens, each [queries, sources]."""
     places = torch.arange(length)
     back = (places[:, None] - places).clamp_min(0)
     return {
@@ -112,14 +108,14 @@ def _text_maps(length: int) -> dict[str, Tensor]:
 
 
 class _Largest:
-    """For each unit the places with the largest keys, at most one in a sequence, sorted."""
+    """For each unit the places with the largest keys, at most one per sequence, sorted."""
 
     def __init__(self, n_units: int, n: int) -> None:
         self.keys, self.values = torch.zeros(2, n_units, n)
         self.places = torch.full((n_units, n, 2), -1)
 
     def add(self, keys: Tensor, values: Tensor, positions: Tensor, number: int) -> None:
-        """One sequence: keys (0 where there is nothing) and values [n_queries, n_units] at positions [n_queries]."""
+        """One sequence: keys (0 for none) and values [n_queries, n_units] at positions [n_queries]."""
         highest, where = keys.max(dim=0)
         new = torch.stack([torch.full_like(where, number), positions[where]], dim=1)
         new = new.masked_fill((highest <= 0)[:, None], -1)
@@ -132,15 +128,15 @@ class _Largest:
 
 
 REMOVAL_PAIRS = 24
-"""Pairs of prompts on which the removal of a head is measured in the table."""
+"""Pairs of prompts on which `describe` measures the removal of a head."""
 
 
 class Description(NamedTuple):
-    """All that `describe` finds out about the heads of one Lorsa."""
+    """What `describe` finds out about the heads of one Lorsa."""
 
     table: pd.DataFrame
-    """Of `table`, with `effect` and `effect_error`: what removing this head alone does to the loss at labelled queries
-    of its family, in nats, for the heads that were removed (NaN for the others)."""
+    """That of `table`, with `effect` and `effect_error`: change of loss in nats at labelled queries of its family when
+    this head alone is removed (NaN for heads that were not)."""
     discovery: Discovery
     survey: Survey
     prompts: Prompts
@@ -160,12 +156,11 @@ def describe(
     batch_size: int = 8,
     progress: bool = True,
 ) -> Description:
-    """The whole way from a trained Lorsa to the table of its heads.
+    """From a trained Lorsa to the table of its heads.
 
-    The sequences are running text, read once; `documents` (id, text) are for the families that need passages of real
-    text. `removed` heads of each family that predicts a token, in the order of `Discovery.units`, are removed one by
-    one: each costs one pass of the model over `REMOVAL_PAIRS` pairs of prompts. `others` and `scale` as in
-    `discovery.discover` and `families.standard`.
+    `sequences` are running text; `documents` (id, text) supply the families that need passages. The first `removed`
+    heads (by `Discovery.units`) of each family that predicts a token are removed one at a time, each for one pass over
+    `REMOVAL_PAIRS` pairs. `others` as in `discovery.discover`, `scale` as in `families.standard`.
 
     Raises:
         UserError: the text is empty, or no head is ever active on it.
@@ -179,7 +174,7 @@ def describe(
         )
     bos_id = int(sequences.tokens[0, 0]) if sequences.bos_policy == "prepend" else None
     vocabulary, texts = Vocabulary(model.tokenizer, bos_id), list[Passage]()
-    with contextlib.suppress(UserError):  # without passages, families that need them are skipped, with a sentence
+    with contextlib.suppress(UserError):  # without passages, families that need them are skipped
         texts = passages(documents, vocabulary, 96, seed=seed)
     made = families.standard(vocabulary, texts, seed, scale)
     few = slice(0, 16)
@@ -198,7 +193,7 @@ def describe(
 
 
 def _thinned(prompts: PromptSet, n: int) -> PromptSet:
-    """About `n` pairs, evenly from all: the series of one family follow each other."""
+    """At most `n` pairs, spread evenly because the series of one family follow each other."""
     pairs = prompts.pair.unique()
     chosen = pairs[torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).round().long()]
     return prompts.keep_pairs(lambda pair: torch.isin(pair, chosen))
@@ -207,13 +202,11 @@ def _thinned(prompts: PromptSet, n: int) -> PromptSet:
 def table(
     names: Discovery, seen: Survey, units: LorsaHeads, model: LanguageModel, sequences: Sequences, n_tokens: int = 10
 ) -> pd.DataFrame:
-    """Everything known of each head of a Lorsa, one row per head, ready for Parquet.
+    """Everything known about each head of a Lorsa, one row per head, ready for Parquet.
 
-    Returns:
-        `head`, `group`, `family` ("" without a name), `families` (all of them, most specific first), `dead`, the
-        columns of `Survey.facts`, `top_logits` and `bottom_logits` (the `n_tokens` tokens that w_o raises and lowers
-        most), `contexts` (text with the peak in «»), and `<family>_<score>` on the confirmation half for every family
-        looked for.
+    Columns: `head`, `group`, `family` ("" without a name), `families` (all, most specific first), `dead`, those of
+    `Survey.facts`, `top_logits` and `bottom_logits` (the `n_tokens` tokens that w_o raises and lowers most), `contexts`
+    (text with the peak in «»), and `<family>_<score>` on the confirmation half.
     """
     rows = pd.DataFrame({"head": np.arange(units.n)})
     rows["group"] = rows["head"] // units.lorsa.config.group_size
@@ -238,7 +231,7 @@ def table(
 
 
 def _context(sequences: Sequences, row: int, position: int, tokenizer: Any) -> str:
-    """The text around a token, which stands in «»."""
+    """The text around a token, with the token in «»."""
     ids, counted = sequences.tokens[row], sequences.mask[row]
     end = min(position + 5, len(ids))
     spans = (range(max(0, position - 16), position), [position], range(position + 1, end))
@@ -250,7 +243,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """The Parquet table of heads that `lorsa heads` wrote.
 
     Raises:
-        UserError: the file is missing, or is something else.
+        UserError: the file is missing or no such table.
     """
     try:
         rows = pd.read_parquet(path)

@@ -1,8 +1,6 @@
-"""Tasks for circuit discovery: prompts in pairs, clean and corrupted, with the right answer of each.
+"""Tasks for circuit discovery: pairs of a clean and a corrupted prompt of equal length.
 
-A pair has the same length and differs in what decides the answer. The wrong answer of a clean prompt is the right one
-of its corrupted partner, so that replacing what a node does on the clean prompt by what it does on the corrupted one
-moves the metric from one to the other.
+They differ in what decides the answer, so giving nodes their corrupted outputs on clean prompts moves the metric.
 
 | task | clean | corrupted | source |
 |---|---|---|---|
@@ -33,7 +31,7 @@ from lorsa_utils.heads import prompts
 from lorsa_utils.heads.prompts import Vocabulary, draw, fill, listed, pad, require
 
 LEAST_ACCURACY = 0.75
-"""Share of the prompts on which a model that can do a task prefers the right answer to the wrong one; chance is 1/2."""
+"""Share of prompts on which a model that can do the task prefers the right answer; chance is 1/2."""
 METRICS = ("logit_difference", "loss", "kl")
 
 
@@ -45,13 +43,13 @@ class Task:
     clean: Tensor = field(repr=False)
     """[n, length] int64, padded on the right."""
     corrupted: Tensor = field(repr=False)
-    """[n, length], the partner of each."""
+    """[n, length]."""
     position: Tensor = field(repr=False)
-    """[n], last token of each prompt; what follows it is padding."""
+    """[n], last token of each prompt before the padding."""
     answers: Tensor = field(repr=False)
-    """[n, most answers], right tokens after the clean prompt, -1 where there are fewer."""
+    """[n, most answers], right tokens after the clean prompt, padded with -1."""
     wrong: Tensor = field(repr=False)
-    """[n, most wrong answers], wrong tokens, -1 where there are fewer."""
+    """[n, most wrong answers], padded with -1."""
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -62,18 +60,16 @@ class Task:
         return replace(self, **columns)
 
     def split(self) -> tuple[Task, Task]:
-        """Pairs to discover circuits on (even numbers) and held-out pairs (odd numbers)."""
+        """Pairs to discover circuits on (even numbers) and held-out ones (odd)."""
         return self.rows(slice(0, None, 2)), self.rows(slice(1, None, 2))
 
 
 def metric(name: str, logits: Tensor, task: Task, reference: Tensor | None = None) -> Tensor:
-    """A number for each prompt that is larger when the model does the task better.
+    """A number for each prompt, larger when the model does the task better, from logits after it [n, vocabulary].
 
-    `logit_difference`: log-sum-exp of the right answers' logits minus that of the wrong ones' (with one answer each,
-    the difference of two logits); `loss`: minus the cross-entropy of the right answers, in nats; `kl`: minus the KL
-    divergence from the untouched model's distribution, in nats.
-
-    Logits are those after each prompt, [n, vocabulary]; `kl` needs those of the untouched model as `reference`.
+    `logit_difference`: log-sum-exp of the right answers' logits minus that of the wrong ones'; `loss`: minus the
+    cross-entropy of the right answers, in nats; `kl`: minus the KL divergence from the untouched model, in nats, whose
+    logits are the `reference`.
 
     Raises:
         UserError: unknown metric, or `kl` without a reference.
@@ -97,12 +93,12 @@ def _together(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, task: Task) -> float:
-    """Share of prompts on which the right answers are together more likely than the wrong ones."""
+    """Share of prompts on which right answers are together more likely than wrong ones."""
     return float((metric("logit_difference", logits, task) > 0).double().mean())
 
 
 def require_able(name: str, accuracy: float, least: float = LEAST_ACCURACY) -> None:
-    """Refuse a task that the model cannot do, with a `UserError` that says its accuracy."""
+    """Raise a `UserError` for a task that the model cannot do."""
     if accuracy < least:
         raise UserError(
             f"The model prefers the right answer on only {accuracy:.0%} of the prompts of {name} (chance is 50 %, "
@@ -123,11 +119,7 @@ class Pair(NamedTuple):
 
 
 def _task(name: str, pairs: Iterable[Pair]) -> Task:
-    """Pad pairs to a task.
-
-    Raises:
-        UserError: there is none, the sides of one differ in length, or a token is both right and wrong.
-    """
+    """Pad pairs to a task; a `UserError` for unusable ones."""
     rows = list(pairs)
     if not rows:
         raise UserError(f"Task {name} has no prompt; give at least one.")
@@ -147,12 +139,11 @@ def _task(name: str, pairs: Iterable[Pair]) -> Task:
 
 
 def from_texts(vocabulary: Vocabulary, name: str, pairs: Sequence[Mapping[str, Any]]) -> Task:
-    """A task of one's own from dicts of texts with the keys `clean`, `corrupted`, `answer` and `wrong`.
-
-    Answers include their leading space.
+    """Your own task, from the texts `clean`, `corrupted`, `answer` and `wrong` (answers with their leading space).
 
     Raises:
-        UserError: a key is missing, an answer is not one token, or the prompts of a pair differ in length.
+        UserError: no pair, a missing text, an answer of several tokens or both right and wrong, or prompts of a pair
+            that differ in length in tokens.
     """
     rows = []
     for number, pair in enumerate(pairs, start=1):
@@ -180,10 +171,9 @@ def _one_token(vocabulary: Vocabulary, text: str, where: str) -> int:
 
 
 def induction(vocabulary: Vocabulary, rng: Generator, length: int = 10, again: int = 5) -> Iterator[Pair]:
-    """Random tokens, and the first `again` of them once more; `length` tokens in the first half.
+    """`length` random tokens, then the first `again` of them once more.
 
-    In the corrupted half the last token has another follower, at another place, so that heads which look up its place
-    matter too.
+    When corrupted, the last token has another follower at another place, so that heads that look up its place matter.
     """
     pool = prompts.random_pool(vocabulary, length, "Task induction")
     while True:
@@ -198,7 +188,7 @@ def induction(vocabulary: Vocabulary, rng: Generator, length: int = 10, again: i
 
 
 def indirect_object(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
-    """Two names, one of them again: the other one is asked for."""
+    """Two names, one of them again; asks for the other."""
     names = prompts.names(vocabulary, "Task indirect_object")
     while True:
         template = prompts.TEMPLATES[int(rng.integers(len(prompts.TEMPLATES)))]
@@ -209,7 +199,7 @@ def indirect_object(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
 
 
 def successor(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
-    """Three members of a series; the next one is asked for."""
+    """Three members of a series; asks for the next."""
     comma = vocabulary.encode(",")[0]
     stretches = [stretch.tokens for stretch in prompts.stretches(vocabulary).values()]
     require(1, stretches, "series (days, letters, ...) of single tokens", "Task successor")
@@ -227,10 +217,9 @@ _EVENTS = ("war", "project", "journey", "reign", "study", "trial", "drought", "c
 
 
 def greater_than(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
-    """Years that end later than they begin, for tokenizers that cut numbers into digits: the second year's third digit.
+    """The third digit of a later year, for tokenizers that cut numbers into digits.
 
-    Right are the digits above the first year's, wrong those below; the corrupted prompt's first year has its third
-    digit at 0, so that every digit is a possible end.
+    Digits above the first year's are right, those below wrong; when corrupted, the first year's third digit is 0.
     """
     digits = list(vocabulary.singles("0123456789", "").values())
     if len(digits) < 10 or len(vocabulary.encode("1742")) != 4:
@@ -248,7 +237,7 @@ _BETWEEN = ("near the{M}", "behind the{M}", "next to the{M}", "that the{M} likes
 
 
 def agreement(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
-    """Number of subject and verb, with a noun in between."""
+    """The verb's number agrees with the subject, not with a noun in between."""
     nouns = [list(vocabulary.singles((noun, noun + "s")).values()) for noun in _NOUNS]
     whole = [numbers for numbers in nouns if len(numbers) == 2]
     verbs = list(vocabulary.singles(("is", "are")).values())
@@ -265,7 +254,7 @@ def agreement(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
 
 
 def subtoken_induction(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
-    """A word as one token, and later its first part; the second part is asked for."""
+    """A word as one token, later its first part; asks for the second."""
     split = prompts.split_words(vocabulary, "Task subtoken_induction")
     while True:
         word, other = (split[int(index)] for index in rng.choice(len(split), 2, replace=False))
@@ -300,10 +289,10 @@ def make(name: str, vocabulary: Vocabulary, n: int = 64, seed: int = 0) -> Task:
 
 
 def from_file(vocabulary: Vocabulary, path: str | Path) -> Task:
-    """`from_texts` of a file of JSON lines, under the file's name.
+    """`from_texts` of a JSON Lines file, named after it.
 
     Raises:
-        UserError: the file cannot be read, or see `from_texts`.
+        UserError: the file cannot be read, has fewer than two pairs, or see `from_texts`.
     """
     file = Path(path)
     try:

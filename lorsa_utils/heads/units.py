@@ -1,7 +1,6 @@
-"""Units of an attention layer, Lorsa heads, SAE features and MHSA heads, behind one interface; one way to remove them.
+"""Units of an attention layer (Lorsa heads, SAE features, MHSA heads) behind one interface, and one way to remove them.
 
-Whatever the kind, a unit has at every token an activation, an exact split of that activation over source tokens, and a
-vector that it writes:
+At every token a unit has an activation, masses on source tokens, and a vector that it writes:
 
 | kind | activation | mass on source j of query i | writes |
 |---|---|---|---|
@@ -9,14 +8,12 @@ vector that it writes:
 | MHSA head | norm of its output minus its mean output | A_ij norm(v_j W_O): norm-weighted attention | its output |
 | SAE feature | kept activation f, times the norm of w_d | abs(sum_h A^h_ij v^h_j W_O^h w_e): attribution | f w_d |
 
-The attribution of a feature is exact: given the patterns, the layer's output is linear in its values. For a rank-1 head
-the first two masses are one formula. Masses are absolute values, so that a share of them lies between 0 and 1 also
-where v changes sign. Where a Lorsa head or SAE feature was not selected, its activation and all its masses are 0.
+The attribution is exact: given the patterns, the layer's output is linear in its values. Masses are absolute, so that
+shares of them lie between 0 and 1. Where a Lorsa head or SAE feature was not selected, its activation and masses are 0.
 
-The layer's output is an exact sum: a bias, what every unit writes, and an error, whatever the units leave over (0 for
-MHSA heads). The error is a node like the units and stands after them. `ablate` removes nodes: output - written by them
-+ written by them elsewhere, in this order, so that removing nothing gives the model's own logits bit for bit. MHSA
-heads with a mean are removed down to it, for Lorsa and the SAE keep that constant part in their bias.
+The layer's output is the exact sum of a bias, what every unit writes, and an error (0 for MHSA heads), which is a node
+after the units. `ablate` subtracts what nodes write; removing nothing gives the model's own logits bit for bit. MHSA
+heads with a mean are removed down to it, because Lorsa and the SAE hold that constant part in their bias.
 """
 
 from __future__ import annotations
@@ -43,35 +40,35 @@ from lorsa_utils.stats import sign_flip_p
 _PATTERN_VALUES_AT_ONCE = 1 << 24
 
 Prepared = dict[str, Tensor]
-"""What the queries of one batch share, by name; each tensor has the batch as its first dimension."""
+"""What the queries of one batch share, by name; batch first."""
 
 Chosen = Sequence[int] | Mapping[int, float] | Tensor
-"""Units to remove: their numbers; unit to the share of it; or a mask over nodes, of shares or bool: [n + 1],
-[batch or 1, n + 1] or [batch or 1, length or 1, n + 1]. The last node is the error."""
+"""Unit numbers; unit to the share of it; or a mask over nodes (shares or bool): [n + 1],
+[batch or 1, n + 1] or [batch or 1, length or 1, n + 1]."""
 
 
 class Rows(NamedTuple):
-    """What units do at some queries of one sequence."""
+    """Units at some queries of one sequence, each field [n_queries, n_units]."""
 
     value: Tensor
-    """[n_queries, n_units], signed factor on what the unit writes (for MHSA heads the same as `activation`)."""
+    """Signed factor on what the unit writes (for MHSA heads as `activation`)."""
     activation: Tensor
-    """[n_queries, n_units], size of what the unit writes, 0 where it is not active."""
+    """Size of what the unit writes."""
     mass: Tensor
-    """[n_maps, n_queries, n_units], mass on each map of source positions."""
+    """Mass weighted by each map of source positions, [n_maps, ...]."""
     total: Tensor
-    """[n_queries, n_units], mass on all source positions."""
+    """Mass on all sources."""
 
 
 # ---- what nodes write
 
 
 class Activity(abc.ABC):
-    """What the nodes of one layer, its units and then its error, write on a batch."""
+    """What the nodes of one layer (units, then the error) write on a batch."""
 
     @abc.abstractmethod
     def written(self, mask: Tensor) -> Tensor:
-        """What nodes write together, [batch, length, d_model], by share: mask [batch or 1, length or 1, n_nodes]."""
+        """What shares of nodes, [batch or 1, length or 1, n_nodes], write together, [batch, length, d_model]."""
 
     @abc.abstractmethod
     def along(self, direction: Tensor) -> Tensor:
@@ -83,7 +80,7 @@ class Activity(abc.ABC):
 
 
 class ConstantActivity(Activity):
-    """Every node writes the same vector everywhere: vectors [n_nodes, d_model]."""
+    """Every node writes the same vector everywhere, [n_nodes, d_model]."""
 
     def __init__(self, vectors: Tensor) -> None:
         self.vectors = vectors
@@ -102,7 +99,7 @@ class ConstantActivity(Activity):
 
 
 class SparseActivity(Activity):
-    """Kept units, indices and values [batch, length, k]; the error is what they leave of y [batch, length, d_model]."""
+    """Kept units, indices and values [batch, length, k], of a layer that writes y [batch, length, d_model]."""
 
     def __init__(self, module: SparseModule, indices: Tensor, values: Tensor, y: Tensor) -> None:
         self.module, self.indices, self.values, self.y = module, indices, values, y
@@ -110,12 +107,12 @@ class SparseActivity(Activity):
 
     @cached_property
     def error(self) -> Tensor:
-        """[batch, length, d_model]."""
+        """y minus the module's output, [batch, length, d_model]."""
         return self.y.to(self.W_O.dtype) - self.module.decode(self.indices, self.values)
 
     @cached_property
     def dense(self) -> Tensor:
-        """Activations of all units, 0 where not kept: [batch, length, n_units]."""
+        """[batch, length, n_units], 0 where not kept."""
         zeros = self.values.new_zeros(*self.indices.shape[:2], len(self.W_O))
         return zeros.scatter_(2, self.indices, self.values)
 
@@ -174,22 +171,22 @@ class HeadActivity(Activity):
 
 
 class Units(abc.ABC):
-    """Units of one kind at one layer. x is what the layer reads, y what it writes, each [batch, length, d_model]."""
+    """Units of one kind at one layer that reads x and writes y, each [batch, length, d_model]."""
 
     kind: str
     """`lorsa`, `sae` or `mhsa`."""
     label: str
     """Human-readable name, plural."""
     n: int
-    """How many there are; the error node is not among them."""
+    """Without the error node."""
 
     @abc.abstractmethod
     def activity(self, x: Tensor, y: Tensor) -> SparseActivity | HeadActivity:
-        """What every unit, and the error, writes at every token."""
+        """What every node writes at every token."""
 
     @abc.abstractmethod
     def parameters(self, chosen: Sequence[int]) -> int:
-        """Weights that some units are computed with, shared ones counted once (biases left out)."""
+        """Number of weights of some units; shared ones count once, biases not."""
 
     @abc.abstractmethod
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
@@ -197,16 +194,16 @@ class Units(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
-        """Read units at queries, positions [n_queries], of one sequence (the number `place`) of a prepared batch.
+        """Read units at positions [n_queries] of sequence `place` of a batch.
 
-        Maps are weights of source positions for each query, [n_maps, n_queries, length].
+        `maps` weight source positions for each query, [n_maps, n_queries, length].
         """
 
     @abc.abstractmethod
     def along(self, batch: Prepared, place: int, positions: Tensor, value: Tensor, directions: Tensor) -> Tensor:
-        """What each unit writes at a query along that query's direction, [n_queries, n_units].
+        """What each unit writes along the direction [n_queries, d_model] of each query, [n_queries, n_units].
 
-        `value` is that of `rows`, [n_queries, n_units]; directions are [n_queries, d_model].
+        `value` is that of `rows`.
         """
 
     def active(self, x: Tensor, y: Tensor) -> Tensor:
@@ -214,15 +211,11 @@ class Units(abc.ABC):
         return torch.ones(*x.shape[:-1], self.n, dtype=torch.bool, device=x.device)
 
     def written(self, x: Tensor, y: Tensor, chosen: Chosen) -> Tensor:
-        """What some units write together, [batch, length, d_model]."""
+        """What the chosen nodes write together, [batch, length, d_model]."""
         return self.activity(x, y).written(self.mask(chosen).to(x.device)).to(y.dtype)
 
     def mask(self, chosen: Chosen) -> Tensor:
-        """The share of every node that is chosen, [batch or 1, length or 1, n + 1], bool or float.
-
-        Raises:
-            UserError: there is no such unit.
-        """
+        """The chosen share of every node, [batch or 1, length or 1, n + 1], bool or float; a `UserError` as `check`."""
         if isinstance(chosen, Tensor) and chosen.dtype != torch.long:
             return chosen.view(-1, 1, self.n + 1) if chosen.dim() < 3 else chosen
         shares = chosen if isinstance(chosen, Mapping) else dict.fromkeys((int(unit) for unit in chosen), 1.0)
@@ -231,7 +224,7 @@ class Units(abc.ABC):
         return mask
 
     def check(self, chosen: Sequence[int]) -> Tensor:
-        """Indices as a tensor.
+        """Unit numbers as a tensor.
 
         Raises:
             UserError: there is no such unit.
@@ -244,7 +237,7 @@ class Units(abc.ABC):
 
 
 class SparseUnits(Units):
-    """What Lorsa heads and SAE features share: a selection, and fixed write directions."""
+    """Units with a selection and fixed write directions."""
 
     def __init__(self, module: SparseModule) -> None:
         self.module, self.n, self.kind = module, module.n_units, module.config.kind
@@ -260,7 +253,7 @@ class SparseUnits(Units):
         return self.activity(x, y).dense != 0
 
     def _selected(self, pre: Tensor) -> Tensor:
-        """Activations after the selection, [n_queries, n_units] to the same, zero where not kept."""
+        """Activations [n_queries, n_units], 0 where not kept."""
         indices, values = self.module.select(pre[None])
         return torch.zeros_like(pre).scatter_(1, indices[0], values[0].to(pre.dtype))
 
@@ -270,7 +263,7 @@ class SparseUnits(Units):
 
 
 class LorsaHeads(SparseUnits):
-    """The heads of a Lorsa module that reads raw activations."""
+    """The heads of a Lorsa that reads raw activations."""
 
     label = "Lorsa heads"
 
@@ -309,16 +302,12 @@ class LorsaHeads(SparseUnits):
 
 
 class SAEFeatures(SparseUnits):
-    """The features of an SAE on the attention layer's output; their sources are those of the layer itself."""
+    """The features of an SAE on the attention layer's output; their sources are the layer's own."""
 
     label = "SAE features"
 
     def __init__(self, module: SAE, site: AttentionSite) -> None:
-        """Wrap an SAE.
-
-        Raises:
-            UserError: it is a transcoder, which has no attention to look through.
-        """
+        """Raises a `UserError` for a transcoder, which has no attention to look through."""
         super().__init__(module)
         if self.kind != "sae":
             raise UserError(
@@ -344,7 +333,7 @@ class SAEFeatures(SparseUnits):
         maps = maps.to(moved.dtype)
         total = torch.zeros_like(value)
         mass = value.new_zeros(len(maps), *value.shape)
-        # One query at a time: what every source position sends to it, read by the features that are active there.
+        # One query at a time: what every source sends to it, read by its active features.
         for number in range(len(positions)):
             active = value[number].nonzero()[:, 0]
             sent = torch.einsum("hj,hjd->jd", pattern[:, number], moved)
@@ -355,12 +344,12 @@ class SAEFeatures(SparseUnits):
 
 
 class MHSAHeads(Units):
-    """The heads of the attention layer itself; without `mean_values` they write all of their outputs."""
+    """The heads of the attention layer itself."""
 
     kind, label = "mhsa", "MHSA heads"
 
     def __init__(self, site: AttentionSite, mean_values: Tensor | None = None) -> None:
-        """Wrap an attention layer; `mean_values` [n_heads, d_head] is that of `mean_head_values`."""
+        """Heads write their outputs minus those of `mean_values` [n_heads, d_head] (`mean_head_values`; 0 if None)."""
         self.site, self.n = site, site.n_heads
         self.mean = torch.zeros_like(site.W_O[:, :, 0]) if mean_values is None else mean_values.to(site.W_O)
 
@@ -395,7 +384,7 @@ class MHSAHeads(Units):
 
 
 def mean_head_values(site: AttentionSite, x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of each MHSA head's z over counted tokens: x [n, length, d_model], mask [n, length] to [n_heads, d_head]."""
+    """Mean z of each MHSA head over counted tokens, x [n, length, d_model], mask [n, length]: [n_heads, d_head]."""
     if not bool(mask.any()):
         raise UserError("There is not one counted token in this text; give a longer text.")
     batches = zip(x.split(8), mask.split(8), strict=True)
@@ -413,18 +402,11 @@ def ablate(
     chosen: Mapping[int, Chosen],
     instead: Mapping[int, Activity] | None = None,
 ) -> Iterator[None]:
-    """Inside the context every forward pass of the model runs without some units.
+    """Inside the context the model runs without the chosen nodes.
 
-    `with ablate(model, {17: LorsaHeads(lorsa)}, {17: [1956]}): model.loss(tokens)`. A layer's output becomes
-    output - written by the chosen nodes + written by them elsewhere, all computed live.
-
-    Args:
-        model: the language model.
-        units: layer to its units.
-        chosen: layer to nodes of it: unit numbers; unit to the share of it that is removed (1 all of it, -1 makes it
-            write twice as much); or a mask. Where nothing is chosen the output stays as it is, bit for bit.
-        instead: layer to what the nodes write in place, such as their mean or what they write on another prompt;
-            nothing without it.
+    Arguments are by layer: `with ablate(model, {17: LorsaHeads(lorsa)}, {17: [1956]}): ...`. A chosen share of 1
+    removes a unit, -1 makes it write twice as much. The output becomes output - written by the chosen nodes + written
+    `instead`, such as their mean or what they write on another prompt (nothing by default).
 
     Raises:
         UserError: there is no such unit, or no such layer.
@@ -453,41 +435,40 @@ def final_norm(model: LanguageModel) -> nn.Module:
 
 
 def centred(norm: nn.Module, vectors: Tensor) -> Tensor:
-    """A LayerNorm takes the mean out of whatever it reads, an RMSNorm nothing."""
+    """Vectors minus their mean for a LayerNorm, unchanged for an RMSNorm."""
     return vectors - vectors.mean(dim=-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else vectors
 
 
 def norm_scale(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a LayerNorm or RMSNorm divides x [..., d_model] by, [..., 1]."""
+    """What the norm divides x [..., d_model] by, [..., 1]."""
     if isinstance(norm, nn.LayerNorm):
         return (x.var(dim=-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
     return (x.square().mean(dim=-1, keepdim=True) + float(getattr(norm, "variance_epsilon", 0.0))).sqrt()
 
 
 class Unembedding:
-    """From directions in the residual stream to logits, through the model's last norm with its scale frozen."""
+    """From residual-stream directions to logits, through the last norm with its scale frozen."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.norm: nn.Module = final_norm(model)
         weight = model.model.get_output_embeddings().weight.detach().float()
-        # Logits count up to a constant only: a direction that raises all of them equally does nothing.
+        # A direction that raises all logits equally does nothing.
         self.weight = weight - weight.mean(dim=0)
         self.gain = self.norm.weight.detach().float()  # type: ignore[operator]
 
     def directions(self, residual: Tensor, tokens: Tensor) -> Tensor:
         """Directions whose dot product with a written vector is its direct effect on a token's logit (above the mean).
 
-        `residual` is what the last norm reads at each query, [n_queries, d_model], whose scale is taken as given;
-        `tokens` [n_queries]; the result is [n_queries, d_model].
+        `residual` [n_queries, d_model] is what the last norm reads; tokens [n_queries] to [n_queries, d_model].
         """
         return centred(self.norm, self.weight[tokens] * self.gain) / norm_scale(self.norm, residual.float())
 
     def logits(self, directions: Tensor) -> Tensor:
-        """Logit of every token for write directions [n, d_model], without the norm's scale: [n, n_tokens]."""
+        """Logits [n, n_tokens] of write directions [n, d_model], without the norm's scale."""
         return centred(self.norm, directions.float()) * self.gain @ self.weight.T
 
     def top_tokens(self, directions: Tensor, n: int, largest: bool = True) -> Tensor:
-        """The `n` tokens that each write direction [n_units, d_model] raises (or lowers) most, [n_units, n]."""
+        """The tokens that write directions [n_units, d_model] raise (or lower) most, [n_units, n]."""
         return torch.cat([self.logits(rows).topk(n, dim=1, largest=largest).indices for rows in directions.split(256)])
 
 
@@ -495,24 +476,24 @@ class Unembedding:
 
 
 class Effect(NamedTuple):
-    """What removing some units does to the loss, in nats; positive when it grows."""
+    """Increase of the loss when some units are removed, in nats."""
 
     labelled: float
-    """Mean over labelled queries: how much the units help the model to say the predicted token."""
+    """At labelled queries, mean over pairs."""
     labelled_error: float
-    """Standard error over pairs of prompts."""
+    """Its standard error."""
     p: float
-    """One-sided: how often flipping the signs of whole pairs gives a mean at least as large."""
+    """One-sided, from sign flips of whole pairs."""
     where_active: float
-    """Mean over those labelled queries where one of the units is active (NaN without any)."""
+    """Mean at labelled queries where one of the units is active (NaN without any)."""
     active: float
-    """Their share among the labelled queries."""
+    """Share of such labelled queries."""
     controls: float
     """Mean at controls (NaN without any)."""
 
 
 def effect(changed: Tensor, untouched: Tensor, prompts: PromptSet, active: Tensor, seed: int = 0) -> Effect:
-    """The effect from two results of `Removals.losses`, and where any of the units is active [n_queries]."""
+    """From two results of `Removals.losses` and where any of the units is active [n_queries]."""
     difference = (changed - untouched)[:, None]
     means = by_pair(difference[prompts.positive], prompts.pair[prompts.positive])
     error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
@@ -525,27 +506,21 @@ def effect(changed: Tensor, untouched: Tensor, prompts: PromptSet, active: Tenso
 
 
 class Removals:
-    """Losses on some prompts while units of one layer are removed (see the module's docstring), for units of any kind.
-
-    Blocks before the layer do not notice a removal, so they run once, here; each removal costs the blocks from the
-    layer on, over the prompts that matter. Choose units by score first all the same.
-    """
+    """Losses on prompts while units of one layer are removed; blocks before it run only once, on creation."""
 
     def __init__(self, model: LanguageModel, layer: int, prompts: PromptSet, batch_size: int = 16) -> None:
-        """Run the blocks before the layer over all prompts, `batch_size` at a time."""
         self.model, self.layer, self.prompts, self.batch_size = model, layer, prompts, batch_size
         self._residual = torch.cat([model.residual(tokens, layer).cpu() for tokens in prompts.tokens.split(batch_size)])
 
     @cached_property
     def untouched(self) -> Tensor:
-        """Loss of the token after every query with nothing removed, in nats: [n_queries]."""
+        """`losses` with nothing removed."""
         return self._losses()
 
     def losses(self, units: Units, chosen: Sequence[int], queries: Tensor | None = None) -> Tensor:
         """Loss of the token after every query with some units removed together, in nats: [n_queries].
 
-        With nothing chosen these are the `untouched` ones, bit for bit. Only the prompts of `queries` [n_queries] bool
-        run, and the other queries get NaN; all run without it.
+        With `queries` [n_queries] bool only their prompts run, and the other queries get NaN.
 
         Raises:
             UserError: there is no such unit.
@@ -570,7 +545,7 @@ class Removals:
 
     @torch.no_grad()
     def active(self, units: Units, sets_of_units: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """For each set the places where one of its units is active, [n_prompts, length] bool.
+        """Where any unit of each set is active, [n_prompts, length] bool.
 
         Raises:
             UserError: there is no such unit.
@@ -588,7 +563,7 @@ class Removals:
     def effects(self, units: Units, sets_of_units: Mapping[str, Sequence[int]], progress: bool = False) -> pd.DataFrame:
         """Effects of removing sets of units, one row per set: `removed` (its name), `n`, and the fields of `Effect`.
 
-        Each set runs over the prompts in which one of its units is active; in all others nothing changes.
+        Only prompts in which one of the units is active run.
 
         Raises:
             UserError: there is no such unit.
@@ -603,7 +578,7 @@ class Removals:
 
 
 def by_pair(values: Tensor, pairs: Tensor) -> Tensor:
-    """Means of values [n_queries, n] over the queries of each pair [n_queries]: [n_pairs, n]."""
+    """Means of values [n_queries, n] within each pair, [n_pairs, n]."""
     names, place = torch.unique(pairs, return_inverse=True)
     sums = torch.zeros(len(names), values.shape[1], dtype=torch.float64).index_add_(0, place, values.double())
     return sums / torch.bincount(place)[:, None]

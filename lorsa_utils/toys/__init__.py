@@ -1,1 +1,1 @@
-"""A small world whose rules are known: the two-layer Transformer of notebook 14."""
+"""A two-layer Transformer on a language with known rules (notebook 14)."""

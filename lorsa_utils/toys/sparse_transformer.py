@@ -1,15 +1,13 @@
 """A two-layer Transformer made sparse from end to end (paper item P18).
 
-Lorsa takes the place of both attention layers, transcoders that of both MLPs.
-
-The language has three planted rules, and random choices between them (`Language`):
+The language has three planted rules and random choices between them:
 
     successor      c, c+1, c+2, c+3 in a cycle of series tokens: the current token decides
     skip-bigram    a question token asks for the answer that belongs to the key token at the start of the sequence
     induction      a block of random letters comes once, and later again from a random letter on
 
-A small Llama learns it on a CPU in a minute or two. Each attention layer and each MLP is then replaced by a sparse
-module with at most K active units per token. Notebook 14 reads the induction circuit off their weights and cuts it.
+A small Llama learns it on a CPU in a minute or two. Lorsa then replaces both attention layers, transcoders both MLPs.
+Notebook 14 reads the induction circuit off their weights and cuts it.
 """
 
 from __future__ import annotations
@@ -35,39 +33,37 @@ from lorsa_utils.training import Run, RunSpec
 BOS = 0
 RULES = ("successor", "skip-bigram", "induction", "free")
 PLACES = (("attention", 0), ("attention", 1), ("mlp", 0), ("mlp", 1))
-"""What is replaced, in the order of a sparse model's modules."""
+"""What is replaced, in this order."""
 
 
 @dataclass(frozen=True)
 class SparseToyConfig(Config):
-    """Sizes of the language, of the Transformer, and of its sparse replacement."""
+    """Sizes of the language, the Transformer and its sparse replacement."""
 
     n_letters: int = 16
     """Tokens of the induction rule."""
     n_series: int = 8
     """Tokens of the successor rule."""
     n_keys: int = 6
-    """Key tokens, as many answer tokens."""
+    """Key tokens, and as many answer tokens."""
     block: int = 5
-    """Letters in a sequence's block."""
+    """Letters in the repeated block."""
     length: int = 32
     """Tokens of a sequence, BOS included."""
     d_model: int = 64
     n_heads: int = 4
-    """MHSA heads of a layer."""
     d_mlp: int = 128
     steps: int = 1500
-    """Training steps of the Transformer."""
+    """Of the Transformer, as `lr`."""
     lr: float = 3e-3
     batch_size: int = 64
-    """Sequences in a step of either training."""
+    """Sequences, in either training."""
     n_lorsa_heads: int = 256
     n_qk_heads: int = 8
-    """QK groups of each Lorsa."""
     n_features: int = 256
-    """Features of each transcoder."""
+    """Of each transcoder."""
     k: int = 8
-    """Units kept for each token, in every module."""
+    """Units kept per token in every module."""
     sparse_steps: int = 1000
     sparse_lr: float = 3e-3
 
@@ -78,16 +74,16 @@ class SparseToyConfig(Config):
 
 
 class Sample(NamedTuple):
-    """Sequences of the toy language."""
+    """Sequences of the language."""
 
     tokens: Tensor
     """[n, length]."""
     rule: Tensor
-    """[n, length], the rule (number in `RULES`) that decides the NEXT token; `free` where it is random."""
+    """[n, length], index in `RULES` of what decides the NEXT token; `free`: random."""
 
 
 class Language:
-    """Which token ids are what, and random sequences."""
+    """The toy language: what each token id is, and random sequences."""
 
     def __init__(self, config: SparseToyConfig) -> None:
         self.config = config
@@ -125,7 +121,7 @@ class Language:
 
 
 def train_transformer(language: Language, seed: int = 0, progress: bool = False) -> LanguageModel:
-    """Train a two-layer Llama from scratch on the language (next-token cross-entropy, Adam)."""
+    """Train a two-layer Llama from scratch on the language."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = language.config
@@ -162,13 +158,11 @@ def train_transformer(language: Language, seed: int = 0, progress: bool = False)
 
 
 Write = Callable[[Tensor, Tensor], Tensor]
-"""From what a layer reads and what it wrote to what it writes instead."""
+"""What a layer reads and wrote to what it writes instead."""
 
 
 @contextlib.contextmanager
 def _replaced(model: LanguageModel, writes: Mapping[tuple[str, int], Write]) -> Iterator[None]:
-    """Inside the context the layers at these places write something else."""
-
     def hook(write: Write) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         return lambda module, arguments, output: write(arguments[0], output)
 
@@ -183,7 +177,7 @@ def _replaced(model: LanguageModel, writes: Mapping[tuple[str, int], Write]) -> 
 
 @torch.no_grad()
 def read_layers(model: LanguageModel, tokens: Tensor) -> ActivationBatch:
-    """What every attention layer and every MLP reads and writes, numbered as in `PLACES`."""
+    """What every place in `PLACES` reads and writes, by number."""
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
 
@@ -202,7 +196,7 @@ def read_layers(model: LanguageModel, tokens: Tensor) -> ActivationBatch:
 
 @dataclass(frozen=True)
 class SparseTransformer:
-    """A two-layer language model with a sparse module for every attention layer and every MLP."""
+    """A two-layer language model and its sparse modules."""
 
     model: LanguageModel
     modules: tuple[Lorsa | SAE, ...]
@@ -210,12 +204,12 @@ class SparseTransformer:
 
     @property
     def lorsas(self) -> tuple[Lorsa | SAE, ...]:
-        """Those of the two attention layers."""
+        """Modules of the two attention layers."""
         return self.modules[:2]
 
     @contextlib.contextmanager
     def installed(self, cut: Mapping[tuple[str, int], Tensor] | None = None) -> Iterator[None]:
-        """The model runs on its sparse modules alone, without the units in `cut`: indices by place."""
+        """Run the model on its sparse modules alone, without the units in `cut` (indices by place)."""
 
         def writer(module: Lorsa | SAE, gone: Tensor) -> Write:
             def write(x: Tensor, y: Tensor) -> Tensor:
@@ -245,7 +239,7 @@ class SparseTransformer:
 
 
 def make_sparse(model: LanguageModel, language: Language, seed: int = 0, progress: bool = False) -> SparseTransformer:
-    """Train the sparse modules of all layers on what the model reads and writes, with the kit's own training step."""
+    """Train the sparse modules, with the package's own training step."""
     config, generator = language.config, torch.Generator().manual_seed(seed + 1_000)
     train = TrainConfig(
         tokens=config.sparse_steps * config.batch_size * config.length,
@@ -274,7 +268,7 @@ def make_sparse(model: LanguageModel, language: Language, seed: int = 0, progres
 
 @torch.no_grad()
 def rule_losses(model: LanguageModel, sample: Sample) -> dict[str, float]:
-    """Mean loss of the next token in nats, over all tokens (`all`) and where each rule decides it."""
+    """Mean next-token loss in nats, over all tokens (`all`) and where each rule decides it."""
     losses, _ = model.loss(sample.tokens)
     by_rule = {name: float(losses[sample.rule[:, :-1] == number].mean()) for number, name in enumerate(RULES)}
     return {"all": float(losses.mean())} | by_rule
