@@ -1,18 +1,17 @@
 """Examples of what units do: one pass over text, the same for Lorsa heads and SAE features.
 
-The pass records, for a random sample of the units of every dictionary, each token where the unit is selected, its
-activation (times the norm of what it writes) and the three source tokens that it came from: of the z pattern for a
-Lorsa head, of the attribution through the layer's own attention for an SAE feature (see `units`). Time is linear in the
-text, memory in the activations of the sampled units.
+Each activation of a random sample of units is recorded with the three tokens that it came from most: by the z pattern
+of a Lorsa head, by an SAE feature's attribution through the layer's own attention (see `units`). Memory is linear in
+the activations of these units.
 
 A window is `BEFORE` tokens, a token, and `AFTER` tokens. Active windows stand around the strongest activation in each
-block of `BLOCK` tokens; their quantile is that of this activation among all such windows of the unit. In silent windows
-the unit is not active at all. Three quarters of them are hard:
+block of `BLOCK` tokens, by which they are divided into quantiles. In silent windows the unit is never active; a quarter
+of them is of each kind:
 
 - same token: around a token on which the unit is active elsewhere;
 - same source: around a token that has, at the usual distance, a source that the unit reads elsewhere;
 - neighbour: around an activation of the recorded unit with the most similar write direction;
-- random: anywhere.
+- random: anywhere, also in place of missing ones.
 
 Explanations are made from one half of the sequences and scored on the other.
 """
@@ -48,10 +47,9 @@ _VALUES_AT_ONCE = 1 << 24
 
 
 class Dictionary(NamedTuple):
-    """Units to explain: a Lorsa or an SAE of one attention layer."""
+    """A Lorsa or an SAE of one attention layer."""
 
     name: str
-    """For tables, such as `Lorsa`."""
     layer: int
     module: Lorsa | SAE
     """Takes raw activations."""
@@ -59,21 +57,21 @@ class Dictionary(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """How many units and windows; the same for every dictionary."""
+    """Sizes per dictionary."""
 
     units: int = 100
-    """Units explained in each dictionary, drawn at random from those with enough examples."""
+    """Units explained, drawn from those with enough examples."""
     shown: int = 40
-    """Active windows of the first half, for the explanation: the strongest quarter, the rest over all quantiles."""
+    """Active windows for the explanation: a quarter the strongest, the rest over all quantiles."""
     contrast: int = 60
-    """Silent windows of the first half."""
+    """Silent windows for the explanation."""
     scored: int = 30
-    """Active windows of the second half, equally many from every quantile, and as many silent ones."""
+    """Active windows to score on, equally many from every quantile, and as many silent ones."""
     quantiles: int = 10
     least: int = 12
-    """Active windows, and silent ones, that a unit must have in each half."""
+    """Active and silent windows that a unit must have in each half."""
     oversampling: int = 4
-    """Units recorded for each one explained: some are dead, too rare or too dense."""
+    """Units recorded per explained one: some are dead, too rare or too dense."""
 
 
 DEFAULT_BUDGET = Budget()
@@ -84,21 +82,20 @@ class Corpus:
     """The text of a pass."""
 
     tokens: np.ndarray = field(repr=False)
-    """Token ids, [n_sequences, length]. A flat place in the text is an index of `tokens.ravel()`."""
+    """Token ids, [n_sequences, length]. A flat place is an index of `tokens.ravel()`."""
     mask: np.ndarray = field(repr=False)
     """Counted tokens, bool [n_sequences, length]."""
     strings: Mapping[int, str] = field(repr=False)
-    """Text of every token id that occurs."""
 
     @classmethod
     def decoded(cls, tokens: np.ndarray, mask: np.ndarray, tokenizer: Any) -> Corpus:
-        """With the token texts of a tokenizer."""
+        """Take the token texts from a tokenizer."""
         ids = np.unique(tokens[mask]).tolist()
         return cls(tokens, mask, dict(zip(ids, tokenizer.batch_decode([[index] for index in ids]), strict=True)))
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """Tokens per sequence."""
         return self.tokens.shape[1]
 
     @functools.cached_property
@@ -116,7 +113,7 @@ class Corpus:
         return {token: places for token, places in groups if token >= 0}
 
     def span(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First token and end (exclusive) of the window around flat places, as flat places."""
+        """First token and end (exclusive) of the windows around flat places."""
         rows, positions = np.divmod(places, self.length)
         begin = np.maximum(positions - BEFORE, self.bounds[rows, 0])
         end = np.minimum(positions + AFTER + 1, self.bounds[rows, 1])
@@ -125,22 +122,21 @@ class Corpus:
 
 @dataclass(frozen=True, eq=False)
 class Firings:
-    """Where the recorded units of one dictionary are active, one row per activation, sorted by unit and place."""
+    """Activations of one dictionary's recorded units, sorted by unit and place."""
 
     dictionary: Dictionary = field(repr=False)
     corpus: Corpus = field(repr=False)
     units: np.ndarray
-    """Recorded units."""
     number: np.ndarray = field(repr=False)
-    """Of each activation, its unit's index in `units`."""
+    """Index in `units`."""
     place: np.ndarray = field(repr=False)
-    """Flat place of the token in the text."""
+    """Flat place in the text."""
     value: np.ndarray = field(repr=False)
     """Activation times the norm of the write direction."""
     sources: np.ndarray = field(repr=False)
-    """Positions in the sequence of the largest masses, largest first, [n, N_SOURCES]."""
+    """Positions of the largest masses, largest first, [n, N_SOURCES]."""
     shares: np.ndarray = field(repr=False)
-    """Their shares of the mass on all source tokens, [n, N_SOURCES]."""
+    """Their shares of the mass, [n, N_SOURCES]."""
 
     @functools.cached_property
     def similarity(self) -> np.ndarray:
@@ -173,11 +169,10 @@ def record_firings(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Firings]:
-    """One pass over activations for all dictionaries of all layers.
+    """Record activations of all dictionaries in one pass.
 
-    Args:
-        source: activations of text that no dictionary was trained on (a cache's held-out split, or a stream).
-        sites: the attention layers, which SAE features are traced back through.
+    `source` should be text that no dictionary was trained on; SAE features are traced back through the attention layers
+    in `sites`.
 
     Raises:
         UserError: the text is empty, or no dictionary is given.
@@ -203,7 +198,7 @@ def record_firings(
 
 
 def _record(dictionary: Dictionary, site: AttentionSite, batch: ActivationBatch, drawn: Tensor, n_before: int) -> Rows:
-    """Activations of the drawn units on one batch, which `n_before` sequences came before."""
+    """`n_before` sequences came before this batch."""
     module, device = dictionary.module, dictionary.module.W_O.device
     x, y = (side[dictionary.layer].to(device).float() for side in (batch.inputs, batch.outputs))
     number = torch.full((module.n_units,), -1, dtype=torch.long, device=device)
@@ -228,7 +223,7 @@ def _record(dictionary: Dictionary, site: AttentionSite, batch: ActivationBatch,
 
 
 def _largest(mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Places and shares of the largest masses of [n, length], [n, N_SOURCES] each."""
+    """[n, length] to places and shares of the largest masses, [n, N_SOURCES] each."""
     top = mass.abs().topk(N_SOURCES, dim=1)
     return top.indices, top.values / mass.abs().sum(dim=1, keepdim=True).clamp_min(1e-30)
 
@@ -264,9 +259,9 @@ def _firings(dictionary: Dictionary, drawn: Tensor, rows: Sequence[Rows], corpus
 
 
 def planted(corpus: Corpus, active: Sequence[np.ndarray], sources_back: Sequence[int]) -> Firings:
-    """Units that are known because they were made up: to see whether explanations and scores find what is there.
+    """Made-up units, to test explanations and scores.
 
-    Each is active in a bool [n_sequences, length], and its source stands `sources_back` tokens before.
+    Each is active in a bool [n_sequences, length], and its source is `sources_back` tokens earlier.
     """
     n = len(active)
     dictionary = Dictionary("planted", -1, SAE(SAEConfig(d_model=n, n_features=n, k=1)))
@@ -285,7 +280,7 @@ _ARRAYS = ("units", "number", "place", "value", "sources", "shares")
 
 
 def save(path: str | Path, firings: Sequence[Firings]) -> None:
-    """Write what one pass recorded as one safetensors file."""
+    """Write the firings of one pass as a safetensors file."""
     arrays = {"tokens": firings[0].corpus.tokens, "mask": firings[0].corpus.mask}
     arrays |= {f"{index}.{name}": getattr(side, name) for index, side in enumerate(firings) for name in _ARRAYS}
     store.write_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
@@ -310,45 +305,44 @@ def load(path: str | Path, dictionaries: Sequence[Dictionary], tokenizer: Any) -
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of text and what one unit does there, one row per window."""
+    """One unit's windows of text and activations, one row each."""
 
     corpus: Corpus = field(repr=False)
     tokens: np.ndarray = field(repr=False)
-    """Token ids, -1 where there is no text, [n, WIDTH]; text starts at column 0."""
+    """[n, WIDTH], -1 where there is no text; text starts at column 0."""
     values: np.ndarray = field(repr=False)
     """Activations, [n, WIDTH]."""
     opens: np.ndarray
-    """Whether the window begins where its text begins, bool [n]."""
+    """Whether it begins where its text begins, bool [n]."""
     kind: np.ndarray
     """Of `KINDS`, [n]."""
     quantile: np.ndarray
-    """Of active windows, 0 the weakest; -1 for silent ones, [n]."""
+    """[n], 0 for the weakest active windows, -1 for silent ones."""
     peak: np.ndarray = field(repr=False)
-    """Column that the window stands around, [n]."""
+    """Column of the token it stands around, [n]."""
     sources: np.ndarray = field(repr=False)
-    """Token ids of the peak's main sources, -1 where there are none, [n, N_SOURCES]."""
+    """Token ids of the peak's main sources or -1, [n, N_SOURCES]."""
     shares: np.ndarray = field(repr=False)
-    """Their shares of the mass, [n, N_SOURCES]."""
+    """[n, N_SOURCES]."""
 
     @property
     def active(self) -> np.ndarray:
-        """Whether the unit is active in a window, bool [n]."""
+        """Bool [n]."""
         return self.kind == KINDS[0]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: np.ndarray) -> Windows:
-        """Those of a mask or of indices."""
         arrays = {name: getattr(self, name)[rows] for name in self.__dataclass_fields__ if name != "corpus"}
         return dataclasses.replace(self, **arrays)
 
     def pieces(self, row: int) -> list[str]:
-        """The text of one window, token by token."""
+        """Token texts of one window."""
         return [self.corpus.strings[int(token)] for token in self.tokens[row] if token >= 0]
 
     def marked(self, row: int, marks: np.ndarray | None = None) -> str:
-        """The text, with marked columns (bool [WIDTH]) in «», and an ellipsis where it was cut off in front."""
+        """The text with marked columns (bool [WIDTH]) in «», after an ellipsis if it was cut off in front."""
         pieces = self.pieces(row)
         if marks is not None:
             pieces = [f"«{piece}»" if mark else piece for piece, mark in zip(pieces, marks, strict=False)]
@@ -360,39 +354,36 @@ class UnitExamples:
     """One unit and its windows."""
 
     unit: int
-    """Head or feature."""
     group: int
     """QK group of a Lorsa head, -1 for an SAE feature."""
     frequency: float
     """Share of counted tokens where it is active."""
     maximum: float
-    """Largest activation seen."""
     first: Windows
-    """What explanations are made from."""
+    """For explanations."""
     second: Windows
-    """What they are scored on."""
+    """For scores."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples of one dictionary's units. Made by `examples`."""
+    """Examples of one dictionary's units."""
 
     dictionary: Dictionary = field(repr=False)
     units: list[UnitExamples] = field(repr=False)
-    """Those to explain, in random order."""
+    """Units to explain, in random order."""
     relatives: list[int]
-    """For each, the index of another one: of its QK group if there is one, then by similarity of what they write."""
+    """Index of another unit for each: of its QK group if possible, with the most similar write direction."""
     left_out: dict[str, int]
-    """Recorded units with too few examples, by reason: `dead`, `too few active windows`, `too few silent windows`."""
+    """Units with too few examples: `dead`, `too few active windows`, `too few silent windows`."""
     eligible: int
-    """Recorded units with enough examples."""
 
 
 def examples(firings: Firings, budget: Budget = DEFAULT_BUDGET, seed: int = 0) -> Examples:
-    """Windows of a random sample of the units that have enough of them.
+    """Windows of randomly drawn units that have enough of them.
 
     Raises:
-        UserError: no recorded unit has enough examples.
+        UserError: there is no such unit.
     """
     rng = np.random.default_rng(seed)
     half = rng.permutation(len(firings.corpus.tokens)) % 2
@@ -417,18 +408,18 @@ def examples(firings: Firings, budget: Budget = DEFAULT_BUDGET, seed: int = 0) -
 
 
 def _relatives(similarity: np.ndarray, groups: np.ndarray) -> list[int]:
-    """The most similar other unit, before all others those of the same group (-1 is none)."""
+    """The most similar other unit, of the same group if there is one (-1 is none)."""
     nearness = similarity + 3 * ((groups[:, None] == groups) & (groups != -1))
     np.fill_diagonal(nearness, -np.inf)
     return [int(index) for index in nearness.argmax(axis=1)]
 
 
 class _TooFew(Exception):
-    """Why a unit has too few examples."""
+    """The message is the reason."""
 
 
 class _Sampler:
-    """Draws the windows of one recorded unit. A peak is an index of the unit's activations."""
+    """Draws windows of one unit. A peak is an index of its activations."""
 
     def __init__(self, firings: Firings, number: int, half: np.ndarray, budget: Budget, seed: int) -> None:
         rows = firings.of(number)
@@ -440,11 +431,7 @@ class _Sampler:
         self.rng = np.random.default_rng([seed, self.unit])
 
     def examples(self) -> UnitExamples:
-        """Windows of both halves.
-
-        Raises:
-            _TooFew: the unit has too few.
-        """
+        """Windows of both halves; raises `_TooFew`."""
         if len(self.places) == 0:
             raise _TooFew("dead")
         budget = self.budget
@@ -470,7 +457,7 @@ class _Sampler:
         return UnitExamples(self.unit, group, frequency, float(self.values.max()), *windows)
 
     def _hard_places(self, peaks: np.ndarray) -> dict[str, np.ndarray]:
-        """Places that windows of each hard kind may stand around; `peaks` are those of the first half alone."""
+        """Places for windows of each hard kind; `peaks` are of the first half."""
         firings, flat, counted = self.firings, self.corpus.tokens.ravel(), self.corpus.mask.ravel()
         length, by_token = self.corpus.length, self.corpus.by_token
         places = self.places[peaks]
@@ -491,7 +478,7 @@ class _Sampler:
         }
 
     def _silent_places(self, peaks: np.ndarray, side: int, n: int) -> dict[str, np.ndarray]:
-        """About `n` places of silent windows in one half, of every kind; random ones stand in for missing ones."""
+        """About `n` places for silent windows in one half, by kind."""
         candidates = self._hard_places(peaks) | {"random": np.flatnonzero(self.corpus.mask.ravel())}
         silent: dict[str, np.ndarray] = {}
         for kind, places in candidates.items():
@@ -502,7 +489,7 @@ class _Sampler:
 
     @functools.cached_property
     def _n_before(self) -> np.ndarray:
-        """Activations before each flat place of the text, [n_places + 1]."""
+        """Activations before each flat place, [n_places + 1]."""
         count = np.zeros(self.corpus.tokens.size + 1, dtype=np.int32)
         count[self.places + 1] = 1
         return count.cumsum()
@@ -512,7 +499,6 @@ class _Sampler:
         return self._n_before[end] == self._n_before[begin]
 
     def _windows(self, peaks: np.ndarray, quantile: np.ndarray, silent: Mapping[str, np.ndarray]) -> Windows:
-        """Active windows around `peaks`, then silent ones."""
         corpus, places = self.corpus, self.places
         around = np.concatenate([places[peaks], *silent.values()]).astype(np.int64)
         n_silent = len(around) - len(peaks)
@@ -537,7 +523,7 @@ class _Sampler:
 
 
 def find_peaks(places: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
-    """Indices of the strongest activation in each block of each sequence; of two that are near, the stronger."""
+    """Indices of the strongest activation in each block; of two that are near, the stronger."""
     block = places // length * (length // BLOCK + 1) + places % length // BLOCK
     order = np.lexsort((-values, block))
     peaks = np.sort(order[np.unique(block[order], return_index=True)[1]])
@@ -547,7 +533,7 @@ def find_peaks(places: np.ndarray, values: np.ndarray, length: int) -> np.ndarra
 
 
 def spread(quantile: np.ndarray, among: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """At most `n` of the indices `among`, as many from every quantile as there are."""
+    """At most `n` of the indices `among`, spread equally over the quantiles."""
     among = rng.permutation(among)
     turn = np.zeros(len(among), dtype=int)
     for value in np.unique(quantile[among]):

@@ -1,20 +1,13 @@
-"""Judges: who explains a unit and who says, from an explanation, where the unit is active.
+"""Judges explain units and say, from an explanation, where a unit is active.
 
-Four backends behind one interface (`Judge`):
-
-- `RulesJudge` learns a rule (`rules`) and applies it. No language model: a proxy that knows forms and words, not
-  meanings.
-- `LocalJudge` is any chat model through transformers. It writes explanations; verdicts are read from the logits of the
-  allowed words.
-- `OpenAIJudge` is any server with OpenAI's chat endpoint. Address and key come from $OPENAI_BASE_URL and
-  $OPENAI_API_KEY alone; neither is stored, logged or shown.
+- `RulesJudge` learns and applies a rule (`rules`): a proxy without a language model.
+- `LocalJudge` is any causal model through transformers; verdicts are read from logits.
+- `OpenAIJudge` is any server with OpenAI's chat endpoint.
 - `ReplayJudge` repeats recorded answers.
 
-Every answer of a language model is written to a file (`Answers`) under a hash of model, prompt and parameters, as soon
-as it is there: a second run asks nothing again, and a killed run goes on with the first question that was not answered.
-`ReplayJudge` reads the same file.
-
-An answer that cannot be read is NaN, never a wrong answer. `Judge.tally` counts them.
+Every answer of a language model is stored at once (`Answers`) under a hash of model, prompt and parameters, so a second
+run asks nothing again, and a killed run resumes at the first unanswered question. An unreadable answer is NaN, never a
+wrong answer; `Judge.tally` counts them.
 """
 
 from __future__ import annotations
@@ -58,42 +51,37 @@ SCORERS = ("detection", "fuzzing", "simulation")
 MAX_FAILED = 0.05
 """Share of unreadable answers above which a study is stopped."""
 FEWEST_TO_STOP = 40
-"""Answers that must have been asked for before the share counts, while a study runs."""
+"""Answers before a running study may be stopped."""
 SHOWN_STRONGEST, SHOWN_WEAKER, SHOWN_SILENT = 7, 3, 5
 LEAST_SHARE = 0.05
-"""A source that is shown to the explainer has at least this share of the mass."""
+"""Share of the mass from which a source is shown to the explainer."""
 PER_CALL = 5
 """Texts in one question to a chat endpoint."""
 
 
 class Explanation(NamedTuple):
-    """What somebody says about a unit."""
+    """What a judge says about a unit."""
 
     text: str
     rule: Rule | None = None
-    """For `RulesJudge`."""
 
 
 class Tally:
-    """Answers asked for, how many of them could not be read, and questions put to a language model."""
+    """Counts answers asked for, unreadable ones, and questions to a language model."""
 
     def __init__(self) -> None:
         self.asked = self.failed = self.calls = 0
         self._lock = threading.Lock()
 
     def add(self, asked: int = 0, failed: int = 0, calls: int = 0) -> None:
-        """Count; safe from several threads."""
+        """Thread-safe."""
         with self._lock:
             self.asked += asked
             self.failed += failed
             self.calls += calls
 
     def check(self, final: bool = False) -> None:
-        """Stop a study whose answers cannot be read.
-
-        Raises:
-            UserError: more than `MAX_FAILED` of them could not.
-        """
+        """Raise a UserError if more than `MAX_FAILED` of the answers cannot be read."""
         if self.asked >= (1 if final else FEWEST_TO_STOP) and self.failed > MAX_FAILED * self.asked:
             raise UserError(
                 f"{self.failed} of {self.asked} answers of the judge could not be read, more than {MAX_FAILED:.0%}; "
@@ -108,29 +96,29 @@ class Judge(abc.ABC):
     is_proxy = False
     """Whether it stands in for a language model."""
     concurrency = 1
-    """Units it works on at a time."""
+    """Units at a time."""
 
     def __init__(self) -> None:
         self.tally = Tally()
 
     @abc.abstractmethod
     def explain(self, unit: UnitExamples) -> Explanation | None:
-        """An explanation from the first half's windows; None when the answer cannot be read."""
+        """An explanation from the first half's windows; None if unreadable."""
 
     @abc.abstractmethod
     def verdicts(self, explanation: Explanation, windows: Windows, marks: np.ndarray | None = None) -> np.ndarray:
-        """Whether the unit is active in each window, [n], from 0 to 1 (above one half means yes), NaN for no answer.
+        """Whether the unit is active in each window, [n], from 0 to 1 (above 0.5 is yes), NaN for no answer.
 
         With `marks` (bool [n, WIDTH]): whether the marked tokens are those where it is active.
         """
 
     @abc.abstractmethod
     def simulate(self, explanation: Explanation, windows: Windows) -> np.ndarray:
-        """Activation over the largest at each token, [n, WIDTH]; NaN in rows without a readable answer."""
+        """Activation over the unit's largest at each token, [n, WIDTH]; NaN in rows without a readable answer."""
 
 
 class RulesJudge(Judge):
-    """Rules that are learned, not written (`rules`)."""
+    """Learns rules (`rules`)."""
 
     name = "rules"
     is_proxy = True
@@ -165,40 +153,38 @@ class Request(NamedTuple):
     """One question to a language model."""
 
     kind: str
-    """Template it was made from."""
+    """Name of the template."""
     messages: tuple[tuple[str, str], ...]
-    """Pairs of role and text."""
+    """(role, text)."""
     max_tokens: int
-    """Longest answer."""
 
 
 @functools.cache
 def _template(name: str) -> tuple[str, str]:
-    """The two parts of a prompt file: system and user."""
     path = resources.files("lorsa_utils.autointerp").joinpath("templates", f"{name}.txt")
     system, user = path.read_text(encoding="utf-8").split("\n---\n")
     return system.strip(), user.strip()
 
 
 def prompts_sha256() -> str:
-    """Hash of all prompt files, to be reported with results."""
+    """Hash of all prompt files, reported with results."""
     names = ("explain", *SCORERS, *(f"{scorer}_one" for scorer in SCORERS))
     return store.sha256_json({name: _template(name) for name in names})
 
 
 def render(kind: str, max_tokens: int, **values: Any) -> Request:
-    """Fill a prompt file. Values are inserted as they are: a text cannot add placeholders of its own."""
+    """Fill a prompt file; placeholders inside values stay as they are."""
     system, user = _template(kind)
     return Request(kind, (("system", system), ("user", string.Template(user).substitute(values))), max_tokens)
 
 
 def evenly(rows: np.ndarray, n: int) -> np.ndarray:
-    """At most `n` of the rows, from the first to the last."""
+    """At most `n` of the rows, evenly spaced."""
     return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
 
 
 def explain_request(unit: UnitExamples) -> Request:
-    """The question for an explanation: the strongest windows, some weaker and silent ones; sources where known."""
+    """The question for an explanation, with the strongest windows, some weaker and silent ones, and their sources."""
     windows, peaks = unit.first, unit.first.values.max(axis=1)
     ranked = np.argsort(-peaks, kind="stable")[: windows.active.sum()]
     strongest, weaker = ranked[:SHOWN_STRONGEST], evenly(ranked[SHOWN_STRONGEST:], SHOWN_WEAKER)
@@ -217,13 +203,13 @@ def explain_request(unit: UnitExamples) -> Request:
 
 
 def verdict_request(kind: str, explanation: str, texts: Sequence[str]) -> Request:
-    """The question of the detection or fuzzing scorer about some texts."""
+    """The detection or fuzzing question about some texts."""
     numbered = _lines([f"{number}. {text}" for number, text in enumerate(texts, start=1)])
     return render(kind, 12 + 4 * len(texts), explanation=explanation, n=len(texts), texts=numbered)
 
 
 def simulation_request(explanation: str, pieces: Sequence[str], kind: str = "simulation") -> Request:
-    """The question of the simulation scorer about one text."""
+    """The simulation question about one text."""
     tokens = "\n".join(json.dumps(piece, ensure_ascii=False) for piece in pieces)
     return render(kind, 12 + 4 * len(pieces), explanation=explanation, n=len(pieces), tokens=tokens)
 
@@ -233,13 +219,13 @@ def _lines(texts: Sequence[str]) -> str:
 
 
 def parse_explanation(answer: str) -> str | None:
-    """What stands behind EXPLANATION:, in one line; None when it is missing or empty."""
+    """The line after EXPLANATION:, None when it is missing or empty."""
     match = re.search(r"EXPLANATION:\s*(.+)", answer)
     return (match[1].strip().strip("`*\"' ") if match else "") or None
 
 
 def parse_numbers(answer: str, n: int, highest: int) -> list[float] | None:
-    """A JSON list of `n` numbers from 0 to `highest`, with or without a fence around it; None for anything else."""
+    """A JSON list of `n` numbers from 0 to `highest`, possibly in a code fence; None otherwise."""
     match = re.fullmatch(r"\s*(?:```\w*\s*)?(\[[^\[\]]*\])\s*(?:```)?\s*", answer)
     try:
         values = json.loads(match[1]) if match else []
@@ -250,13 +236,13 @@ def parse_numbers(answer: str, n: int, highest: int) -> list[float] | None:
 
 
 class Answers:
-    """Answers on disk, one JSON object per line, appended and flushed one by one. One process at a time may write."""
+    """Answers on disk, one JSON object per line; one process at a time may write."""
 
     def __init__(self, path: str | Path | None, read_only: bool = False) -> None:
-        """Open a file; in memory alone without a path.
+        """Open a file; without a path, keep answers in memory.
 
         Raises:
-            UserError: another process writes to it, or it is damaged before its last line.
+            UserError: another process writes to it, there is nothing to read, or a line is damaged.
         """
         self.records: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
@@ -295,12 +281,12 @@ class Answers:
             self._file_lock.release()
 
     def get(self, key: str) -> str | None:
-        """The answer stored under a key."""
+        """The stored answer, if any."""
         record = self.records.get(key)
         return None if record is None else str(record["answer"])
 
     def put(self, key: str, answer: str, **facts: Any) -> None:
-        """Store an answer: it is on the disk when this returns."""
+        """Store an answer, on disk when this returns."""
         record = {"key": key, "answer": answer, **facts}
         with self._lock:
             self.records[key] = record
@@ -314,10 +300,10 @@ class Answers:
 
 
 class TextJudge(Judge):
-    """What judges that read prompts share: how questions are put and answers read, and the file of answers."""
+    """Shared by judges that prompt a language model."""
 
     one_by_one = False
-    """Whether each text is a question of its own, answered by a probability; else up to PER_CALL, by a JSON list."""
+    """Whether each text is its own question, answered by a probability; else up to PER_CALL, by a JSON list."""
 
     def __init__(self, model: str, answers: Answers) -> None:
         super().__init__()
@@ -332,20 +318,20 @@ class TextJudge(Judge):
 
     @abc.abstractmethod
     def complete(self, request: Request) -> str:
-        """Ask the model. An empty text stands for a refusal."""
+        """Ask the model. An empty text is a refusal."""
 
     def complete_all(self, requests: Sequence[Request]) -> None:
-        """Ask several questions, and store their answers one by one."""
+        """Ask several questions, storing each answer."""
         for request in requests:
             self.put(request, self.complete(request))
 
     def put(self, request: Request, answer: str) -> None:
-        """Store an answer."""
+        """Store and count an answer."""
         self.answers.put(self.key(request), answer, kind=request.kind, model=self.model)
         self.tally.add(calls=1)
 
     def ask(self, requests: Sequence[Request]) -> list[str]:
-        """Answers to questions, from the file where they are there."""
+        """Answers to questions, stored ones where possible."""
         answers = {request: self.answers.get(self.key(request)) for request in requests}
         missing = [request for request, answer in answers.items() if answer is None]
         self.complete_all(missing)
@@ -370,10 +356,7 @@ class TextJudge(Judge):
         return self.verdicts_on(kind, explanation.text, texts)
 
     def verdicts_on(self, kind: str, explanation: str, texts: Sequence[str]) -> np.ndarray:
-        """Verdicts of one scorer on texts, [n].
-
-        Probabilities are measured from the answer to a text without content (Zhao et al. 2021, "Calibrate before use").
-        """
+        """Verdicts [n]; probabilities are relative to a contentless text (Zhao et al. 2021, "Calibrate before use")."""
         if not self.one_by_one:
             chunks = [texts[first : first + PER_CALL] for first in range(0, len(texts), PER_CALL)]
             answers = self.ask([verdict_request(kind, explanation, chunk) for chunk in chunks])
@@ -400,13 +383,13 @@ class TextJudge(Judge):
 
 
 class ReplayJudge(TextJudge):
-    """Answers recorded by another judge; asks nobody."""
+    """Repeats answers recorded by another judge."""
 
     def __init__(self, recording: str | Path, model: str | None = None) -> None:
-        """Read the answers.jsonl of a run; `model` says whose answers to repeat, when several models are in it.
+        """Read the answers.jsonl of a run.
 
         Raises:
-            UserError: the file is missing or damaged, or holds several models and none of them is named.
+            UserError: the file is missing or damaged, or holds several models and `model` is not given.
         """
         answers = Answers(recording, read_only=True)
         models = sorted({str(record["model"]) for record in answers.records.values()})
@@ -431,15 +414,12 @@ class ReplayJudge(TextJudge):
 
 
 class LocalJudge(TextJudge):
-    """A chat model on this machine.
-
-    Explanations are generated greedily; verdicts and simulations are read from logits.
-    """
+    """A model on this machine, which explains greedily; other answers are read from logits."""
 
     one_by_one = True
 
     def __init__(self, model: LanguageModel, answers: Answers, batch_size: int = 16) -> None:
-        """Wrap any causal model; one with a chat template is asked through it. `batch_size` texts run at a time.
+        """Wrap a causal model, asked through its chat template if it has one.
 
         Raises:
             UserError: its tokenizer has no token for "yes" or "no".
@@ -452,7 +432,6 @@ class LocalJudge(TextJudge):
         self._digits = [self._single((str(digit),))[0] for digit in range(10)]
 
     def _single(self, words: Sequence[str]) -> list[int]:
-        """Those of some words that are one token."""
         ids = sorted({ids[0] for ids in map(self._ids, words) if len(ids) == 1})
         if not ids:
             raise UserError(
@@ -502,7 +481,7 @@ class LocalJudge(TextJudge):
 
     @torch.no_grad()
     def _probabilities(self, requests: Sequence[Request]) -> list[float]:
-        """Of yes among yes and no. What all prompts begin with is computed once."""
+        """Probabilities of yes among yes and no; the prompts' common beginning is computed once."""
         model, device = self.language_model.model, self.language_model.device
         prompts = [self._ids(self.prompt(request)) for request in requests]
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
@@ -522,7 +501,7 @@ class LocalJudge(TextJudge):
 
     @torch.no_grad()
     def _simulated(self, request: Request) -> str:
-        """Expected digit behind each token: all lines are read at once, a question mark in place of every number."""
+        """Expected digit after each token: one pass over all lines, each with a question mark as its number."""
         model = self.language_model.model
         ids, places = self._ids(self.prompt(request)), []
         for piece in request.messages[1][1].rpartition("one token a line:")[2].strip("\n").split("\n"):
@@ -540,21 +519,20 @@ class LocalJudge(TextJudge):
 
 
 class Retries(NamedTuple):
-    """How a chat endpoint is asked again; delays in seconds."""
+    """How a chat endpoint is retried; delays in seconds."""
 
     attempts: int = 8
     first_delay: float = 1.0
-    """Before the second attempt; doubled for each further one."""
+    """Before the second attempt, then doubled."""
     longest_delay: float = 60.0
-    """Where doubling stops; a Retry-After of the server may be longer."""
+    """Where doubling stops; a Retry-After may be longer."""
     longest_retry_after: float = 900.0
-    """A server that asks for more is given up."""
+    """The judge gives up when a server asks for more."""
     timeout: float = 120.0
-    """To wait for an answer."""
 
 
 class _Unanswered(Exception):
-    """No whole answer this time, and why; `retry_after` are the seconds that the server asks to wait, if it does."""
+    """`retry_after`: seconds that the server asks to wait."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -564,17 +542,17 @@ class _Unanswered(Exception):
 class OpenAIJudge(TextJudge):
     """Any server with OpenAI's chat endpoint (`$OPENAI_BASE_URL`/chat/completions).
 
-    The address and the key are read from the environment and stay in memory. No message of this class contains them,
-    and no redirect is followed, so the key goes to that address alone.
+    Address and key come from the environment and stay in memory: neither is stored, logged or shown. No redirect is
+    followed, so the key goes to that address alone.
     """
 
     def __init__(self, model: str, answers: Answers, concurrency: int = 4, retries: Retries | None = None) -> None:
-        """Read the environment; nothing is sent yet. At most `concurrency` questions are in flight at a time.
+        """Read the environment; at most `concurrency` questions are in flight.
 
         Raises:
             UserError: $OPENAI_API_KEY or $OPENAI_BASE_URL is missing or not usable.
         """
-        import httpx  # drawing a random number, which no import of the package does
+        import httpx  # here: it draws a random number on import, which importing this package must not do
 
         super().__init__(model, answers)
         self.concurrency, self.retries = concurrency, retries or Retries()
@@ -611,10 +589,10 @@ class OpenAIJudge(TextJudge):
 
     @override
     def complete(self, request: Request) -> str:
-        """The model's answer.
+        """Ask the endpoint, with retries.
 
         Raises:
-            UserError: the server refuses the key or the request, or gives no whole answer after all attempts.
+            UserError: the server refuses the key or the request, or gives no complete answer after all attempts.
         """
         return str(self._retrying(self._attempt, request))
 
@@ -657,7 +635,7 @@ class OpenAIJudge(TextJudge):
         raise _Unanswered("no connection, or no answer in time")
 
     def _delay(self, state: tenacity.RetryCallState) -> float:
-        """Exponential with jitter; none after a Retry-After, since that holds all threads."""
+        """No delay after a Retry-After, which holds all threads."""
         if state.outcome is not None and state.outcome.exception().retry_after is not None:  # type: ignore[union-attr]
             return 0.0
         first, longest = self.retries.first_delay, self.retries.longest_delay
@@ -687,7 +665,7 @@ def _refused(status: int) -> str:
 
 
 def _content(body: bytes) -> str | None:
-    """The text of a chat completion, empty for a refusal; None when the body is not a whole one."""
+    """Text of a chat completion, empty for a refusal; None for an incomplete body."""
     try:
         message = json.loads(body)["choices"][0]["message"]
         return "" if message.get("refusal") else str(message.get("content") or "")
@@ -696,7 +674,7 @@ def _content(body: bytes) -> str | None:
 
 
 def retry_after_seconds(header: str | None) -> float | None:
-    """Seconds of a Retry-After header, which is a number or a date; None when it is missing or neither."""
+    """Seconds of a Retry-After header (number or date); None if it is missing or neither."""
     if not header:
         return None
     with contextlib.suppress(ValueError):

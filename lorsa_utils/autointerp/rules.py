@@ -1,16 +1,14 @@
-"""Short readable rules for when a unit is active, learned from windows of text: explanations without a language model.
+"""Short readable rules for when a unit is active, learned from windows of text without a language model.
 
-A rule is a list of terms, one of which must hold at a token; a term is one to three conditions on the token, its
-neighbours and the text before it. All that a rule looks at can be seen in the window, so a rule knows what any other
-judge of the window knows. Rules are a proxy: they find forms and words, not meanings.
+One of a rule's terms must hold at a token; a term is one to three conditions on the token, its neighbours and the text
+before it, all inside the window. Rules are a proxy: they find forms and words, not meanings.
 
-Learning is greedy. At each step all single conditions, and the best of them joined with all others, are counted at once
-over all windows; the term that raises
+Greedy learning tries all single conditions, and the best of them joined with all others. The term that most raises
 
-    (share of active windows where the rule holds at an active token + share of silent windows where it holds nowhere) /
-    2
+    (share of active windows where the rule holds at an active token
+     + share of silent windows where it holds nowhere) / 2
 
-most is added, until no term raises it by more than its length costs.
+is added, until none raises it by more than its length costs.
 """
 
 from __future__ import annotations
@@ -26,20 +24,20 @@ import numpy as np
 from lorsa_utils.autointerp.examples import WIDTH, Corpus, Windows
 
 RECENT = 8
-"""Tokens before the current one that "shortly before" means."""
+"""Tokens that "shortly before" reaches back."""
 MAX_TERMS = 4
 MAX_CONDITIONS = 3
 COST = 0.01
-"""Rise of the objective that each condition has to bring."""
+"""Rise of the objective that each condition must bring."""
 BEAM = 20
 CAUTION = (1.0, 1.5, 2.0)
-"""Standard errors by which a term of one, two or three conditions must beat nothing: long ones are many."""
+"""Standard errors by which a term of one, two or three conditions must beat nothing; long terms are many."""
 
 
 # ---- classes of tokens
 
 Test = Callable[[str, str], bool]
-"""Of a token's text, and the same without the white space around it."""
+"""Takes a token's text as it is and stripped."""
 
 
 def _word_of(words: str) -> Test:
@@ -117,7 +115,7 @@ SHAPES: dict[str, tuple[str, Test]] = {
         for ending in ("ing", "ed", "s", "ly", "ion", "er", "al", "y", "e")
     },
 }
-"""Classes of tokens: their names in English, and their tests."""
+"""English names and tests of token classes."""
 
 _SHAPE_NAMES = tuple(SHAPES)
 
@@ -131,7 +129,7 @@ STATES = {
     "first": "at the very beginning of the text",
     "beginning": "among the first eight tokens of the text",
 }
-"""Conditions on a token's place, and how they read behind its noun."""
+"""Conditions on a token's place, and their English after a noun."""
 
 _OFFSETS = {"token": 0, "previous": 1, "next": -1, "two back": 2}
 _REACH = {"recent": RECENT, "earlier": WIDTH}
@@ -142,9 +140,9 @@ class Condition(NamedTuple):
     """One condition on a token."""
 
     where: str
-    """Of `RELATIONS`, or `state`."""
+    """From `RELATIONS`, or `state`."""
     what: int | str
-    """A token id, or a class of `SHAPES` (or one of `STATES`)."""
+    """A token id or a class of `SHAPES`; for `state` one of `STATES`."""
 
 
 class Term(NamedTuple):
@@ -152,7 +150,7 @@ class Term(NamedTuple):
 
     conditions: tuple[Condition, ...]
     strength: float
-    """Mean activation, over the unit's largest, at the tokens where they held in learning."""
+    """Mean activation over the unit's largest where they held in learning."""
 
 
 class Rule(NamedTuple):
@@ -163,7 +161,7 @@ class Rule(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def token_classes(corpus: Corpus) -> np.ndarray:
-    """Which of `SHAPES` every token id is, bool [n_ids + 1, n_classes]; the last row is for id -1, no token."""
+    """Which of `SHAPES` every token id is, bool [n_ids + 1, n_classes]; the last row is for no token (-1)."""
     table = np.zeros((max(corpus.strings, default=0) + 2, len(SHAPES)), dtype=bool)
     for token, text in corpus.strings.items():
         table[token] = [test(text, text.strip()) for _, test in SHAPES.values()]
@@ -174,7 +172,7 @@ def token_classes(corpus: Corpus) -> np.ndarray:
 
 
 def _shifted(values: np.ndarray, by: int, fill: int | bool) -> np.ndarray:
-    """Values [n, WIDTH, ...] moved right by `by` columns (left when negative)."""
+    """Moved right by `by` columns, [n, WIDTH, ...]."""
     result = np.roll(values, by, axis=1)
     result[:, : max(by, 0)] = fill
     result[:, values.shape[1] + min(by, 0) :] = fill
@@ -182,7 +180,7 @@ def _shifted(values: np.ndarray, by: int, fill: int | bool) -> np.ndarray:
 
 
 def _related(where: str, holds: np.ndarray) -> np.ndarray:
-    """Of what `holds` at tokens, where it does so at those that stand in a relation: [n, WIDTH, ...] to the same."""
+    """Where `holds` is true of a token in the relation `where`, [n, WIDTH, ...] to the same."""
     if where in _OFFSETS:
         return _shifted(holds, _OFFSETS[where], False)
     count = np.zeros((holds.shape[0], holds.shape[1] + 1, *holds.shape[2:]), dtype=np.int16)
@@ -192,7 +190,7 @@ def _related(where: str, holds: np.ndarray) -> np.ndarray:
 
 
 def _inside(opening: np.ndarray, closing: np.ndarray) -> np.ndarray:
-    """Columns behind an opening mark that is not closed yet."""
+    """Columns after an opening mark that is not closed yet."""
     result = np.zeros(opening.shape, dtype=bool)
     is_open = np.zeros(len(opening), dtype=bool)
     for column in range(opening.shape[1]):
@@ -203,8 +201,6 @@ def _inside(opening: np.ndarray, closing: np.ndarray) -> np.ndarray:
 
 
 class _View:
-    """Windows, and what conditions ask about them."""
-
     def __init__(self, windows: Windows) -> None:
         self.windows, self.tokens = windows, windows.tokens
         self.real = self.tokens >= 0
@@ -212,7 +208,7 @@ class _View:
 
     @functools.cached_property
     def states(self) -> dict[str, np.ndarray]:
-        """Every one of `STATES`, bool [n, WIDTH]."""
+        """Bool [n, WIDTH] each."""
         tokens, real, columns = self.tokens, self.real, np.arange(WIDTH)
         same = (tokens[:, :, None] == tokens[:, None, :]) & (columns[:, None] > columns) & real[:, :, None]
         before = np.where(same, columns, -1).max(axis=2)  # the last earlier occurrence
@@ -243,7 +239,7 @@ class _View:
         return _related(where, here) & self.real
 
     def candidates(self) -> tuple[list[Condition], np.ndarray]:
-        """Conditions worth trying for one unit, and where each holds, bool [n, WIDTH, n_conditions]."""
+        """Conditions worth trying, and where each holds, bool [n, WIDTH, n_conditions]."""
         conditions: list[Condition] = []
         holds = []
         for where, n in _TRIED.items():
@@ -258,9 +254,9 @@ class _View:
         return conditions, np.concatenate(holds, axis=2) & self.real[..., None]
 
     def _frequent_tokens(self, where: str, n: int) -> list[int]:
-        """The `n` token ids that are related to active tokens in more active windows than they occur in silent ones.
+        """The `n` ids whose share of active windows, in this relation, most exceeds that of silent windows, anywhere.
 
-        For what came before, the main sources of the peaks count once more.
+        In `recent` and `earlier` the peaks' main sources count once more.
         """
         windows, tokens = self.windows, self.tokens
         row, column = np.nonzero((windows.values > 0) & self.real)
@@ -283,11 +279,10 @@ class _View:
 
 
 _TRIED = {"token": 32, "previous": 16, "next": 12, "two back": 8, "recent": 24, "earlier": 24}
-"""Token ids tried in each relation."""
+"""Token ids tried."""
 
 
 def _count_windows(rows: np.ndarray, tokens: np.ndarray) -> Counter[int]:
-    """In how many different rows each token id occurs."""
     real = tokens >= 0
     codes = np.unique((np.broadcast_to(rows, tokens.shape)[real] << 32) + tokens[real])
     return Counter((codes & 0xFFFFFFFF).tolist())
@@ -306,8 +301,6 @@ class Hits(NamedTuple):
 
 
 class _Counts:
-    """Where conditions hold, ordered for counting."""
-
     def __init__(self, holds: np.ndarray, windows: Windows) -> None:
         active = windows.active
         row, column = np.nonzero((windows.values[active] > 0) & (windows.tokens[active] >= 0))
@@ -315,7 +308,6 @@ class _Counts:
         self.at_silent = holds[~active]
 
     def joined(self, conditions: Sequence[int]) -> Hits:
-        """Of terms that join some conditions with each one."""
         chosen = list(conditions)
         here = self.at_active[:, chosen].all(axis=1)
         row, column = np.nonzero(self.at_silent[:, :, chosen].all(axis=2))
@@ -326,7 +318,7 @@ class _Counts:
 
 
 def _any_by_row(holds: np.ndarray, row: np.ndarray, n: int) -> np.ndarray:
-    """Whether anything holds among the tokens of each window: [n_tokens, m] with sorted rows [n_tokens] to [n, m]."""
+    """[n_tokens, m] with sorted rows [n_tokens] to [n, m]."""
     result = np.zeros((n, holds.shape[1]), dtype=bool)
     if len(row):
         rows, starts = np.unique(row, return_index=True)
@@ -335,7 +327,7 @@ def _any_by_row(holds: np.ndarray, row: np.ndarray, n: int) -> np.ndarray:
 
 
 def learn(windows: Windows) -> Rule:
-    """A rule from a unit's windows; without terms when nothing tells active windows from silent ones."""
+    """Learn a rule; it has no terms when nothing tells active from silent windows."""
     conditions, holds = _View(windows).candidates()
     counts = _Counts(holds, windows)
     singles = counts.joined([])
@@ -356,20 +348,20 @@ def learn(windows: Windows) -> Rule:
 
 
 def _gains(hits: Hits, covered: np.ndarray, wrong: np.ndarray, n_conditions: int) -> np.ndarray:
-    """Rise of the objective for each of m terms, less what its conditions cost and what chance could do."""
+    """Rise of the objective for each term, less its cost and an allowance for chance."""
     new, harm = (hits.active & ~covered[:, None]).mean(axis=0), (hits.silent & ~wrong[:, None]).mean(axis=0)
     error = np.sqrt(_variance(new, len(covered)) + _variance(harm, len(wrong))) / 2
     return (new - harm) / 2 - CAUTION[n_conditions - 1] * error - COST * n_conditions
 
 
 def _variance(share: np.ndarray, n: int) -> np.ndarray:
-    """Of a share of n windows; a little above zero also where the share is 0 or 1 (Agresti and Coull's estimate)."""
+    """Variance of a share, above zero even for 0 and 1 (Agresti and Coull's estimate)."""
     near = (share * n + 2) / (n + 4)
     return near * (1 - near) / (n + 4)
 
 
 def _best_term(counts: _Counts, singles: Hits, covered: np.ndarray, wrong: np.ndarray) -> tuple[tuple[int, ...], float]:
-    """The best term of up to `MAX_CONDITIONS`, by beam search."""
+    """Beam search."""
     gains = _gains(singles, covered, wrong, 1)
     best: tuple[int, ...] = (int(gains.argmax()),)
     best_gain = float(gains.max())
@@ -392,7 +384,7 @@ def _best_term(counts: _Counts, singles: Hits, covered: np.ndarray, wrong: np.nd
 
 
 def predict(rule: Rule, windows: Windows) -> np.ndarray:
-    """Predicted activation over the unit's largest at every token, 0 where the rule does not hold: [n, WIDTH]."""
+    """Predicted activation over the unit's largest, 0 where the rule does not hold: [n, WIDTH]."""
     view = _View(windows)
     result = np.zeros(windows.tokens.shape)
     for term in rule.terms:

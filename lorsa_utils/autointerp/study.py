@@ -1,23 +1,17 @@
 """Automated interpretability (paper item P6): explain units, score explanations on other text, compare dictionaries.
 
-Scorers, as in the field's recipe:
+Scorers:
 
-- detection: is the unit active anywhere in this text? (active windows of every quantile against silent ones, three
-  quarters of them hard)
+- detection: is the unit active anywhere in this text? (active windows of every quantile against silent ones)
 - fuzzing: are the marked tokens those where it is active? (each active window once, rightly or wrongly marked)
-- simulation: how active is it at each token? (correlation of predicted and true activations over all tokens; Bills et
-  al. 2023)
+- simulation: how active is it at each token? (correlation with true activations; Bills et al. 2023)
 
-Detection and fuzzing are balanced accuracies: the mean of the shares of right answers among positives and among
-negatives, so that a constant answer gets 0.5 whatever the mixture. Unreadable answers are left out and counted.
+Detection and fuzzing are balanced accuracies, so a constant answer gets 0.5. Baselines of detection: the explanation of
+a random other unit (`shuffled`) or of one of the same QK group or the most similar write direction (`relative`).
 
-Baselines on the detection task: the explanation of a random other unit (`shuffled`), that of a unit of the same QK
-group or with the most similar write direction (`relative`), and a constant answer.
-
-Two dictionaries of one layer have different units, so their scores are compared without pairing: two-sided permutation
-test of the difference of means. Beside it stand the same scores paired by rank of activation frequency (sign-flip
-test), since what is rarer may be easier; and p values corrected by Holm's method over all layers and scorers of the
-table.
+Two dictionaries have different units, so scores are compared by an unpaired two-sided permutation test of the
+difference of means, also with Holm's correction over the table. Since what is rarer may be easier, scores are also
+paired by rank of activation frequency (sign-flip test).
 """
 
 from __future__ import annotations
@@ -43,9 +37,9 @@ ALPHA = 0.05
 PAPER_OUTCOMES = {"win": 6, "loss": 3, "tie": 15}
 """Of Lorsa against the SAE, 24 comparisons (paper, Sec. 5)."""
 N_SIMULATED = 10
-"""Windows of a unit that activations are predicted for: half active, half random silent ones."""
+"""Windows per unit for simulation: half active, half random silent ones."""
 MARK_SHARE = 0.7
-"""A marked token has at least this share of its window's largest activation."""
+"""A marked token's least share of its window's largest activation."""
 N_DRAWS = 2000
 
 Item = TypeVar("Item")
@@ -56,12 +50,9 @@ Result = TypeVar("Result")
 
 
 def balanced_accuracy(truth: np.ndarray, verdicts: np.ndarray, seed: int = 0) -> Interval:
-    """Mean of the shares of right verdicts in both classes; NaN verdicts are left out.
+    """Mean of the shares of right verdicts in both classes, of truth (bool [n]) and verdicts [n] from 0 to 1.
 
-    Args:
-        truth: bool [n].
-        verdicts: from 0 to 1, [n]; above one half means yes, exactly one half counts as half right.
-        seed: of the bootstrap, which draws windows with replacement within each class.
+    Verdicts above 0.5 mean yes, 0.5 is half right, NaN is left out. The bootstrap draws windows within each class.
     """
     known = ~np.isnan(verdicts)
     right = np.where(verdicts == 0.5, 0.5, (verdicts > 0.5) == truth)
@@ -81,7 +72,7 @@ def verdict_auc(truth: np.ndarray, verdicts: np.ndarray) -> float:
 
 
 def correlation(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Pearson's r over tokens; 0 for a constant prediction, NaN without a readable one."""
+    """Pearson's r over tokens; 0 for a constant prediction, NaN when undefined."""
     known = ~np.isnan(predicted)
     if known.sum() < 2 or true[known].std() == 0:
         return math.nan
@@ -91,7 +82,7 @@ def correlation(true: np.ndarray, predicted: np.ndarray) -> float:
 def fuzzing_marks(windows: Windows, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Marks for active windows, bool [n, WIDTH], and whether they are right, bool [n].
 
-    In one half, by turns over the quantiles, they are at the active tokens, in the other at as many silent ones.
+    Every other window by quantile is marked at its active tokens, the others at as many silent ones.
     """
     marks = windows.values >= MARK_SHARE * windows.values.max(axis=1, keepdims=True)
     correct = np.zeros(len(windows), dtype=bool)
@@ -107,7 +98,7 @@ def fuzzing_marks(windows: Windows, rng: np.random.Generator) -> tuple[np.ndarra
 def score_unit(
     judge: Judge, explanation: Explanation, unit: UnitExamples, scorers: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """All scores of one explanation of one unit, with what they are made of."""
+    """All scores of one explanation of one unit."""
     rng = np.random.default_rng([seed, unit.unit])
     windows = unit.second[rng.permutation(len(unit.second))]
     active = windows[windows.active]
@@ -146,7 +137,7 @@ def _columns(name: str, interval: Interval) -> dict[str, float]:
 
 
 class Subject(NamedTuple):
-    """One unit, its explanation, and what else is put to the judge about it."""
+    """`baselines` are other units' explanations."""
 
     unit: UnitExamples
     explanation: Explanation | None
@@ -162,19 +153,12 @@ def study(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Explain and score every unit.
+    """Explain and score all units, one row each; all sets have the same budget.
 
-    Args:
-        sets: of `examples.examples`, one for each dictionary, all with the same budget.
-        judge: explains and scores.
-        scorers: of `SCORERS`.
-        baselines: score other units' explanations by detection, too.
-
-    Returns:
-        one row per unit: `dictionary`, `layer`, `unit`, `group`, `frequency`, `maximum`, `explanation` (None when it
-        could not be read; then there are no scores), `detection` and `fuzzing` (each with `_low`, `_high`, `_auc`),
-        `simulation`, `detection_strong` (active windows of the upper fifth alone), `right_<kind>` (share of right
-        verdicts on each kind of window), `shuffled` and `relative` (detection), `relative_unit`, `n_windows`.
+    Columns `dictionary`, `layer`, `unit`, `group`, `frequency`, `maximum`, `explanation` (None when unreadable; then
+    there are no scores), `detection` and `fuzzing` (each with `_low`, `_high`, `_auc`), `simulation`,
+    `detection_strong` (active windows of the upper fifth alone), `right_<kind>` (share of right verdicts on each kind
+    of window), `shuffled` and `relative` (detection by these baselines), `relative_unit`, `n_windows`.
 
     Raises:
         UserError: more than `judges.MAX_FAILED` of the answers cannot be read, or a scorer is unknown.
@@ -194,11 +178,7 @@ def study(
 
 
 def check_scorers(scorers: Sequence[str]) -> None:
-    """Refuse names of scorers that do not exist.
-
-    Raises:
-        UserError: names the first of them.
-    """
+    """Raise a UserError that names the first unknown scorer."""
     if unknown := sorted(set(scorers) - set(SCORERS)):
         raise UserError(f"Scorer {unknown[0]!r} is unknown; known are {', '.join(SCORERS)}.")
 
@@ -206,7 +186,7 @@ def check_scorers(scorers: Sequence[str]) -> None:
 def _for_all(
     judge: Judge, function: Callable[[Item], Result], items: Sequence[Item], title: str, progress: bool
 ) -> list[Result]:
-    """Results for all items, as many at a time as the judge likes. When one fails, the rest are not begun."""
+    """When one fails, the rest are not begun."""
 
     def checked(item: Item) -> Result:
         result = function(item)
@@ -245,7 +225,7 @@ def _score(judge: Judge, subject: Subject, scorers: Sequence[str], seed: int) ->
 
 
 def constant_answer(examples: Examples) -> float:
-    """Mean detection score of answering yes to everything: 0.5, by the definition of balanced accuracy."""
+    """Mean detection score of always answering yes (0.5)."""
     scores = [balanced_accuracy(unit.second.active, np.ones(len(unit.second))).value for unit in examples.units]
     return float(np.mean(scores))
 
@@ -254,7 +234,7 @@ def constant_answer(examples: Examples) -> float:
 
 
 class Estimate(NamedTuple):
-    """What a study will ask of a language model, at most: stored answers are not asked for again."""
+    """What a study asks of a language model at most: stored answers are not asked for again."""
 
     calls: int
     prompt_tokens: int
@@ -277,9 +257,9 @@ def estimate(
     baselines: bool = True,
     prices: tuple[float, float] | None = None,
 ) -> Estimate:
-    """Count the questions to a chat endpoint, as for `study`; explanations of 25 words, four characters per token.
+    """Count the questions of `study`, for explanations of 25 words and four characters per token.
 
-    `prices` are those of a million tokens to read, and to write.
+    `prices` are per million tokens to read, and to write.
     """
     calls = read = written = 0
     for unit in (unit for examples in sets for unit in examples.units):
@@ -292,7 +272,6 @@ def estimate(
 
 
 def _requests(unit: UnitExamples, scorers: Sequence[str], baselines: bool) -> list[judges.Request]:
-    """Questions about one unit."""
     words, second = " ".join(["explanation"] * 25), unit.second
     texts = [second.marked(row) for row in range(len(second))]
     requests = [judges.explain_request(unit)]
@@ -312,7 +291,7 @@ def _requests(unit: UnitExamples, scorers: Sequence[str], baselines: bool) -> li
 
 
 def confirmed(judge: Judge, expected: Estimate, confirm: Callable[[str], bool]) -> None:
-    """Ask a person before the first question to an endpoint that may cost money.
+    """Ask before the first question to an endpoint that may cost money.
 
     Raises:
         UserError: the answer is no.
@@ -339,14 +318,12 @@ def summary(
 def compare_dictionaries(
     scores: pd.DataFrame, first: str = "Lorsa", second: str = "SAE", scorers: Sequence[str] = SCORERS, seed: int = 0
 ) -> pd.DataFrame:
-    """Test `first` against `second` in every layer by every scorer, on scores of `study`.
+    """Test `first` against `second` on scores of `study`, one row per layer and scorer.
 
-    Returns:
-        one row per layer and scorer: `layer`, `scorer`, `n_first`, `n_second`, `mean_first`, `mean_second`;
-        `difference` with `low` and `high` (95 % bootstrap over units); `effect` (Cohen's d) with `effect_low` and
-        `effect_high`; `p` (permutation, unpaired); `outcome` (`win`, `loss` or `tie` of `first` at `ALPHA`,
-        uncorrected) and `outcome_holm` (corrected over the whole table); `matched_difference` and `matched_p` (paired
-        by rank of frequency); `spread` (pooled standard deviation over units).
+    Columns `layer`, `scorer`, `n_first`, `n_second`, `mean_first`, `mean_second`; `difference` with `low`, `high` (95 %
+    bootstrap over units); `effect` (Cohen's d) with `effect_low`, `effect_high`; `p`; `outcome` (`win`, `loss` or `tie`
+    of `first` at `ALPHA`) and `outcome_holm` (corrected); `matched_difference` and `matched_p` (paired by rank of
+    frequency); `spread` (pooled standard deviation).
 
     Raises:
         UserError: no layer has both dictionaries with two scored units or more.
@@ -390,7 +367,7 @@ def _comparison(sides: Sequence[pd.DataFrame], scorer: str, seed: int) -> dict[s
 
 
 def outcomes(comparison: pd.DataFrame) -> pd.DataFrame:
-    """Wins, losses and ties of the first dictionary beside the paper's: rows `here`, `here, corrected`, `paper`."""
+    """Wins, losses and ties of the first dictionary: rows `here`, `here, corrected`, `paper`."""
     counts = {"here": comparison["outcome"], "here, corrected": comparison["outcome_holm"]}
     rows = [{"where": name} | {key: (side == key).sum() for key in PAPER_OUTCOMES} for name, side in counts.items()]
     table = pd.DataFrame([*rows, {"where": "paper", **PAPER_OUTCOMES}])
@@ -398,7 +375,7 @@ def outcomes(comparison: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_explanations(path: str | Path, layer: int) -> dict[int, tuple[str | None, float | None]]:
-    """Explanations of a layer's Lorsa heads in the table of `study`, each with its detection score if there is one.
+    """Explanations of a layer's Lorsa heads in the table of `study`, each with its detection score if any.
 
     Raises:
         UserError: the file is missing, or is something else.

@@ -1,19 +1,17 @@
 """How much of a behaviour a small set of nodes carries: curves against circuit size, with intervals.
 
-For a circuit C at the chosen layers and the metric M (mean over held-out prompts),
+For a circuit C at the chosen layers and the metric M (mean over held-out prompts; Wang et al. 2022, Marks et al. 2024),
 
     faithfulness f(C) = (M(only C) - M(none)) / (M(all) - M(none))       1: C alone does what all nodes do
     completeness c(C) = (M(all but C) - M(none)) / (M(all) - M(none))    0: nothing is left without C
 
-`only C` removes all nodes but C, errors too; `none` removes all nodes. Under resampling `none` gives each layer's
-output on the corrupted prompt whatever the kind of units, so that all kinds share one scale. (Wang et al. 2022; Marks
-et al. 2024.)
+`only C` removes all other nodes, errors too. Under resampling `none` gives each layer's output on the corrupted prompt,
+so all kinds of units share one scale.
 
-Circuits are the first nodes of a ranking made on other prompts. The area under a curve is over the logarithm of the
-size, divided by its range, so that it is a mean faithfulness; curves are linear between measured sizes. Sizes are
-numbers of nodes or, in the other table, of weights that the nodes are computed with. Intervals are a bootstrap over
-prompts: prompts of all seeds are drawn together, each evaluated with the circuit that its own seed's discovery prompts
-gave; differences between kinds are taken within a draw.
+Circuits are the first nodes of a ranking made on other prompts. The area under a curve (linear between measured sizes)
+is over the logarithm of the size, divided by its range: a mean faithfulness. Sizes are numbers of nodes or of weights.
+Intervals are a bootstrap over the prompts of all seeds, each with its own seed's circuit; differences between kinds are
+taken within a draw.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from lorsa_utils.stats import N_DRAWS, Interval, sample_interval
 
 
 def ranking(scores: Tensor, error_nodes: Sequence[int]) -> list[int]:
-    """Units by the size of their mean score, largest first, those without any left out: scores [n_prompts, n_nodes]."""
+    """Units by the size of their mean score, largest first, zeros left out: scores [n_prompts, n_nodes]."""
     size = scores.mean(dim=0).abs()
     size[list(error_nodes)] = 0
     order = size.argsort(descending=True)
@@ -47,7 +45,7 @@ def ranking(scores: Tensor, error_nodes: Sequence[int]) -> list[int]:
 
 
 def random_order(order: Sequence[int], seed: int) -> list[int]:
-    """The same nodes in random order: its first ones are a random set among the nodes that do anything."""
+    """The same nodes in random order; random circuits are thus of nodes that have an effect."""
     generator = torch.Generator().manual_seed(seed)
     return [order[int(i)] for i in torch.randperm(len(order), generator=generator)]
 
@@ -60,7 +58,7 @@ def rank_scores(
     exact_up_to: int = 0,
     batch_size: int = 32,
 ) -> Tensor:
-    """Effects of all nodes, [n_prompts, n_nodes]: exact where nodes are few, else gradient times activation."""
+    """Effects of all nodes, [n_prompts, n_nodes]: exact up to `exact_up_to` nodes, else gradient times activation."""
     instead = baseline(sparse, task, ablation)
     if sparse.n_nodes <= exact_up_to:
         return effects(sparse, task, range(sparse.n_nodes), instead, name, batch_size).T
@@ -75,20 +73,19 @@ class Curve:
     """Metric of every prompt for nested circuits."""
 
     sizes: tuple[int, ...]
-    """Nodes in each circuit."""
     parameters: tuple[float, ...]
-    """Weights that they are computed with."""
+    """Weights of each circuit's nodes."""
     only: Tensor = field(repr=False)
     """[n_sizes, n_prompts], metric with the circuit alone."""
     without: Tensor | None = field(repr=False)
-    """[n_sizes, n_prompts], metric with all but the circuit; None when it was not measured."""
+    """[n_sizes, n_prompts], metric with all but the circuit; None when not measured."""
     all: Tensor = field(repr=False)
     """[n_prompts], metric of the untouched model."""
     none: Tensor = field(repr=False)
     """[n_prompts], metric with all nodes removed."""
 
     def first(self, n: int) -> Curve:
-        """Its first `n` sizes."""
+        """The curve at its first `n` sizes."""
         without = None if self.without is None else self.without[:n]
         return replace(self, sizes=self.sizes[:n], parameters=self.parameters[:n], only=self.only[:n], without=without)
 
@@ -104,22 +101,13 @@ def measure_curve(
     ends: Curve | None = None,
     batch_size: int = 32,
 ) -> Curve:
-    """Faithfulness and completeness of the first nodes of a ranking.
+    """Metric with and without the first nodes of a ranking.
 
-    Args:
-        sparse: the model.
-        task: held-out prompts.
-        orders: one ranking, made on other prompts; or one for each prompt.
-        sizes: of circuits; those beyond the shortest ranking are left out.
-        instead: for the held-out prompts.
-        name: of the metric.
-        completeness: measure that as well, with as many passes again.
-        ends: another curve on the same prompts, whose `all` and `none` serve again.
-        batch_size: prompts at a time.
+    `orders` is one ranking, made on other prompts, or one for each prompt; sizes beyond the shortest are left out.
+    `ends` is a curve on the same prompts whose `all` and `none` are reused. Completeness doubles the passes.
 
     Raises:
-        UserError: a ranking is shorter than all sizes, or removing all nodes changes nothing, so that there is no
-            behaviour to explain at these layers.
+        UserError: a ranking is shorter than all sizes, or removing all nodes does not change the metric.
     """
     shortest = min(map(len, orders))
     sizes = [size for size in sizes if size <= shortest]
@@ -142,7 +130,7 @@ def measure_curve(
 
 
 def pool(curves: Sequence[Curve]) -> Curve:
-    """The curves of several seeds as one over all their prompts; parameters are their mean."""
+    """The curves of several seeds as one over all their prompts; parameters are averaged."""
     n = min(len(curve.sizes) for curve in curves)
     curves = [curve.first(n) for curve in curves]
     without = [curve.without for curve in curves if curve.without is not None]
@@ -160,7 +148,7 @@ def pool(curves: Sequence[Curve]) -> Curve:
 
 
 def draws(n_prompts: int, seed: int = 0, n_draws: int = N_DRAWS) -> Tensor:
-    """Prompts drawn again with replacement, [n_draws + 1, n_prompts]; row 0 is the prompts themselves."""
+    """Bootstrap draws of prompts, [n_draws + 1, n_prompts]; row 0 is the prompts themselves."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat(
         [torch.arange(n_prompts)[None], torch.randint(n_prompts, (n_draws, n_prompts), generator=generator)]
@@ -168,18 +156,17 @@ def draws(n_prompts: int, seed: int = 0, n_draws: int = N_DRAWS) -> Tensor:
 
 
 def shares(values: Tensor, curve: Curve, drawn: Tensor) -> Tensor:
-    """(M - M(none)) / (M(all) - M(none)) for values [n_sizes, n_prompts] in every draw: [n_draws + 1, n_sizes]."""
+    """(M - M(none)) / (M(all) - M(none)) in every draw: [n_sizes, n_prompts] to [n_draws + 1, n_sizes]."""
     means = values.double()[:, drawn].mean(dim=2).T
     everything, none = (side.double()[drawn].mean(dim=1)[:, None] for side in (curve.all, curve.none))
     return (means - none) / (everything - none)
 
 
 def curve_table(curves: Mapping[str, Curve], seed: int = 0) -> pd.DataFrame:
-    """Faithfulness and completeness of several kinds with intervals.
+    """Faithfulness and completeness with intervals, one row per curve and size.
 
-    Returns:
-        columns `nodes` (name of the curve), `size`, `parameters`, `faithfulness`, `low`, `high`, `completeness`,
-        `completeness_low`, `completeness_high` (NaN where it was not measured).
+    Columns `nodes` (name of the curve), `size`, `parameters`, `faithfulness`, `low`, `high`, `completeness`,
+    `completeness_low`, `completeness_high` (NaN where not measured).
     """
     rows = []
     for name, curve in curves.items():
@@ -194,9 +181,9 @@ def curve_table(curves: Mapping[str, Curve], seed: int = 0) -> pd.DataFrame:
 
 
 def areas(curve: Curve, over: str, low: float, high: float, drawn: Tensor) -> Tensor:
-    """Area under the faithfulness curve from size `low` to `high`, over the logarithm, in every draw: [n_draws + 1].
+    """Area under the faithfulness curve from size `low` to `high`, [n_draws + 1], flat outside the measured sizes.
 
-    `over` is `sizes` or `parameters`. Outside of the measured sizes the first and the last value hold.
+    `over` is `sizes` or `parameters`.
     """
     values = shares(curve.only, curve, drawn).numpy()
     places = np.log(np.asarray(getattr(curve, over), dtype=float))
@@ -208,11 +195,10 @@ def areas(curve: Curve, over: str, low: float, high: float, drawn: Tensor) -> Te
 def area_table(
     curves: Mapping[str, Curve], over: str = "sizes", against: str = "Lorsa heads", seed: int = 0
 ) -> pd.DataFrame:
-    """Areas of several kinds over the range of sizes that all of them have, with intervals.
+    """Areas over the range of sizes that all kinds have, with intervals.
 
-    Returns:
-        columns `nodes`, `from`, `to`, `area`, `low`, `high`, `lead` (area of `against` minus this one's), `lead_low`,
-        `lead_high`.
+    Columns `nodes`, `from`, `to`, `area`, `low`, `high`, `lead` (area of `against` minus this one's), `lead_low`,
+    `lead_high`.
 
     Raises:
         UserError: the kinds have no common range, or different prompts.
@@ -236,12 +222,10 @@ def area_table(
 def error_shares(
     sparse: SparseModel, task: Task, instead: Elsewhere, name: str = "logit_difference", batch_size: int = 32
 ) -> pd.DataFrame:
-    """How much of the behaviour the error terms carry as more layers are decomposed, from the last layer backwards.
+    """How much of the behaviour the errors carry as more layers are decomposed, from the last layer backwards.
 
-    Returns:
-        one row for each number of layers: `layers` (how many), `first` (the earliest of them), `errors` (fall of the
-        metric when their errors are removed, as a share of the fall when all their nodes are), `units` (the same for
-        all their units) and `fall` (of the metric without all their nodes).
+    Columns `layers` (how many), `first` (the earliest), `errors` and `units` (the metric's fall without them, as a
+    share of `fall`), `fall` (without both).
     """
     errors, number = sparse.mask(sparse.error_nodes), torch.arange(sparse.n_nodes, device=sparse.model.device)
     sets = [sparse.mask([])]
@@ -261,12 +245,10 @@ def error_shares(
 
 @torch.no_grad()
 def match_units(sparse: SparseModel, other: SparseModel, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For every node of one model the node of the other, in the same layer, that writes most nearly the same direction.
+    """For every node, the node of `other` in the same layer whose write direction has the largest cosine.
 
-    `among` is a mask [n_nodes] of nodes of the other that may be matched; all without it.
-
-    Returns:
-        match [n_nodes] and cosine [n_nodes]; error nodes match error nodes with cosine 1.
+    `among` is a mask [n_nodes] of nodes of `other` that may be matched; all without it. Returns match and cosine,
+    [n_nodes] each; error nodes match error nodes with cosine 1.
     """
     match, cosine = torch.zeros(sparse.n_nodes, dtype=torch.long), torch.ones(sparse.n_nodes)
     for layer, columns in sparse.columns.items():
@@ -281,7 +263,7 @@ def match_units(sparse: SparseModel, other: SparseModel, among: Tensor | None = 
 
 
 def write_directions(sparse: SparseModel, layer: int) -> Tensor:
-    """What the Lorsa heads or SAE features of a layer write, scaled to norm 1: [n_units, d_model]."""
+    """What units of a layer write, scaled to norm 1: [n_units, d_model]."""
     return torch.nn.functional.normalize(sparse.layers[layer].module.W_O.detach(), dim=1)  # type: ignore[attr-defined]
 
 
@@ -289,7 +271,7 @@ def write_directions(sparse: SparseModel, layer: int) -> Tensor:
 
 
 def usual_sizes(n_nodes: int) -> list[int]:
-    """Circuit sizes to measure: powers of 2 where there are few nodes (MHSA heads), else powers of 4 up to 1,024."""
+    """Circuit sizes: powers of 2 for at most 256 nodes (MHSA heads), else powers of 4 up to 1,024."""
     return [2**i for i in range(11) if 2**i <= n_nodes] if n_nodes <= 256 else [4**i for i in range(6)]
 
 
@@ -303,11 +285,10 @@ def compare(
     exact_up_to: int = 0,
     batch_size: int = 32,
 ) -> dict[str, Curve]:
-    """Curves of several kinds of nodes on one draw of prompts: half of them rank nodes, half measure circuits.
+    """Curves of several kinds of nodes of the same layers: half of the prompts rank nodes, half measure circuits.
 
-    All kinds have the same layers decomposed. Of those in `random` (all by default) random sets of the same sizes are
-    measured as well, faithfulness alone, as `random <name>`. Ablations are those of `nodes.baseline`; see `rank_scores`
-    for `exact_up_to`.
+    For the kinds in `random` (all by default) the faithfulness of random nodes is measured too, as `random <name>`.
+    `exact_up_to` is as in `rank_scores`.
     """
     discovery, held_out = task.split()
     curves: dict[str, Curve] = {}

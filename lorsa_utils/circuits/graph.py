@@ -1,23 +1,20 @@
 """Attribution graphs of one prompt: exact edges through the frozen model, QK attribution, pruning, a file for viewers.
 
-**Frozen model.** On one prompt, hold fixed what makes a Transformer non-linear: the scale of every norm, the attention
-patterns of the layers that are not decomposed, the factor by which an MLP's activation function scales its input (for
-a gated MLP: the gate). What is left is linear, and has the same values. The activation of a Lorsa head is linear too,
-given its pattern: z_i = sum_j A_ij (w_v . x_j + b_V); and that of an SAE feature, given the patterns of its layer. So
-the logit difference, or any node's activation, is exactly the sum over sources (token embeddings, what earlier nodes
-write, errors, biases) of source times coefficient. These products are the edges. A path ends at the first node that it
-meets, so that nothing counts twice.
+**Frozen model.** On one prompt, hold fixed the scale of every norm, the attention patterns of layers that are not
+decomposed, and the factor by which an MLP's activation function scales its input (if gated: the gate). What is left is
+linear and has the same values. A Lorsa head given its pattern, z_i = sum_j A_ij (w_v . x_j + b_V), and an SAE feature
+given its layer's patterns are linear too. So the logit difference, or any node's activation, is exactly the sum of its
+edges: source (token embedding, what an earlier node writes, error, bias) times coefficient. A path ends at the first
+node that it meets, so nothing counts twice.
 
-**QK attribution.** A Lorsa head's score for query i and key j is bilinear in what the two sides read, and each side is
-a sum of parts of the residual stream (embedding, single nodes, errors, whole MLPs, whole other attention layers,
-biases). The score is exactly the sum over pairs of parts.
+**QK attribution.** A Lorsa head's score for a query and a key is bilinear in what they read, so it is exactly a sum
+over pairs of parts of the two residual streams.
 
 **Influence.** Each target's incoming edges are divided by the sum of their sizes; a source's influence on the logit is
-the sum over all paths to it of the products of these shares (as in circuit-tracer, Ameisen et al. 2025).
+the sum over all paths of the products of these shares (as in circuit-tracer, Ameisen et al. 2025).
 
 **File.** The JSON of circuit-tracer (github.com/decoderesearch/circuit-tracer, MIT), which Neuronpedia's graph viewer
-reads: `metadata`, `qParams`, `nodes`, `links`. Nodes of all kinds have the `feature_type` names of that schema; what
-the kit adds (`kind`, `page`) stands under keys of its own, which those readers pass over.
+reads, with keys `kind` and `page` that other readers ignore.
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ from lorsa_utils.models import LanguageModel, Replacement
 MAX_LENGTH = 128
 MAX_NODES = 5_000
 RANKED_EVERY = 16
-"""Nodes traced before the order of the others is computed anew."""
+"""Nodes traced before the others are ranked again."""
 
 
 # ---- frozen model
@@ -65,7 +62,7 @@ def _norm_bias(norm: Any) -> Tensor:
 
 @contextlib.contextmanager
 def frozen(model: LanguageModel) -> Iterator[None]:
-    """Inside the context the model's outputs stay the same and its gradients are those of the frozen model."""
+    """Inside the context outputs stay the same and gradients are those of the frozen model."""
     architecture = model.architecture
 
     def norm_hook(norm: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -96,22 +93,21 @@ def frozen(model: LanguageModel) -> Iterator[None]:
 
 
 class Source(NamedTuple):
-    """Where an edge can come from."""
+    """The start of an edge."""
 
     kind: str
     """`embedding`, `unit`, `error` or `bias`."""
     layer: int
     """-1 for embeddings."""
     unit: int
-    """-1 unless it is a unit."""
     position: int
     """-1 for biases, which are summed over positions."""
     value: float
-    """Activation times the norm of what is written for a unit, else the norm of the vector."""
+    """For a unit its activation times the norm of its write direction, else the norm of the vector."""
 
 
 class Target(NamedTuple):
-    """What edges can lead to: a unit at a position, or (layer -1) the logit difference at the last position."""
+    """The end of an edge: a unit at a position, or (layer -1) the logit difference at the last position."""
 
     layer: int
     unit: int
@@ -127,9 +123,9 @@ class Edges(NamedTuple):
     weights: Tensor
     """[n_targets, n_sources]."""
     values: Tensor
-    """[n_targets], the logit difference, or the unit's activation times the norm of what it writes."""
+    """[n_targets], the logit difference, or a unit's value as in `Source`."""
     constants: Tensor
-    """[n_targets], the part of the value that depends on no source: b_V times the pattern's mass, b_E."""
+    """[n_targets], the part that depends on no source: b_V times the pattern's mass, b_E."""
 
 
 class Trace:
@@ -138,7 +134,7 @@ class Trace:
     def __init__(self, sparse: SparseModel, tokens: Tensor, answers: Sequence[int], wrong: Sequence[int]) -> None:
         """Read a prompt, tokens [length].
 
-        The logit difference is the mean logit of `answers` minus that of `wrong` (none: minus the mean of all logits).
+        The logit difference is the mean logit of `answers` minus that of `wrong` (of all tokens if `wrong` is empty).
 
         Raises:
             UserError: the layers hold MHSA heads, or the prompt is longer than `MAX_LENGTH`.
@@ -161,7 +157,7 @@ class Trace:
         self.outputs = {layer: y.float() for layer, (_, y) in captured.items()}
         self.inputs = {layer: x.float() for layer, (x, _) in captured.items()}
         self.embedding = self.model.residual(tokens[None], 0)[0].float()
-        """What the first block reads, [length, d_model]."""
+        """[length, d_model], what the first block reads."""
         self.sources = self._list_sources()
         self._cut_model()
 
@@ -180,7 +176,7 @@ class Trace:
         return sources
 
     def edges(self, targets: Sequence[Target]) -> Edges:
-        """Edges from all sources to some targets: units at positions, or the logit difference."""
+        """Edges from all sources to some targets."""
         rows, values, constants = [], [], []
         for target in targets:
             with torch.enable_grad():
@@ -194,7 +190,6 @@ class Trace:
         return Edges(torch.stack(rows), torch.stack(values), torch.stack(constants))
 
     def _cut_model(self) -> None:
-        """Run the frozen model once, cut where sources write; gradients of all targets go back through that pass."""
         cuts = {-1: self.embedding[None].clone().requires_grad_()}
         self._reads: dict[int, Tensor] = {}
 
@@ -216,7 +211,7 @@ class Trace:
         self._cuts = [cuts[layer] for layer in (-1, *self.layers)]
 
     def _value(self, target: Target) -> tuple[Tensor, Tensor]:
-        """A target's value, and the part of it that does not depend on any source."""
+        """A target's value, and the part of it that depends on no source."""
         if target.layer < 0:
             return self._hidden @ self.logit_direction(), self._hidden.new_zeros(())
         layer, unit, position = target
@@ -243,7 +238,7 @@ class Trace:
         return weight[self.answers].mean(dim=0) - minus
 
     def _products(self, slopes: Sequence[Tensor]) -> Tensor:
-        """Every source's vector times the gradient where it is written, [n_sources]."""
+        """Every source's vector times its gradient, [n_sources]."""
         products = [(slopes[0][0] * self.embedding).sum(dim=1)]
         for layer, (slope,) in zip(self.layers, slopes[1:], strict=True):
             position, vectors = self._units[layer]
@@ -254,7 +249,7 @@ class Trace:
 
 
 def _bytes_of_the_pass(model: LanguageModel, length: int) -> int:
-    """Memory of the pass that is kept for gradients: what every block keeps of its parts, in fp32."""
+    """What every block keeps for gradients, in fp32."""
     inner = getattr(model.config, "intermediate_size", None) or 4 * model.d_model
     return 4 * length * model.n_layers * (12 * model.d_model + 6 * int(inner))
 
@@ -263,7 +258,7 @@ def _bytes_of_the_pass(model: LanguageModel, length: int) -> int:
 
 
 class Stream:
-    """The residual stream of a prompt as a sum: embedding, nodes, errors, biases, MLPs, other attention layers."""
+    """The residual stream of a prompt as a sum of parts."""
 
     @torch.no_grad()
     def __init__(self, trace: Trace) -> None:
@@ -284,10 +279,7 @@ class Stream:
         return keep
 
     def parts(self, position: int, before: int | None = None) -> dict[str, Tensor]:
-        """What the residual stream at a position is the sum of, before a layer's attention (without one: at the end).
-
-        Names to vectors [d_model].
-        """
+        """Vectors [d_model] of all parts at a position, before a layer's attention (without one: at the end)."""
         trace = self.trace
         parts = {"embedding": trace.embedding[position]}
         for layer in range(self.model.n_layers if before is None else before):
@@ -302,25 +294,24 @@ class Stream:
         return parts
 
     def logit_parts(self) -> list[tuple[str, float]]:
-        """Direct effects of the last position's parts, through the last norm; they sum to the logit difference."""
+        """Direct effects of the last position's parts through the last norm; their sum is the logit difference."""
         parts = self._normed(final_norm(self.model), self.parts(len(self.trace.tokens) - 1))
         direction = self.trace.logit_direction()
         return [(name, float(vector @ direction)) for name, vector in parts.items()]
 
     @staticmethod
     def _normed(norm: Any, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parts of a stream through a norm whose scale is that of their sum; the norm's bias comes last."""
+        """Parts through a norm with the scale of their sum; the norm's bias comes last."""
         scale = norm_scale(norm, torch.stack(list(parts.values())).sum(dim=0))
         normed = {name: centred(norm, vector) / scale * norm.weight.float() for name, vector in parts.items()}
         return normed | {"norm bias": _norm_bias(norm).float()}
 
     @torch.no_grad()
     def qk(self, layer: int, unit: int, query: int, key: int) -> tuple[Tensor, list[str], list[str], float]:
-        """Why a Lorsa head (its QK group decides) looks from position `query` at position `key`.
+        """Why a Lorsa head's QK group attends from position `query` to position `key`.
 
-        Returns:
-            pairs [n_query_parts, n_key_parts], the names of both sides (the last of each are `norm bias` and `QK
-            bias`), and the score that the pairs sum to.
+        Returns pairs [n_query_parts, n_key_parts], the names of both sides (each ends with `norm bias` and `QK bias`),
+        and the score that the pairs sum to.
 
         Raises:
             UserError: the layer holds no Lorsa, or the key lies after the query.
@@ -361,7 +352,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class GraphNode:
-    """One node of a graph. `influence` and `activation` are None where they do not apply."""
+    """One node of a graph."""
 
     node_id: str
     kind: str
@@ -369,7 +360,7 @@ class GraphNode:
     layer: int
     """-1 for embeddings; the number of layers for the logit."""
     unit: int
-    """Index of the unit, token id of an embedding or logit, -1 for errors."""
+    """Index of a unit, token id of an embedding or logit, -1 for errors."""
     position: int
     label: str = ""
     influence: float | None = None
@@ -388,15 +379,13 @@ class Graph:
     links: tuple[tuple[str, str, float], ...]
     """(source, target, weight)."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Numbers about the graph: see `trace_graph`."""
+    """Listed in `trace_graph`."""
 
 
 def influence(layers: Sequence[float], inputs: Mapping[int, Tensor]) -> Tensor:
     """Influence of every node on the last one (whose own is 1), [n_nodes].
 
-    Args:
-        layers: of all nodes, the last one above all others.
-        inputs: node to its incoming weights from all nodes but the last, [n_nodes - 1], which come from earlier layers.
+    The last one's layer is above all others. `inputs` maps nodes to their weights [n_nodes - 1] from all but the last.
     """
     reach = torch.zeros(len(layers))
     reach[-1] = 1
@@ -429,16 +418,16 @@ def trace_graph(
 ) -> Graph:
     """The graph of a prompt's logit difference.
 
-    From the logit backwards: the node with the largest influence so far is traced next, until `n_traced` units are (at
-    most `MAX_NODES`). Then nodes are pruned to the smallest set with `node_share` of the influence (embeddings and the
-    logit stay), and edges to the smallest set with `edge_share` of the influence that flows over them.
+    From the logit backwards, the node with the largest influence so far is traced next, until `n_traced` units are.
+    Then nodes are pruned to the smallest set with `node_share` of the influence (embeddings and the logit stay), and
+    edges to the smallest set with `edge_share` of the influence that flows over them.
 
-    Its facts: `logit_difference`, `edge_sum` (all edges to the logit and the constants; equal to it), `active_nodes`,
-    `traced`, `error_share` (of the influence that reaches the logit from sources without traced inputs, the part that
-    errors have), `embedding_share`, `untraced_share`, `bias_share`.
+    Its facts: `logit_difference`, `edge_sum` (edges to the logit and the constants; equal to it), `active_nodes`,
+    `traced`, and `error_share`, `embedding_share`, `untraced_share` and `bias_share` of the influence that reaches the
+    logit from sources without traced inputs.
 
     Raises:
-        UserError: too many nodes, with an estimate of their memory.
+        UserError: `n_traced` is over `MAX_NODES`.
     """
     if n_traced > MAX_NODES:
         gigabytes = 4 * n_traced * len(trace.sources) / 1e9
@@ -543,9 +532,9 @@ _TYPES = {
 
 
 def write_graph(graph: Graph, path: str | Path, probability: float = 0.0, page: str = "") -> Path:
-    """Write a graph in the schema of circuit-tracer, with the model's probability of the answer.
+    """Write a graph in circuit-tracer's schema, with the model's probability of the answer.
 
-    `page` says where the page of a unit is, such as `heads/{layer}_{unit}.html`.
+    `page` is the address of a unit's page, such as `heads/{layer}_{unit}.html`.
     """
     metadata = {
         "slug": graph.name,
@@ -594,7 +583,7 @@ def _entry(node: GraphNode, n_layers: int, probability: float, page: str) -> dic
 
 
 def read_graph(path: str | Path) -> Graph:
-    """Read a graph that `write_graph` wrote, or one of circuit-tracer's.
+    """Read a graph written by `write_graph` or circuit-tracer.
 
     Raises:
         UserError: it is not such a file, or a link names a node that is not there.

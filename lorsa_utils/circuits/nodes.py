@@ -1,23 +1,19 @@
-"""A model whose attention layers are decomposed into nodes, and what it says when some of the nodes are removed.
+"""A model whose attention layers are decomposed into nodes, and what it says when some nodes are removed.
 
 At each chosen layer the attention output is an exact sum of nodes:
 
     output = bias + sum of what its units write + error          (Lorsa heads, SAE features)
     output = bias + sum of what its MHSA heads write             (MHSA heads; the error is 0)
 
-The error node is whatever the units leave over. It is a node like the others, is removed or kept by choice, and is
-counted in every table. All other layers and the MLPs stay as they are. Nodes are numbered in one row: the units of the
-first layer, its error, the units of the second layer, its error, and so on.
+The error is a node like the others. Other layers and the MLPs stay as they are. Nodes are numbered consecutively: units
+of the first layer, its error, units of the second layer, and so on.
 
-Removing a set of nodes (`units.ablate`) means that what they write is replaced by what they write elsewhere: nothing
-(`zero`), their mean over text (`mean`), or what they write at the same position of a paired corrupted prompt
-(`resample`). So removing nothing gives the model's own logits bit for bit, and removing all nodes of a layer by
-resampling gives that layer's output on the corrupted prompt, whatever the kind of units.
+Removing nodes (`units.ablate`) replaces what they write by what they write elsewhere (`baseline`). Removing nothing
+gives the model's own logits bit for bit.
 
-The effect of a node is the fall of the metric when that node alone is removed. `attribute` estimates all effects at
-once by gradients (attribution patching, Nanda 2023; integrated gradients, Sundararajan et al. 2017), `effects` measures
-them, `path_effect` measures what one set of nodes does through another alone (path patching, Goldowsky-Dill et al.
-2023).
+The effect of a node is the metric's fall when it alone is removed. `attribute` estimates effects by gradients
+(attribution patching, Nanda 2023; integrated gradients, Sundararajan et al. 2017), `effects` measures them,
+`path_effect` measures those through chosen nodes alone (path patching, Goldowsky-Dill et al. 2023).
 """
 
 from __future__ import annotations
@@ -47,7 +43,7 @@ from lorsa_utils.lorsa import SAE, Lorsa
 from lorsa_utils.models import LanguageModel, Replacement
 
 Elsewhere = Mapping[int, Activity]
-"""What removed nodes write instead, for each layer."""
+"""What removed nodes write instead, by layer."""
 
 
 class Node(NamedTuple):
@@ -62,14 +58,10 @@ class Node(NamedTuple):
 
 
 class SparseModel:
-    """A language model with some attention layers decomposed into nodes: the units of each layer, and its error."""
+    """A language model with some attention layers decomposed into nodes."""
 
     def __init__(self, model: LanguageModel, layers: Mapping[int, Units]) -> None:
-        """Decompose layers.
-
-        Raises:
-            UserError: no layer is named, or a module was made for a model of another width.
-        """
+        """Raises a UserError if no layer is named, or a module is for a model of another width."""
         if not layers:
             raise UserError("No layer was named; give a trained module for at least one layer.")
         self.model, self.layers = model, dict(sorted(layers.items()))
@@ -90,7 +82,7 @@ class SparseModel:
 
     @property
     def error_nodes(self) -> list[int]:
-        """Numbers of the error nodes, one per layer."""
+        """One per layer."""
         return [columns.stop - 1 for columns in self.columns.values()]
 
     def node(self, number: int) -> Node:
@@ -106,7 +98,7 @@ class SparseModel:
         return mask
 
     def parameters(self, nodes: Sequence[int]) -> int:
-        """Weights that a set of nodes is computed with; error nodes have none of their own."""
+        """Weights that a set of nodes is computed with; errors have none."""
         chosen: dict[int, list[int]] = {}
         for layer, unit in map(self.node, map(int, nodes)):
             if unit is not None:
@@ -115,7 +107,7 @@ class SparseModel:
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> dict[int, SparseActivity | HeadActivity]:
-        """What all nodes write on some tokens [batch, length], in one pass."""
+        """What all nodes write on tokens [batch, length], in one pass."""
         captured = self.model.capture(tokens, list(self.layers))
         return {
             layer: units.activity(*(side.float() for side in captured[layer])) for layer, units in self.layers.items()
@@ -135,13 +127,13 @@ class SparseModel:
         }
 
     def by_layer(self, nodes: Tensor) -> dict[int, Tensor]:
-        """The columns of each layer of a mask over nodes [..., n_nodes]."""
+        """A mask [..., n_nodes] split by layer."""
         return {layer: nodes[..., columns] for layer, columns in self.columns.items()}
 
     def removed(self, nodes: Tensor, instead: Elsewhere) -> contextlib.AbstractContextManager[None]:
-        """Inside the context some nodes write what they write elsewhere.
+        """Inside the context the nodes of a mask write what they write elsewhere.
 
-        `nodes` is a mask [n_nodes], [batch or 1, n_nodes] or, position by position, [batch or 1, length, n_nodes].
+        The mask is [n_nodes], [batch or 1, n_nodes] or, by position, [batch or 1, length, n_nodes].
         """
         return ablate(self.model, self.layers, self.by_layer(nodes), instead)
 
@@ -150,7 +142,7 @@ def decompose(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequenc
     """A model with Lorsa heads or SAE features (layer -> module for raw activations) or MHSA heads (layers) as nodes.
 
     Raises:
-        UserError: a module is a transcoder, or see `SparseModel`.
+        UserError: no layer is named, a module is a transcoder, or it was made for a model of another width.
     """
     if not isinstance(modules, Mapping):
         return SparseModel(model, {layer: MHSAHeads(model.site(layer)) for layer in modules})
@@ -167,7 +159,10 @@ def decompose(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequenc
 
 
 def baseline(sparse: SparseModel, task: Task, kind: str = "resample") -> Elsewhere:
-    """What removed nodes write instead: `zero`, `mean` over all tokens of the task's prompts, or `resample`.
+    """What removed nodes write instead.
+
+    Nothing (`zero`), their mean over all tokens of the task's prompts (`mean`), or what they write at the same position
+    of the paired corrupted prompt (`resample`).
 
     Raises:
         UserError: unknown kind.
@@ -210,10 +205,9 @@ def measure(
     name: str = "logit_difference",
     batch_size: int = 32,
 ) -> Tensor:
-    """The metric `name` (`tasks.metric`) of every prompt with each set of nodes removed, [n_sets, n_prompts].
+    """The metric `name` (`tasks.metric`) of every prompt without each set of nodes, [n_sets, n_prompts].
 
-    `removed` are sets of nodes, [n_sets, n_nodes] bool, or a set for each prompt, [n_sets, n_prompts, n_nodes];
-    `instead` is for the same prompts.
+    `removed` is [n_sets, n_nodes] bool, or with a set for each prompt [n_sets, n_prompts, n_nodes].
     """
     values = torch.zeros(len(removed), len(task.clean))
     for rows, batch, elsewhere in _batches(task, instead, batch_size):
@@ -233,10 +227,7 @@ def effects(
     name: str = "logit_difference",
     batch_size: int = 32,
 ) -> Tensor:
-    """Exact effect of each node on each prompt: the metric's fall when it alone is removed, [n_chosen, n_prompts].
-
-    One pass of the model over all prompts for each node.
-    """
+    """Exact effect of each node on each prompt, [n_chosen, n_prompts]; one pass over all prompts per node."""
     sets = torch.stack([sparse.mask([]), *(sparse.mask([node]) for node in nodes)])
     values = measure(sparse, task, sets, instead, name, batch_size)
     return values[0] - values[1:]
@@ -250,14 +241,12 @@ def attribute(
     steps: int = 1,
     batch_size: int = 16,
 ) -> Tensor:
-    """Estimated effect of every node on each prompt, all at once: [n_prompts, n_nodes].
+    """Estimated effect of every node on each prompt, [n_prompts, n_nodes].
 
-    With one step: gradient of the metric with respect to what a layer writes, at the clean prompt, times what the node
-    writes minus what it writes elsewhere, summed over positions. With more steps the gradient is averaged along the
-    straight line between the layer's output elsewhere and on the clean prompt (integrated gradients, midpoint rule, one
-    layer at a time).
-
-    Cost: one forward and backward pass for each batch, with more steps one for each layer and step.
+    With one step: gradient of the metric by a layer's output on the clean prompt, times what the node writes minus what
+    it writes elsewhere, summed over positions. More steps average the gradient along the straight line between the
+    layer's outputs elsewhere and on the clean prompt (integrated gradients, midpoint rule), with a pass per layer and
+    step.
     """
     scores = torch.zeros(len(task.clean), sparse.n_nodes)
     for rows, batch, other in _batches(task, instead, batch_size):
@@ -278,7 +267,7 @@ def attribute(
 def gradients(
     sparse: SparseModel, task: Task, name: str, shifts: Mapping[int, Tensor], layers: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Gradient of the summed metric by what layers write, some of them shifted: [batch, length, d_model] each."""
+    """Gradients of the summed metric by what layers write plus `shifts`, [batch, length, d_model] each."""
     leaves: dict[int, Tensor] = {}
     reference = clean_logits(sparse.model, task) if name == "kl" else None
 
@@ -317,10 +306,10 @@ def path_effect(
 ) -> Tensor:
     """The metric's fall when the change of the senders reaches the receivers alone, [n_prompts].
 
-    Two passes. In the first the senders are removed while all other nodes write what they wrote on the clean prompt, so
-    that the change travels through the residual stream, the MLPs and the layers that are not decomposed; what the
-    receivers would write is recorded. In the second only the receivers write that. Without receivers the result is the
-    first pass's: the effect on the logits that passes through no other node.
+    In a first pass the senders are removed and all other nodes write what they wrote on the clean prompt, so the change
+    travels through everything that is not decomposed. In a second pass the receivers alone write what they would have
+    written in the first. Without receivers the result is the first pass's: the effect on the logits through no other
+    node.
     """
     clean = sparse.read(task.clean)
     outputs = {layer: y for layer, (_, y) in sparse.model.capture(task.clean, list(sparse.layers)).items()}
