@@ -1,9 +1,8 @@
-"""What an attention layer reads and writes, from memory (stream) or from disk (cache), behind one iterator interface.
+"""What attention layers read and write, computed (stream) or from disk (cache), behind one iterator interface.
 
-Cache folder: `manifest.json` plus shards `<split>-00000.safetensors` with `tokens`, `mask` and, per layer,
-`<layer>.input` and `<layer>.output`. A shard is renamed into place first and listed in the manifest after, with its
-size and sha256, so a killed run goes on from the last listed shard, and a cut, flipped or foreign shard is named and
-refused.
+A cache folder holds `manifest.json` and shards `<split>-00000.safetensors` with `tokens`, `mask` and, per layer,
+`<layer>.input` and `<layer>.output`. The manifest lists a shard, with size and sha256, only when it is in place: a
+killed run resumes after the last listed shard, and a truncated, corrupted or foreign one is refused by name.
 """
 
 from __future__ import annotations
@@ -37,25 +36,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHARD_BYTES = 64 << 20
 
 Part = tuple[int, int]
-"""Rank and number of processes that share every batch; (0, 1) is one process alone."""
+"""Rank and number of the processes that share every batch; (0, 1) is one process alone."""
 
 
 class ActivationBatch(NamedTuple):
-    """A few sequences with what the layers asked for read and wrote."""
+    """Sequences with what the layers asked for read and wrote."""
 
     tokens: Tensor
-    """[batch, length] token ids."""
+    """Ids, [batch, length]."""
     mask: Tensor
-    """[batch, length] bool, True where the token counts (no BOS, no padding)."""
+    """Bool [batch, length], True where the token counts (no BOS, no padding)."""
     inputs: dict[int, Tensor]
     """Per layer, what attention reads, [batch, length, d_model]."""
     outputs: dict[int, Tensor]
-    """Per layer, what attention writes, [batch, length, d_model]."""
+    """Per layer, what attention writes, of the same shape."""
     whole_mask: Tensor
-    """The mask of the whole batch, of which `mask` may be a part, [whole batch, length]; on the CPU."""
+    """Of the whole batch, shared by all processes, [whole batch, length]; on the CPU."""
 
     def up_to(self, n_tokens: int, part: Part = (0, 1)) -> ActivationBatch:
-        """The batch with at most `n_tokens` counted tokens, the first of the whole batch; the others are masked."""
+        """Mask all but the first `n_tokens` counted tokens of the whole batch."""
         if int(self.whole_mask.sum()) <= n_tokens:
             return self
         whole = self.whole_mask & (self.whole_mask.flatten().cumsum(0) <= n_tokens).view_as(self.whole_mask)
@@ -63,7 +62,7 @@ class ActivationBatch(NamedTuple):
 
 
 class ActivationSource(Protocol):
-    """What `ActivationStream` and `ActivationCache` have in common."""
+    """Interface of `ActivationStream` and `ActivationCache`."""
 
     layers: tuple[int, ...]
     n_sequences: int
@@ -73,23 +72,23 @@ class ActivationSource(Protocol):
     def batches(
         self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
     ) -> Iterator[ActivationBatch]:
-        """Batches in stored order from sequence `start` to the end (one epoch); the last one may be smaller.
+        """One epoch in stored order from sequence `start`; the last batch may be smaller.
 
-        With `part` (rank, world) each batch comes with its sequences rank, rank + world, ... alone. Where there are
-        none, the first one comes with a mask of False, so that every rank makes every step.
+        `part` (rank, world) keeps sequences rank, rank + world, ... of each batch. Where there are none, it keeps the
+        first one with a mask of False, so that every rank makes every step.
         """
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two sources to give the same batches (model, text, BOS policy, dtype)."""
+        """Model, text, BOS policy and dtype; equal for sources of the same batches."""
 
 
 class ActivationStream(ActivationSource):
-    """Activations computed on the way: one model pass serves all layers and stops after the deepest."""
+    """Activations computed on demand; one model pass serves all layers and stops after the deepest."""
 
     def __init__(
         self, model: LanguageModel, sequences: Sequences, layers: Sequence[int], text: TextName | None = None
     ) -> None:
-        """Check the layers; nothing is computed yet. `text` says in `identity` where the sequences came from.
+        """`text` names the origin of the sequences in `identity`.
 
         Raises:
             UserError: a layer is out of range.
@@ -121,7 +120,7 @@ class ActivationStream(ActivationSource):
 
 
 def prepared_ahead(batches: Iterator[ActivationBatch], device: torch.device) -> Iterator[ActivationBatch]:
-    """The same batches, each made by a thread while the caller works on the one before; on a GPU in its own stream."""
+    """The same batches, prepared in a thread while the caller works on the one before; on a GPU in its own stream."""
     slots: queue.Queue[tuple[ActivationBatch | None, Any]] = queue.Queue(maxsize=1)
     stopped = threading.Event()
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -141,7 +140,7 @@ def prepared_ahead(batches: Iterator[ActivationBatch], device: torch.device) -> 
                     if stopped.is_set():
                         return
             put(None, None)
-        except BaseException as error:  # the caller is told, whatever it is
+        except BaseException as error:  # passed on to the caller
             put(None, error)
 
     thread = threading.Thread(target=work, daemon=True)
@@ -175,7 +174,7 @@ def _move(batch: ActivationBatch, device: torch.device) -> ActivationBatch:
 
 
 def own_rows(whole_mask: Tensor, part: Part) -> tuple[slice, Tensor]:
-    """Which sequences of a batch belong to a part, and their mask; see `ActivationSource.batches`."""
+    """Rows of a batch that belong to a part, and their mask; see `ActivationSource.batches`."""
     rank, world = part
     if rank < len(whole_mask):
         return slice(rank, None, world), whole_mask[rank::world]
@@ -205,13 +204,13 @@ class CacheEstimate:
     seconds: float
 
     def sentence(self) -> str:
-        """The estimate, human-readable."""
+        """Human-readable."""
         time = f"{self.seconds / 60:.1f} minutes" if self.seconds >= 60 else f"{self.seconds:.0f} seconds"
         return f"{self.bytes_on_disk / 1e9:.2f} GB on disk, {self.bytes_in_memory / 1e9:.2f} GB of memory, about {time}"
 
 
 def bytes_per_sequence(d_model: int, n_layers: int, context: int, dtype: str) -> int:
-    """Bytes of one cached sequence: input and output of every layer, tokens (int32) and mask."""
+    """Bytes of a cached sequence: input and output of every layer, int32 tokens, mask."""
     return context * (n_layers * 2 * d_model * DTYPES[dtype].itemsize + 5)
 
 
@@ -241,10 +240,10 @@ def build_cache(
     progress: bool = True,
     text: TextName | None = None,
 ) -> Path:
-    """Write activations of `layers` for every split (`train`, `held_out`) into `folder`, from one model pass.
+    """Write activations for every split (`train`, `held_out`), or resume a killed run.
 
-    A killed run goes on where it stopped. bfloat16 takes half the disk, with a relative rounding of 2^-9. The manifest
-    says by `text` where the sequences came from.
+    One model pass serves all layers. bfloat16 takes half the disk space of float32, with a relative rounding error of
+    at most 2^-8. `text` names the origin of the sequences in the manifest.
 
     Raises:
         UserError: the folder holds a cache of something else, cannot be written, or the disk is too small.
@@ -281,7 +280,6 @@ def _new_manifest(
 
 
 def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The manifest to continue, or the new one; refuses a folder that holds something else."""
     if not (path / "manifest.json").is_file():
         if strangers := sorted(path.glob("*.safetensors")):
             raise UserError(
@@ -302,7 +300,7 @@ def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_progress(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat view of a manifest without what changes while it is written."""
+    """Flat, without what changes while the cache is written."""
     flat = {key: value for key, value in manifest.items() if key not in ("splits", "complete")}
     for split, entry in manifest.get("splits", {}).items():
         flat.update({f"{split} {key}": value for key, value in entry["source"].items() if key != "text"})
@@ -345,7 +343,6 @@ def _write_split(
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Append the missing shards of one split."""
     entry = manifest["splits"][split]
     layers, dtype = manifest["layers"], DTYPES[manifest["dtype"]]
     one = bytes_per_sequence(model.d_model, len(layers), sequences.tokens.shape[1], manifest["dtype"])
@@ -379,7 +376,7 @@ def _write_shard(path: Path, manifest: dict[str, Any], split: str, tensors: dict
 
 
 class ActivationCache(ActivationSource):
-    """A finished cache folder, one split of it: float32, on the CPU. Every shard is checked before its first use."""
+    """One split of a finished cache: float32, on the CPU. Shards are verified before their first use."""
 
     def __init__(
         self,
@@ -389,7 +386,7 @@ class ActivationCache(ActivationSource):
         model: LanguageModel | None = None,
         bos_policy: str | None = None,
     ) -> None:
-        """Open a split and check that it belongs to `model` and `bos_policy`, when given.
+        """`model` and `bos_policy`, when given, must be those of the cache.
 
         Raises:
             UserError: not a cache, unfinished, damaged, of another model, tokenizer or BOS policy.
@@ -479,7 +476,7 @@ class ActivationCache(ActivationSource):
             yield _to_batch(_join(held), chosen, part)
 
     def _pieces(self, layers: Sequence[int], start: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Up to `batch_size` sequences at a time, within shards; meanwhile the next shard is read and checked."""
+        """At most `batch_size` sequences, within shards; meanwhile the next shard is verified or prefetched."""
         names = ["tokens", "mask", *(f"{layer}.{side}" for layer in layers for side in ("input", "output"))]
         ends = list(itertools.accumulate(shard["n_sequences"] for shard in self.shards))
         number = bisect.bisect_right(ends, start)

@@ -40,14 +40,14 @@ WIKIPEDIA_REQUIREMENT = "gensim==4.4.0"
 WIKIPEDIA_WHEEL_SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
 WIKIPEDIA_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 WIKIPEDIA_MEMBER_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-# The wheel is only a container of text here, so one platform's wheel is taken on every system.
+# One platform's wheel serves every system: only text is taken from it.
 WIKIPEDIA_PIP_ARGS = (
     *("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
     *("--implementation", "cp", "--abi", "cp311"),
 )
 
-# What the kit's own dependencies bring, so that no optional package changes the text. Not plotly and
-# transformers.models, which are generated or repeat themselves.
+# Dependencies of the kit alone, so that no optional package changes the text. Not plotly and transformers.models,
+# which are generated or repeat themselves.
 DOCUMENTATION_PACKAGES = (
     *("numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "mpmath"),
     *("huggingface_hub", "accelerate", "narwhals", "jinja2", "fsspec"),
@@ -72,17 +72,17 @@ LICENCES = {
 
 
 TextName = str | list[str]
-"""Where text is from: `embedded`, a dataset's id, or absolute paths. For people; hashes are what is compared."""
+"""`embedded`, a dataset's id, or absolute paths. For display only: comparisons use hashes."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text that is never divided between train and held-out."""
+    """A text, never divided between train and held-out."""
 
     id: str
     """`wikipedia/<title>`, `documentation/<package>/<module path>`, `file/<name>#<n>` or `dataset/<id>#<n>`."""
     source: str
-    """`wikipedia`, `documentation`, `file` or `dataset`."""
+    """The first part of `id`."""
     text: str
 
 
@@ -92,9 +92,9 @@ class Corpus:
 
     train: list[Document]
     held_out: list[Document]
-    """About a tenth of the text, to measure on."""
+    """About a tenth of the text."""
     manifest: dict[str, Any]
-    """Per source: documents, characters, share, sha256; versions, split rule, licences; `sha256` of the whole."""
+    """Counts, share, sha256 and licence per source; versions, split rule; `sha256` of the whole."""
     origin: TextName = "embedded"
 
 
@@ -117,16 +117,12 @@ def load_corpus(
 
 
 def _split_value(document: Document) -> float:
-    """Depends on the document's id alone; below `HELD_OUT_SHARE` it is held out."""
     digest = hashlib.sha256(f"lorsa-split-0:{document.id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
 def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Train and held-out documents, in the order given. Two documents or more always give both parts at least one.
-
-    One document alone is all train: it cannot be held out from itself.
-    """
+    """Train and held-out documents in the given order, neither empty; a single document is all train."""
     values = [_split_value(document) for document in documents]
     held_out_ids = {document.id for document, value in zip(documents, values, strict=True) if value < HELD_OUT_SHARE}
     ranked = sorted(documents, key=_split_value)
@@ -141,10 +137,10 @@ def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list
 
 
 def drop_near_duplicates(documents: Sequence[Document], threshold: float = 0.7, shingle: int = 5) -> list[Document]:
-    """Keep the first of documents whose sets of word shingles have an estimated Jaccard similarity of `threshold`.
+    """Drop documents that resemble an earlier one: estimated Jaccard similarity of word shingles at least `threshold`.
 
-    MinHash with locality-sensitive hashing (Broder 1997; `datasketch`), 64 permutations from a fixed seed, so the
-    result depends on the texts and their order alone.
+    MinHash with locality-sensitive hashing (Broder 1997), seeded: the result depends only on the texts and their
+    order.
     """
     from datasketch import MinHash, MinHashLSH
 
@@ -169,7 +165,6 @@ def documents_sha256(documents: Iterable[Document]) -> str:
 
 
 def _corpus(documents: Sequence[Document], origin: TextName, **about: Any) -> Corpus:
-    """Split documents and describe them; `about` goes into the manifest."""
     train, held_out = split_documents(documents)
     total = _characters(documents)
     sources: dict[str, Any] = {}
@@ -197,7 +192,7 @@ def _characters(documents: Sequence[Document]) -> int:
 
 
 def wikipedia_documents(extract: str | Path) -> list[Document]:
-    """Articles of a MediaWiki XML dump (bz2) with at least 1,500 characters of prose, in the order of the dump."""
+    """Articles of a MediaWiki XML dump (bz2) with at least 1,500 characters of prose, in the dump's order."""
     documents = []
     with bz2.open(extract) as handle:
         for title, markup in tqdm(_pages(handle), desc="Wikipedia prose", unit=" articles", mininterval=1.0):
@@ -210,7 +205,7 @@ def wikipedia_documents(extract: str | Path) -> list[Document]:
 
 
 def _pages(handle: Any) -> Iterator[tuple[str, str]]:
-    """Title and markup of the articles (namespace 0) of a dump."""
+    """Title and markup of articles (namespace 0)."""
     for _, element in ElementTree.iterparse(handle):
         if element.tag.rpartition("}")[2] == "page":
             if element.findtext("{*}ns", "0") == "0":
@@ -219,10 +214,10 @@ def _pages(handle: Any) -> Iterator[tuple[str, str]]:
 
 
 def documentation_documents() -> tuple[list[Document], dict[str, str]]:
-    """Prose of the docstrings of `DOCUMENTATION_PACKAGES`, one document per module, and the versions installed.
+    """Docstring prose of `DOCUMENTATION_PACKAGES`, one document per module, and the installed versions.
 
-    Modules are parsed, never imported. A paragraph that was already seen in an earlier module is left out, because
-    docstrings repeat each other. Packages that are not installed are left out with a warning.
+    Modules are parsed, never imported. Paragraphs seen in an earlier module are left out, because docstrings repeat
+    each other. A missing package is left out with a warning.
     """
     documents: list[Document] = []
     versions: dict[str, str] = {}
@@ -242,11 +237,10 @@ def documentation_documents() -> tuple[list[Document], dict[str, str]]:
 
 
 def embedded_corpus() -> Corpus:
-    """Wikipedia prose and documentation prose, human-written, the same on every machine with the same packages.
+    """Human-written prose of Wikipedia and documentation, the same for the same package versions.
 
-    Built once (the Wikipedia extract is fetched by pip, 30 MB), then read from `data/cache/corpus/<key>/`. A warning is
-    given when a text differs from the one pinned in `data/corpus/manifest.json`, as happens with other versions of the
-    packages.
+    Built once (pip fetches 30 MB), then read from `data/cache/corpus/<key>/`. Building warns when a text is not the
+    one pinned in `data/corpus/manifest.json`, as with other package versions.
 
     Raises:
         UserError: the extract cannot be fetched or its hash is wrong.
@@ -260,10 +254,10 @@ def embedded_corpus() -> Corpus:
     if corpus := _read_corpus(folder):
         return corpus
     store.require_writable(folder)
-    with FileLock(folder / ".lock"):  # whoever comes second waits, and reads what the first has built
+    with FileLock(folder / ".lock"):  # a second process waits, then reads what the first has built
         if corpus := _read_corpus(folder):
             return corpus
-        wikipedia = wikipedia_documents(_wikipedia_extract())  # first, because it may fail for want of a network
+        wikipedia = wikipedia_documents(_wikipedia_extract())  # first, because it fails without a network
         documentation, installed = documentation_documents()
         documents = drop_near_duplicates([*wikipedia, *documentation])
         corpus = _corpus(documents, "embedded", versions=installed | {name: versions[name] for name in cleaners})
@@ -273,7 +267,7 @@ def embedded_corpus() -> Corpus:
 
 
 def _version(package: str) -> str:
-    """Installed version without the local part, such as `+cpu`; empty when not installed."""
+    """Without a local part such as `+cpu`; empty when not installed."""
     try:
         return importlib.metadata.version(package).split("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -281,7 +275,6 @@ def _version(package: str) -> str:
 
 
 def _wikipedia_extract() -> Path:
-    """The compressed extract on disk, fetched when it is not there."""
     return fetch_wheel_member(
         WIKIPEDIA_REQUIREMENT,
         WIKIPEDIA_WHEEL_SHA256,
@@ -293,7 +286,7 @@ def _wikipedia_extract() -> Path:
 
 
 def pinned_manifest() -> dict[str, Any]:
-    """`data/corpus/manifest.json` of the checkout, or an empty dict where the package is installed without it."""
+    """`data/corpus/manifest.json`; empty where the package is installed without it."""
     path = store.CHECKOUT / "data" / "corpus" / "manifest.json"
     return dict(store.read_json(path)) if path.is_file() else {}
 
@@ -314,7 +307,7 @@ def _warn_when_unpinned(manifest: Mapping[str, Any]) -> None:
 
 
 def _write_corpus(folder: Path, corpus: Corpus) -> None:
-    """Documents first, manifest last, so that a manifest means a whole corpus."""
+    """The manifest comes last: it marks a complete corpus."""
     rows = [
         {"id": document.id, "source": document.source, "split": split, "text": document.text}
         for split, documents in (("train", corpus.train), ("held_out", corpus.held_out))
@@ -325,7 +318,7 @@ def _write_corpus(folder: Path, corpus: Corpus) -> None:
 
 
 def _read_corpus(folder: Path) -> Corpus | None:
-    """A stored corpus, or None when there is none or its text is not the one its manifest describes."""
+    """None if there is none, or its text does not match its manifest."""
     if not (folder / "manifest.json").is_file() or not (folder / "documents.jsonl").is_file():
         return None
     parts: dict[str, list[Document]] = {"train": [], "held_out": []}
@@ -344,9 +337,9 @@ def _read_corpus(folder: Path) -> Corpus | None:
 
 
 def text_documents(paths: Sequence[str | Path], size: int = PIECE_CHARACTERS) -> list[Document]:
-    """Documents of local files: UTF-8 text cut at blank lines near `size` characters, or one per line of `.jsonl`.
+    """Documents of UTF-8 files: text cut at blank lines near `size` characters, or one per line of `.jsonl`.
 
-    A folder stands for all files in it with the endings .txt, .md and .jsonl, in the order of their names.
+    A folder stands for all .txt, .md and .jsonl files below it, sorted by path.
 
     Raises:
         UserError: a file is missing, empty or not text.
@@ -364,9 +357,9 @@ def text_documents(paths: Sequence[str | Path], size: int = PIECE_CHARACTERS) ->
 
 
 def text_corpus(paths: Sequence[str | Path]) -> Corpus:
-    """A corpus from local text files (see `text_documents`), split by document.
+    """A corpus of local files (see `text_documents`).
 
-    A text too short for two documents is cut finer, so that a tenth can be held out; a single paragraph is all train.
+    A text too short for two documents is cut finer, so that a tenth can be held out; a short paragraph is all train.
     """
     documents = text_documents(paths)
     if len(documents) == 1:
@@ -424,7 +417,7 @@ def _jsonl_texts(path: Path) -> list[str]:
 
 
 def _cut_text(text: str, size: int) -> list[str]:
-    """Parts near `size` characters, cut at blank lines; a paragraph twice as long at a line, sentence or word end."""
+    """Cut at blank lines into parts near `size` characters; a paragraph over twice that is cut by `_cut_point`."""
     pieces: list[str] = []
     current = ""
     for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
@@ -440,7 +433,7 @@ def _cut_text(text: str, size: int) -> list[str]:
 
 
 def _cut_point(window: str) -> int:
-    """After the last line end, else sentence end, else space in the second half of `window`, else its end."""
+    """After the last line end, else sentence end, else space in the second half; else the end."""
     for mark in ("\n", ". ", " "):
         at = window.rfind(mark)
         if at > len(window) // 2:
@@ -457,14 +450,14 @@ def hub_corpus(
     max_tokens: int | None = None,
     **options: Any,
 ) -> Corpus:
-    """A corpus from a Hugging Face dataset, streamed, or from a local folder of .parquet or .jsonl files.
+    """A corpus of a Hugging Face dataset, streamed, or of a local folder of .parquet or .jsonl files.
 
-    Rows are taken in order until `max_characters` (or 6 characters for each of `max_tokens`) are read. A failed read is
-    tried again with exponential waits and goes on at the row it had reached. Code that a dataset brings along is never
-    run. `options` are those of `datasets.load_dataset`, such as `name` and `revision`.
+    Rows are read up to `max_characters`, or 6 characters per token of `max_tokens` if that is less. Failed reads are
+    retried with exponential waits and resume at the same row. Code in a dataset is never run. `options` are those of
+    `datasets.load_dataset`, such as `name` and `revision`.
 
     Raises:
-        UserError: `datasets` is not installed, the dataset or field does not exist, or the network stays away.
+        UserError: `datasets` is not installed, the dataset or field does not exist, or the network fails.
     """
     limit = min(max_characters, 6 * (max_tokens or max_characters))
     documents: list[Document] = []
@@ -491,7 +484,6 @@ def hub_corpus(
 
 
 def _dataset_opener(dataset_id: str, options: Mapping[str, Any]) -> Callable[[int], Iterator[Mapping[str, Any]]]:
-    """A function that opens the dataset at a row."""
     try:
         import datasets
     except ImportError as error:
@@ -518,10 +510,10 @@ def resumable(
     attempts: int = 6,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Any]:
-    """Iterate over `open_at(0)`; when reading fails, wait (1, 2, 4, ... s) and go on with `open_at(rows read so far)`.
+    """Iterate over `open_at(0)`; when a read fails, wait (1, 2, 4, ... s) and resume with `open_at(rows read so far)`.
 
     Raises:
-        UserError: `attempts` reads in a row failed, or the failure is not one that waiting cures.
+        UserError: `attempts` reads in a row failed, or waiting cannot help.
     """
     position, failures = 0, 0
     rows: Iterator[Any] | None = None
@@ -555,7 +547,7 @@ def resumable(
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Whether a failure may go away: the network's, not those of a wrong name, missing rights or a broken file."""
+    """The network's failures may go away; a wrong name, missing rights or a broken file will not."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     refused = status is not None and 400 <= status < 500 and status not in (408, 429)
     if refused or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):

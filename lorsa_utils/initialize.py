@@ -1,20 +1,20 @@
-"""Where training starts. Needs a few batches of activations, because good starts are matched to the data.
+"""Initial weights. Good ones are matched to the data, which takes a few batches of activations.
 
-Lorsa, `mhsa`: QK group g copies the (W_Q, W_K) of MHSA head h = g mod n_heads. A Lorsa head of that group writes along
-a random direction of the head's output space and reads what makes its z the head output's component along it: with
-value map V_h [d_model, d_head], output map O_h [d_head, d_model] and a random r in R^d_head,
+Lorsa, `mhsa`: QK group g copies the (W_Q, W_K) of MHSA head h = g mod n_heads. Each of its Lorsa heads writes along a
+random direction of the output space of h, and its z is the component of h's output along it. With value map
+V_h [d_model, d_head], value bias b_h, output map O_h [d_head, d_model] and random r in R^d_head,
 
-    w_o = r O_h / ||r O_h||,   e = O_h w_o,   w_v = V_h e,   b_V = -e . mean(z_h)
+    w_o = r O_h / ||r O_h||,   e = O_h w_o,   w_v = V_h e,   b_V = e . (b_h - mean(z_h))
 
-so that z = w_o . (head output - its mean). Attention outputs fill only a part of the residual stream; heads drawn
-outside that part would be dead from the start.
+so that z = w_o . (head output - its mean). Attention outputs fill only part of the residual stream; heads outside it
+would be dead from the start.
 
-Lorsa, `random`: every weight is drawn from a normal distribution of variance 1 / d_model.
+Lorsa, `random`: normal weights of variance 1 / d_model.
 
-SAE and transcoder: write directions are drawn from the data's covariance, read directions equal them (SAE) or are the
-least-squares map to them (transcoder).
+SAE and transcoder: write directions are drawn with the covariance of the targets; read directions equal them (SAE) or
+are the least-squares map to them (transcoder).
 
-All starts end with one least-squares scalar on the reads, so that the first prediction has the right size.
+Finally a least-squares scalar on the reads gives the first prediction the right size.
 """
 
 from __future__ import annotations
@@ -33,16 +33,10 @@ CALIBRATION_SEQUENCES = 32
 def initialize(
     module: SparseModule, site: AttentionSite, x: Tensor, y: Tensor, mask: Tensor, init: str, seed: int
 ) -> Scaling:
-    """Fill a fresh module for training and return the space it is trained in.
+    """Fill a fresh module and return the space it is trained in.
 
-    Args:
-        module: a Lorsa, SAE or transcoder.
-        site: the attention layer that is being replaced.
-        x: calibration inputs of the layer, raw, [n, length, d_model].
-        y: calibration outputs of the layer, raw, [n, length, d_model].
-        mask: counted tokens, [n, length].
-        init: `mhsa` or `random`; an SAE or transcoder has one start and ignores it.
-        seed: of the draws.
+    `x` and `y` are raw inputs and outputs of the layer, [n, length, d_model], `mask` [n, length] its counted tokens.
+    `init` is `mhsa` or `random`; an SAE or transcoder ignores it.
 
     Raises:
         UserError: d_qk is not the head width that `mhsa` copies.
@@ -72,7 +66,7 @@ def norm_scale(values: Tensor, mask: Tensor) -> float:
 
 
 def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor, generator: torch.Generator) -> None:
-    """The `mhsa` start, in raw space; see the module's docstring."""
+    """In raw space; see the module's docstring."""
     config = module.config
     if config.d_qk != site.d_head:
         raise UserError(
@@ -101,13 +95,12 @@ def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor
 
 
 def _start_random(module: Lorsa, generator: torch.Generator) -> None:
-    """Plain random weights for inputs of norm sqrt(d_model): queries, keys and values start with entries of size 1."""
+    """For inputs of norm sqrt(d_model), so that queries, keys and values start with entries of size 1."""
     for parameter in (module.W_Q, module.W_K, module.W_V, module.W_O):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * module.config.d_model**-0.5)
 
 
 def _start_dictionary(module: SAE, x: Tensor, y: Tensor, mask: Tensor, generator: torch.Generator) -> None:
-    """Write directions from the targets' covariance; the SAE's reads equal them, the transcoder's predict them."""
     inputs, targets = x[mask], y[mask]
     inputs_mean, targets_mean = inputs.mean(dim=0), targets.mean(dim=0)
     centred_x, centred_y = inputs - inputs_mean, targets - targets_mean
@@ -125,7 +118,7 @@ def _start_dictionary(module: SAE, x: Tensor, y: Tensor, mask: Tensor, generator
 
 @torch.no_grad()
 def match_scale(module: SparseModule, x: Tensor, y: Tensor, mask: Tensor, batch_size: int = 8) -> float:
-    """Multiply a module's reads by the least-squares scalar between prediction and target, which is returned."""
+    """Multiply the reads by the least-squares scalar between prediction and target, and return it."""
     dot = norm = 0.0
     for rows, target, kept in zip(x.split(batch_size), y.split(batch_size), mask.split(batch_size), strict=True):
         predicted = (module(rows).y - module.b_O)[kept]

@@ -1,15 +1,14 @@
-"""How well a module rebuilds an attention layer, defined once.
+"""How well a module rebuilds an attention layer.
 
-    FVU            = sum_t ||y_t - yhat_t||^2 / sum_t ||y_t - mean(y)||^2          (ratio of sums; the paper's
-                   "normalised MSE" family)
+    FVU            = sum_t ||y_t - yhat_t||^2 / sum_t ||y_t - mean(y)||^2     (the paper's "normalised MSE" family)
     FVU token mean = mean_t ( ||y_t - yhat_t||^2 / ||y_t - mean(y)||^2 )
     L0             = mean number of active heads per token
-    dead fraction  = share of heads never active within the evaluated tokens (their number is always given beside it)
+    dead fraction  = share of heads never active in the evaluated tokens (their number is always given beside it)
     CE recovered   = (CE mean-ablated - CE with module) / (CE mean-ablated - CE original), cross-entropy in nats per
                    token
 
-Sums run over the tokens of the mask alone (no BOS, no padding) and are kept in float64, so results do not depend on the
-batch size or on padding. mean(y) is the mean over the same tokens.
+Sums run in float64 over the tokens of the mask (no BOS, no padding), so results do not depend on batch size or padding.
+mean(y) is over the same tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from lorsa_utils.text import Sequences
 
 
 class MeanTarget:
-    """Running mean of the layer's output over counted tokens, [d_model], float64."""
+    """Running mean of a layer's output over counted tokens, [d_model], float64."""
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -54,7 +53,7 @@ class MeanTarget:
 
 
 class Reconstruction:
-    """Running sums of FVU, cosine, L0 and dead units of one module against a fixed mean target."""
+    """Running sums of FVU, cosine, L0 and dead units against a fixed mean target."""
 
     def __init__(self, mean: Tensor, n_units: int) -> None:
         self.mean = mean
@@ -63,7 +62,7 @@ class Reconstruction:
         self.fired = torch.zeros(n_units, dtype=torch.long)
 
     def update(self, y: Tensor, output: SparseOutput, mask: Tensor) -> None:
-        """Add a batch: targets y [batch, length, d_model], what the module returned, mask of counted tokens."""
+        """Add targets y [batch, length, d_model] and the module's output where mask [batch, length]."""
         target, predicted = y[mask].double(), output.y[mask].double()
         error = (target - predicted).square().sum(dim=-1)
         deviation = (target - self.mean.to(target.device)).square().sum(dim=-1)
@@ -100,7 +99,7 @@ class Reconstruction:
 def evaluate_activations(
     modules: Mapping[str, tuple[int, SparseModule]], source: ActivationSource, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
-    """Reconstruction of modules, by name with their layers, on held-out activations: `Reconstruction.result` by name.
+    """`Reconstruction.result` by name on held-out activations; `modules` gives layer and module by name.
 
     The source is read twice, first for the mean target.
     """
@@ -152,13 +151,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """What `lorsa eval` prints: reconstruction, and the model's loss with the layer's output replaced.
 
-    Three passes over the text: the untouched model (loss and mean target), the module spliced in (loss and
-    reconstruction), the mean target spliced in. Positions that are not counted (BOS, padding) keep their original
-    output in both splices.
+    Three passes: the model untouched (loss, mean target), with the module (loss, reconstruction) and with the mean
+    target spliced in. Positions that are not counted (BOS, padding) keep their original output.
 
-    Returns:
-        the keys of `Reconstruction.result` and `ce`, `ce_spliced`, `ce_mean_ablated` (nats per token), `ce_recovered`;
-        None in place of a number that is not finite.
+    Returns the keys of `Reconstruction.result` and `ce`, `ce_spliced`, `ce_mean_ablated` (nats per token),
+    `ce_recovered`; None for a number that is not finite.
 
     Raises:
         UserError: no token is counted, or the layer makes no difference on this text.

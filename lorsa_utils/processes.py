@@ -1,4 +1,4 @@
-"""The processes that train together: those that `torchrun` started, or this one alone."""
+"""The processes that train together: those started by `torchrun`, or this one alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lorsa_utils.exceptions import UserError
 
 
 class World(NamedTuple):
-    """The processes that train together, each on its own sequences of every batch (`torchrun`)."""
+    """Rank and number of the processes, each on its own sequences of every batch."""
 
     rank: int = 0
     """0 writes the files."""
     size: int = 1
 
     def gather(self, answers: dict[str, Any]) -> dict[str, Any]:
-        """The answers of all processes in one dict."""
+        """The answers of all processes, merged."""
         every: list[dict[str, Any]] = [answers] * self.size
         if self.size > 1:
             torch.distributed.all_gather_object(every, answers)
@@ -29,7 +29,7 @@ class World(NamedTuple):
 
 @contextlib.contextmanager
 def join_world() -> Iterator[World]:
-    """The processes that `torchrun` started, connected for as long as the block runs; alone without it.
+    """Connect the processes of `torchrun` within the block; one process alone without it.
 
     Raises:
         UserError: they do not find each other.

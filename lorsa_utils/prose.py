@@ -1,6 +1,6 @@
-"""Prose out of markup: articles in wiki markup and docstrings in reStructuredText become paragraphs of running English.
+"""Prose from wiki articles and reStructuredText docstrings, as paragraphs of running English.
 
-Wiki markup is parsed by mwparserfromhell; what this module decides is which parts of the parse are words of a sentence.
+mwparserfromhell parses wiki markup; this module decides which parts are words of a sentence.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _COMMON_WORDS = _set(
 
 
 def _template_text(template: Any) -> str:
-    """Text of a wiki template when it stands for words in a sentence, else nothing."""
+    """Text of a template that stands for words in a sentence."""
     name = str(template.name).strip().lower().replace("_", " ")
     arguments = [_wiki_text(p.value.nodes).strip() for p in template.params if str(p.name).strip().isdigit()]
     if name in _FIXED:
@@ -118,7 +118,7 @@ def _convert_text(arguments: Sequence[str]) -> str:
 
 
 def _wiki_text(nodes: Iterable[Any]) -> str:
-    """Plain text of parsed nodes: words of links and styles stay; references, tables, images, other templates go."""
+    """Words of links and styles stay; references, tables, images and other templates go."""
     from mwparserfromhell import nodes as kinds
 
     parts: list[str] = []
@@ -156,9 +156,9 @@ def _tag_text(node: Any) -> str:
 
 
 def wiki_prose(markup: str) -> str:
-    """Prose paragraphs of one article, with the headings that stand directly over them, separated by blank lines.
+    """Paragraphs of an article and the headings directly above them, separated by blank lines.
 
-    Tables, references, image captions, link sections and lists of fragments go; list items that are sentences stay.
+    Tables, references, captions, link sections and lists of fragments go; list items that are sentences stay.
     """
     import mwparserfromhell
     from mwparserfromhell.nodes import Heading
@@ -194,7 +194,6 @@ def wiki_prose(markup: str) -> str:
 
 
 def _prose_line(line: str) -> str:
-    """A tidied line when it is prose, else nothing."""
     item = "\x01" in line[:4]
     text = _tidy(line.replace("\x01", " "))
     words = text.split()
@@ -207,13 +206,13 @@ def _prose_line(line: str) -> str:
 
 
 def _is_english(words: Sequence[str]) -> bool:
-    """Running English has a common word at least in every fifth place; lists and tables do not."""
+    """At least every fifth word is a common one, unlike in lists and tables."""
     common = sum(word.lower().strip(".,;:()\"'") in _COMMON_WORDS for word in words)
     return common >= 0.2 * len(words)
 
 
 def _tidy(text: str) -> str:
-    """Close the holes that removed templates and references leave."""
+    """Close the gaps of removed templates and references."""
     text = re.sub(r"'{2,}", "", text)
     text = re.sub(r"\s+", " ", text)
     for _ in range(2):
@@ -229,9 +228,9 @@ def _tidy(text: str) -> str:
 
 
 def module_prose(path: Path, seen: set[str] | None = None) -> str:
-    """Prose of the docstrings of one Python file in file order, or nothing when it has less than 600 characters.
+    """Docstring prose of a Python file, in order, or nothing if under 600 characters.
 
-    `seen` holds paragraphs met before; they are skipped, and new ones are added.
+    Paragraphs in `seen` are skipped; new ones are added.
     """
     source = path.read_text(encoding="utf-8", errors="replace")
     if '"""' not in source and "'''" not in source:
@@ -254,7 +253,6 @@ def module_prose(path: Path, seen: set[str] | None = None) -> str:
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
-    """Docstrings under `node`, in the order of the file."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
         docstring := ast.get_docstring(node)
     ):
@@ -271,10 +269,9 @@ _OTHER_BLOCK = re.compile(rf"\.\. (\[|(?!({_PROSE_DIRECTIVES})::)[\w-]+::)")
 
 
 def docstring_paragraphs(docstring: str) -> list[str]:
-    """Paragraphs of running English in a docstring, joined to one line each, without markup of reStructuredText.
+    """Paragraphs of running English in a docstring, one line each, without markup.
 
-    Doctests, code, tables, signatures and one-line parameter entries go; descriptions of parameters stay when they are
-    sentences.
+    Doctests, code, tables, signatures and one-line parameter entries go; parameter descriptions in sentences stay.
     """
     paragraphs = []
     block: list[str] = []
@@ -304,7 +301,6 @@ def docstring_paragraphs(docstring: str) -> list[str]:
 
 
 def _docstring_prose(lines: Sequence[str]) -> str:
-    """The lines as one tidied paragraph when they are prose, else nothing."""
     if lines[0].startswith((">>>", "...", "|", "+-", "In [", "Out[", "$ ")):
         return ""
     text = " ".join(lines)

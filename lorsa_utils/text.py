@@ -44,22 +44,18 @@ class Sequences:
     """Token sequences of equal length, each from one document."""
 
     tokens: torch.Tensor
-    """Token ids, int32 [n, context]."""
+    """Ids, int32 [n, context]."""
     mask: torch.Tensor
-    """True where a token counts in the loss: real text; False on BOS, padding and other special tokens.
-
-    Bool [n, context].
-    """
+    """True where a token counts in the loss: real text, not BOS or padding. Bool [n, context]."""
     source: list[str]
-    """Source of every sequence."""
     bos_policy: str
     """`prepend`: BOS at position 0 of every sequence and nowhere else. `none`: no BOS anywhere."""
     sha256: str
-    """Hash of tokens, mask and policy."""
+    """Of tokens, mask and policy."""
     asked: int | None = None
-    """The budget that was asked for, in tokens that count."""
+    """The budget, in tokens that count."""
     documents: Sequence[Document] = field(default=(), repr=False)
-    """The documents that were cut, whether or not the budget reached them."""
+    """All documents given, even those that the budget did not reach."""
     origin: TextName | None = None
 
     @property
@@ -69,7 +65,7 @@ class Sequences:
 
     @property
     def shortfall(self) -> str | None:
-        """One sentence when the text gave fewer tokens than asked, else None."""
+        """A sentence if the text gave fewer tokens than asked for."""
         if self.asked is None or self.n_tokens >= self.asked:
             return None
         return (
@@ -78,7 +74,7 @@ class Sequences:
         )
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens (int64) and mask of at most `batch_size` sequences at a time, each [batch, context]."""
+        """Tokens (int64) and mask, each [batch, context]; the last batch may be smaller."""
         for first in range(0, len(self.tokens), batch_size):
             rows = slice(first, first + batch_size)
             yield self.tokens[rows].to(device, torch.long), self.mask[rows].to(device)
@@ -89,7 +85,7 @@ class Text(NamedTuple):
 
     train: Sequences
     held_out: Sequences | None
-    """None where the text is too short to hold a part of it out."""
+    """None if the text is too short to hold any of it out."""
 
 
 def load_text(
@@ -103,20 +99,12 @@ def load_text(
     bos_policy: str = "auto",
     seed: int = 0,
 ) -> Text:
-    """Text for a model: the embedded one, files or folders, or a dataset by its id on the Hugging Face Hub.
+    """Text for a model: files or folders (`text_documents`), a dataset (`hub_corpus`) or the embedded text.
 
-    Args:
-        model: its tokenizer cuts the text.
-        n_tokens: training tokens that count, at most.
-        files: see `text_documents`.
-        dataset: see `hub_corpus`.
-        held_out_tokens: held-out tokens that count, at most.
-        context: tokens in a sequence, BOS included.
-        bos_policy: see `tokenize`.
-        seed: order of the text.
+    `n_tokens` and `held_out_tokens` are upper limits on tokens that count. For the other arguments see `tokenize`.
 
     Raises:
-        UserError: a file or dataset cannot be read, or there is no text.
+        UserError: both files and a dataset are given, they cannot be read, or there is no text.
     """
     corpus = load_corpus(files, dataset, max_tokens=n_tokens + held_out_tokens)
 
@@ -139,19 +127,14 @@ def tokenize(
     seed: int = 0,
     wikipedia_share: float = 0.7,
 ) -> Sequences:
-    """Cut documents into sequences of `context` tokens, shuffled, until `n_tokens` tokens that count are there.
+    """Cut documents into shuffled sequences of `context` tokens, BOS included.
 
-    A sequence comes from one document and is one of its consecutive pieces; a last piece of fewer than 32 tokens is
-    left out, unless the text gives nothing else. Pieces come in a seeded order, Wikipedia with `wikipedia_share` of the
-    tokens until it is used up; none comes twice. The first sequences are the same whatever the budget. Special tokens
-    written out in the text are removed from it.
+    A sequence is a piece of one document; a last piece of fewer than 32 tokens is left out, unless there is nothing
+    else. Pieces come in a seeded order, none twice, Wikipedia with `wikipedia_share` of the tokens until one side is
+    used up. The first sequences are the same for any budget. Special tokens written out in the text are removed.
 
-    Args:
-        context: tokens per sequence, BOS included.
-        n_tokens: budget of tokens that count, met exactly by masking the end of the last sequence; None takes
-            everything.
-        bos_policy: `prepend`, `none`, or `auto`: prepend when the tokenizer has a BOS token, else an EOS token used as
-            one.
+    The budget `n_tokens`, in tokens that count, is met exactly by masking the end of the last sequence; None takes
+    everything. `bos_policy` is `prepend`, `none`, or `auto`: prepend BOS, or EOS in its place, if there is one.
 
     Raises:
         UserError: there is no text, or a setting is impossible.
@@ -173,10 +156,10 @@ def tokenize(
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase, bos_policy: str = "auto") -> int | None:
-    """The token put at position 0, or None. Id 0 is a token like any other.
+    """Id at position 0 (BOS, else EOS), or None. 0 is a valid id.
 
     Raises:
-        UserError: the tokenizer has no such token though the policy is `prepend`, or the policy is unknown.
+        UserError: the policy is unknown, or is `prepend` and the tokenizer has neither token.
     """
     if bos_policy not in ("auto", "prepend", "none"):
         raise UserError(f"bos_policy must be auto, prepend or none, not {bos_policy!r}.")
@@ -191,11 +174,10 @@ def bos_id(tokenizer: PreTrainedTokenizerBase, bos_policy: str = "auto") -> int 
 
 
 Piece = tuple[str, np.ndarray]
-"""Source and token ids."""
+"""Source and ids."""
 
 
 def _take(pieces: Iterator[Piece], n_tokens: int | None) -> list[Piece]:
-    """Pieces until the budget is met, the last one cut to meet it."""
     taken: list[Piece] = []
     count = 0
     for source, ids in pieces:
@@ -209,7 +191,7 @@ def _take(pieces: Iterator[Piece], n_tokens: int | None) -> list[Piece]:
 def _mix(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, width: int, minimum: int, seed: int, share: float
 ) -> Iterator[Piece]:
-    """Pieces of both groups in turn, so that at every point Wikipedia has its share, until one group is used up."""
+    """Alternate, so that Wikipedia has its share at every point until one group is used up."""
     groups = [[d for d in documents if d.source == "wikipedia"], [d for d in documents if d.source != "wikipedia"]]
     streams = [
         _pieces(group, tokenizer, width, minimum, np.random.default_rng([seed, i])) for i, group in enumerate(groups)
@@ -234,10 +216,7 @@ def _pieces(
     minimum: int,
     rng: np.random.Generator,
 ) -> Iterator[Piece]:
-    """Pieces of documents in a random order.
-
-    Blocks of a million characters are tokenised and shuffled at a time, as they are asked for.
-    """
+    """Pieces in random order, tokenized on demand, a million characters at a time."""
     order = [documents[i] for i in rng.permutation(len(documents))]
     specials = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), dtype=np.int64)
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -260,7 +239,6 @@ def _pieces(
 def _assemble(
     pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, context: int, first: int | None, asked: int | None
 ) -> Sequences:
-    """Pad the pieces to one tensor, with BOS in front where the policy says so."""
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     start, policy = (0, "none") if first is None else (1, "prepend")
     tokens = np.full((len(pieces), context), pad_id, dtype=np.int32)

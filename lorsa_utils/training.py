@@ -1,14 +1,12 @@
-"""Train Lorsa layers and SAE baselines on the same tokens from one pass over the activations.
+"""Train Lorsa layers and SAE baselines on the same tokens in one pass over the activations.
 
-One step, for every run: predict the layer's output from its input (the SAE: from itself), mean squared error over
-counted tokens, Adam. Unlike the paper (Sec. 3: no auxiliary loss), heads that have been silent for `dead_window` tokens
-also learn, through AuxK, to rebuild the error that the live ones leave; `aux_k=0` switches that off. Weights live in a
-space where inputs have mean 0, and inputs and targets mean norm sqrt(d_model) (`lorsa.Scaling`); what is saved takes
-raw activations.
+Each step predicts the layer's output from its input (the SAE: from itself); mean squared error over counted tokens,
+Adam. Unlike the paper (Sec. 3: no auxiliary loss), heads silent for `dead_window` tokens also learn, through AuxK, to
+rebuild the error that the live ones leave; `aux_k=0` switches that off. In training, inputs have mean 0, and both
+inputs and targets have mean norm sqrt(d_model) (`lorsa.Scaling`); saved modules take raw activations.
 
-Run folder: `config.json`, `model.safetensors` (at the end), `metrics.jsonl`, `state/` (to resume: weights in training
-space, Adam's moments, counters, position in the data). A resumed run gives, bit for bit on the CPU, what an
-uninterrupted one gives.
+Run folder: `config.json`, `model.safetensors` (at the end), `metrics.jsonl`, `state/` (training weights, Adam's
+moments, counters). A resumed run equals an uninterrupted one, on the CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -42,18 +40,18 @@ from lorsa_utils.processes import World
 QK_PARAMETERS = ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm")
 
 Logger = Callable[[str, Mapping[str, float]], None]
-"""Called with the run's name and one row of metrics."""
+"""Takes a run's name and one row of metrics."""
 
 
 def learning_rate_factor(progress: float, warmup: float, decay: float) -> float:
-    """Warm-up, stable, decay: factor on the learning rate at a share of the budget, from 0 to 1."""
+    """Warm-up, stable, decay: factor on the learning rate. All arguments are shares of the budget."""
     rising = progress / warmup if warmup else 1.0
     falling = (1 - progress) / decay if decay else 1.0
     return max(0.0, min(1.0, rising, falling))
 
 
 def kept_heads(progress: float, k: int, k_start: int, k_warmup: float) -> int:
-    """Heads kept at a share of the budget: from k_start down to k, exponentially, over the first `k_warmup` of it."""
+    """Heads kept: from k_start down to k, exponentially, over the first `k_warmup` of the budget."""
     if k_start <= k or progress >= k_warmup:
         return k
     return round(k_start * (k / k_start) ** (progress / k_warmup))
@@ -64,7 +62,7 @@ class RunSpec:
     """One module to train."""
 
     name: str
-    """In progress bars and logs."""
+    """In logs, messages and results."""
     layer: int
     module: LorsaConfig | SAEConfig
     train: TrainConfig
@@ -72,7 +70,7 @@ class RunSpec:
 
 
 class Run:
-    """One module under training: weights in training space, optimizer, counters, schedules."""
+    """A module under training: weights in training space, optimizer, counters, schedules."""
 
     def __init__(
         self,
@@ -109,21 +107,21 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Share of the token budget that is used."""
+        """Share of the token budget used."""
         return self.tokens_seen / self.spec.train.tokens
 
     def start(self, site: AttentionSite, batch: ActivationBatch) -> None:
-        """Initialise from a calibration batch of raw activations."""
+        """Initialise from raw calibration activations."""
         layer, train = self.spec.layer, self.spec.train
         x, y = (side[layer].to(self.device, torch.float32) for side in (batch.inputs, batch.outputs))
         self.scaling = initialize(self.module, site, x, y, batch.mask.to(self.device), train.init, train.seed)
 
     def train_step(self, batch: ActivationBatch) -> None:
-        """One optimizer step on a batch of raw activations.
+        """One optimizer step on raw activations.
 
         Raises:
-            UserError: the loss or a gradient is not finite; the weights are those before this step. On a GPU the run
-                goes on without such steps until `require_finite` is called.
+            UserError: the loss or a gradient is not finite; the weights are those before this step. On a GPU such
+                steps are skipped until `require_finite` is called.
         """
         train, layer = self.spec.train, self.spec.layer
         x = self.scaling.inputs(
@@ -138,7 +136,7 @@ class Run:
             output = self._forward(x, k, *self._dead_units())
             error = torch.where(mask[..., None], output.y.float() - y, 0.0)
             squares = error.square().sum()
-            # Processes average their gradients, each of its own sequences: times their number that is the sum.
+            # Processes average their gradients; times their number, that is the sum over all sequences.
             share = self.world.size / (max(1, n_tokens) * y.shape[-1])
             total = (
                 share * (squares + self._aux_squares(output, error, mask))
@@ -153,7 +151,7 @@ class Run:
         self.broken += broken
         if self.device.type == "cpu":  # a GPU is asked when the log is written
             self.require_finite()
-        # Adam passes over a step that is marked so: the way that mixed precision skips overflows.
+        # Adam skips a step marked like this, as mixed precision does on overflow.
         self.optimizer.found_inf = broken  # type: ignore[attr-defined]
         self.optimizer.step()
         self.since_fired = torch.where(fired > 0, 0, self.since_fired + n_tokens)
@@ -172,14 +170,14 @@ class Run:
             group["lr"] = train.lr * group["lr_factor"] * learning_rate_factor(progress, train.warmup, train.decay)
 
     def _dead_units(self) -> tuple[Tensor | None, int]:
-        """Mask of the dead units and how many of them AuxK takes; nothing while all are alive."""
+        """Mask of dead units and how many AuxK takes; (None, 0) without AuxK or, on the CPU, while all are alive."""
         train = self.spec.train
         dead = self.since_fired >= train.dead_window
         # On a GPU asking whether any is dead would wait for it.
         return (dead, train.aux_k) if train.aux_k and (self.device.type == "cuda" or bool(dead.any())) else (None, 0)
 
     def _aux_squares(self, output: SparseOutput, error: Tensor, mask: Tensor) -> Tensor:
-        """Weighted squared error of AuxK: the best dead heads rebuild what the live ones left (Gao et al. 2024)."""
+        """Weighted squared error: the best dead heads rebuild what the live ones left (Gao et al. 2024)."""
         rebuilt = self.module.decode(output.aux_indices, output.aux_values, bias=False)
         return self.spec.train.aux_weight * torch.where(mask[..., None], rebuilt + error.detach(), 0.0).square().sum()
 
@@ -201,7 +199,7 @@ class Run:
         return counts, torch.stack((error, energy - total.square().sum() / n.clamp_min(1), active))
 
     def require_finite(self) -> None:
-        """Stop a run that diverged.
+        """Stop a diverged run.
 
         Raises:
             UserError: the loss or a gradient was not finite; the weights are the last good ones.
@@ -213,7 +211,7 @@ class Run:
             )
 
     def recent_metrics(self) -> dict[str, float]:
-        """One row of metrics.jsonl: counters, and ratios of sums since the last call, as in `metrics`."""
+        """A row of metrics.jsonl: counters, and ratios of sums since the last call."""
         rows, self._recent = self._recent, []
         sums = {name: float(sum(torch.as_tensor(row[name]).double() for row in rows)) for name in rows[0]}
         n_tokens = max(1.0, sums["n_tokens"])
@@ -235,7 +233,7 @@ class Run:
     # ---- saving and resuming
 
     def config(self) -> dict[str, Any]:
-        """Everything needed to rebuild and resume the run, as saved in config.json."""
+        """What config.json holds, to rebuild and resume the run."""
         return {
             "schema_version": SCHEMA_VERSION,
             "module": {**self.spec.module.to_dict(), "kind": self.spec.module.kind},
@@ -246,7 +244,7 @@ class Run:
         }
 
     def save_state(self) -> None:
-        """Write state/ (the first process does); the previous state stays until the new one is whole."""
+        """Write state/ atomically (first process only)."""
         if self.world.rank > 0:
             return
         tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
@@ -257,7 +255,7 @@ class Run:
         counters: dict[str, Any] = {"step": self.step, "tokens_seen": self.tokens_seen, "seconds": self.seconds}
         counters |= {"input_scale": self.scaling.input_scale, "output_scale": self.scaling.output_scale}
         counters["recent"] = [{name: float(value) for name, value in row.items()} for row in self._recent]
-        # Counters ride in the same file's header: one rename makes the whole state new at once.
+        # Counters go into the same file's header, so that one rename replaces the whole state.
         store.write_tensors(
             self.spec.folder / "state" / "state.safetensors", tensors, {"counters": json.dumps(counters)}
         )
@@ -299,7 +297,7 @@ class Run:
         return copy.requires_grad_(False)
 
     def save_module(self) -> None:
-        """Write model.safetensors (raw activations in and out); the first process does."""
+        """Write model.safetensors, for raw activations (first process only)."""
         if self.world.rank > 0:
             return
         store.write_tensors(self.spec.folder / "model.safetensors", self.finished_module().state_dict())
@@ -308,7 +306,7 @@ class Run:
 def module_config(
     site: AttentionSite, kind: str, n_heads: int | None, n_qk: int | None, k: int
 ) -> LorsaConfig | SAEConfig:
-    """Shape of a module for an attention layer; what was not asked for follows from the layer."""
+    """Shape of a module for an attention layer; what is None follows from the layer."""
     n_heads = n_heads or 8 * site.d_model
     if kind != "lorsa":
         return SAEConfig(d_model=site.d_model, n_features=n_heads, k=k, kind=kind)  # type: ignore[arg-type]
@@ -326,14 +324,13 @@ def train(
     logger: Logger | None = None,
     world: World = World(),  # noqa: B008
 ) -> dict[str, dict[str, float]]:
-    """`train_runs`, then measure the modules on held-out activations; results.json of each run keeps what is returned.
+    """`train_runs`, then measure the modules on held-out activations and write results.json.
 
-    Returns:
-        by name of the run the keys of `metrics.Reconstruction.result`, `tokens_per_s` and `seconds`; nothing without
-        held-out activations, or from another process than the first.
+    Returns the results by run name: the keys of `metrics.Reconstruction.result`, `tokens_per_s` and `seconds`. Empty
+    without held-out activations, and in all processes but the first.
 
     Raises:
-        UserError: the disk is too small, or see `train_runs`.
+        UserError: the disk is too small; see also `train_runs`.
     """
     store.require_free_bytes(specs[0].folder, _disk_bytes(specs), "The run")
     before = tokens_seen(specs[0].folder) or 0 if resume else 0
@@ -352,13 +349,13 @@ def train(
 
 
 def tokens_seen(folder: Path) -> int | None:
-    """Tokens that a run has been trained on by its saved state, None when it was never saved."""
+    """Tokens that a run has been trained on, by its saved state; None without one."""
     state = folder / "state" / "state.safetensors"
     return json.loads(store.read_tensor_metadata(state)["counters"])["tokens_seen"] if state.is_file() else None
 
 
 def cost(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel) -> str | None:
-    """What training takes, as a sentence, when that is more than a minute: measured on two batches, nothing is kept."""
+    """What training takes, in a sentence, if over a minute; measured on two batches."""
     how, parameters = specs[0].train, sum(spec.module.n_parameters for spec in specs)
     seconds = _estimate_seconds(specs, source, model) if how.tokens >= 100_000 else 0.0
     if seconds < 60:
@@ -373,12 +370,12 @@ def cost(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageMode
 
 
 def _disk_bytes(specs: Sequence[RunSpec]) -> int:
-    """Weights, and a state of weights and Adam's two moments."""
+    """Weights, and a state of weights and two moments."""
     return 4 * 4 * sum(spec.module.n_parameters for spec in specs)
 
 
 def _estimate_seconds(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel) -> float:
-    """Time of the second of two batches (activations and a step of every module), times the number of steps."""
+    """Timed on the second of two batches (activations and a step of every module)."""
     how = specs[0].train
     batches = source.batches(how.batch_size, layers=sorted({spec.layer for spec in specs}))
     first = next(batches)
@@ -404,11 +401,11 @@ def prepare_runs(
     resume: bool = False,
     world: World = World(),  # noqa: B008
 ) -> list[Run]:
-    """Make runs ready to train: initialised on the first sequences, or resumed from their folders.
+    """Initialise runs on the first sequences, or resume them from their folders.
 
     Raises:
-        UserError: a folder holds a run already (and `resume` is False), or one with other settings; two runs share a
-            folder; k_start exceeds the number of units; the source is empty.
+        UserError: a folder holds a run (without `resume`) or one with other settings; two runs share a folder; k_start
+            exceeds the number of units; the source is empty.
     """
     _check_specs(specs)
     if source.n_sequences == 0 or source.n_tokens == 0:
@@ -427,7 +424,7 @@ def prepare_runs(
             raise SystemExit(1)  # the first process says why
     if problem:
         raise problem
-    if world.rank > 0:  # what the first process has started or found is what all go on from
+    if world.rank > 0:  # all continue from what the first process started or found
         for run in runs:
             run.load_state()
     return runs
@@ -470,7 +467,7 @@ def _check_specs(specs: Sequence[RunSpec]) -> None:
 
 def _require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
     saved, asked = _flatten(store.read_json(folder / "config.json")), _flatten(json.loads(json.dumps(config)))
-    # Files may move, hashes tell what was read; how often the run is logged and saved changes nothing that it computes.
+    # Files may move, as hashes tell what was read; logging and saving do not change what is computed.
     free = {"source.text", "train.log_every", "train.save_every_seconds"}
     if saved.get("source.model_sha256") == asked.get("source.model_sha256"):
         free |= {"source.model", "source.revision"}
@@ -501,18 +498,12 @@ def train_runs(
     stop_after_steps: int | None = None,
     world: World = World(),  # noqa: B008
 ) -> list[Run]:
-    """Train several modules on the same batches; finished ones have their module saved.
+    """Train modules on the same batches, with equal batch size and budget to be fair; save those that finish.
 
-    Args:
-        specs: all with the same batch size and token budget, so that the comparison is fair.
-        source: training activations. When the budget is larger than the source, it is read again from the start.
-        sites: per layer its attention site, for the starts.
-        device: where the modules live.
-        resume: continue runs that exist in their folders, each from where it was.
-        progress: show a bar with rate and ETA.
-        logger: called beside metrics.jsonl.
-        stop_after_steps: save the state and stop after this many more steps (to show or test resuming).
-        world: the processes that train these runs together; all call this function with the same arguments.
+    A source smaller than the budget is read again. `sites` are the attention sites by layer, for initialisation.
+    `resume` continues each existing run from where it was. `logger` is called in addition to metrics.jsonl.
+    `stop_after_steps` saves the state and stops after so many more steps (to show or test resuming). All processes of
+    `world` call this with the same arguments.
 
     Raises:
         UserError: settings do not fit together, or the loss is not finite.
@@ -551,7 +542,7 @@ def train_runs(
 
 
 def _catch_up(runs: Sequence[Run], source: ActivationSource, progress: bool, logger: Logger | None) -> None:
-    """Bring runs that were saved earlier than others (a kill between two savings) to the same step."""
+    """Bring runs saved earlier than others (killed between two saves) to the same step."""
     while len(steps := sorted({run.step for run in runs})) > 1:
         behind = [run for run in runs if run.step == steps[0]]
         _loop(behind, source, progress, logger, steps[1] - steps[0])
@@ -597,7 +588,7 @@ def _loop(
 
 @contextlib.contextmanager
 def _interrupt_waits() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done: what is saved then is one whole step of every run."""
+    """Delay Ctrl-C to the end of the block: what is saved then is one whole step of every run."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -613,7 +604,7 @@ def _interrupt_waits() -> Iterator[None]:
 
 
 def _log(runs: Sequence[Run], logger: Logger | None) -> float:
-    """Append one row per run to its metrics.jsonl; returns the mean training FVU."""
+    """Append a row to each run's metrics.jsonl and return the mean training FVU."""
     total = 0.0
     for run in runs:
         run.require_finite()
@@ -635,7 +626,7 @@ def _log(runs: Sequence[Run], logger: Logger | None) -> float:
 
 
 def _cut_log(run: Run) -> None:
-    """Drop rows that a killed run wrote after its last saved state: they will be written again."""
+    """Drop rows after the last saved state of a killed run: they will be written again."""
     if run.world.rank > 0:
         return
     file = run.spec.folder / "metrics.jsonl"
@@ -656,7 +647,7 @@ def make_logger(kind: str, folder: str | Path) -> Logger | None:
     """`jsonl` (nothing beside metrics.jsonl), `tensorboard` or `wandb`.
 
     Raises:
-        UserError: the package for that logger is not installed.
+        UserError: the logger is unknown, or its package is not installed.
     """
     if kind == "jsonl":
         return None
@@ -690,6 +681,6 @@ def make_logger(kind: str, folder: str | Path) -> Logger | None:
 
 @functools.cache
 def training_sources() -> list[str]:
-    """Hashes of the files that decide what a trained module is: runs of other code must not pass for runs of this."""
+    """Hashes of the files that decide what a trained module is, to tell runs of other code apart."""
     folder = Path(__file__).parent
     return [store.sha256_file(folder / f"{name}.py") for name in ("ops", "lorsa", "initialize", "training")]

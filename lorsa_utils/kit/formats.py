@@ -1,24 +1,23 @@
-"""The formats that Lorsa weights are published in: two are read, one of them is written.
+"""Published formats of Lorsa weights: two are read, one of them is written.
 
-They are told apart by their files: Language-Model-SAEs (Llamascopium) has `config.json` beside
-`sae_weights.safetensors`, the older OpenMOSS/Lorsa beside `final.pth`. What they call the same thing:
+Language-Model-SAEs (Llamascopium) has `config.json` beside `sae_weights.safetensors`, the older OpenMOSS/Lorsa beside
+`final.pth`. Their names:
 
-    queries, keys          W_Q, W_K [n_qk, d_model, d_qk], b_Q, b_K as here; scores are divided by `attn_scale`, here
-                           multiplied
-    QK norm                ln_q.w, ln_k.w [n_qk, d_qk], here q_norm, k_norm: after the bias, before the rotation
-    rotation               adjacent pairs or halves, both known here; "NTK by parts" is the `llama3` scaling
-    reads and writes       W_V, W_O [n_ov, d_model] (older: [n_ov, d_model, 1] and [n_ov, 1, d_model]), b_V [n_ov]
-                           (older: [n_ov, 1])
-    output bias            b_D, older b_O, here b_O
-    selection              act_fn `topk`: relu(z) ||w_o||; older: |z| ||w_o||, or relu with `use_z_relu`; `relu` and no
-                           top-k keep all heads
+    queries, keys      W_Q, W_K [n_qk, d_model, d_qk], b_Q, b_K as here; scores are divided by `attn_scale`, here
+                       multiplied
+    QK norm            ln_q.w, ln_k.w [n_qk, d_qk], here q_norm, k_norm: after the bias, before the rotation
+    rotation           adjacent pairs or halves, both known here; "NTK by parts" is the `llama3` scaling
+    reads and writes   W_V, W_O [n_ov, d_model] (older: [n_ov, d_model, 1] and [n_ov, 1, d_model]), b_V [n_ov]
+                       (older: [n_ov, 1])
+    output bias        b_D, older b_O, here b_O
+    selection          act_fn `topk`: relu(z) ||w_o||; older: |z| ||w_o||, or relu with `use_z_relu`; `relu` and no
+                       top-k keep all heads
 
-Weights may want inputs and outputs of mean norm sqrt(d_model) (`norm_activation` "dataset-wise", older always). A saved
-folder can say so although the scales are folded in already, and the input can be the norm's output without its gain: a
+Weights may expect inputs and outputs of mean norm sqrt(d_model) (`norm_activation` "dataset-wise", older always). A
+folder can say so with the scales already folded in, and its input can be the norm's output without its gain: a
 `Reading` is one way to understand a folder.
 
-A known difference: where fewer than K heads are active, the older code lets inactive heads through; here they stay
-silent.
+Where fewer than K heads are active, the older code lets inactive heads through; here they stay silent.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "virtual_kv_num": (0,),
     "d_ov_head": (1,),
 }
-"""Settings that Lorsa here has with some of their values only."""
+"""Settings that are supported with these values only."""
 ROTARY = {
     "rotary_dim": "rotary_dim",
     "rotary_base": "theta",
@@ -71,7 +70,7 @@ n_ov_heads avg_norm mode use_z_relu layer model_name
 device dtype use_triton_kernel sparsity_threshold_for_triton_spmm_kernel jumprelu_threshold_window skip_bos
 """
 KNOWN = {*SUPPORTED, *ROTARY, *_OTHERS.split()}
-"""Settings whose meaning is known; the last line says how they train, nothing about what is computed."""
+"""Settings whose meaning is known; the last line of `_OTHERS` does not affect what is computed."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,9 @@ class Reading:
     """One way to understand a published checkpoint."""
 
     scaled: bool
-    """Whether inputs and outputs are to be scaled by the norms it states."""
+    """Inputs and outputs are scaled by the norms it states."""
     gain: bool = True
-    """Whether its input is the norm's output with its gain (and bias), which is what attention modules read."""
+    """Its input is the norm's output with gain and bias, which is what attention reads."""
 
     def __str__(self) -> str:
         name = "normalised activations" if self.scaled else "raw activations"
@@ -90,7 +89,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint as it was read, its weights as they are in the file."""
+    """A checkpoint with its weights as in the file."""
 
     format: str
     """`llamascopium` or `openmoss-lorsa`."""
@@ -98,13 +97,12 @@ class Published:
     reading: Reading
     """What its config says."""
     norms: tuple[float, float] | None
-    """Mean norms of inputs and outputs, where stated."""
+    """Mean norms of inputs and outputs, if stated."""
     layer: int | None
     context: int
     keys: dict[str, str]
     """Their tensors and ours."""
     ignored: list[str]
-    """Settings whose meaning is not known."""
     sha256: str
 
 
@@ -115,7 +113,7 @@ def read(folder: str | Path) -> Published:
     """Read a published checkpoint of either format.
 
     Raises:
-        UserError: files are missing or damaged, or it uses an option that Lorsa here does not have, which is named.
+        UserError: files are missing or damaged, or an option, which is named, is unsupported.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -147,7 +145,7 @@ def read(folder: str | Path) -> Published:
 
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:
-    """Tensors of a torch file; nothing in it is run."""
+    """Tensors of a torch file, whose code is never run."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and the unpickler raise many types
@@ -162,7 +160,7 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
 
 
 def _renamed(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights by our names, float32 and without dimensions of size 1, and the names they had."""
+    """Float32 weights by our names, without dimensions of size 1, and their names to ours."""
     theirs = [name for name in tensors if name not in BUFFERS and not name.startswith(NORM_PREFIX)]
     if unknown := sorted(set(theirs) - set(NAMES)):
         raise UserError(
@@ -178,11 +176,7 @@ def _renamed(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tenso
 
 
 def _filled(config: LorsaConfig, weights: Mapping[str, Tensor], file: Path) -> Lorsa:
-    """A Lorsa with these weights; missing biases are zero, fewer QK circuits than groups are shared by neighbours.
-
-    Raises:
-        UserError: a name or a shape does not fit.
-    """
+    """Missing biases are zero; fewer QK circuits than groups are shared by neighbours."""
     lorsa = Lorsa(config)
     state = lorsa.state_dict()
     for name, value in weights.items():
@@ -205,11 +199,7 @@ def _filled(config: LorsaConfig, weights: Mapping[str, Tensor], file: Path) -> L
 
 
 def _check_settings(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse settings that Lorsa here does not have, and a config that belongs to other weights.
-
-    Raises:
-        UserError: names the setting.
-    """
+    """Refuse unsupported settings, and a config that belongs to other weights."""
     for name, values in SUPPORTED.items():
         value = config.get(name, values[0])
         if (value.lower() if isinstance(value, str) else value) not in values:
@@ -244,7 +234,6 @@ def _is_topk(config: Mapping[str, Any]) -> bool:
 
 
 def _shape(config: Mapping[str, Any], weights: Mapping[str, Tensor], is_older: bool, path: Path) -> LorsaConfig:
-    """Shape and options of the Lorsa."""
     n_ov, d_model = weights["W_V"].shape[:2]
     n_qk, _, d_qk = weights["W_Q"].shape
     is_topk = _is_topk(config)
@@ -287,7 +276,7 @@ def _rotary(config: Mapping[str, Any], path: Path) -> RotaryConfig:
 
 
 def _norms(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[float, float] | None:
-    """Mean norms of inputs and outputs; None where they are not stated."""
+    """Mean norms of inputs and outputs, if stated."""
     stated = config.get("avg_norm") or {
         side: tensors.get(NORM_PREFIX + str(config.get(f"hook_point_{side}"))) for side in ("in", "out")
     }
@@ -301,7 +290,7 @@ def _norms(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[fl
 def as_read(published: Published, reading: Reading, gain: tuple[Tensor, Tensor] | None = None) -> Lorsa:
     """The Lorsa for raw attention inputs and outputs that a reading makes of a checkpoint.
 
-    `gain` holds weight and bias [d_model] of the norm before the attention; a reading without them needs it.
+    `gain` holds weight and bias [d_model] of the norm before the attention, needed by readings without it.
 
     Raises:
         UserError: the reading needs norms or a gain that are not known.
@@ -329,7 +318,7 @@ def as_read(published: Published, reading: Reading, gain: tuple[Tensor, Tensor] 
 
 
 def readings(published: Published, gain: tuple[Tensor, Tensor] | None) -> list[Reading]:
-    """All ways to understand a checkpoint that can be tried, its config's own first."""
+    """All readings that can be tried, the config's own first."""
     size = math.sqrt(published.lorsa.config.d_model)
     scaled = [False] if published.norms is None else [True, False]
     if published.norms is not None and all(math.isclose(norm, size, rel_tol=1e-6) for norm in published.norms):
@@ -343,9 +332,9 @@ def readings(published: Published, gain: tuple[Tensor, Tensor] | None) -> list[R
 
 
 def write_llamascopium(lorsa: Lorsa, run: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Write weights and settings of a Lorsa for raw activations as Language-Model-SAEs reads them.
+    """Write a Lorsa for raw activations as Language-Model-SAEs reads it; returns our names to theirs.
 
-    `run` is the config.json of its run. Returns our names and theirs.
+    `run` is the config.json of its run.
 
     Raises:
         UserError: an option that the format does not have.
@@ -361,7 +350,7 @@ def write_llamascopium(lorsa: Lorsa, run: Mapping[str, Any], folder: Path) -> di
 
 
 def llamascopium_config(config: LorsaConfig, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Their settings for a Lorsa; see `write_llamascopium`."""
+    """See `write_llamascopium`."""
     rotary, layer = config.rotary, run.get("layer") or 0
     if not SCORES[config.score]:
         what = "Selection by |z|" if config.k < config.n_ov_heads else "A layer that keeps every head with its sign"

@@ -1,9 +1,8 @@
-"""Weights that travel: small checkpoints, published formats in and out, model cards, the Hugging Face Hub.
+"""Small checkpoints, published formats in and out, model cards, the Hugging Face Hub.
 
-A small checkpoint (`data/checkpoints/<name>/`) is a run folder like any other, at 40 % of the size, so everything that
-takes a run folder takes it. Read and write directions are stored as int8 with one scale per row, queries and keys as
-float16 (small errors there move whole patterns), biases as float32. `checkpoint.json` holds hashes and the command,
-`README.md` the model card. The published formats are those of `formats`.
+A small checkpoint (`data/checkpoints/<name>/`) is a run folder at 40 % of the size. Read and write directions are int8
+with one scale per row, queries and keys float16 (small errors there move whole patterns), biases float32.
+`checkpoint.json` holds hashes and the command, `README.md` the model card.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ LARGEST_ERROR = 0.02
 """Share of a weight's norm that packing may lose."""
 LOG_ROWS = 60
 LICENCES = {"smollm2": "apache-2.0", **{preset.model: preset.licence for preset in PRESETS.values()}}
-"""Licence of the language model that a module's weights derive from."""
+"""Of the language model that a module's weights derive from."""
 EMBEDDED_TEXT = "embedded text of the kit (English Wikipedia, CC BY-SA, and documentation prose)"
 KINDS = {
     "lorsa": (
@@ -66,7 +65,7 @@ DOWNLOADED = (
 
 
 def download(source: str | Path) -> Path:
-    """The folder of weights, downloaded when `source` is `<repo>:<folder>` on the Hugging Face Hub.
+    """The folder of weights, downloaded if `source` is `<repo>:<folder>` on the Hugging Face Hub.
 
     Raises:
         UserError: there is no such folder, or it cannot be downloaded.
@@ -90,15 +89,12 @@ def download(source: str | Path) -> Path:
 
 
 def push_to_hub(folder: str | Path, repo_id: str, path_in_repo: str | None = None, private: bool = False) -> str:
-    """Upload a run folder, a packed checkpoint or an exported one, with a model card in front; `state/` stays here.
+    """Upload a run folder or a packed or exported checkpoint, without `state/`, with a model card; returns the address.
 
-    The token is that of `hf auth login` or $HF_TOKEN. A repository `<user>/<name>` that does not exist is made.
-
-    Returns:
-        the address of what was uploaded.
+    The token is that of `hf auth login` or $HF_TOKEN. A missing repository is created.
 
     Raises:
-        UserError: the name is impossible, nobody is logged in, or there is no network.
+        UserError: the name is invalid, nobody is logged in, or there is no network.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -120,7 +116,7 @@ def push_to_hub(folder: str | Path, repo_id: str, path_in_repo: str | None = Non
 
 @contextlib.contextmanager
 def _hub_errors(what: str) -> Iterator[None]:
-    """Turn whatever huggingface_hub raises into one sentence; its errors have many unrelated types."""
+    """Raise UserError for any error, because those of huggingface_hub have many unrelated types."""
     try:
         yield
     except Exception as error:
@@ -150,18 +146,12 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Make a run folder from published weights: a small checkpoint, or one of the formats of `formats`.
 
-    Args:
-        source: folder, or `<repo>:<folder>` on the Hub.
-        folder: run folder to make.
-        model: the language model it is for: every reading of the weights is measured on text and the one with the
-            lowest FVU taken. Without, the config's own reading is taken and nothing is measured.
-        layer: attention layer; without, the one its config names.
-        sequences: from a context length to token sequences of the text to measure on; needed with `model`.
-        text: what that text is called.
+    With `model`, every reading of the weights is measured on text and the one of lowest FVU is taken; `sequences`
+    gives token sequences for a context length and `text` names them. Without, the config's reading is taken,
+    unmeasured. By default `layer` is the one that the config names.
 
-    Returns:
-        `path`, `format`, `warning`; of published formats also `layer`, `keys` (their name to ours), `ignored` settings,
-        `reading`, `fvu` of every reading.
+    Returns `path`, `format`, `warning`; of published formats also `layer`, `keys` (their name to ours), `ignored`
+    settings, `reading`, `fvu` by reading.
 
     Raises:
         UserError: it cannot be read; the model has another width; the layer is not known; the folder holds something
@@ -220,7 +210,7 @@ def norm_gain(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor]:
 def _best(
     published: formats.Published, model: LanguageModel, layer: int, stream: ActivationStream
 ) -> tuple[Lorsa, formats.Reading, dict[str, dict[str, float]]]:
-    """The reading with the lowest FVU, and what was measured of each."""
+    """The reading of lowest FVU, and all results."""
     gain = norm_gain(model, layer)
     readings = formats.readings(published, gain)
     lorsas = {reading: formats.as_read(published, reading, gain).to(model.device) for reading in readings}
@@ -232,7 +222,6 @@ def _best(
 def _warning(
     published: formats.Published, chosen: formats.Reading, measured: Mapping[str, Mapping[str, float]]
 ) -> str | None:
-    """What a user has to know about an import."""
     fvu = {name: f"{result['fvu']:.3g}" for name, result in measured.items()}
     sentences = []
     if chosen != published.reading:
@@ -257,10 +246,7 @@ def _warning(
 def export_checkpoint(run_folder: str | Path, target: str | Path) -> dict[str, Any]:
     """Write a Lorsa run as a Language-Model-SAEs folder, with a model card.
 
-    Its input is what the attention module reads: the norm's output with its gain and bias.
-
-    Returns:
-        `path`, `format` and `keys` (our name to theirs).
+    Its input is the norm's output with gain and bias. Returns `path`, `format` and `keys` (our name to theirs).
 
     Raises:
         UserError: the run is no Lorsa, or uses an option that the format does not have; `target` is not empty.
@@ -279,11 +265,11 @@ def export_checkpoint(run_folder: str | Path, target: str | Path) -> dict[str, A
 
 
 def pack(run_folder: str | Path, target: str | Path) -> Path:
-    """Write a small copy of a finished run, without its state, into `target`.
+    """Write a small copy of a finished run.
 
     Raises:
-        UserError: the run is not finished, its weights lose more than `LARGEST_ERROR`, or `target` holds something
-            else than a small checkpoint.
+        UserError: the run is not finished, its weights lose more than `LARGEST_ERROR`, or `target` is neither empty
+            nor a small checkpoint.
     """
     source, folder = Path(run_folder), Path(target)
     module = load(source)
@@ -291,7 +277,7 @@ def pack(run_folder: str | Path, target: str | Path) -> Path:
         raise UserError(f"{folder} holds files that are no checkpoint; choose an empty folder.")
     small = _compacted(module, source)
     config = _without_places(store.read_json(source / "config.json"))
-    (folder / "checkpoint.json").unlink(missing_ok=True)  # written last, it marks a whole checkpoint
+    (folder / "checkpoint.json").unlink(missing_ok=True)  # written last: it marks a whole checkpoint
     store.write_tensors(folder / "model.safetensors", small)
     store.write_json(folder / "config.json", config)
     _copy_results(source, folder)
@@ -306,7 +292,7 @@ def pack(run_folder: str | Path, target: str | Path) -> Path:
 
 
 def unpack(folder: str | Path, target: str | Path) -> Path:
-    """Write an ordinary run folder, all weights float32, from a small one.
+    """Write an ordinary float32 run folder from a small one.
 
     Raises:
         UserError: the checkpoint is damaged, or `target` holds another run.
@@ -323,10 +309,10 @@ def unpack(folder: str | Path, target: str | Path) -> Path:
 
 
 def check(folder: str | Path) -> dict[str, Any]:
-    """What `checkpoint.json` says, once the weights beside it are found to be those that were packed.
+    """Contents of `checkpoint.json`, once the hash of the weights is verified.
 
     Raises:
-        UserError: there is no checkpoint, or its weights are not whole.
+        UserError: there is no checkpoint, or its weights are not those packed.
     """
     path = Path(folder)
     if not (path / "checkpoint.json").is_file():
@@ -343,9 +329,9 @@ def check(folder: str | Path) -> dict[str, Any]:
 
 
 def find(model: LanguageModel, layer: int, kind: str) -> Path | None:
-    """The checkpoint in data/checkpoints for a layer of a language model, of several the longest trained.
+    """The longest-trained checkpoint in data/checkpoints for a layer of a language model.
 
-    It was trained on the same weights, or the same name and tokenizer where they were loaded in another dtype.
+    It was trained on the same weights, or on those of the same name and tokenizer, perhaps in another dtype.
 
     Raises:
         UserError: it is damaged.
@@ -366,11 +352,6 @@ def find(model: LanguageModel, layer: int, kind: str) -> Path | None:
 
 
 def _compacted(module: Lorsa | SAE, source: Path) -> dict[str, Tensor]:
-    """The weights in their small form.
-
-    Raises:
-        UserError: one of them loses too much.
-    """
     small: dict[str, Tensor] = {}
     for name, weight in module.state_dict().items():
         packed = store.compact(name, weight) if name in INT8 else {name: weight.half() if name in FLOAT16 else weight}
@@ -385,7 +366,6 @@ def _compacted(module: Lorsa | SAE, source: Path) -> dict[str, Tensor]:
 
 
 def _copy_results(source: Path, target: Path) -> None:
-    """`metrics.jsonl`, thinned to a log one can read, and every `results*.json`."""
     if (source / "metrics.jsonl").is_file():
         rows = read_log(source)
         thinned = [*rows[: -1 : -(-len(rows) // LOG_ROWS) or 1], *rows[-1:]]
@@ -395,7 +375,7 @@ def _copy_results(source: Path, target: Path) -> None:
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """A config whose model and text files are named without the folders of the machine they were on."""
+    """A config that names model and text files without their folders."""
     source = dict(config.get("source", {}))
     for key in source.keys() & {"model", "text"}:
         value = source[key]
@@ -410,7 +390,7 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_command(config: Mapping[str, Any]) -> str:
-    """The `lorsa train` command that a run's config.json follows from; options with their defaults are left out."""
+    """The `lorsa train` or `lorsa import` command behind a config.json; options with their defaults are left out."""
     if "train" not in config:  # its weights came from elsewhere
         return shlex.join(["lorsa", "import", config.get("imported", {}).get("from", "SRC"), "DIR"])
     module, train, source = config["module"], config["train"], config["source"]
@@ -432,9 +412,9 @@ def train_command(config: Mapping[str, Any]) -> str:
 
 
 def model_card(folder: str | Path, facts: Mapping[str, Any] | None = None, exported: bool = False) -> str:
-    """Markdown that says what a run folder holds: model, layer, training, results, licence, how to load it.
+    """Markdown on a run folder: model, layer, training, results, licence, how to load it.
 
-    `facts` are those of `checkpoint.json`; an exported module is loaded with the library it was exported for.
+    `facts` are those of `checkpoint.json`; `exported` modules are loaded with the library they were exported for.
     """
     path = Path(folder)
     config = store.read_json(path / "config.json")
