@@ -1,1 +1,1 @@
-"""Everything around the science: commands, runs of the notebooks, claims, published weights, benchmarks, sweeps."""
+"""Everything around the science: commands, notebook runs, claims, published weights, benchmarks, sweeps."""

@@ -1,13 +1,11 @@
-"""How near training steps come to the hardware's floor: `lorsa bench`.
+"""How close training steps come to the hardware's floor: `lorsa bench`.
 
-A step is forward, mean squared error, backward and Adam on a Lorsa of random weights and inputs. The floor of a step is
+A step is forward, mean squared error, backward and Adam on a Lorsa of random weights and inputs. Its floor is
 
     max(floating-point operations / matmul rate, bytes / copy bandwidth)
 
-with rate and bandwidth measured between the steps of the same run, so that a slow or busy machine lowers both sides.
-Counted operations are the projections and the gradients of their weights (none to the frozen input), causal attention,
-in the backward pass for the queries in which a head of the group was kept, and K rows per token in the decode and its
-two gradients. No backend is timed before its gradients agreed with a float64 computation.
+with rate and bandwidth measured between the steps, so that a slow or busy machine affects both sides. A backend is
+timed only after its gradients agreed with float64.
 """
 
 from __future__ import annotations
@@ -35,11 +33,10 @@ from lorsa_utils.lorsa import Lorsa
 
 @dataclass(frozen=True)
 class Shape:
-    """One Lorsa and one batch of `batch` sequences of `length` tokens."""
+    """One Lorsa and a batch of `batch` sequences of `length` tokens."""
 
     d_model: int
     n_qk: int
-    """QK groups."""
     d_qk: int
     n_heads: int
     k: int
@@ -57,7 +54,7 @@ class Shape:
         return LorsaConfig(self.d_model, self.n_heads, self.n_qk, self.d_qk, self.k, rotary=rotary)
 
     def small(self) -> Shape:
-        """Same widths and group size, small enough for float64: what a backend is checked on."""
+        """Same widths and group size, small enough to check a backend in float64."""
         groups = min(self.n_qk, 4)
         heads = self.n_heads // self.n_qk * groups
         return Shape(min(self.d_model, 96), groups, self.d_qk, heads, min(self.k, heads // 4), 2, min(self.length, 200))
@@ -70,17 +67,15 @@ SHAPES = {
     "pythia-1024": Shape(768, 96, 64, 6144, 64, 8, 1024),
     "llama": Shape(4096, 256, 128, 32768, 128, 4, 1024),
 }
-"""A: a small layer of the width of SmolLM2.
-
-B: the layer that the paper trains for Pythia-160M, in a small batch; pythia and pythia-1024: in large ones. llama: the
-one for Llama-3.1-8B."""
+"""A: a layer of SmolLM2's width. B: the paper's for Pythia-160M, in a small batch; pythia and pythia-1024: in large
+ones. llama: the paper's for Llama-3.1-8B."""
 
 
 # ---- counts
 
 
 def visited_pairs(indices: Tensor, shape: Shape) -> tuple[float, int]:
-    """Share of (query, QK group) pairs with a kept head (`indices`, [batch, length, k]), and the keys that they see."""
+    """Share of (query, QK group) pairs with a kept head (`indices`, [batch, length, k]), and the keys they see."""
     group = indices // (shape.n_heads // shape.n_qk)
     visited = torch.zeros(shape.batch, shape.length, shape.n_qk, dtype=torch.bool, device=indices.device)
     visited.scatter_(2, group, True)
@@ -89,7 +84,11 @@ def visited_pairs(indices: Tensor, shape: Shape) -> tuple[float, int]:
 
 
 def count_flops(shape: Shape, pairs: int) -> float:
-    """Floating-point operations that no correct step avoids; `pairs` as in `visited_pairs`."""
+    """Floating-point operations that no correct step avoids; `pairs` are the keys of `visited_pairs`.
+
+    They are the projections and their weight gradients (the input is frozen), causal attention (backward only for
+    queries with a kept head in the group), and K rows per token in the decode and its two gradients.
+    """
     size = shape.n_heads // shape.n_qk
     width = 2 * shape.n_qk * shape.d_qk + shape.n_heads
     projections = 2 * 2 * shape.n_tokens * shape.d_model * width
@@ -99,7 +98,7 @@ def count_flops(shape: Shape, pairs: int) -> float:
 
 
 def count_bytes(shape: Shape) -> float:
-    """Bytes that no correct step avoids: weights read, gradients written, and Adam's four reads and three writes."""
+    """Bytes that no correct step avoids: weights read, gradients written, Adam's four reads and three writes."""
     return 9 * 4.0 * shape.config().n_parameters
 
 
@@ -110,7 +109,7 @@ Forward = Callable[[Lorsa, Tensor], Tensor]
 
 
 def plain(module: Lorsa, x: Tensor) -> Tensor:
-    """The baseline, what one writes first in PyTorch: SDPA, all activations in one dense tensor, a dense decode."""
+    """What one would write first in PyTorch: SDPA, all activations in a dense tensor, a dense decode."""
     q, k, v = module.attention_inputs(x)
     z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=module.attn_scale)
     z = z.transpose(1, 2).flatten(2).relu()
@@ -125,13 +124,13 @@ def ours(module: Lorsa, x: Tensor) -> Tensor:
 
 
 def backends(device: torch.device) -> dict[str, Forward]:
-    """What can run on a device; first what the kit chooses there."""
+    """What can run on a device; the kit's own choice first."""
     kernel = {"triton": ours} if kernels.available(device) else {}
     return {**kernel, "torch": ours, "plain": plain, "plain-compiled": torch.compile(plain)}
 
 
 class Candidate:
-    """One backend on a shape: a Lorsa of random weights with its optimizer."""
+    """One backend on a shape: a random Lorsa with its optimizer."""
 
     def __init__(self, name: str, shape: Shape, device: torch.device) -> None:
         self.name, self.device, self.forward = name, device, backends(device)[name]
@@ -140,12 +139,12 @@ class Candidate:
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-4, fused=True)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean squared error, in the precision of training."""
+        """Mean squared error in the precision of training."""
         with _autocast(self.device):
             return (self.forward(self.module, x).float() - y).square().mean()
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """One training step; milliseconds of its parts and of the whole."""
+        """Do one training step; milliseconds of its parts and of the whole."""
         began = _now(self.device)
         loss = self.loss(x, y)
         predicted = _now(self.device)
@@ -159,7 +158,7 @@ class Candidate:
 
 
 def random_lorsa(shape: Shape, device: torch.device) -> Lorsa:
-    """Biases are 0."""
+    """A Lorsa of random weights; biases are 0."""
     with torch.device(device):
         module = Lorsa(shape.config())
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +183,7 @@ def check(name: str, shape: Shape, device: torch.device) -> None:
     """Compare a backend's gradients with float64 on a small batch of the same widths.
 
     Raises:
-        UserError: it is further away than twice what plain PyTorch is in the same precision.
+        UserError: a gradient is missing, or its error is more than twice that of plain PyTorch in the same precision.
     """
     small = shape.small()
     exact = random_lorsa(small, torch.device("cpu")).double()
@@ -234,7 +233,7 @@ class Ceilings:
         self.target = torch.full_like(self.source, 2)
 
     def sample(self) -> dict[str, float]:
-        """Rate of matrix products (operations per second) and bandwidth of copies (bytes per second) at this moment."""
+        """Matrix products (operations per second) and copies (bytes per second) at this moment."""
         began = _now(self.device)
         for _ in range(self.repeats):
             torch.mm(self.left, self.right)
@@ -248,7 +247,7 @@ class Ceilings:
 def peak_mb(name: str, shape_name: str, device: torch.device) -> float:
     """Peak memory of training steps in MB: weights, optimizer and step, without the program itself.
 
-    On a CPU it is measured in a process of its own, where nothing ran before; NaN where only Linux could tell.
+    On a CPU it is measured in a fresh process, from what Linux reports; NaN elsewhere.
     """
     if device.type == "cuda":
         return peak_here(name, shape_name, device)
@@ -259,7 +258,7 @@ def peak_mb(name: str, shape_name: str, device: torch.device) -> float:
 
 
 def peak_here(name: str, shape_name: str, device: torch.device) -> float:
-    """The same in this process."""
+    """`peak_mb`, measured in this process."""
     on_gpu, (x, y) = device.type == "cuda", _batch(SHAPES[shape_name], device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -276,7 +275,7 @@ def peak_here(name: str, shape_name: str, device: torch.device) -> float:
 def measure(
     shape_name: str, device: str | torch.device = "cpu", names: Sequence[str] | None = None, rounds: int = 15
 ) -> pd.DataFrame:
-    """Time backends (all of `backends` by default) on a shape, in alternating order: one row per backend.
+    """Time backends (all of them by default) in alternating order: one row per backend.
 
     Raises:
         UserError: unknown shape or backend, or a backend that fails its check.
@@ -341,7 +340,7 @@ def device_name(device: torch.device) -> str:
 
 
 def append_rows(rows: pd.DataFrame, file: str | Path) -> None:
-    """Add rows to a CSV of earlier ones."""
+    """Append rows to a CSV."""
     path = Path(file)
     both = pd.concat([pd.read_csv(path), rows]) if path.is_file() else rows
     store.write_text(path, both.to_csv(index=False, float_format="%.6g"))

@@ -1,13 +1,12 @@
-"""The paper's claims beside our numbers, each with a verdict that is computed: data/paper/claims.csv.
+"""The paper's claims beside our numbers, each with a computed verdict: data/paper/claims.csv.
 
-1. A row names the claim, its source, how far our wording of it can be trusted (`TRUST`), where our number is recorded
-   (`notebook/key` of results.json) and the bound that the number must meet if the claim is true of our runs.
-2. Its interval is the recorded one; without one, the number alone. If all of the interval meets the bound the claim
-   *holds*, if none of it does the claim *does not hold*.
-3. Otherwise it is *not tested*, and the row says why: no such number can be had here, its notebook was not run in this
-   profile, or the interval reaches across the bound.
+1. A row holds a claim, its source, how far our wording can be trusted (`TRUST`), where our number is recorded
+   (`notebook/key` of results.json) and the bound that it meets if the claim is true of our runs.
+2. If all of the interval (or, without one, the number) meets the bound, the claim *holds*; if none, it *does not hold*.
+3. Otherwise it is *not tested*: no such number can be had here, its notebook was not run in this profile, or the
+   interval crosses the bound. The row says which.
 
-data/paper/results.csv keeps the numbers of one run, from which README's table is rendered (`lorsa claims --publish`).
+data/paper/results.csv keeps one run's numbers, from which README's table is rendered (`lorsa claims --publish`).
 """
 
 from __future__ import annotations
@@ -60,11 +59,10 @@ TRUST = {
     "U": "unverified",
     "O": "our own question, not the paper's",
 }
-"""How far the wording of a claim can be trusted: the paper's full text was not at hand."""
+"""How far the wording of a claim can be trusted; the paper's full text was not at hand."""
 
 HOLDS, FAILS, UNTESTED = "holds", "does not hold", "not tested"
 COLUMNS = ("id", "claim", "source", "trust", "our number", "interval", "profile", "notebook", "verdict", "why")
-"""Of the table that is shown."""
 
 _BEGIN, _END = "<!-- claims: written by lorsa claims --publish -->", "<!-- end of claims -->"
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
@@ -72,7 +70,7 @@ _COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": ope
 
 
 class Number(NamedTuple):
-    """A recorded number; without an interval `low` and `high` are None."""
+    """A recorded number; `low` and `high` are None without an interval."""
 
     value: float
     low: float | None = None
@@ -90,13 +88,13 @@ class Claim:
     trust: str
     """One of `TRUST`."""
     measure: str
-    """What our number is; empty when there is none."""
+    """What our number is; empty without one."""
     at: str
     """`notebook/key`, or two joined by ` - `, ` + ` or ` / `; {layer}, {first}, {last} and {k} are the profile's."""
     bound: str
     """`> 0`, `>= 0`, `< 1`, `<= 1` or `0.1 .. 0.3`; empty when no number could settle the claim here."""
     why: str
-    """Why there is no number or no bound, or what the reader should know of it."""
+    """Why there is no number or bound, or what else to know about it."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Finding:
 
 
 def paper_dir() -> Path:
-    """The folder with claims.csv and results.csv: `paper/` in the data folder, else in the checkout's."""
+    """Folder of claims.csv and results.csv: `paper/` in the data folder, else in the checkout's."""
     own = store.data_dir() / "paper"
     return own if (own / "claims.csv").is_file() else store.CHECKOUT / "data" / "paper"
 
@@ -122,7 +120,7 @@ def read_claims(file: str | Path | None = None) -> list[Claim]:
     """All rows of claims.csv in the order of `ITEMS`.
 
     Raises:
-        UserError: a row has no id, claim or source, an unknown id or trust, a bound that cannot be read, or neither a
+        UserError: a row lacks id, claim or source, has an unknown id or trust or an unreadable bound, or has neither a
             number nor a reason.
     """
     path = paper_dir() / "claims.csv" if file is None else Path(file)
@@ -159,7 +157,6 @@ def _problem(claim: Claim) -> str | None:
 
 
 def _conditions(bound: str) -> list[tuple[Callable[[float, float], bool], float]]:
-    """Comparisons that a number must pass; none when the text is no bound."""
     if match := re.fullmatch(rf"({_NUMBER}) \.\. ({_NUMBER})", bound):
         return [(operator.ge, float(match[1])), (operator.le, float(match[2]))]
     if match := re.fullmatch(rf"(>=|>|<=|<) ({_NUMBER})", bound):
@@ -175,7 +172,7 @@ def _places(at: str) -> list[str]:
 
 
 def numbers(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]], profile: Profile) -> dict[str, Number]:
-    """`at` of a claim to what a run recorded there (`notebook.read_results`), where all of its parts were recorded."""
+    """`at` of a claim to its number in `results` (`notebook.read_results`), where all parts were recorded."""
     recorded = {}
     for at in {claim.at for claim in claims}:
         parts = [_recorded(place, results, profile) for place in _places(at)]
@@ -187,7 +184,7 @@ def numbers(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]], p
 
 
 def _recorded(place: str, results: Mapping[str, Mapping[str, Any]], profile: Profile) -> Number | None:
-    """A recorded number; its interval is recorded with it as {value, low, high} or beside it as key_low, key_high."""
+    """A recorded number, with its interval from {value, low, high} or from key_low and key_high beside it."""
     layers = {"layer": f"{profile.layer:02d}", "first": f"{profile.layers[0]:02d}", "last": f"{profile.layers[-1]:02d}"}
     name, pattern = place.split("/", 1)
     key, values = pattern.format(k=profile.k, **layers), results.get(name, {})
@@ -200,7 +197,7 @@ def _recorded(place: str, results: Mapping[str, Mapping[str, Any]], profile: Pro
 
 
 def _combine(parts: Sequence[Number], signs: Sequence[str]) -> Number:
-    """A sum, difference or ratio, without an interval; one part alone keeps its own."""
+    """A sum, difference or ratio, without an interval; a single part keeps its own."""
     total = parts[0]
     for sign, (value, *_) in zip(signs, parts[1:], strict=True):
         ratio = total.value / value if value else math.nan
@@ -209,7 +206,7 @@ def _combine(parts: Sequence[Number], signs: Sequence[str]) -> Number:
 
 
 def judge(number: Number, bound: str) -> str | None:
-    """`HOLDS`, `FAILS`, or None when the interval reaches across the bound."""
+    """`HOLDS`, `FAILS`, or None when the interval crosses the bound."""
     ends = (number.value if number.low is None else number.low, number.value if number.high is None else number.high)
     passed = [[compare(end, limit) for end in ends] for compare, limit in _conditions(bound)]
     if all(all(both) for both in passed):
@@ -218,7 +215,7 @@ def judge(number: Number, bound: str) -> str | None:
 
 
 def findings(claims: Sequence[Claim], recorded: Mapping[str, Number]) -> list[Finding]:
-    """Every claim with its number, of `numbers`, and verdict."""
+    """Every claim with its number and verdict."""
     rows = []
     for claim in claims:
         number = recorded.get(claim.at)
@@ -234,7 +231,7 @@ def findings(claims: Sequence[Claim], recorded: Mapping[str, Number]) -> list[Fi
 
 
 def of_run(folder: str | Path, profile: str) -> list[Finding]:
-    """All claims with the numbers of a run folder."""
+    """All claims with a run's numbers."""
     claims = read_claims()
     return findings(claims, numbers(claims, notebook.read_results(folder), get_profile(profile)))
 
@@ -243,7 +240,7 @@ def of_run(folder: str | Path, profile: str) -> list[Finding]:
 
 
 def table(rows: Sequence[Finding], profile: str) -> pd.DataFrame:
-    """The table of all claims, every cell filled: `COLUMNS`."""
+    """All claims, every cell filled."""
     lines = []
     for claim, number, verdict, why in ((row.claim, row.number, row.verdict, row.why) for row in rows):
         ours = interval = "none"
@@ -264,7 +261,7 @@ def short(value: float | None) -> str:
 
 
 def count(rows: Sequence[Finding]) -> str:
-    """How many claims hold, do not hold and were not tested, in a sentence."""
+    """How many claims hold, do not hold and were not tested."""
     verdicts = [row.verdict for row in rows]
     counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in (HOLDS, FAILS, UNTESTED))
     return f"{len(rows)} statements: {counts}."
@@ -313,7 +310,7 @@ def publish(folder: str | Path, profile: str, readme: str | Path) -> list[Findin
 
 
 def published() -> tuple[list[Finding], str]:
-    """All claims with the numbers of results.csv, and the profile that they are of.
+    """All claims with the numbers of results.csv, and their profile.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -333,7 +330,7 @@ def published() -> tuple[list[Finding], str]:
 
 
 def published_table() -> str:
-    """README's table: numbers of results.csv, as Markdown."""
+    """README's table as Markdown, from results.csv."""
     rows, profile = published()
     shown = table(rows, profile)
     shown["source"] += " (" + shown["trust"] + ")"

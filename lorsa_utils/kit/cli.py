@@ -1,10 +1,9 @@
 """The `lorsa` command: the stages of the notebooks, one by one.
 
-A function here declares a command: its options, their defaults and what they mean. The function of the same name in
-`commands` does the work and returns a dict. With `--json` that dict is the one thing on stdout; progress and warnings
-go to stderr. Bad input ends in one sentence on stderr and exit code 1, bad usage in one and exit code 2.
+A function here declares a command's options; the function of the same name in `commands` does the work and returns a
+dict, the one thing on stdout with `--json`. Progress, warnings and errors (one sentence) go to stderr.
 
-`commands`, and torch with it, is loaded when a command runs, so that `lorsa --help` answers at once.
+`commands`, and torch with it, is loaded only when a command runs, so that `lorsa --help` answers at once.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ OWN_OPTIONS = ("tokens", "seed", "freeze_qk", "init", "batch_size")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 (bad input), 2 (bad usage), 130 (interrupted)."""
+    """Run one command; the exit code is 0, 1 (bad input), 2 (bad usage) or 130 (interrupted)."""
     try:
         return int(get_command(app).main(argv, "lorsa", standalone_mode=False) or 0)
     except typer.TyperException as error:
@@ -54,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(name: str, function: str, values: Mapping[str, Any], as_json: bool) -> int:
-    """Run the command, print its answer, and turn errors into sentences."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             from lorsa_utils.kit import commands
@@ -68,7 +66,7 @@ def _answer(name: str, function: str, values: Mapping[str, Any], as_json: bool) 
         print(f"\n{INTERRUPTED.get(name, 'Stopped.')}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; say nothing at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader is gone; stay silent at exit too
         return 1
     except Exception as error:
         if (sentence := _sentence(error)) is None:
@@ -78,7 +76,7 @@ def _answer(name: str, function: str, values: Mapping[str, Any], as_json: bool) 
 
 
 def _sentence(error: Exception) -> str | None:
-    """What an error means to a user; None for one that is the kit's own fault."""
+    """What an error means to a user; None for a fault of the kit."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
@@ -90,7 +88,6 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _readable(answer: Mapping[str, Any], indent: str = "") -> str:
-    """A dict as aligned lines."""
     width = max(map(len, answer), default=0)
     lines = []
     for key, value in answer.items():
@@ -122,7 +119,7 @@ app = typer.Typer(
 
 
 class Command(TyperCommand):
-    """A command with options that take several values, as in `--text a.txt b.txt`."""
+    """Takes options of several values, such as `--text a.txt b.txt`."""
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -141,7 +138,7 @@ class Command(TyperCommand):
 
 
 def command(name: str, *more: inspect.Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Declare a command: the function has its options, `commands` a function of the same name that does the work."""
+    """Declare a command by its options; the function of the same name in `commands` does the work."""
 
     def declare(function: Callable[..., None]) -> Callable[..., None]:
         def run(json: bool, **values: Any) -> int:
@@ -156,7 +153,6 @@ def command(name: str, *more: inspect.Parameter) -> Callable[[Callable[..., None
 
 
 def _settings() -> list[inspect.Parameter]:
-    """The fields of TrainConfig as options of `lorsa train`."""
     types = get_type_hints(TrainConfig)
     options = {item.name: typer.Option(metavar="X", help=item.metadata["help"]) for item in fields(TrainConfig)}
     return [
@@ -214,7 +210,7 @@ def _version(asked: bool) -> None:
 
 
 def _fill_in(context: typer.Context, preset: str | None) -> str | None:
-    """Give `lorsa train` the defaults of a preset; its text is left to `commands.train`, as --cache takes its place."""
+    """Give `lorsa train` a preset's defaults, except the text, left to `commands.train` as --cache takes its place."""
     if preset:
         from lorsa_utils.kit.presets import train_options
 

@@ -1,6 +1,6 @@
-"""What the commands of `lorsa` do: a function takes a command's options, declared in `cli`, and returns its answer.
+"""What the commands of `lorsa` do: a function takes the options declared in `cli` and returns a dict of JSON values.
 
-An answer is a dict of JSON values. `lines` in it is what people see in its place; `exit_code` is not shown.
+`lines` in it is what people see in its place; `exit_code` is not shown.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ Answer = dict[str, Any]
 IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
 """Of those that torchrun started."""
 FEW_NODES = 64
-"""So many nodes of a circuit are ranked by removing each, more by gradients."""
+"""Up to this many nodes of a circuit are ranked by removing each, more by gradients."""
 
 
 def note(text: str | None) -> None:
-    """Say something on stderr, once however many processes there are."""
+    """Say something on stderr, from the first process only."""
     if text and IS_FIRST_PROCESS:
         print(text, file=sys.stderr, flush=True)
 
 
 def _records(table: pd.DataFrame) -> list[Answer]:
-    """Rows as JSON values: what is not a number is None."""
+    """Rows as JSON values; NaN becomes None."""
     return [{key: None if value != value else value for key, value in row.items()} for row in table.to_dict("records")]
 
 
@@ -57,7 +57,7 @@ def _records(table: pd.DataFrame) -> list[Answer]:
 
 
 def doctor(options: Options) -> Answer:
-    """What is here, what is missing, and what a profile or preset would cost."""
+    """What is here and missing, and what a profile or preset would cost."""
     from lorsa_utils.kit import doctor
 
     return doctor.report(options.profile, options.preset)
@@ -76,7 +76,7 @@ def fetch(options: Options) -> Answer:
 
 
 def bench(options: Options) -> Answer:
-    """Timings, added to a table."""
+    """Timings, appended to a CSV."""
     from lorsa_utils.kit import bench
 
     file = Path(options.out or store.data_dir() / "benchmarks.csv")
@@ -142,7 +142,7 @@ def _text(options: Options, model: LanguageModel) -> Text:
 
 
 def cache(options: Options) -> Answer:
-    """Activations of several layers on disk, from one pass."""
+    """Cache activations of several layers in one pass."""
     model = load_model(options.model, device=options.device)
     for layer in options.layers:
         model.site(layer)
@@ -166,7 +166,7 @@ def cache(options: Options) -> Answer:
 
 
 def _cached(folder: Path, key: str) -> int:
-    """Sum of `n_tokens` or `bytes` over the shards that are listed so far."""
+    """Sum of `n_tokens` or `bytes` over the shards listed so far."""
     if not (folder / "manifest.json").is_file():
         return 0
     splits = store.read_json(folder / "manifest.json")["splits"]
@@ -174,7 +174,7 @@ def _cached(folder: Path, key: str) -> int:
 
 
 def train(options: Options) -> Answer:
-    """Train on activations from disk or on the way, then measure on held-out text."""
+    """Train, then measure on held-out text."""
     if options.cache and (options.text or options.dataset):
         raise UserError("A cache brings its own text; give either --cache or --text/--dataset.")
     if options.preset and not (options.text or options.cache):
@@ -195,7 +195,7 @@ def train(options: Options) -> Answer:
 
 
 def _train_layers(options: Options, folders: Mapping[int, Path], world: World) -> dict[str, dict[str, float]]:
-    """Train and measure; what is measured, by layer. The first process measures, the others return nothing."""
+    """Measurements by layer; empty in all processes but the first."""
     model = load_model(options.model, device=options.device)
     settings = TrainConfig(**{item.name: getattr(options, item.name) for item in fields(TrainConfig)})
     specs = []
@@ -214,7 +214,6 @@ def _train_layers(options: Options, folders: Mapping[int, Path], world: World) -
 def _sources(
     options: Options, model: LanguageModel, layers: Sequence[int]
 ) -> tuple[ActivationSource, ActivationSource]:
-    """Training and held-out activations, from the cache or computed on the way."""
     train: ActivationSource
     held_out: ActivationSource | None = None
     if options.cache:
@@ -239,14 +238,13 @@ def _sources(
 
 
 def _text_for(layer: Layer, options: Options, seed: int | None = None) -> Sequences:
-    """The text that the options ask for, else the held-out part of the module's own."""
+    """The text of the options, else the held-out part of the module's own."""
     sequences = layer.text(options.tokens, options.text, seed)
     note(sequences.shortfall)
     return sequences
 
 
 def _tell_passes(model: LanguageModel, sequences: Sequences, batch_size: int, passes: str = "Three passes") -> None:
-    """Say what passes of the model over the text cost when that is more than a minute."""
     tokens, mask = next(sequences.batches(batch_size, model.device))
     began = time.perf_counter()
     float(model.loss(tokens, mask)[0].sum())  # reading a value waits for the device
@@ -257,7 +255,7 @@ def _tell_passes(model: LanguageModel, sequences: Sequences, batch_size: int, pa
 
 
 def evaluate(options: Options) -> Answer:
-    """Reconstruction and spliced loss on text of the caller's choice."""
+    """Reconstruction and spliced loss."""
     layer = Layer.from_pretrained(options.folder, options.model, options.device)
     sequences = _text_for(layer, options)
     _tell_passes(layer.model, sequences, options.batch_size)
@@ -339,7 +337,6 @@ def show(options: Options) -> Answer:
 
 
 def _beside(folder: str | None, kind: str, layer: int) -> SAE | None:
-    """The SAE or transcoder of the same layer that heads are compared with."""
     if folder is None:
         return None
     module, its_layer = SAE.load(folder), store.read_json(Path(folder) / "config.json").get("layer")
@@ -349,7 +346,7 @@ def _beside(folder: str | None, kind: str, layer: int) -> SAE | None:
 
 
 def _layers(options: Options, shared: Sequence[str]) -> list[Layer]:
-    """Layers of the run folders, on one model; `shared`: what their sources must have in common."""
+    """`shared` is what the sources of the run folders' layers must have in common."""
     folders = options.folders
     sources = [run_config(folder)["source"] for folder in folders]
     for folder, source in zip(folders, sources, strict=True):
@@ -409,7 +406,7 @@ def autointerp(options: Options) -> Answer:
 
 
 def _judge(options: Options, answers: Answers) -> Judge | None:
-    """Who explains and judges; None for a local model, which is loaded later."""
+    """None for a local model, which is loaded later."""
     from lorsa_utils.autointerp import judges
 
     if options.backend == "rules":
@@ -426,7 +423,7 @@ def _judge(options: Options, answers: Answers) -> Judge | None:
 
 
 def _dictionaries(layers: Sequence[Layer]) -> list[Any]:
-    """Modules under the names of their kinds, with the folder's where a layer has two of a kind."""
+    """Modules by kind, with the folder's name where a layer has two of a kind."""
     from lorsa_utils.autointerp.examples import Dictionary
 
     dictionaries: list[Dictionary] = []
@@ -441,7 +438,7 @@ def _dictionaries(layers: Sequence[Layer]) -> list[Any]:
 
 
 def _tests(scores: pd.DataFrame, names: set[str], options: Options, file: Path) -> Answer:
-    """Tests of two dictionaries against each other and how they came out; empty where no layer has both."""
+    """Tests of two dictionaries against each other; empty where no layer has both."""
     from lorsa_utils.autointerp import study
 
     if len(names) == 2:
@@ -454,7 +451,6 @@ def _tests(scores: pd.DataFrame, names: set[str], options: Options, file: Path) 
 
 
 def _agreed(sentence: str, yes: bool) -> bool:
-    """Say a cost, and ask a person unless they have agreed beforehand."""
     note(sentence)
     if yes:
         return True
@@ -512,7 +508,6 @@ def circuit(options: Options) -> Answer:
 
 
 def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
-    """The model with its layers decomposed, and the task's prompts or the caller's own."""
     from lorsa_utils.circuits.nodes import decompose
     from lorsa_utils.heads import tasks
     from lorsa_utils.heads.prompts import Vocabulary
@@ -543,7 +538,6 @@ def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
 
 
 def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
-    """Say what the curves cost when that is more than a minute."""
     from lorsa_utils.circuits.faithfulness import usual_sizes
     from lorsa_utils.circuits.nodes import baseline, measure
 
@@ -557,7 +551,6 @@ def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
 
 
 def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
-    """Trace the first prompt and write its graph."""
     from lorsa_utils.circuits import graph
     from lorsa_utils.circuits.nodes import clean_logits
 
@@ -575,7 +568,7 @@ def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
 
 
 def import_(options: Options) -> Answer:
-    """A run folder from published weights; with a model, in the reading that fits its layer best."""
+    """Make a run folder from published weights; with a model, in the reading that fits its layer best."""
     from lorsa_utils.kit import hub
 
     if (Path(options.source) / "checkpoint.json").is_file():

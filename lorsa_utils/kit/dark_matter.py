@@ -5,13 +5,13 @@
     shared energy              sum e_a . e_b / sum |e_a|^2: the share of a's error that b has too, if what they do not
                                share is unrelated
     norm correlation           Pearson's r of |e_a| and |e_b| over tokens
-    correlation at equal size  partial correlation of log |e_a| and log |e_b| given log |y - mean(y)|: large outputs
-                               make large errors, whatever the module
+    correlation at equal size  partial correlation of log |e_a| and log |e_b| given log |y - mean(y)|, as large outputs
+                               make large errors
     linear predictability      R^2 = 1 - sum |e - ehat|^2 / sum |e - mean(e)|^2, ehat a ridge regression on the layer's
                                input, on sequences that it was not fitted on
 
-Everything but R^2's fit is a function of sums over tokens. They are kept by sequence, and intervals (95 %) come from
-drawing sequences with replacement: tokens of one sequence are not independent.
+All but R^2's fit are functions of sums over tokens, kept by sequence. Intervals (95 %) come from drawing sequences with
+replacement, as tokens of one sequence are not independent.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ _TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Errors of several modules at one layer on the same tokens. Made by `collect`."""
+    """Errors of modules at one layer on the same tokens. Made by `collect`."""
 
     layer: int
     inputs: Tensor
     """What the layer reads, [n_tokens, d_model]."""
     deviations: Tensor
-    """What it writes, less the mean over these tokens, [n_tokens, d_model]."""
+    """What it writes, less its mean over these tokens, [n_tokens, d_model]."""
     mean: Tensor
     """That mean, [d_model]."""
     errors: dict[str, Tensor]
-    """Module to what the layer writes less what the module says, [n_tokens, d_model]."""
+    """Module to the layer's output less the module's, [n_tokens, d_model]."""
     tokens: Tensor
-    """Token ids, [n_tokens]."""
+    """Ids, [n_tokens]."""
     positions: Tensor
-    """Positions within the sequence, [n_tokens]; BOS, which is not counted, is 0."""
+    """Within the sequence, [n_tokens]; 0 is BOS, which is not counted."""
     sequence: Tensor
     """Number of the sequence, [n_tokens]."""
 
 
 def module_error(module: SparseModule, x: Tensor, y: Tensor) -> Tensor:
-    """What a layer writes, y, less what a module for raw activations says, [batch, length, d_model]."""
+    """The layer's output y less that of a module for raw activations, [batch, length, d_model]."""
     return y - module(module.input_from(x, y).to(module.b_O)).y.to(y)
 
 
@@ -64,10 +64,10 @@ def module_error(module: SparseModule, x: Tensor, y: Tensor) -> Tensor:
 def collect(
     modules: Mapping[str, SparseModule], source: ActivationSource, layer: int, n_tokens: int, batch_size: int = 8
 ) -> LayerErrors:
-    """Run modules over the first `n_tokens` counted tokens of a source; whole batches, so it can be a few more.
+    """Run modules over the first `n_tokens` counted tokens of a source, rounded up to whole batches.
 
     Raises:
-        UserError: there are fewer than two sequences, which leaves nothing to compare with.
+        UserError: there are fewer than two sequences.
     """
     rows: dict[str, list[Tensor]] = {}
     n_sequences = n_counted = 0
@@ -97,10 +97,9 @@ def collect(
 def resampled(
     columns: Mapping[str, Tensor], sequence: Tensor, seed: int = 0, n_draws: int = N_DRAWS
 ) -> dict[str, Tensor]:
-    """Sums over tokens of columns [n_tokens], in the sample and in every bootstrap draw of sequences.
+    """Sums of columns [n_tokens] in the sample and in bootstrap draws of sequences.
 
-    Returns:
-        name to sums [n_draws + 1], float64; entry 0 is the sample itself.
+    Returns name to sums [n_draws + 1], float64; entry 0 is the sample.
     """
     numbers = sequence.unique(return_inverse=True)[1]
     n = int(numbers.max()) + 1
@@ -120,7 +119,6 @@ def pearson(n: Tensor, x: Tensor, y: Tensor, xx: Tensor, yy: Tensor, xy: Tensor)
 
 
 def _partial(s: Mapping[str, Tensor]) -> Tensor:
-    """Partial correlation of the columns log_a and log_b given log_size."""
 
     def r(x: str, y: str) -> Tensor:
         return pearson(s["one"], s[x], s[y], s[f"{x}*{x}"], s[f"{y}*{y}"], s[f"{x}*{y}"])
@@ -136,7 +134,7 @@ PAIR_STATISTICS: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
     "norm_correlation": lambda s: pearson(s["one"], s["a"], s["b"], s["aa"], s["bb"], s["ab"]),
     "correlation_at_equal_size": _partial,
 }
-"""Name to the statistic, from sums over tokens of `pair_columns`; formulas in the module's docstring."""
+"""Statistics of sums of `pair_columns`; formulas in the module's docstring."""
 
 
 def pair_columns(a: Tensor, b: Tensor, size: Tensor) -> dict[str, Tensor]:
@@ -151,9 +149,9 @@ def pair_columns(a: Tensor, b: Tensor, size: Tensor) -> dict[str, Tensor]:
 
 
 def compare(data: LayerErrors, a: str, b: str, elsewhere: bool = False, seed: int = 0) -> dict[str, Interval]:
-    """How alike the errors of modules a and b are: the statistics of `PAIR_STATISTICS`.
+    """How alike the errors of modules a and b are, by `PAIR_STATISTICS`.
 
-    With `elsewhere`, the control, each token's error of a is paired with the error of b at a token of another sequence.
+    With `elsewhere`, the control, a's error at each token is paired with b's at a token of another sequence.
     """
     other = tokens_elsewhere(data.sequence, seed) if elsewhere else torch.arange(len(data.sequence))
     columns = pair_columns(data.errors[a], data.errors[b][other], data.deviations.norm(dim=1))
@@ -173,11 +171,11 @@ def tokens_elsewhere(sequence: Tensor, seed: int = 0) -> Tensor:
 # ---- linear predictability
 
 PENALTIES = tuple(10.0**power for power in range(-4, 4))
-"""Ridge penalties that are tried, in units of the inputs' mean variance."""
+"""Ridge penalties to try, in units of the inputs' mean variance."""
 
 
 class Prediction(NamedTuple):
-    """How well a ridge regression does on sequences it has not seen."""
+    """How well a ridge regression does."""
 
     r2: Interval
     penalty: float
@@ -187,11 +185,7 @@ class Prediction(NamedTuple):
 def predictability(inputs: Tensor, targets: Tensor, sequence: Tensor, seed: int = 0) -> Prediction:
     """Ridge regression, fitted on half of the sequences, penalty chosen on a fifth, R^2 on the rest.
 
-    Args:
-        inputs: [n_tokens, d].
-        targets: [n_tokens, d_out], or [n_tokens] for one number per token.
-        sequence: [n_tokens].
-        seed: of the split and of the bootstrap.
+    Shapes: `inputs` [n_tokens, d], `targets` [n_tokens, d_out] or [n_tokens], `sequence` [n_tokens].
 
     Raises:
         UserError: there are fewer than ten sequences.
@@ -230,7 +224,7 @@ def shared_part(error: Tensor, other: Tensor) -> Tensor:
 
 
 def shrunk(a: Tensor, b: Tensor) -> Tensor:
-    """a, scaled at each token to the size of what is left of it without the shared part."""
+    """a, scaled at each token to the size it has left without the shared part."""
     size = a.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
     return a * ((a - shared_part(a, b)).norm(dim=-1, keepdim=True) / size)
 
@@ -243,11 +237,10 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "a, shrunk as much": lambda y, a, b, mean: y - shrunk(a, b),
     "a without the shared part only": lambda y, a, b, mean: y - shared_part(a, b),
 }
-"""Name to what takes the place of the layer's output y, from the errors a and b of two modules and the mean output.
+"""Name to what replaces the layer's output y, from the errors a and b of two modules and the mean output.
 
-`a with the shared part` gives back what both miss; `a, shrunk as much` takes away as much squared error at every token
-without asking where it points, which is the control; in `a without the shared part only` nothing but what both miss is
-missing."""
+`a, shrunk as much` is the control of `a with the shared part`: it removes as much squared error at every token, without
+asking where it points. In `a without the shared part only` nothing but what both miss is missing."""
 
 
 @torch.no_grad()
@@ -262,11 +255,8 @@ def replaced_losses(
 ) -> dict[str, Tensor]:
     """The model's loss with the layer's output replaced by each of `VARIANTS`, and `original`.
 
-    `mean` [d_model] is the mean output. Positions that are not counted keep their output.
-
-    Returns:
-        variant to summed loss of each sequence in nats, [n_sequences], float64; and `counted`, the number of counted
-        targets.
+    `mean` [d_model] is the mean output. Positions that are not counted keep their output. Returns variant to summed
+    loss per sequence in nats, [n_sequences], float64, and `counted`, the number of counted targets.
     """
     rows: dict[str, list[Tensor]] = {}
     for tokens, mask in sequences.batches(batch_size, model.device):

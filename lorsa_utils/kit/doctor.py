@@ -1,4 +1,4 @@
-"""What is on this machine, what is missing, and what a profile or preset would cost here."""
+"""What this machine has and lacks, and what a profile or preset would cost here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = {
 
 
 def report(profile: str | None = None, preset: str | None = None) -> dict[str, Any]:
-    """What `lorsa doctor` prints, as JSON values."""
+    """What `lorsa doctor` prints."""
     memory, embedded = psutil.virtual_memory(), store.data_dir() / "models" / EMBEDDED_NAME
     fetched, images = (embedded / "source.json").is_file(), can_draw_png()
     answer: dict[str, Any] = {
@@ -48,7 +48,7 @@ def report(profile: str | None = None, preset: str | None = None) -> dict[str, A
 
 
 def missing(fetched: bool, images: bool) -> list[str]:
-    """One sentence for each thing that is not here, with its fix."""
+    """One sentence per missing thing, with its fix."""
     sentences = [] if fetched else ["the embedded model: it is fetched when first needed, or now by `lorsa fetch`"]
     sentences += [] if images else ["Chrome or Chromium: figures have no static images; install chromium"]
     sentences += [f"{name}: {effect}" for name, effect in PACKAGES.items() if importlib.util.find_spec(name) is None]

@@ -31,17 +31,17 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.view import figures
 
 TESTED_VERSIONS = {"torch": ((2, 8), (3,)), "transformers": ((5,), (6,))}
-"""Package to the first version that is tested and the first that is not."""
+"""Package to the first tested version and the first untested one."""
 
 VERSIONS = ("kit", "python", "torch", "transformers", "device")
-"""What of `provenance` a figure's record holds beside the commit."""
+"""Parts of `provenance` in a figure's record, besides the commit."""
 
 
 # ---- provenance
 
 
 def check_versions(installed: Mapping[str, str] | None = None) -> None:
-    """Refuse versions of torch and transformers that the notebooks were not tested with.
+    """Refuse untested versions of torch and transformers.
 
     Raises:
         UserError: names the package and the command that repairs it.
@@ -59,7 +59,7 @@ def check_versions(installed: Mapping[str, str] | None = None) -> None:
 
 @functools.cache
 def git_commit() -> str | None:
-    """Commit of the checkout that holds this package, with `+` when files differ from it; None when there is none."""
+    """Commit of this package's checkout, with `+` when files differ from it; None without one."""
     root = store.CHECKOUT
 
     def git(*arguments: str) -> str | None:
@@ -79,7 +79,7 @@ def git_commit() -> str | None:
 
 
 def device_name() -> str:
-    """Human-readable name of the device that models run on by default."""
+    """Human-readable name of the default device."""
     import torch
 
     if torch.cuda.is_available():
@@ -88,7 +88,7 @@ def device_name() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Versions, commit and device that numbers of this process come from."""
+    """Versions, commit and device of this process."""
     return {
         "kit": __version__,
         "commit": git_commit() or "none",
@@ -103,11 +103,11 @@ def provenance() -> dict[str, str]:
 
 
 def stage(folder: str | Path, name: str, key: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
-    """A costly step that is done once: the folder `<folder>/<name>-<hash of key>`, filled by `make`.
+    """Do a costly step once: `make` fills the folder `<folder>/<name>-<hash of key>`.
 
-    `key` is everything that the result depends on, as JSON values. stage.json, written last, marks a complete stage and
-    lists its files; when one of them is missing the stage is rebuilt. `make` is handed the folder as it is, so that it
-    can resume what a killed run left there.
+    `key` is all that the result depends on, as JSON values. stage.json, written last, marks a complete stage and lists
+    its files; when one is missing the stage is rebuilt. `make` gets the folder as it is, to resume what a killed run
+    left.
     """
     full_key = {"kit": __version__, "stage": name, **key}
     target = Path(folder) / f"{name}-{store.sha256_json(full_key)[:8]}"
@@ -129,7 +129,7 @@ def stage(folder: str | Path, name: str, key: Mapping[str, Any], make: Callable[
 
 @dataclass(frozen=True)
 class Check:
-    """One recorded value (None when it was not recorded) against what is expected of it."""
+    """One recorded value (None if missing) against what is expected of it."""
 
     key: str
     value: Any
@@ -151,7 +151,7 @@ def expected_values(name: str, section: str) -> dict[str, dict[str, Any]]:
 
 
 def check_values(values: Mapping[str, Any], expected: Mapping[str, Mapping[str, Any]]) -> list[Check]:
-    """Compare recorded values with expectations {min}, {max} or {value, tolerance}, each with an optional note."""
+    """Compare values with expectations {min}, {max} or {value, tolerance}, each with an optional note."""
     checks = []
     for key in [*values, *(key for key in expected if key not in values)]:
         rule = expected.get(key)
@@ -187,30 +187,29 @@ def _describe(rule: Mapping[str, Any]) -> str:
 
 
 class Context:
-    """One notebook's run: its profile, its folder, its seed, and what it shows and records. Made by `start`."""
+    """One notebook's run: what it shows and records. Made by `start`."""
 
     def __init__(self, name: str, profile: Profile, folder: Path, seed: int) -> None:
         self.name, self.profile, self.folder, self.seed = name, profile, folder, seed
         self.about: dict[str, Any] = {"model": profile.model, "layer": profile.layer, "tokens": profile.train_tokens}
-        """What figures say of their run unless told otherwise; a notebook that looks at another module changes it."""
+        """What figures say of their run by default; a notebook that looks at another module changes it."""
         self.layers = profile.layers
-        """Layers that are compared; `modules_at_hand` may find fewer than the profile names."""
+        """Layers compared; `modules_at_hand` may find fewer than the profile names."""
         self.checkpoint_alone = False
-        """Whether `modules_at_hand` found nothing but the kit's own checkpoint; `finish` expects other values then."""
+        """Whether `modules_at_hand` found only the kit's own checkpoint; `finish` then expects other values."""
 
     def stage(
         self, name: str, key: Mapping[str, Any], make: Callable[[Path], object], code: Sequence[ModuleType] = ()
     ) -> Path:
-        """A costly step, done once per run folder and shared by all notebooks that name it with the same key.
+        """Do a costly step once per run folder, for all notebooks that name it with the same key; see `stage`.
 
-        See `stage`. `code` names the modules that the result comes from; when their source changes, the step is
-        rebuilt.
+        When the source of the modules in `code` changes, it is rebuilt.
         """
         sources = {"code": [store.sha256_file(str(module.__file__)) for module in code]} if code else {}
         return stage(self.folder / "stages", name, {**key, **sources}, make)
 
     def title(self, text: str) -> str:
-        """`text`, saying that the run is scaled down unless it is the paper's size."""
+        """`text`, with a note if the run is scaled down."""
         return f"{text} ({self.profile.name} profile, scaled down)" if self.profile.is_scaled_down else text
 
     def show(
@@ -218,16 +217,10 @@ class Context:
     ) -> figures.SavedFigure:
         """Save a figure under `<folder>/figures/` and display it: interactive in Jupyter, as a static image elsewhere.
 
-        The title gets the note of a scaled-down run.
-
-        Args:
-            figure: to be shown.
-            label: file name, starting with the paper item, such as `P4_layer_fvu`.
-            caption: what one sees, in a sentence or two.
-            data: the numbers for the CSV; taken from the figure when not given.
-            **facts: what the figure's record says besides label, caption, notebook, profile, seed, commit and versions;
-                `model`, `layer` and `tokens` are the profile's unless given here (None where they do not apply; without
-                a model nothing is scaled down).
+        The title gets the note of a scaled-down run. `label` is the file name, starting with the paper item, such as
+        `P4_layer_fvu`; `data` the numbers for the CSV, by default the figure's own. `facts` are added to the figure's
+        record, where `model`, `layer` and `tokens` are the profile's unless given (None where they do not apply;
+        without a model nothing is scaled down).
         """
         figure = go.Figure(figure)
         text = figure.layout.title.text or label
@@ -244,7 +237,7 @@ class Context:
         return saved
 
     def record(self, key: str, value: Any) -> None:
-        """Write one number (or text, or truth value) into `<folder>/results.json` under this notebook's name.
+        """Write a value into `<folder>/results.json` under this notebook's name.
 
         Raises:
             UserError: it is not a finite number, a text, a truth value, None or a list or dict of them.
@@ -254,10 +247,7 @@ class Context:
         store.write_json(self.folder / "results.json", results)
 
     def finish(self) -> pd.DataFrame:
-        """Check what was recorded against `data/expected/<notebook>.json`.
-
-        Returns:
-            a table with columns `key`, `value`, `expected` and `result`.
+        """Check recorded values against `data/expected/<notebook>.json`; columns `key`, `value`, `expected`, `result`.
 
         Raises:
             AssertionError: names every value that missed its expectation; the table is printed first.
@@ -276,14 +266,11 @@ class Context:
 
 
 def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> Context:
-    """Begin a notebook: check versions, say where numbers come from, forget this notebook's earlier results.
+    """Begin a notebook: check versions, say where numbers come from, forget its earlier results.
 
-    Args:
-        name: such as `02_train_lorsa`.
-        profile: `smoke`, `laptop`, `paper` or a preset. Where its model's weights are gated or out of reach, a banner
-            says so and the run goes on with the embedded model in the sizes of the laptop profile.
-        run_dir: run folder; data/runs/<profile> when empty.
-        seed: everything random in the notebook derives from it.
+    `profile` is `smoke`, `laptop`, `paper` or a preset. Where its model's weights are gated or out of reach, a banner
+    says so and the run continues with the embedded model in the sizes of the laptop profile. `run_dir` is
+    data/runs/<profile> when empty. Everything random in the notebook derives from `seed`.
 
     Raises:
         UserError: torch or transformers is outside the tested range, the profile does not exist or the folder cannot be
@@ -303,7 +290,7 @@ def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> C
 
 
 def _within_reach(profile: Profile) -> tuple[Profile, str | None]:
-    """The profile, or that of a laptop with the reason, when the weights of its model are gated or out of reach."""
+    """The laptop's profile and the reason when the model's weights are gated or out of reach."""
     if profile.is_scaled_down:
         return profile, None
     from lorsa_utils.models import require_available
@@ -320,18 +307,17 @@ BANNERS_FILE = "banners.json"
 
 
 def banners(folder: str | Path) -> list[str]:
-    """What every page about a run has to say first: that it is not of the model that was asked for."""
+    """What pages about a run must say first: that its model is not the one asked for."""
     file = Path(folder) / BANNERS_FILE
     return sorted(set(store.read_json(file).values())) if file.is_file() else []
 
 
 def profile_of_run(folder: str | Path, profile: str) -> str:
-    """The profile that a run's numbers are really of: `laptop` where a banner says that its model was out of reach."""
+    """The profile that a run's numbers are really of: `laptop` where a banner says its model was out of reach."""
     return "laptop" if banners(folder) else profile
 
 
 def _show_banner(folder: Path, name: str, banner: str | None) -> None:
-    """Keep a notebook's banner for the run's page, or forget an earlier one, and show it."""
     file = folder / BANNERS_FILE
     kept = dict(store.read_json(file)) if file.is_file() else {}
     if kept.pop(name, None) is not None or banner:
@@ -351,7 +337,7 @@ def _show_banner(folder: Path, name: str, banner: str | None) -> None:
 
 
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """All recorded values of a run folder: notebook to key to value."""
+    """All recorded values: notebook to key to value."""
     file = Path(folder) / "results.json"
     return dict(store.read_json(file)) if file.is_file() else {}
 
@@ -374,14 +360,12 @@ def _plain(value: Any, key: str) -> Any:
 
 
 def _wrap(title: str) -> str:
-    """Break a title that is too long for a figure of 600 pixels."""
     import textwrap
 
     return "<br>".join(textwrap.wrap(title.replace("<br>", " "), 68))
 
 
 def _display(figure: go.Figure, saved: figures.SavedFigure, text: str) -> None:
-    """Show the figure where a notebook is running, in three forms: interactive, static and text."""
     bundle: dict[str, Any] = {"text/plain": text, "application/vnd.plotly.v1+json": json.loads(figure.to_json())}
     if saved.png is not None:
         import base64
@@ -391,7 +375,7 @@ def _display(figure: go.Figure, saved: figures.SavedFigure, text: str) -> None:
 
 
 def _display_bundle(bundle: Mapping[str, Any]) -> bool:
-    """Show something in several forms; False where no notebook is running."""
+    """Show something in several forms; False outside a notebook."""
     try:
         from IPython.core.getipython import get_ipython
         from IPython.display import display

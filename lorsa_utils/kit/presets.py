@@ -1,8 +1,7 @@
-"""What training the Lorsa layers of a preset costs, by arithmetic: operations over a rate, and bytes.
+"""What training all Lorsa layers of a preset costs, by arithmetic.
 
-A step's operations are those that no correct step avoids (`bench.count_flops`), with the share of queries that the
-attention's backward pass visits taken for heads that are kept at random. Every other number follows from the preset
-alone.
+A step's operations are those of `bench.count_flops`, as if heads were kept at random, which decides the share of
+queries that the attention's backward pass visits. All else follows from the preset.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from lorsa_utils.config import PRESETS, LorsaConfig, Preset, get_preset, get_pro
 from lorsa_utils.kit.bench import Shape, count_flops
 
 H100_RATE = 400e12
-"""Operations per second of large bf16 products on an H100; before you measure, expect several times the hours."""
+"""Operations per second of large bf16 products on an H100; expect several times the hours until you measure."""
 BYTES_OF_TRAINING = 16
-"""A parameter under training in fp32: weight, gradient, Adam's two moments."""
+"""Of a parameter in fp32: weight, gradient, Adam's two moments."""
 
 
 def shape(preset: Preset) -> Shape:
@@ -39,14 +38,12 @@ def lorsa_parameters(preset: Preset) -> int:
 
 
 def estimate(preset: Preset, rate: float = H100_RATE, memory: float = 80e9) -> dict[str, Any]:
-    """Memory, disk and hours of all layers of a preset on one device of some operations per second and bytes of memory.
+    """Memory, disk and hours of all layers, on a device of `rate` operations per second and `memory` bytes.
 
-    As many layers are trained together, from one pass of the model, as fit into the memory.
-
-    Returns:
-        `hours_model` are its passes over the text, one for each group of layers; `memory_gb` is that of the model in
-        bfloat16, the layers trained together and a step's activations, `memory_gb_per_layer` that of weights, gradients
-        and Adam, `tokens_gb` the text's tokens in the machine's own memory, `disk_gb` finished layers and their states.
+    As many layers as fit are trained together, from one pass of the model. `hours_model` are all its passes;
+    `memory_gb` holds the model in bfloat16, the layers trained together and a step's activations, `memory_gb_per_layer`
+    weights, gradients and Adam; `tokens_gb`, the text, is main memory; `disk_gb` holds finished layers and their
+    states.
     """
     parameters, step = lorsa_parameters(preset), step_flops(shape(preset))
     layer_bytes, model_bytes = BYTES_OF_TRAINING * parameters, 2 * preset.parameters
@@ -70,7 +67,7 @@ def estimate(preset: Preset, rate: float = H100_RATE, memory: float = 80e9) -> d
 
 
 def train_options(preset: Preset) -> dict[str, Any]:
-    """The options of `lorsa train` that a preset stands for, by their names in the parser."""
+    """The options of `lorsa train` that a preset stands for."""
     names = ("model", "dataset", "n_heads", "n_qk", "k", "context", "tokens", "batch_size")
     return {name: getattr(preset, name) for name in names}
 
@@ -94,7 +91,7 @@ def matmul_rate() -> float:
 
 
 def preset_estimate(name: str) -> dict[str, Any]:
-    """Hours, memory and disk of a preset, by arithmetic: at an H100's rate and at this machine's."""
+    """Hours, memory and disk of a preset, at an H100's rate and at this machine's."""
     import psutil
     import torch
 
@@ -114,7 +111,7 @@ def preset_estimate(name: str) -> dict[str, Any]:
 
 
 def profile_estimate(name: str, measured_minutes: float | None) -> dict[str, Any]:
-    """Minutes, disk and memory of a profile; without measured minutes, those of this machine's matrix rate."""
+    """Minutes, disk and memory; minutes that were not measured come from this machine's matrix rate."""
     from lorsa_utils.activations import bytes_per_sequence
 
     profile = get_profile(name)

@@ -1,7 +1,6 @@
-"""Artefacts that several notebooks share: text, activation cache and trained modules, made by the first that asks.
+"""Artefacts that notebooks share (text, activation cache, trained modules), made by the first that asks.
 
-Each is found again by everything that it depends on: settings, text, and the code that decides what a trained module
-is.
+Each is known by all it depends on: settings, text, and the code that decides what a trained module is.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
     from lorsa_utils.kit.notebook import Context
 
 LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
-"""What notebook 03 trains in each layer: a Lorsa, an SAE with as many features, one with as many parameters."""
+"""Of notebook 03 in each layer: a Lorsa, an SAE with as many features, one with as many parameters."""
 
 
 def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
-    """`train` and `held_out` sequences of the embedded text, sized by the profile, the same in all notebooks."""
+    """`train` and `held_out` sequences of the embedded text, sized by the profile."""
     p = run.profile
     held_out_tokens = p.compare_held_out_tokens
     text = load_text(model, p.cache_tokens, held_out_tokens=held_out_tokens, context=p.context, seed=run.seed)
@@ -35,7 +34,7 @@ def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
 
 
 def activation_cache(run: Context, model: LanguageModel, splits: Mapping[str, Sequences]) -> Path:
-    """Folder of the cached inputs and outputs of the run's layers."""
+    """Folder of cached inputs and outputs of the run's layers."""
     layers = sorted({run.profile.layer, *run.layers})
     texts = {split: source_identity(model, split_sequences) for split, split_sequences in splits.items()}
     return run.stage(
@@ -52,9 +51,9 @@ def trained(
     modules: Mapping[str, tuple[int, LorsaConfig | SAEConfig]],
     train: TrainConfig,
 ) -> dict[str, Path]:
-    """Run folders `<folder>/runs/<name>-<hash>` of modules (name to layer and shape), all trained by `train`.
+    """Run folders `<folder>/runs/<name>-<hash>` of modules (name to layer and shape).
 
-    Those that are missing are trained now, together, on the same tokens.
+    Missing ones are trained now, together, on the same tokens.
     """
     specs = []
     for name, (layer, module) in modules.items():
@@ -69,7 +68,7 @@ def trained(
 
 
 def train_config(run: Context, tokens: int, log_lines: int = 50) -> TrainConfig:
-    """How notebooks train modules on `tokens` tokens, with about `log_lines` lines of metrics."""
+    """Settings of notebooks for `tokens` tokens, with about `log_lines` lines of metrics."""
     p = run.profile
     steps = tokens / (p.batch_size * (p.context - 1))
     return TrainConfig(
@@ -82,18 +81,18 @@ def train_config(run: Context, tokens: int, log_lines: int = 50) -> TrainConfig:
 
 
 def short_config(run: Context) -> TrainConfig:
-    """How the short runs of notebook 02 are trained."""
+    """Settings of the short runs of notebook 02."""
     train = train_config(run, run.profile.train_tokens)
     return train.replace(tokens=max(10_000, train.tokens // 5), log_every=max(1, train.log_every // 2))
 
 
 def compare_tokens(profile: Profile) -> int:
-    """Training tokens of each module of notebook 03; with three per layer, scaled-down profiles give each less."""
+    """Training tokens per module of notebook 03; with three per layer, scaled-down profiles give each less."""
     return max(20_000, profile.train_tokens * 2 // 5) if profile.is_scaled_down else profile.train_tokens
 
 
 def shape(run: Context, model: LanguageModel, layer: int, kind: str) -> LorsaConfig | SAEConfig:
-    """The profile's module of one of `LAYER_MODULES` for a layer."""
+    """The profile's shape of one of `LAYER_MODULES`."""
     p = run.profile
     if kind == "lorsa":
         return Lorsa.config_for_site(model.site(layer), p.n_heads, p.n_qk, p.k)
@@ -102,14 +101,14 @@ def shape(run: Context, model: LanguageModel, layer: int, kind: str) -> LorsaCon
 
 
 def main_lorsa(run: Context, model: LanguageModel, source: ActivationCache) -> Path:
-    """Run folder of the Lorsa of notebook 02: the profile's layer, trained longest."""
+    """Run folder of notebook 02's Lorsa: the profile's layer, trained longest."""
     layer = run.profile.layer
     modules = {"lorsa": (layer, shape(run, model, layer, "lorsa"))}
     return trained(run, model, source, modules, train_config(run, run.profile.train_tokens))["lorsa"]
 
 
 def short_starts(run: Context, model: LanguageModel, source: ActivationCache) -> dict[str, Path]:
-    """Run folders of the short runs of notebook 02, by their start: `mhsa` and `random`."""
+    """Run folders of notebook 02's short runs by start, `mhsa` and `random`."""
     layer = run.profile.layer
     folders = {}
     for init in ("mhsa", "random"):
@@ -122,7 +121,7 @@ def short_starts(run: Context, model: LanguageModel, source: ActivationCache) ->
 def layer_modules(
     run: Context, model: LanguageModel, source: ActivationCache, kinds: Sequence[str] = LAYER_MODULES
 ) -> dict[int, dict[str, Path]]:
-    """Run folders of the modules of notebook 03, all trained on the same tokens: layer to kind to folder."""
+    """Run folders of notebook 03's modules, trained on the same tokens: layer to kind to folder."""
     names = {(layer, kind): f"layer{layer:02d}_{kind}" for layer in run.profile.layers for kind in kinds}
     modules = {name: (layer, shape(run, model, layer, kind)) for (layer, kind), name in names.items()}
     folders = trained(run, model, source, modules, train_config(run, compare_tokens(run.profile), 25))
@@ -141,10 +140,10 @@ def second_seed(
 
 
 def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
-    """Run folders of the best Lorsa and SAE of the profile's layer, by `lorsa` and `sae`.
+    """Run folders of the best `lorsa` and `sae` of the profile's layer.
 
-    The checkpoints that travel with the kit (`data/checkpoints`) where there are both for this model and layer, so that
-    a notebook opens at once; otherwise the Lorsa of notebook 02 and the SAE of notebook 03.
+    The checkpoints in `data/checkpoints` if both are there for this model and layer, so that a notebook opens at once;
+    otherwise the Lorsa of notebook 02 and the SAE of notebook 03.
     """
     if shipped := _shipped_pair(run, model):
         return shipped
@@ -154,7 +153,7 @@ def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
 
 
 def _shipped_pair(run: Context, model: LanguageModel) -> dict[str, Path] | None:
-    """The kit's own checkpoints of the profile's layer, by `lorsa` and `sae`; None unless both are there."""
+    """None unless both checkpoints are there."""
     shipped = {kind: hub.find(model, run.profile.layer, kind) for kind in ("lorsa", "sae")}
     pair = {kind: folder for kind, folder in shipped.items() if folder is not None}
     return pair if len(pair) == len(shipped) else None
@@ -163,14 +162,11 @@ def _shipped_pair(run: Context, model: LanguageModel) -> dict[str, Path] | None:
 def modules_at_hand(
     run: Context, model: LanguageModel, splits: Mapping[str, Sequences], train: bool
 ) -> dict[int, dict[str, Path]]:
-    """Lorsa and SAE, of equally many units, of the layers that notebooks compare, for one that has to open at once.
+    """Run folders of `lorsa` and `sae`, of equally many units, by layer, for a notebook that has to open at once.
 
-    Those of notebook 03 where it has run in this folder. Where it has not, the checkpoints that travel with the kit
-    stand in: one layer alone, which is said, and which `run.layers`, the figures' facts and the expected values
-    (section `<profile>_checkpoint`) then follow. With `train`, or where no checkpoint fits, what is missing is trained.
-
-    Returns:
-        layer to run folder by `lorsa` and `sae`.
+    Those of notebook 03 if it has run in this folder. If not, the kit's checkpoints stand in for one layer, which is
+    printed; `run.layers`, the figures' facts and the expected values (section `<profile>_checkpoint`) follow. With
+    `train`, or where no checkpoint fits, what is missing is trained.
     """
     kinds, layers = {"lorsa": "lorsa", "sae": "sae_equal_features"}, run.profile.layers
     finished = (f"layer{layer:02d}_{kind}-*/model.safetensors" for layer in layers for kind in kinds.values())

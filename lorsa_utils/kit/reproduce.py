@@ -1,12 +1,11 @@
-"""Run all notebooks in order and write one page that shows what came out.
+"""Run all notebooks in order and write one page with the results.
 
-1. A notebook is skipped while its cells, the modules that it imports, the profile and its expected values are those of
-   its last good run and its outputs are still there. One that shows what the others made (`reads_run` in its metadata)
-   comes after them, and is skipped only while that is the same too.
-2. papermill executes it with PROFILE and RUN_DIR set (and TRAIN where it has that), into `NN_name.failed.ipynb`, which
-   becomes `NN_name.ipynb` only when every cell passed. When one fails, the run stops there: later notebooks read
-   earlier artefacts.
-3. `index.html` lists figures and recorded values. It opens from the disk, offline.
+1. A notebook is skipped while its cells, the modules it imports, the profile and its expected values are those of its
+   last good run and its outputs exist. One that shows others' results (`reads_run` in its metadata) comes last and is
+   skipped only while these are the same too.
+2. papermill executes it with PROFILE and RUN_DIR (and TRAIN where it has that) set, into `NN_name.failed.ipynb`, which
+   becomes `NN_name.ipynb` once every cell passed. The run stops at the first failure: later notebooks read earlier
+   artefacts.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lorsa_utils.view.gallery import figure_records, write_index
 
 PACKAGE = store.CHECKOUT / "lorsa_utils"
 CELL_TIMEOUT_SECONDS = {"smoke": 900, "laptop": 3600}
-"""A cell that runs longer is stopped, and its notebook fails; 14 days in larger profiles."""
+"""A cell that runs longer fails its notebook; 14 days in larger profiles."""
 
 
 @dataclass
@@ -44,7 +43,6 @@ class NotebookStatus:
     seconds: float = 0.0
     """Of its last good run, or of the failed one."""
     error: str | None = None
-    """One sentence, for a failed one."""
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON-ready dict."""
@@ -52,12 +50,12 @@ class NotebookStatus:
 
 
 def notebooks_dir() -> Path:
-    """The folder with the numbered notebooks of this checkout."""
+    """The folder of the numbered notebooks."""
     return store.CHECKOUT / "notebooks"
 
 
 def find_notebooks(folder: str | Path | None = None, only: Sequence[str] | None = None) -> list[Path]:
-    """Notebooks `NN_name.ipynb` in the order of their numbers, last those that show what the others made.
+    """Notebooks `NN_name.ipynb` by number, those that show others' results last.
 
     `only` keeps those of a number or name, such as `02`.
 
@@ -91,17 +89,10 @@ def reproduce(
     run_dir: str | Path | None = None,
     source: str | Path | None = None,
 ) -> list[NotebookStatus]:
-    """Run the notebooks and write the page; progress goes to stderr.
+    """Run the notebooks, until one fails, and write the page; returns one status per notebook.
 
-    Args:
-        profile: size of the run.
-        only: numbers or names of notebooks; all without it.
-        force: run also what is up to date.
-        run_dir: where results go; data/runs/<profile> by default.
-        source: folder with the notebooks; that of the checkout by default.
-
-    Returns:
-        one status per notebook; the run stops at the first that fails.
+    `only` holds numbers or names of notebooks; `force` also runs what is up to date. Results go to `run_dir`,
+    data/runs/<profile> by default; `source` is the folder of the notebooks, the checkout's by default.
 
     Raises:
         UserError: the profile or a notebook does not exist, papermill is missing, or the folder cannot be written.
@@ -145,7 +136,6 @@ def _minutes(seconds: float) -> str:
 
 
 def _plan(todo: Sequence[Path], n_all: int, profile: str, log: dict[str, Any]) -> str:
-    """One line: what will run and how long it may take."""
     if not todo:
         return f"All {n_all} notebooks are up to date (profile {profile}); --force runs them again."
     seconds = _expected_seconds(todo, profile, log)
@@ -154,7 +144,7 @@ def _plan(todo: Sequence[Path], n_all: int, profile: str, log: dict[str, Any]) -
 
 
 def expected_minutes(profile: str, run_dir: str | Path | None = None) -> float | None:
-    """Minutes of a whole run: those of the last one here, else what the notebooks say; None when one of them does not.
+    """Minutes of the last runs here, else as the notebooks state; None when one of them has neither.
 
     Raises:
         UserError: there are no notebooks.
@@ -165,7 +155,7 @@ def expected_minutes(profile: str, run_dir: str | Path | None = None) -> float |
 
 
 def _expected_seconds(paths: Sequence[Path], profile: str, log: dict[str, Any]) -> float | None:
-    """Seconds of the last runs here, else the minutes in the notebooks' metadata, such as {"minutes": {"smoke": 1}}."""
+    """Seconds; notebooks' metadata hold minutes by profile, such as {"minutes": {"smoke": 1}}."""
     total = 0.0
     for path in paths:
         minutes = _about(path).get("minutes", {}).get(profile)
@@ -184,12 +174,12 @@ def _read_log(folder: Path) -> dict[str, Any]:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What a notebook's metadata say for this module: `minutes` by profile, `reads_run`."""
+    """A notebook's metadata for this module: `minutes`, `reads_run`."""
     return dict(store.read_json(path).get("metadata", {}).get("lorsa", {}))
 
 
 def _hash(path: Path, profile: Profile, folder: Path) -> str:
-    """Hash of all that decides a notebook's outputs: cells, modules, profile, expected values, recorded tables."""
+    """Hash of all that decides a notebook's outputs."""
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in store.read_json(path)["cells"]]
     code = "\n".join(source for kind, source in cells if kind == "code")
     content = {
@@ -209,7 +199,7 @@ def _digests(files: Iterable[Path], root: Path) -> dict[str, str]:
 
 
 def imported_files(code: str) -> set[Path]:
-    """Files of the package that some code imports, directly or through others, with the data files beside them."""
+    """Files of the package that code imports, directly or not, with the data files beside them."""
     files: set[Path] = set()
     waiting = _imports(re.sub(r"^[%!].*", "", code, flags=re.MULTILINE))
     while waiting:
@@ -225,7 +215,7 @@ def _imports_of(file: Path, changed: int) -> set[Path]:
 
 
 def _imports(code: str, with_types: bool = False) -> set[Path]:
-    """Files of the package that one piece of code imports; imports for the type checker alone count `with_types`."""
+    """Files of the package that code imports; with `with_types` also those imported for the type checker alone."""
     nodes = [*ast.walk(ast.parse(code))]
     guards = [node for node in nodes if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
     skipped = set() if with_types else {inner for guard in guards for inner in ast.walk(guard)}
@@ -246,7 +236,6 @@ def _file(name: str) -> Path | None:
 
 
 def _run_state(folder: Path, name: str) -> dict[str, Any]:
-    """Everything that a notebook can show of the others: their values, their figures, the claims."""
     labels = [record["label"] for record in figure_records(folder) if record["notebook"] != name]
     figures = (folder / "figures" / f"{label}.{ending}" for label in labels for ending in ("json", "csv"))
     lists = (paper_dir() / file for file in ("claims.csv", "figures.csv"))
@@ -266,7 +255,6 @@ def _is_up_to_date(folder: Path, name: str, digest: str, log: dict[str, Any]) ->
 
 
 def _run(path: Path, folder: Path, profile: Profile, status: NotebookStatus) -> None:
-    """Execute one notebook; until all of its cells have passed its output is called failed."""
     output = folder / f"{path.stem}.failed.ipynb"
     output.unlink(missing_ok=True)
     began = time.perf_counter()
@@ -308,7 +296,6 @@ def _execute(path: Path, output: Path, folder: Path, profile: Profile) -> None:
 
 
 def _failure(name: str, output: Path, error: Exception) -> str:
-    """Which cell failed and with what, in one sentence."""
     if name_of_error := getattr(error, "ename", None):
         reason = f"{name_of_error}: {getattr(error, 'evalue', '')}"
     elif "Timeout" in type(error).__name__:
@@ -329,7 +316,7 @@ def _failure(name: str, output: Path, error: Exception) -> str:
 
 
 def _clean(path: Path) -> None:
-    """Drop widget state, which viewers reject, and paths of this machine."""
+    """Drop widget state, which viewers reject, and this machine's paths."""
     content = store.read_json(path)
     content["metadata"].pop("widgets", None)
     for key in ("input_path", "output_path"):
@@ -339,7 +326,7 @@ def _clean(path: Path) -> None:
 
 
 def _write_page(path: Path) -> None:
-    """The executed notebook as a page that loads nothing, when nbconvert is installed; formulas stay as typed."""
+    """Write an offline page of the notebook, if nbconvert is installed; formulas stay as typed."""
     try:
         from nbconvert import HTMLExporter
     except ImportError:

@@ -2,14 +2,12 @@
 
     value(n) = floor + a n^-b,    floor >= 0, a >= 0, b > 0
 
-Errors are relative, so squares of (fit - value) / value are summed. For a given b the best floor and a follow from two
-linear equations (with floor 0 or a 0 where these would be negative), and b is searched on a grid that is narrowed
-around the best one.
+The fit minimises squares of the relative error (fit - value) / value. For a given b, the best floor and a solve two
+linear equations (either is 0 where it would be negative); b is searched on a grid that narrows around the best one.
 
-Intervals come from a bootstrap of residuals: relative residuals, enlarged for the parameters that were fitted, are
-drawn again and laid on the fitted curve, and the law is fitted anew. They hold what seeds scatter and what the law
-misses at the fitted sizes; they cannot hold what changes beyond the largest of them. All draws are fitted at once,
-which is why the search is written out here.
+Intervals are a bootstrap of relative residuals, enlarged for the fitted parameters: they are redrawn onto the fitted
+curve and the law is refitted. Intervals cover the scatter of seeds and what the law misses at the fitted sizes, not
+what changes beyond the largest. All draws are fitted at once, which is why the search is written out here.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ EXPONENTS = (0.05, 4.0)
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """A fitted law and its bootstrap, as `fit` returns it."""
+    """A fitted law and its bootstrap. Made by `fit`."""
 
     floor: float
     a: float
@@ -38,24 +36,24 @@ class PowerLaw:
     values: Floats
     """[n_points]"""
     draws: Floats
-    """[n_draws, 3]: floor, a (at n = `scale`) and b of the bootstrap."""
+    """[n_draws, 3]: bootstrapped floor, a (at n = `scale`) and b."""
     scale: float
     """Geometric mean of the sizes."""
     spread: Floats
-    """Relative residuals, enlarged, [n_points]."""
+    """Enlarged relative residuals, [n_points]."""
 
     def __call__(self, n: npt.ArrayLike) -> Floats:
         """The law at sizes n."""
         return np.asarray(self.floor + self.a * np.asarray(n, dtype=float) ** -self.b)
 
     def band(self, n: npt.ArrayLike) -> tuple[Floats, Floats]:
-        """95 % interval of the curve at sizes n: lower and upper bound, each of the shape of n."""
+        """95 % interval of the curve at sizes n: lower and upper bound, each shaped as n."""
         curves = _curve(self.draws, np.atleast_1d(np.asarray(n, dtype=float)) / self.scale)
         low, high = np.quantile(curves, [0.025, 0.975], axis=0)
         return low, high
 
     def predict(self, n: float, n_seeds: int = 1, seed: int = 0) -> Interval:
-        """What a mean of `n_seeds` new runs of size n will be."""
+        """Interval of the mean of `n_seeds` new runs of size n."""
         noise = np.random.default_rng(seed).choice(self.spread, size=(len(self.draws), n_seeds)).mean(axis=1)
         return percentile_interval(float(self(n)), _curve(self.draws, np.array([n / self.scale]))[:, 0] * (1 + noise))
 
@@ -67,9 +65,9 @@ class PowerLaw:
 def fit(
     sizes: npt.ArrayLike, values: npt.ArrayLike, *, floor: bool = True, n_draws: int = 1000, seed: int = 0
 ) -> PowerLaw:
-    """Fit a power law to values [n_points] at sizes [n_points], with or without an irreducible part.
+    """Fit a power law to values [n_points] at sizes [n_points], with or without an irreducible part (`floor`).
 
-    Several points of one size are several seeds. `n_draws` and `seed` are of the bootstrap.
+    Points of one size are seeds.
 
     Raises:
         UserError: too few different sizes, or values that are not positive and finite.

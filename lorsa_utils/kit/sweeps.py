@@ -1,16 +1,14 @@
 """Many small modules on the same tokens: settings over seeds, every finished run kept in one Parquet file.
 
-    data = HeldTokens(cache, layer, 40_000)                  # activations of one layer, in memory where they fit
+    data = HeldTokens(cache, layer, 40_000)
     sweep = Sweep(trials, site, data, held_out, "ablations.parquet")
-    print(sweep.plan())                                      # how many runs, how many of them finished before
-    table = sweep.run()                                      # one row per trial; finished runs are never run again
+    print(sweep.plan())
+    table = sweep.run()
 
-Several runs go on at once, each on one thread, so that what a run computes does not depend on the number of cores. The
-Parquet file is rewritten atomically after every run: a killed sweep goes on with the runs that it lacks. A run is known
-by a hash of its settings, its text and the code that trains it.
-
-Modules are trained by the steps of `train.Run`, and thrown away once they are measured. Unlike `train.train_runs`
-nothing of a run is saved before its end, as it takes seconds.
+Runs go in parallel, each on one thread, so that results do not depend on the number of cores. The file is rewritten
+atomically after every run, so a killed sweep resumes with the runs it lacks. A run is known by a hash of its settings,
+its text and the code that trains it. Unlike in `training.train_runs`, nothing of a run is saved before its end, as it
+takes seconds, and its module is discarded once measured.
 """
 
 from __future__ import annotations
@@ -49,14 +47,14 @@ STARTS: tuple[Start, ...] = get_args(Start)
 CALIBRATION_SEQUENCES = 16
 BIASES = ("b_Q", "b_K", "b_V", "b_E")
 START_VERSION = 1
-"""To be raised when `start_run` changes what it does: runs of before are then run again."""
+"""Raise it when `start_run` changes what it does: earlier runs are then run again."""
 
 
 # ---- data
 
 
 def first_tokens(batches: Iterator[ActivationBatch], n_tokens: int) -> Iterator[ActivationBatch]:
-    """Batches until `n_tokens` counted tokens are used up; the rest of the last batch is masked."""
+    """Batches up to `n_tokens` counted tokens; the rest of the last batch is masked."""
     left = n_tokens
     for batch in batches:
         if left <= 0:
@@ -67,7 +65,7 @@ def first_tokens(batches: Iterator[ActivationBatch], n_tokens: int) -> Iterator[
 
 
 class HeldTokens:
-    """The first counted tokens of one layer's activations, in memory where they fit, else read from the source."""
+    """The first counted tokens of one layer's activations, in memory where they fit."""
 
     def __init__(self, source: ActivationSource, layer: int, n_tokens: int, *, memory_share: float = 0.5) -> None:
         """Read the sequences that hold the first `n_tokens` counted tokens; `memory_share` is of the free memory.
@@ -87,7 +85,7 @@ class HeldTokens:
         self._held: list[Tensor] | None = None  # tokens, mask, inputs, outputs
         first = next(iter(source.batches(1, layers=self.layers)))
         n_bytes = first.inputs[layer].nbytes * 2 * math.ceil(n_tokens / max(1, int(first.mask.sum())))
-        if 2 * n_bytes <= memory_share * psutil.virtual_memory().available:  # for a moment it is there twice
+        if 2 * n_bytes <= memory_share * psutil.virtual_memory().available:  # it is briefly held twice
             pieces = [
                 (batch.tokens, batch.mask, batch.inputs[layer], batch.outputs[layer])
                 for batch in first_tokens(source.batches(8, layers=self.layers), n_tokens)
@@ -97,7 +95,7 @@ class HeldTokens:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of activations in memory; 0 when they are read from the source."""
+        """Bytes of activations in memory; 0 when read from the source."""
         return self._held[2].nbytes * 2 if self._held else 0
 
     def batches(
@@ -122,7 +120,7 @@ class HeldTokens:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep. Two trials that differ in their labels alone are one run."""
+    """One run of a sweep. Trials that differ only in their labels are one run."""
 
     factor: str
     """Label: what is varied."""
@@ -130,22 +128,22 @@ class Trial:
     """Label: its value."""
     module: LorsaConfig | SAEConfig
     train: TrainConfig
-    """How it is trained; the seed is that of the start, `init` is not read (see `start`)."""
+    """Its seed is that of the start; `init` is not read (see `start`)."""
     start: Start = "both"
-    """What a Lorsa takes from the MHSA; SAEs have one start."""
+    """Of a Lorsa; SAEs have one start."""
     biases: bool = True
-    """Whether read biases and QK biases are trained; otherwise they stay 0. The output bias always is."""
+    """Whether read and QK biases are trained; otherwise they stay 0. The output bias is always trained."""
 
     def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise UserError(f"start must be one of {', '.join(STARTS)}, not {self.start!r}.")
 
     def over_seeds(self, n: int) -> list[Trial]:
-        """The trial with `n` seeds, starting from its own."""
+        """The trial with `n` seeds, from its own on."""
         return [replace(self, train=self.train.replace(seed=self.train.seed + i)) for i in range(n)]
 
     def settings(self) -> dict[str, Any]:
-        """What the run computes depends on, without text and code."""
+        """All that the result depends on, besides text and code."""
         free = ("log_every", "save_every_seconds", "init")
         return {
             "module": {**self.module.to_dict(), "kind": self.module.kind},
@@ -166,10 +164,10 @@ class Trial:
 
 
 def lorsa_shape(site: AttentionSite, n_heads: int, n_qk: int, k: int, d_qk: int = 0) -> LorsaConfig:
-    """A Lorsa for a layer, with queries and keys as wide as the MHSA's or narrower.
+    """A Lorsa for a layer, with queries and keys as wide as the MHSA's (`d_qk` 0) or narrower.
 
     A narrower one keeps every second (fourth, ...) frequency of the rotation: with the same base these are the
-    frequencies of a rotation of that width, so that copied weights keep their meaning.
+    frequencies of a rotation of that width, so copied weights keep their meaning.
 
     Raises:
         UserError: the MHSA's width is not a multiple of d_qk, or its rotation cannot be thinned out so.
@@ -187,7 +185,7 @@ def lorsa_shape(site: AttentionSite, n_heads: int, n_qk: int, k: int, d_qk: int 
 
 
 def kept_dimensions(rotary: RotaryConfig, d_head: int, d_qk: int) -> Tensor:
-    """Dimensions of a head of width d_head that a narrower copy keeps, [d_qk], in the order of its rotation's pairs."""
+    """Dimensions of a head that a copy of width d_qk keeps, [d_qk], in the order of its rotation's pairs."""
     step, half = d_head // d_qk, rotary.rotary_dim // 2
     pairs = torch.arange(0, half, step)
     adjacent = torch.stack((2 * pairs, 2 * pairs + 1), dim=1).flatten()
@@ -234,7 +232,7 @@ def _start_lorsa(module: Lorsa, trial: Trial, site: AttentionSite, x: Tensor, y:
 
 
 class Sweep:
-    """Trials on one layer's activations and the file that keeps their results."""
+    """Trials on one layer's activations, and their results file."""
 
     def __init__(
         self,
@@ -249,14 +247,8 @@ class Sweep:
     ) -> None:
         """Check the trials and read what the file holds.
 
-        Args:
-            trials: what to run.
-            site: the attention layer that is replaced.
-            data: training activations; every run takes its first `train.tokens` tokens.
-            held_out: activations that finished modules are measured on.
-            file: Parquet file of results, one row per run.
-            device: where modules are trained.
-            workers: runs at once; as many as torch has threads when 0, and one on a GPU.
+        Every run takes the first `train.tokens` tokens of `data` and is measured on `held_out`. `file` is Parquet, one
+        row per run. `workers` runs go at once; as many as torch has threads when 0, and always one on a GPU.
 
         Raises:
             UserError: a trial asks for more tokens or another rotation than there is, or the file is damaged.
@@ -287,22 +279,22 @@ class Sweep:
                 )
 
     def pending(self) -> dict[str, Trial]:
-        """Runs that the file does not hold: key to trial."""
+        """Runs missing from the file: key to trial."""
         return {key: trial for key, trial in zip(self.keys, self.trials, strict=True) if key not in self.rows}
 
     def plan(self) -> str:
-        """One line: how many runs, how many of them are in the file, where the activations are."""
+        """How many runs, how many of them finished before, and where activations are."""
         n_runs, n_bytes = len(set(self.keys)), self.data.n_bytes + self.held_out.n_bytes
         where = f"{n_bytes / 1e6:,.0f} MB of activations in memory" if n_bytes else "activations read from the disk"
         done = f"{n_runs - len(self.pending())} of them finished before"
         return f"{n_runs} runs, {done}; {self.workers} at a time, {where}"
 
     def run(self, progress: bool = True) -> pd.DataFrame:
-        """Run what is missing; a finished run is in the file at once. Returns `table`."""
-        for leftover in self.file.parent.glob(f".{self.file.name}.*.tmp"):  # of a sweep that was killed while it wrote
+        """Run what is missing, saving each run at once; returns `table`."""
+        for leftover in self.file.parent.glob(f".{self.file.name}.*.tmp"):  # of a sweep killed while writing
             leftover.unlink(missing_ok=True)
         todo, stop = self.pending(), threading.Event()
-        # Longest first, so that the last run does not go on alone for long.
+        # Longest first, so that no long run is left alone at the end.
         order = sorted(todo, key=lambda key: -todo[key].module.n_parameters * todo[key].train.tokens)
         bar = tqdm(total=len(todo), unit="run", desc="sweep", disable=not progress or not todo)
         with one_thread_each(self.device), ThreadPoolExecutor(self.workers) as pool, bar:
@@ -320,12 +312,10 @@ class Sweep:
         return self.table()
 
     def table(self) -> pd.DataFrame:
-        """One row per trial that is finished, in the order of the trials.
+        """One row per finished trial, in the order of the trials.
 
-        Returns:
-            labels (`factor`, `level`, `kind`, `units`, `groups`, `group_size`, `d_qk`, `k`, `parameters`, `start`,
-            `seed`) and results (`status`, done or diverged; `tokens`, `seconds`, and the keys of
-            `metrics.Reconstruction.result`, NaN after divergence).
+        Columns are those of `Trial.labels`, `status` (done or diverged), `tokens`, `seconds` and the keys of
+        `metrics.Reconstruction.result`, NaN after divergence.
         """
         finished = [
             (trial, self.rows[key]) for key, trial in zip(self.keys, self.trials, strict=True) if key in self.rows
@@ -338,7 +328,6 @@ class Sweep:
         return next(iter(self.data.batches(CALIBRATION_SEQUENCES)))
 
     def _measure(self, trial: Trial, stop: threading.Event) -> dict[str, Any]:
-        """Train one module and measure it."""
         began, train = time.perf_counter(), trial.train.replace(init="random")
         spec = RunSpec(f"{trial.factor} {trial.level}", self.data.layer, trial.module, train, self.file.parent)
         run = Run(spec, self.data.identity(), self.device)
@@ -361,7 +350,7 @@ class Sweep:
 
 @contextlib.contextmanager
 def one_thread_each(device: torch.device) -> Iterator[None]:
-    """One torch thread for each worker on a CPU."""
+    """One torch thread per worker on a CPU."""
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -372,7 +361,7 @@ def one_thread_each(device: torch.device) -> Iterator[None]:
 
 
 def read_results(file: Path) -> dict[str, dict[str, Any]]:
-    """Finished runs of a results file: key to row; empty when there is no file.
+    """Finished runs of a results file: key to row; empty without a file.
 
     Raises:
         UserError: the file is not one of a sweep.
@@ -389,6 +378,6 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_results(file: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the results file atomically; rows are in the order of their keys."""
+    """Write the results file atomically, sorted by key."""
     with store.atomic_path(file) as temporary:
         pd.DataFrame([rows[key] for key in sorted(rows)]).to_parquet(temporary, index=False)

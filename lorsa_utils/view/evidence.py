@@ -1,17 +1,15 @@
 """What pages show of heads: the texts where they are active, what they write, and their neighbours.
 
-`Evidence` holds all that is known of a layer's heads; `Evidence.heads` yields what one page shows of each. For a head h
-of QK group g, at a query i of one text (paper, Sec. 5):
+`Evidence.heads` yields one `Head` per page. For a head h of QK group g, at a query i of one text (paper, Sec. 5):
 
     activation  z_i * ||w_o||, 0 where h is not among the K kept heads of the token
-    z pattern   z_ij = A_ij v_j * ||w_o||, an exact split over sources j: sum_j z_ij is the activation before the
-                selection
-    attention   A_ij, the pattern of the group, which all of its heads share
+    z pattern   z_ij = A_ij v_j * ||w_o||; sum_j z_ij is the activation before the selection
+    attention   A_ij, which all heads of the group share
 
-A context is a window of a text around one token: `top` ones hold the largest activations, `sample` ones an active token
-drawn at random, one from each stretch of the ordered activations, `random` ones any token at all, so that silence shows
-too. Of the sources before the window only the first token, where attention likes to rest, and the surroundings of the
-main ones are kept apart; the others are added up in one column.
+A context is a window of text around one token: `top` ones hold the largest activations, `sample` ones an active token
+from each stretch of the ordered activations, `random` ones any token, so that silence shows too. Of the sources before
+the window, the first token, where attention often rests, and the surroundings of the main ones keep their own columns;
+one column adds up the others.
 """
 
 from __future__ import annotations
@@ -41,16 +39,16 @@ from lorsa_utils.models import LanguageModel, Replacement
 from lorsa_utils.text import Sequences
 
 BEFORE, AFTER = 100, 10
-"""Tokens of a context before and after the token it was chosen for, as in the authors' interface."""
+"""Tokens of a context before and after the chosen one, as in the authors' interface."""
 MAIN_SOURCES, MAIN_SHARE = 4, 0.05
-"""A token has at most four main sources, each with at least 5 % of its z pattern (in absolute values)."""
+"""A token has at most 4 main sources, each with at least 5 % of its z pattern (in absolute values)."""
 AROUND = (8, 3)
-"""Tokens that are kept before and after a main source."""
+"""Tokens kept before and after a main source."""
 N_TOP, N_SAMPLES, N_RANDOM = 10, 8, 4
 N_TOKENS = 10
 """Tokens that w_o raises and lowers most."""
 N_FEATURES = 8
-"""Nearest features of an SAE."""
+"""Nearest SAE features."""
 
 
 class Place(NamedTuple):
@@ -69,15 +67,14 @@ class Reading(NamedTuple):
 
     ids: list[int]
     tokens: list[str]
-    """Their texts."""
     x: Tensor
-    """Attention input, [length, d_model]; what comes after the ids is padding."""
+    """Attention input, [length, d_model]; rows beyond the ids are padding."""
     heads: Tensor
     """Kept heads, [length, k]."""
     activations: Tensor
     """Their z, [length, k]."""
     n_cut: int = 0
-    """Tokens beyond the context, which were left out."""
+    """Tokens left out, beyond the context."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,11 @@ class Context:
 
     place: Place
     tokens: list[str]
-    """Text of the sources, [m]; the last n of them are the window's tokens, "" those added up."""
+    """[m]; the last n are the window's tokens, "" is the added-up column."""
     positions: list[int]
-    """Position of each source in its sequence, [m]; -1 for those added up, which are the second column if any."""
+    """Of the sources in their sequence, [m]; -1 is the added-up column, the second if there is one."""
     peak: int
-    """The token it was chosen for, counted from the window's first."""
+    """Index of the chosen token in the window."""
     activation: Tensor = field(repr=False)
     """[n], 0 where the head is not kept."""
     z_pattern: Tensor = field(repr=False)
@@ -98,16 +95,16 @@ class Context:
     attention: Tensor = field(repr=False)
     """[n, m], each row sums to 1."""
     v: Tensor = field(repr=False)
-    """[m], v_j * ||w_o||, so that z_ij = A_ij v_j; 0 for those added up."""
+    """[m], v_j * ||w_o||, so that z_ij = A_ij v_j; 0 for the added-up column."""
 
     @property
     def n_before(self) -> int:
-        """Columns of sources before the window."""
+        """Columns before the window."""
         return len(self.tokens) - len(self.activation)
 
     @property
     def main_sources(self) -> list[int]:
-        """Columns of the main sources of the token it was chosen for, the largest first."""
+        """Columns of the chosen token's main sources, the largest first."""
         return main_sources(self.z_pattern[self.peak])
 
 
@@ -122,7 +119,7 @@ class Feature(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """What one page shows. Made by `Evidence.heads`."""
+    """One page. Made by `Evidence.heads`."""
 
     model: str
     layer: int
@@ -130,34 +127,35 @@ class Head:
     n_heads: int
     group: int
     n_tokens: int
-    """Counted tokens of the text that facts come from."""
+    """Counted tokens of the text that `facts` come from."""
     facts: dict[str, float]
-    """Of `Survey.facts`."""
+    """See `Survey.facts`."""
     families: list[str]
-    """Names in words, the most specific first; empty without a name."""
+    """Names in words, the most specific first."""
     named: bool
     """Whether names were looked for."""
     scores: dict[str, dict[str, float]]
-    """Family in words to its scores on unseen prompts, for the head's families."""
+    """Family in words to its scores on unseen prompts."""
     effect: tuple[float, float] | None
-    """Nats that the loss on prompts of its first family grows when the head alone is removed, with standard error."""
+    """Increase of the loss in nats, on prompts of the first family, when this head alone is removed; and standard
+    error."""
     raised: list[tuple[str, float]]
-    """Tokens with the largest logits of w_o (before the last norm's scale) and those logits."""
+    """Tokens with the largest logits of w_o, before the last norm's scale."""
     lowered: list[tuple[str, float]]
     contexts: list[Context] = field(repr=False)
-    """The `top` ones by activation, then `sample` by activation, then `random`."""
+    """`top`, then `sample`, both by activation, then `random`."""
     siblings: pd.DataFrame = field(repr=False)
-    """Heads of its group, one row each: `head`, `families`, `frequency`, `cos_o` and `cos_v` (cosines of write and read
-    directions with this head's), `tokens`."""
+    """Other heads of its group: `head`, `families`, `frequency`, `tokens`, and the cosines of write and read directions
+    with this head's, `cos_o` and `cos_v`."""
     written_features: list[Feature] | None = None
-    """Features of an SAE on the layer's output whose write directions are nearest w_o; None without an SAE."""
+    """Features of an SAE on the layer's output, nearest to w_o by write direction."""
     read_features: list[Feature] | None = None
-    """Features of a transcoder on the layer's input whose read directions are nearest w_v; None without one."""
+    """Features of a transcoder on the layer's input, nearest to w_v by read direction."""
     shares: list[float] | None = None
-    """Share of each MHSA head in what this head writes (`correspondence.mhsa_shares`)."""
+    """Share of each MHSA head in what this head writes (`origins.mhsa_shares`)."""
     explanation: str | None = None
     score: float | None = None
-    """Of the explanation, balanced accuracy; 1/2 is chance."""
+    """Balanced accuracy of the explanation; chance is 1/2."""
 
     @property
     def dead(self) -> bool:
@@ -166,9 +164,9 @@ class Head:
 
 
 class ReadOnce(LanguageModel):
-    """A language model that remembers what one layer read and wrote, so that a text costs one pass.
+    """Remembers what one layer read and wrote, so that a text costs one pass.
 
-    Only `capture` of that layer remembers, and not inside `splice`. Beyond `limit` bytes, texts are read again.
+    Only `capture` of that layer outside `splice` is remembered; beyond `limit` bytes, texts are read again.
     """
 
     def __init__(self, model: LanguageModel, layer: int, limit: int = 1 << 30) -> None:
@@ -226,12 +224,12 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def texts_alone(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of tokens that do not follow each other; models pad their vocabulary with some that have no text."""
+    """Text of each token on its own; those that pad a vocabulary may have none."""
     return [token_texts(tokenizer, [index])[0] for index in ids]
 
 
 def _whole_characters(tokenizer: Any, ids: Sequence[int], first: int) -> tuple[int, str]:
-    """Where the tokens from `first` on end that are text only together, and that text; one token and "" without one."""
+    """End of the tokens from `first` on that are text only together, and that text; `first + 1` and "" without one."""
     for last in range(first + 2, min(first + 5, len(ids) + 1)):
         text = tokenizer.decode(list(ids[first:last]))
         if "\ufffd" not in text:
@@ -240,7 +238,7 @@ def _whole_characters(tokenizer: Any, ids: Sequence[int], first: int) -> tuple[i
 
 
 def _hexadecimal(piece: str | None) -> str:
-    """A token of a byte-level vocabulary as the bytes it stands for."""
+    """The bytes that a token of a byte-level vocabulary stands for."""
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     return "".join(f"⟨{byte_of[character]:02X}⟩" if character in byte_of else character for character in piece or "")
 
@@ -249,11 +247,11 @@ def _hexadecimal(piece: str | None) -> str:
 
 
 def choose_places(found: Survey, head: int, sequences: Sequences, seed: int = 0) -> list[Place]:
-    """Which tokens a head is shown at. Random ones are the same for all heads."""
+    """Tokens that a head is shown at. Random ones are the same for all heads."""
     places = [Place("top", 0.0, row, position) for row, position in found.places[head, :N_TOP].tolist() if row >= 0]
     samples = zip(found.samples[head].tolist(), found.sampled[head].tolist(), strict=True)
     drawn = sorted((sample for sample in samples if sample[0] > 0), reverse=True)
-    # The middle of each of as many equal stretches of the ordered draws.
+    # The middle of each of N_SAMPLES equal stretches of the ordered draws.
     middles = sorted({int((number + 0.5) * len(drawn) / N_SAMPLES) for number in range(N_SAMPLES)}) if drawn else []
     places += [Place("sample", 1 - (number + 0.5) / len(drawn), *drawn[number][1]) for number in middles]
     counted = sequences.mask.nonzero()
@@ -265,7 +263,7 @@ def choose_places(found: Survey, head: int, sequences: Sequences, seed: int = 0)
 def read_context(
     lorsa: Lorsa, head: int, reading: Reading, place: Place, before: int = BEFORE, after: int = AFTER
 ) -> Context:
-    """The window of a text from `before` tokens before a place to `after` tokens after it."""
+    """A head on the text from `before` tokens before a place to `after` tokens after it."""
     start, end = max(0, place.position - before), min(place.position + after + 1, len(reading.ids))
     window, x, norm = slice(start, end), reading.x, lorsa.W_O[head].norm()
     attention = lorsa.attention_pattern(x[None], head // lorsa.config.group_size)[0, window, :end]
@@ -278,7 +276,7 @@ def read_context(
     columns = [*before_window, *range(start, end)]
 
     def folded(sides: Tensor, total: Tensor) -> Tensor:
-        """Columns of [n, end], with the total of those added up, [n, 1]."""
+        """Columns of `sides` [n, end] that are kept apart; `total` [n, 1] stands for the others."""
         parts = [sides[:, [column]] if column >= 0 else total for column in before_window]
         return torch.cat([*parts, sides[:, start:]], dim=1).cpu()
 
@@ -295,14 +293,14 @@ def read_context(
 
 
 def main_sources(z: Tensor) -> list[int]:
-    """The main sources in a row of a z pattern [m], the largest first."""
+    """Main sources in a row of a z pattern [m], the largest first."""
     sizes = z.abs()
     order = sizes.argsort(descending=True)[:MAIN_SOURCES].tolist()
     return [source for source in order if float(sizes[source]) >= MAIN_SHARE * float(sizes.sum()) > 0]
 
 
 def _apart(z: Tensor, start: int) -> list[int]:
-    """Positions before the window that are not added up, for a row z [end] of the z pattern."""
+    """Positions before the window with columns of their own, for a row z [end] of the z pattern."""
     around = [range(source - AROUND[0], source + AROUND[1] + 1) for source in main_sources(z) if 0 < source < start]
     return sorted({0, *(position for some in around for position in some if 0 <= position < start)}) if start else []
 
@@ -312,7 +310,7 @@ def _apart(z: Tensor, start: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of the heads of one layer."""
+    """What is known of one layer's heads."""
 
     model: LanguageModel
     layer: int
@@ -320,28 +318,23 @@ class Evidence:
     """Reads raw activations."""
     sequences: Sequences
     survey: Survey
-    """Of all heads, on `sequences`."""
     table: pd.DataFrame | None = None
-    """Names and scores, of `survey.describe`; one row per head."""
+    """Names and scores from `survey.describe`, one row per head."""
     shares: Tensor | None = None
-    """Of `origins.mhsa_shares`, [n_heads, n_mhsa_heads]."""
+    """[n_heads, n_mhsa_heads], from `origins.mhsa_shares`."""
     sae: SAE | None = None
-    """On the layer's output; its features nearest w_o are shown."""
+    """On the layer's output."""
     transcoder: SAE | None = None
-    """On the layer's input; its features nearest w_v are shown."""
+    """On the layer's input."""
     explanations: Mapping[int, tuple[str | None, float | None]] = field(default_factory=dict)
-    """Head to an explanation and its score."""
+    """Head to its explanation and score."""
     batch_size: int = 8
     seed: int = 0
-    """Of the random contexts."""
     progress: bool = True
 
     @classmethod
     def gather(cls, model: LanguageModel, layer: int, lorsa: Lorsa, sequences: Sequences, **options: Any) -> Self:
-        """Read the text: what every head does on it, and which MHSA heads it comes from.
-
-        `options` are the other fields, except `survey` and `shares`.
-        """
+        """Read the text for what every head does and which MHSA heads it comes from; `options` are the other fields."""
         model = model if isinstance(model, ReadOnce) else ReadOnce(model, layer)
         reading = {key: options[key] for key in ("batch_size", "progress") if key in options}
         found = survey(model, layer, LorsaHeads(lorsa), sequences, seed=options.get("seed", 0), **reading)
@@ -353,10 +346,10 @@ class Evidence:
         return cls(model, layer, lorsa, sequences, found, shares=shares, **options)
 
     def __post_init__(self) -> None:
-        """Refuse what does not belong together.
+        """Check that all is of one module and text.
 
         Raises:
-            UserError: a survey, table, SAE or transcoder is of another module or text.
+            UserError: a survey, table, SAE or transcoder is of another one.
         """
         n_heads, d_model = self.lorsa.n_units, self.lorsa.config.d_model
         if len(self.survey.facts) != n_heads or int(self.survey.places[..., 0].max()) >= len(self.sequences.tokens):
@@ -374,7 +367,7 @@ class Evidence:
 
     @torch.no_grad()
     def heads(self, chosen: Sequence[int]) -> Iterator[Head]:
-        """Read the text once for all of `chosen`, and only where something is shown; they come in this order.
+        """Read the text once for all `chosen` heads, yielded in this order.
 
         Raises:
             UserError: there is no such head.
@@ -413,7 +406,7 @@ class Evidence:
             )
 
     def _contexts(self, places: Mapping[int, list[Place]]) -> dict[int, list[Context]]:
-        """Contexts of heads in the order of their places; a sequence is read once, and no further than it is shown."""
+        """Contexts of heads in the order of their places; each sequence is read once, no further than it is shown."""
         shown: dict[int, list[tuple[int, int, Place]]] = {}
         for head, of_head in places.items():
             for number, place in enumerate(of_head):
@@ -455,19 +448,19 @@ class Evidence:
 
 
 class Words:
-    """From write directions to tokens in text."""
+    """Tokens that write directions raise or lower."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.unembedding, self.tokenizer = Unembedding(model), model.tokenizer
 
     def extremes(self, direction: Tensor, largest: bool) -> list[tuple[str, float]]:
-        """Tokens that a direction [d_model], taken at norm 1, raises or lowers most, with their logits."""
+        """Tokens that a direction [d_model], scaled to norm 1, raises or lowers most, with their logits."""
         logits = self.unembedding.logits(normalize(direction[None], dim=1))[0]
         values, indices = logits.topk(N_TOKENS, largest=largest)
         return list(zip(texts_alone(self.tokenizer, indices.tolist()), values.tolist(), strict=True))
 
     def raised(self, directions: Tensor, n: int = 4) -> list[list[str]]:
-        """The first tokens that each direction [n, d_model] raises."""
+        """The `n` tokens that each direction [n_directions, d_model] raises most."""
         return [texts_alone(self.tokenizer, row) for row in self.unembedding.top_tokens(directions, n).tolist()]
 
 
@@ -476,7 +469,6 @@ def _families(row: Any) -> list[str]:
 
 
 def _scores(row: Any) -> dict[str, dict[str, float]]:
-    """Scores of the head's own families."""
     scores: dict[str, dict[str, float]] = {}
     for family in [] if row is None or not row["families"] else row["families"].split("; "):
         values = {score: float(row.get(f"{family}_{score}", np.nan)) for score in SCORES}
@@ -490,7 +482,7 @@ def _effect(row: Any) -> tuple[float, float] | None:
 
 
 def _nearest(direction: Tensor, module: SAE | None, side: str, words: Words) -> list[Feature] | None:
-    """Features whose directions, rows of the weights `side`, have the largest cosine with `direction`."""
+    """Features whose rows of the weights `side` have the largest cosine with `direction`."""
     if module is None:
         return None
     directions: Tensor = getattr(module, side)

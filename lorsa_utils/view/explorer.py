@@ -1,8 +1,7 @@
 """The explorer in a notebook: a table of heads to sort and filter, sentences read live, and steering (paper item P5).
 
-What is computed stands in functions that need no widget: `choose_heads`, `Reader`, `steer`. `Explorer` puts ipywidgets
-around them; its three panels share the chosen layer, head, sentence and token. Steering changes the layer's output and
-nothing else: y' = y + (scale - 1) * what the head writes, by `units.ablate`.
+`choose_heads`, `Reader` and `steer` compute without widgets; `Explorer` puts ipywidgets around them. Steering changes
+only the layer's output: y' = y + (scale - 1) * what the head writes, by `units.ablate`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     import ipywidgets
 
 ORDERS = {"frequency": False, "max_activation": False, "distance": False, "first_share": False, "head": True}
-"""By what the table can be sorted, and whether the smallest comes first."""
+"""What the table can be sorted by, and whether the smallest comes first."""
 N_LISTED = 200
 """Rows of the table that are listed at once."""
 
@@ -45,14 +44,10 @@ N_LISTED = 200
 def choose_heads(
     table: pd.DataFrame, family: str = "", search: str = "", order: str = "frequency", dead: bool = False
 ) -> pd.DataFrame:
-    """Rows of a table of heads, in order.
+    """Filter and sort a table of `survey.describe`; with `dead`, dead heads are shown too.
 
-    Args:
-        table: of `survey.describe`.
-        family: key of a family, "-" for heads without a name, "" for all.
-        search: a number of a head, or a piece of a token that it raises.
-        order: one of `ORDERS`.
-        dead: whether dead heads are shown too.
+    `family` is a key of a family, "-" for heads without a name or "" for all; `search` the number of a head or a piece
+    of a token that it raises; `order` one of `ORDERS`.
     """
     chosen = pd.Series(True, index=table.index) if dead else table["frequency"] > 0
     if family:
@@ -79,7 +74,7 @@ class View(NamedTuple):
 
 
 class Reader:
-    """Reads sentences for one layer, at most `context` tokens, with the BOS that training sequences began with."""
+    """Reads sentences of at most `context` tokens, with the BOS that training sequences began with."""
 
     def __init__(self, model: LanguageModel, view: View, bos_id: int | None, context: int = 256) -> None:
         self.model, self.view, self.context = model, view, context
@@ -88,7 +83,7 @@ class Reader:
 
     @torch.no_grad()
     def read(self, text: str) -> Reading:
-        """Read a sentence; what is beyond the context is cut off.
+        """Read a sentence and cut off what is beyond the context.
 
         Raises:
             UserError: there is no token in it.
@@ -114,7 +109,7 @@ class Reader:
 
     @torch.no_grad()
     def firing(self, sentence: Reading, position: int, n: int = 12) -> pd.DataFrame:
-        """Heads that fire at a token, the most active first: `head`, `family`, `activation`, `looks_at`, `raises`."""
+        """Heads active at a token, the most active first: `head`, `family`, `activation`, `looks_at`, `raises`."""
         lorsa = self.view.lorsa
         heads = sentence.heads[position]
         sizes = sentence.activations[position] * lorsa.W_O[heads].norm(dim=1)
@@ -142,19 +137,10 @@ def steer(
     position: int = -1,
     n: int = 8,
 ) -> pd.DataFrame:
-    """Next-token probabilities after a token of a sentence, before and after heads are scaled at all tokens.
+    """Next-token probabilities at `position`, before and after heads are scaled at all tokens.
 
-    Args:
-        model: the language model.
-        layer: of the heads.
-        lorsa: reads raw activations.
-        ids: tokens of the sentence.
-        scales: head to factor: 0 removes it, 1 leaves it.
-        position: the token after which to predict.
-        n: how many of the most probable tokens to take before, and how many after.
-
-    Returns:
-        one row per token, by the larger of its probabilities: `token`, `before`, `after`.
+    `scales` maps heads to factors: 0 removes a head, 1 leaves it. `lorsa` reads raw activations. The `n` most probable
+    tokens before and after have one row each, by the larger probability: `token`, `before`, `after`.
 
     Raises:
         UserError: there is no such head.
@@ -177,7 +163,7 @@ def steer(
 
 
 def marked_tokens(context: Context, position: int) -> list[dict[str, Any]]:
-    """Tokens as templates/explorer.html draws them: coloured by activation, with the sources of one token marked."""
+    """Tokens as templates/explorer.html draws them: coloured by activation, the sources of one token marked."""
     largest = max(float(context.activation.abs().max()), 1e-9)
     z = context.z_pattern[position]
     sources = {source: float(z[source]) for source in main_sources(z)}
@@ -208,13 +194,13 @@ def _whole(value: float) -> str:
 class Explorer:
     """Three widgets that share layer, head, sentence and token: `table`, `live` and `steering`.
 
-    `listed`, `context` and `changes` are the numbers that they show now, for a figure beside them.
+    `listed`, `context` and `changes` are the numbers they show now.
     """
 
     def __init__(
         self, model: LanguageModel, views: Sequence[View], sentence: str, bos_id: int | None, context: int = 256
     ) -> None:
-        """Build the widgets and show the first of the layers.
+        """Build the widgets and show the first layer.
 
         Raises:
             UserError: ipywidgets is missing, or there is no layer to show.
@@ -288,7 +274,7 @@ class Explorer:
 
     @property
     def changes(self) -> pd.DataFrame:
-        """Next-token probabilities before and after, see `steer`."""
+        """What steering changes, see `steer`."""
         scales = {self.head.value: self.scale.value}
         return steer(self.model, self.view.layer, self.view.lorsa, self.read.ids, scales, self.token.value)
 
@@ -324,7 +310,6 @@ class Explorer:
         self._read()
 
     def _read(self) -> None:
-        """Read the sentence afresh and look at its last token."""
         try:
             self.read = self.readers[self.view.layer].read(self.sentence.value)
         except UserError as error:
@@ -337,7 +322,6 @@ class Explorer:
         self._show()
 
     def _show(self) -> None:
-        """The sentence under the chosen head and token, and what fires there."""
         if self._quiet:
             return
         context, position = self.context, self.token.value

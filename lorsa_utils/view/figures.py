@@ -1,8 +1,4 @@
-"""Figures: plotly, one style, readable at 600 pixels; functions return a figure and never show it.
-
-`save_figure` writes what a reader needs: an interactive page (plotly.js lies once beside all pages of a folder), a
-static image when a Chrome or Chromium is there to draw it, and the numbers as CSV.
-"""
+"""Figures: plotly, one style, readable at 600 pixels; functions return a figure and never show it."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ from plotly.subplots import make_subplots
 from lorsa_utils import store
 from lorsa_utils.exceptions import UserError
 
-# Okabe and Ito's palette (2008): told apart with every common colour blindness. Black comes last, it is also the ink.
+# Okabe and Ito's palette (2008), safe for colour-blind readers. Black comes last, as it is also the ink.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 WIDTH, HEIGHT = 600, 400
@@ -69,7 +65,7 @@ def new_figure(title: str, x_title: str, y_title: str) -> go.Figure:
 
 
 def series_style(number: int) -> dict[str, Any]:
-    """Line and marker of the n-th series; colour and symbol both distinguish it."""
+    """Line and marker of the n-th series, with a colour and a symbol of its own."""
     colour = PALETTE[number % len(PALETTE)]
     marker = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": colour}
     return {"line": {"color": colour, "width": 2}, "marker": marker}
@@ -81,7 +77,7 @@ def series_style(number: int) -> dict[str, Any]:
 def lines(
     data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
 ) -> go.Figure:
-    """Lines with markers over the columns `x` and `y`, one for each value of column `by`."""
+    """Lines with markers, one for each value of column `by`."""
     figure = new_figure(title, x_title, y_title)
     for number, (name, rows) in enumerate(_series(data, by)):
         style = series_style(number)
@@ -92,7 +88,7 @@ def lines(
 def bars(
     data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
 ) -> go.Figure:
-    """Grouped bars of column `y` over the categories in column `x`, one colour for each value of column `by`."""
+    """Grouped bars over the categories in column `x`, one colour for each value of column `by`."""
     figure = new_figure(title, x_title, y_title)
     for number, (name, rows) in enumerate(_series(data, by)):
         colour = PALETTE[number % len(PALETTE)]
@@ -105,12 +101,9 @@ def _series(data: pd.DataFrame, by: str | None) -> list[tuple[str, pd.DataFrame]
 
 
 def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", chance: float = 0.5) -> go.Figure:
-    """Means with intervals over layers, one colour per dictionary, one panel per score; a dashed line at chance.
+    """Means with intervals over layers, one colour per dictionary, one panel per score; a dashed line at `chance`.
 
-    Args:
-        data: columns `dictionary`, `layer`, `score`, `mean`, `low`, `high`.
-        title: of the figure.
-        chance: where the dashed line is; correlations have theirs at 0.
+    `data` has columns `dictionary`, `layer`, `score`, `mean`, `low`, `high`. Correlations have their chance at 0.
     """
     scores, layers = list(dict.fromkeys(data["score"])), sorted(set(data["layer"]))
     alike = "simulation" not in scores
@@ -137,7 +130,7 @@ def score_intervals(data: pd.DataFrame, title: str = "P6: detection scores", cha
 
 
 def table_figure(data: pd.DataFrame, title: str, widths: Sequence[float] | None = None) -> go.Figure:
-    """A table as a figure, so that it is saved like one; `widths` of the columns are relative."""
+    """A table as a figure; `widths` of the columns are relative."""
     columns = [data[name].astype(str).tolist() for name in data.columns]
     style: dict[str, Any] = {"align": "left", "line": {"color": "#CCCCCC"}, "height": 30}
     header = {"values": [f"<b>{name}</b>" for name in data.columns], "fill": {"color": "#E8EEF3"}, **style}
@@ -155,11 +148,10 @@ class SavedFigure:
     """Where a figure's files are."""
 
     html: Path
-    """Interactive page; needs plotly.min.js of the same folder."""
+    """Needs plotly.min.js of the same folder."""
     csv: Path
-    """The numbers."""
     png: Path | None
-    """Static image, None where no browser could draw it."""
+    """None where no browser could draw it."""
 
 
 def save_figure(
@@ -167,7 +159,7 @@ def save_figure(
 ) -> SavedFigure:
     """Write `<name>.html`, `<name>.csv` and, when it can be drawn, `<name>.png` into `folder`.
 
-    `data` are the numbers, those of the traces when not given; the caption is shown below the interactive figure.
+    `data` are the numbers, by default those of the traces; the caption is shown below the interactive figure.
 
     Raises:
         UserError: the name is impossible or the folder cannot be written.
@@ -192,7 +184,6 @@ def save_figure(
 
 
 def _add_caption(figure: go.Figure, caption: str) -> None:
-    """Put a wrapped caption below the axes."""
     wrapped = textwrap.wrap(caption, 90)
     text = "<br>".join(html.escape(line) for line in wrapped)
     at = {"x": 0, "y": 0, "yshift": -70, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top"}
@@ -222,12 +213,12 @@ def figure_data(figure: go.Figure) -> pd.DataFrame:
 
 
 def draw_png(figure: go.Figure) -> bytes | None:
-    """The figure as a PNG (1.5 pixels a unit), or None when no Chrome or Chromium can draw it. Never fails."""
+    """The figure as a PNG (1.5 pixels per unit), or None when no browser can draw it. Never fails."""
     if not can_draw_png():
         return None
     try:
         return figure.to_image(format="png", scale=1.5)
-    except Exception as error:  # whatever the browser has to say, a missing image must not end a run
+    except Exception as error:  # a missing image must not end a run
         first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
         print(f"No static image could be drawn ({first_line}); the interactive figure is there.", file=sys.stderr)
         return None
@@ -235,7 +226,7 @@ def draw_png(figure: go.Figure) -> bytes | None:
 
 @functools.cache
 def can_draw_png() -> bool:
-    """Whether kaleido and a Chrome or Chromium are installed; looked up once, and said once when they are not."""
+    """Whether kaleido and a Chrome or Chromium are installed; looked up, and reported missing, only once."""
     if os.environ.get("LORSA_STATIC_IMAGES") == "0":
         return False
     try:

@@ -1,6 +1,6 @@
-"""`index.html` of a run folder: the paper's claims with our numbers, figures, pages of heads, recorded values.
+"""`index.html` of a run folder: the paper's claims with our numbers, figures, head pages, recorded values.
 
-It opens from the disk, offline: pictures and pages lie beside it, and it asks nobody for anything.
+It opens from the disk, offline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorsa_utils.kit import claims, notebook
 from lorsa_utils.view import pages
 
 OTHER = "more"
-"""Where figures are shown whose label names no item of the paper."""
+"""Section of figures whose label names no item of the paper."""
 
 
 def write_index(folder: str | Path, profile: str) -> Path:
@@ -54,7 +54,7 @@ def write_index(folder: str | Path, profile: str) -> Path:
 
 
 def figure_records(folder: Path) -> list[dict[str, Any]]:
-    """What was noted about each figure of a run whose files are there, by paper item, notebook and label.
+    """Records of a run's figures whose files exist, by paper item, notebook and label.
 
     Raises:
         UserError: a record is damaged.
@@ -77,7 +77,7 @@ def item_of(record: Mapping[str, Any]) -> str:
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What run made a figure: profile, model, layer, tokens, seed, commit and versions, where they apply."""
+    """The run that made a figure: profile, model, layer, tokens, seed, commit and versions, where they apply."""
     about = ("profile", "model", "layer", "tokens", "seed", "commit")
     return {key: record[key] for key in about if record.get(key) is not None} | dict(record.get("versions", {}))
 
@@ -97,13 +97,11 @@ def _plate(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _notebook_files(folder: Path, name: str) -> list[tuple[str, str]]:
-    """The forms a notebook has in the run folder."""
     files = {f"{name}.html": f"notebook {name}", f"{name}.ipynb": "as .ipynb", f"{name}.failed.ipynb": "failed"}
     return [(file, label) for file, label in files.items() if (folder / file).is_file()]
 
 
 def _heads(folder: Path) -> list[dict[str, Any]]:
-    """Pages of heads that the run wrote."""
     listed = store.read_json(folder / pages.PAGES_FILE) if (folder / pages.PAGES_FILE).is_file() else []
     return [page for page in listed if (folder / page["file"]).is_file()]
 

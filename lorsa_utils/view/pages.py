@@ -1,9 +1,9 @@
-"""Head pages: one self-contained HTML file for each head, without network or server (paper item P5).
+"""Head pages: one self-contained, offline HTML file per head (paper item P5).
 
-templates/head.html holds the page, templates/macros.html what it shares with the page of a run and with the explorer.
-The text of every context is in the HTML itself; templates/page.js adds the z pattern of the token under the pointer or
-the focus: z_ij = A_ij v_j from the group's attention A, stored in steps of 1/65535, and v. Jinja escapes all text from
-the model, the embedded JSON holds numbers alone, and a content policy forbids every request.
+templates/head.html holds the page, templates/macros.html what it shares with a run's page and the explorer.
+templates/page.js adds the z pattern of the token under the pointer or the focus: z_ij = A_ij v_j from the group's
+attention A, stored in steps of 1/65535, and v. Jinja escapes all text from the model, the embedded JSON holds only
+numbers, and a content policy forbids every request.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ SCORES = {
     "logit": "effect on the predicted token",
 }
 SHOWN_BEFORE, SHOWN_AFTER = 24, 10
-"""Tokens around the chosen one that are shown before a context is opened in full; the main sources are shown too."""
+"""Tokens around the chosen one that are shown, besides the main sources, before a context is opened in full."""
 PAGES_FILE = "pages.json"
-"""In a folder of pages: a list of {file, layer, head, about}."""
+"""A list of the pages in its folder: {file, layer, head, about}."""
 
 
 def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
-    """The page of one head, as HTML; `links` are addresses of the pages of other heads."""
+    """HTML of one head's page; `links` are addresses of other heads' pages."""
     looks = _looks(head)
     origins = sorted(enumerate(head.shares or []), key=lambda pair: -pair[1])[:9]
     siblings = head.siblings.sort_values(["frequency", "head"], ascending=[False, True])
@@ -64,9 +64,9 @@ def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
 
 
 def write_pages(heads: Iterable[Head], folder: str | Path, pages: Sequence[int] = ()) -> dict[int, Path]:
-    """Write the pages of heads into a folder, and `PAGES_FILE` with a line about each; returns head to its file.
+    """Write pages into a folder, and `PAGES_FILE` with a line about each; returns head to file.
 
-    `pages` are all heads that get a page in this folder, so that siblings can be linked.
+    `pages` are all heads with a page in this folder, so that siblings can be linked.
     """
     target, written, lines = store.require_writable(folder), {}, []
     for head in heads:
@@ -97,17 +97,17 @@ def visible(token: str) -> str:
 
 
 def _control(character: str) -> str:
-    # Joiners are part of emoji and of Indian and Arabic writing; overrides of direction are nobody's friend.
+    # Joiners are part of emoji and of Indian and Arabic writing; overrides of direction would mislead.
     return character if character in "\u200c\u200d\ufe0f" else f"⟨U+{ord(character):04X}⟩"
 
 
 def number(value: float) -> str:
-    """A number of three digits or so, with a true minus sign."""
+    """Three significant digits with a true minus sign; a dash if not finite."""
     return f"{value:.3g}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def fixed(value: float) -> str:
-    """A number with two decimals and a true minus sign."""
+    """Two decimals with a true minus sign."""
     return f"{value:.2f}".replace("-", "−")
 
 
@@ -128,12 +128,12 @@ _TEMPLATES.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": ("
 
 
 def render(name: str, **values: Any) -> str:
-    """A template of the package, filled; all text is escaped."""
+    """Fill a template of the package; all text is escaped."""
     return _TEMPLATES.get_template(name).render(values)
 
 
 def macros(name: str) -> Any:
-    """The macros of a template of the package, as functions that return HTML."""
+    """The macros of a template, as functions that return HTML."""
     return _TEMPLATES.get_template(name).module
 
 
@@ -141,7 +141,7 @@ def macros(name: str) -> Any:
 
 
 def describe(head: Head) -> str:
-    """What the head is, in one sentence or two."""
+    """What the head is, in one or two sentences."""
     where = f"head {head.head} of {head.n_heads} in layer {head.layer} of {head.model}, QK group {head.group}"
     if head.dead:
         return f"A dead head: never among the kept heads of any of {head.n_tokens:,} tokens. It is {where}."
@@ -156,7 +156,6 @@ def describe(head: Head) -> str:
 
 
 def _looks(head: Head) -> dict[str, float]:
-    """Shares of the z pattern where the head is active."""
     places = {"first token": "first_share", "token before": "previous_share", "token itself": "self_share"}
     return {place: head.facts[key] for place, key in places.items()}
 
@@ -165,7 +164,6 @@ def _looks(head: Head) -> dict[str, float]:
 
 
 def _kinds(head: Head) -> list[dict[str, Any]]:
-    """The contexts by why they were chosen, as templates/head.html shows them."""
     largest = max(float(head.facts["max_activation"]), 1e-9)
     kinds = []
     for kind, (title, note) in KINDS.items():
@@ -189,7 +187,7 @@ def _title(context: Context, rank: int) -> str:
 
 
 def _pieces(context: Context, largest: float) -> Iterator[dict[str, Any]]:
-    """Every token of a context, and after each stretch that is hidden at first how many tokens it has."""
+    """Every token of a context and, after each stretch hidden at first, how many tokens it has."""
     shown, hidden = _shown(context), 0
     for column, token in enumerate(context.tokens):
         far = column not in shown
@@ -213,7 +211,7 @@ def _pieces(context: Context, largest: float) -> Iterator[dict[str, Any]]:
 
 
 def _shown(context: Context) -> set[int]:
-    """Columns that are shown at first: around the chosen token, and around its main sources."""
+    """Columns shown at first."""
     here, n = context.n_before + context.peak, len(context.tokens)
     shown = set(range(max(context.n_before, here - SHOWN_BEFORE), min(n, here + SHOWN_AFTER + 1)))
     columns = {position: column for column, position in enumerate(context.positions)}
@@ -228,7 +226,7 @@ def _shown(context: Context) -> set[int]:
 
 
 def _numbers(context: Context) -> dict[str, Any]:
-    """What the script needs of a context: rows of attention up to the diagonal, v, and z of the sources added up."""
+    """What page.js needs: rows of attention up to the diagonal, v, and z of the added-up sources."""
     n, before = context.attention.shape[0], context.n_before
     kept = torch.arange(len(context.tokens)) < before + torch.arange(1, n + 1)[:, None]
     steps = (context.attention[kept].clamp(0, 1) * 65535).round().to(torch.int32).numpy().astype("<u2")
