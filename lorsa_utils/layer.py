@@ -262,7 +262,9 @@ def model_of_run(
         model = loaded_model(name, revision, device, dtype) or load_model(
             name, revision=revision, device=device, dtype=dtype
         )
-        if model.tokenizer_fingerprint == source["tokenizer_sha256"] and model.fingerprint == source["model_sha256"]:
+        if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
+            break  # no dtype will help
+        if model.fingerprint == source["model_sha256"]:
             return model
     check_model(model, folder, source)
     return model
