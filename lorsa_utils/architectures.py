@@ -1,7 +1,6 @@
 """Where each model family keeps its modules, and its attention weights by head.
 
-To add a family, add an entry to `ARCHITECTURES` and a tiny model to `tests/tiny_models.py`, which
-`tests/test_architectures.py` runs.
+To add a family, add an entry to `ARCHITECTURES` and a tiny model to `tests/tiny_models.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Architecture:
     heads: Callable[[Any, Any], dict[str, Any]]
     """(config, attention module) to the weights of an `AttentionSite`."""
     fixed: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(repr=False)
-    """Modules that compute queries and keys, to functions that detach these (but not values) in (config, output)."""
+    """Modules that compute queries and keys, to (config, output) -> output with these detached, but not values."""
     has_rotary: bool = True
 
 

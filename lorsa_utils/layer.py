@@ -111,7 +111,7 @@ class Layer:
         return metrics.evaluate(self.module, self.number, self.model, text, batch_size, progress)
 
     def ablate(self, chosen: Sequence[int] | Mapping[int, float]) -> contextlib.AbstractContextManager[None]:
-        """Inside the context the model runs without what these units write; a mapping gives the share removed of each.
+        """Inside the context the model runs without what these units write; a mapping gives each one's removed share.
 
         Raises:
             UserError: there is no such unit.
@@ -192,11 +192,7 @@ class HeadPage:
 
 
 def run_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a finished run.
-
-    Raises:
-        UserError: the run is not finished or does not name its model and layer.
-    """
+    """config.json of a run; UserError if it is not finished or does not name its model and layer."""
     read_module_settings(folder)
     if not (Path(folder) / "model.safetensors").is_file():
         raise UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
@@ -209,11 +205,7 @@ def run_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_model(model: LanguageModel, folder: str | Path, source: Mapping[str, Any]) -> None:
-    """Check that a run was trained on this model (`source` in config.json).
-
-    Raises:
-        UserError: other weights or another tokenizer.
-    """
+    """UserError if a run (`source` in config.json) was trained on other weights or another tokenizer."""
     if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
         raise UserError(
             f"{model.name} has another tokenizer than the model that {folder} was trained on; "
@@ -229,11 +221,7 @@ def check_model(model: LanguageModel, folder: str | Path, source: Mapping[str, A
 def model_of_run(
     folder: str | Path, source: Mapping[str, Any], moved_to: str | None = None, device: str | torch.device = "auto"
 ) -> LanguageModel:
-    """The model that a run was trained on, in the same dtype.
-
-    Raises:
-        UserError: the model at that place is another one.
-    """
+    """The model that a run was trained on, in the same dtype; UserError if the model found is another one."""
     name = moved_to or source["model"]
     revision = None if moved_to else source["revision"]
     # The hash of the weights depends on their dtype, which follows the machine that trained: try this machine's first.
@@ -297,8 +285,8 @@ def train(
     Args:
         text: training sequences, such as `load_text(...).train`.
         out: run folder; `resume` continues the run in it.
-        n_heads: Lorsa heads, or features; 8 per dimension of the residual stream by default.
-        n_qk: QK groups; about one per d_head heads by default.
+        n_heads: heads or features; 8 * d_model by default.
+        n_qk: QK groups; about n_heads / d_head by default.
         k: units kept per token.
         tokens: budget; all of `text` once by default.
         **settings: other fields of `TrainConfig`.

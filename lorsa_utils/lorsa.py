@@ -1,7 +1,7 @@
-"""Lorsa: many sparse attention heads with rank-1 OV circuits in place of an attention layer; and baselines.
+"""Lorsa, many sparse attention heads with rank-1 OV circuits in place of an attention layer, and baselines.
 
 It is attention with n_qk heads whose values have width G = n_ov / n_qk, then a top-K over all n_ov numbers and a linear
-decode (`reference.lorsa_forward` in loops). A Top-K SAE or transcoder uses the same selection and decode:
+decode (in loops: `reference.lorsa_forward`). Top-K SAEs and transcoders use the same selection and decode:
 
     f = relu(W_E x + b_E),  keep the K features with the largest f * ||w_o||,  y = sum f w_o + b_O
 """
@@ -102,7 +102,7 @@ class SparseModule(nn.Module, ABC):
         """`select` of `pre_activations` of x [batch, length, d_model], with a cheaper gradient; one row per token."""
 
     def encode(self, x: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
-        """Kept units and activations of x [batch, length, d_model], each [batch, length, k]."""
+        """`select` for x [batch, length, d_model]."""
         if backend == "reference":
             return self.select(self.pre_activations(x, backend), backend=backend)
         kept = self.keep(x, self.k)
@@ -116,7 +116,7 @@ class SparseModule(nn.Module, ABC):
         return y + self.b_O if bias else y
 
     def forward(self, x: Tensor, k: int | None = None, dead: Tensor | None = None, aux_k: int = 0) -> SparseOutput:
-        """Predict the layer's output from x [batch, length, d_model]; AuxK chooses among the units in `dead` [n]."""
+        """Predict the layer's output from raw x [batch, length, d_model]; AuxK chooses in the mask `dead` [n]."""
         shape = (*x.shape[:-1], -1)
         kept = self.keep(x, k or self.k, dead, aux_k)
         indices, values = kept.indices.view(shape), kept.values.view(shape)
@@ -354,11 +354,7 @@ class SAE(SparseModule):
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Lorsa | SAE:
-    """A saved module, frozen, for raw activations.
-
-    Raises:
-        UserError: the folder is not a run folder or its files are damaged.
-    """
+    """A saved module, frozen, for raw activations; UserError if `folder` is not a run folder or is damaged."""
     settings = read_module_settings(folder)
     kind = settings["kind"]
     if kind not in KINDS:
@@ -372,11 +368,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Lorsa | SAE:
 
 
 def read_module_settings(folder: str | Path) -> dict[str, object]:
-    """`module` in a run folder's config.json.
-
-    Raises:
-        UserError: config.json is missing, damaged, or of another schema version.
-    """
+    """`module` of config.json; UserError if that is missing, damaged, or of another schema version."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(

@@ -1,11 +1,11 @@
-"""Load a causal language model and reach one attention layer: its input, its output, its weights per head, its RoPE.
+"""Load a causal language model; read and replace the output of an attention layer by forward hooks.
 
-Forward hooks read and replace outputs; the Hugging Face module is unchanged. At layer L, with TransformerLens's names:
+At layer L, with TransformerLens's names:
 
 - attention input (`blocks.{L}.ln1.hook_normalized`): what the attention module reads, after the norm and its gain;
 - attention output (`blocks.{L}.hook_attn_out`): after the output projection and its bias, before the residual sum.
 
-A vector x [d_model] is read by head h as x @ W_Q[h].
+Head h reads a vector x [d_model] as x @ W_Q[h].
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lorsa_utils.resume import blocks_from
 from lorsa_utils.store import sha256_json
 
 Replacement = Callable[[Tensor, Tensor], Tensor]
-"""(attention input, attention output), each [batch, length, d_model], to the new attention output of the same shape."""
+"""(attention input, attention output) to the new output, all [batch, length, d_model]."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _LOGIT_VALUES_AT_ONCE = 1 << 26  # 256 MiB of fp32 logits while the loss is computed
@@ -290,7 +290,7 @@ class LanguageModel:
         """Dotted path of a layer's attention module inside `model`.
 
         Raises:
-            UserError: the layer does not exist, or is not full attention (sliding window).
+            UserError: the layer does not exist, or has no full attention.
         """
         if not 0 <= layer < self.n_layers:
             raise UserError(f"Layer {layer} does not exist in {self.name}; choose one of 0..{self.n_layers - 1}.")
@@ -315,9 +315,9 @@ class LanguageModel:
 
     @torch.no_grad()
     def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Attention input and output of each layer, [batch, length, d_model], from a pass that ends at the deepest.
+        """Attention input and output, each [batch, length, d_model], by layer; the pass ends at the deepest.
 
-        Tokens [batch, length] are padded on the right, if at all. Inside `splice` outputs are the replaced ones.
+        Tokens [batch, length] may be padded on the right. Inside `splice` outputs are the replaced ones.
         """
         tokens = self._checked(tokens)
         captured: dict[int, tuple[Tensor, Tensor]] = {}
@@ -351,15 +351,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def loss(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Next-token cross-entropy, without ever holding the logits of the whole batch.
+        """Next-token cross-entropy in nats, fp32, and whether it counts, each [batch, length - 1].
 
-        Args:
-            tokens: [batch, length]; padding, if any, on the right.
-            mask: [batch, length], False for tokens that are no targets (BOS, padding); by default all are.
-
-        Returns:
-            losses in nats, fp32, and whether they count, each [batch, length - 1]. Entry t predicts token t + 1; its
-            loss is 0 where it does not count.
+        Entry t is for token t + 1, and 0 where it does not count: `mask` [batch, length] is False for tokens that are
+        no targets (BOS, padding on the right). The logits of the whole batch are never in memory.
         """
         tokens = self._checked(tokens)
         if mask is None:
@@ -393,10 +388,10 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def resume(self, layer: int, residual: Tensor) -> Iterator[None]:
-        """Inside the context forward passes start at block `layer`, which reads `residual`; earlier blocks do not run.
+        """Inside the context forward passes start at block `layer`, which reads `residual`.
 
-        With the `residual` of the same tokens, results equal those of a whole pass bit for bit, so repeated changes to
-        a layer are cheap. A `splice` of an earlier layer has no effect.
+        With the `residual` of the same tokens, results equal those of a whole pass bit for bit. A `splice` of an
+        earlier layer has no effect.
         """
         self.module_path(layer)  # refuses a layer that is not there
         before, self._resumed = self._resumed, (layer, residual)
@@ -460,7 +455,7 @@ def _attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _weight_summary(name: str, parameter: Tensor) -> bytes:
-    """Name, dtype, shape, first and last 1024 values, and the sum of all as integers (exact in any order)."""
+    """Name, dtype, shape, first and last 1024 values, and the sum of the bits as integers (exact in any order)."""
     flat = parameter.detach().reshape(-1)
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
     bits = flat.view(width)
@@ -492,8 +487,7 @@ def load_model(
     """Load a causal language model, frozen and in eval mode.
 
     Args:
-        name: "smollm2" (the embedded model, fetched when needed), a local folder, a .gguf file, or a Hugging Face Hub
-            id, which is looked up in the local cache first.
+        name: "smollm2" (embedded, fetched when needed), a local folder, a .gguf file, or a Hub id (cached or not).
         revision: commit, branch or tag of a Hub id.
         device: see `resolve_device`.
         dtype: by default float32 on the CPU and bfloat16 elsewhere.
@@ -526,11 +520,7 @@ def loaded_model(
 
 
 def require_available(name: str) -> None:
-    """Check a Hub id without loading its weights; local models pass.
-
-    Raises:
-        UserError: the weights are gated, absent or out of reach.
-    """
+    """UserError if a Hub id's weights are gated, absent or out of reach; nothing is loaded, local models pass."""
     if name == EMBEDDED_NAME or _resolve(name, None).is_local:
         return
     from huggingface_hub import auth_check, try_to_load_from_cache
@@ -545,11 +535,7 @@ def require_available(name: str) -> None:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A torch device; "auto" is CUDA if available, else the CPU.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """A torch device, UserError if there is none; "auto" is CUDA if available, else the CPU."""
     if str(device) == "auto":
         # torchrun tells every process which GPU is its own.
         gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -561,7 +547,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 class _NotRead(UserError):
-    """The files of a model could not be read; a Hub id may still be downloaded."""
+    """A model's files could not be read; a download may help."""
 
 
 def _resolve(name: str, revision: str | None) -> _Source:
@@ -637,7 +623,7 @@ def _offline() -> bool:
 
 @contextlib.contextmanager
 def _load_errors(name: str) -> Iterator[None]:
-    """Turn whatever a loader raises into one sentence; loaders raise many unrelated types."""
+    """Turn the many types that loaders raise into UserErrors."""
     try:
         yield
     except UserError:

@@ -3,8 +3,8 @@
 `backend` is "torch" (vectorised, any device), "triton" (`kernels`, NVIDIA GPUs), "reference" (loops, for checks) or
 "auto": triton where it runs, else torch.
 
-Training runs `sparse_attention`: attention and selection as one operation, whose backward pass visits only the queries
-in which a head of the QK group was kept, and needs neither the whole z nor a pattern (equations in `kernels`).
+The backward pass of `sparse_attention` visits only the queries in which a head of the QK group was kept, and needs
+neither the whole z nor a pattern (equations in `kernels`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ BACKENDS = ("auto", "torch", "triton", "reference")
 
 
 def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
-    """Resolve "auto" for tensors like `like`, within the kernels' limits on `sizes` (d_qk, group size, n_units).
-
-    Raises:
-        UserError: there is no such backend.
-    """
+    """Resolve "auto" for tensors like `like`, within the kernels' limits on `sizes` (d_qk, group size, n_units)."""
     if backend not in BACKENDS:
         raise UserError(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
     if backend != "auto":
@@ -144,8 +140,7 @@ def select_top_k(scores: Tensor, k: int, backend: str = "torch", floor: float | 
 def _largest(scores: Tensor, k: int, fold: int = 8) -> tuple[Tensor, Tensor]:
     """The k largest scores of each row and their indices, in no order.
 
-    On a CPU wide rows are folded first: the k largest lie in the k columns with the largest maxima, so two short
-    searches replace a long one.
+    On a CPU wide rows are folded: the k largest lie in the k columns with the largest maxima, so two short searches do.
     """
     n = scores.shape[-1]
     if scores.device.type != "cpu" or n % fold or n < 2 * fold * k:
@@ -192,12 +187,11 @@ def sparse_attention(
     aux_k: int = 0,
     backend: str = "auto",
 ) -> KeptHeads:
-    """Causal attention over QK groups, then selection of heads; gradients flow through the kept heads.
+    """Causal attention over QK groups, then selection; gradients flow through the kept heads.
 
     Args:
         q, k: [batch, n_qk, length, d_qk], rotated.
         v: [batch, n_qk, length, group size]; head g * group size + i is column i of group g.
-        scale: factor on q . k.
         dead: mask [n_ov] of the heads from which AuxK chooses.
     """
     n_heads = len(selection.norms)
@@ -246,7 +240,7 @@ class _SparseAttention(torch.autograd.Function):
 
 
 def _dot_precision() -> str:
-    """How the kernels multiply float32 numbers: as PyTorch does on this machine."""
+    """Of the kernels' float32 products, as in PyTorch."""
     try:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     except RuntimeError:  # set through the newer switches, which this one does not read
@@ -282,7 +276,7 @@ def _outputs(
 
 
 def _gradient_of_kept(grad_outputs: Sequence[Tensor], kept: Tensor, selection: Selection) -> Tensor:
-    """Gradient of z at the kept units from those of the fields of `KeptHeads`."""
+    """Gradient of z at the kept units."""
     grad = torch.cat((grad_outputs[1], grad_outputs[3]), dim=1)
     return grad * (selection.activations(kept) != 0)
 
@@ -370,7 +364,7 @@ def _attention_backward(
 
 
 def _as_rows(side: Tensor) -> Tensor:
-    """[batch, n_qk, length, width] to [batch * length * n_qk, width], the projections' memory order."""
+    """[batch, n_qk, length, width] to [batch * length * n_qk, width], as in memory."""
     return side.transpose(1, 2).reshape(-1, side.shape[-1])
 
 
@@ -417,7 +411,7 @@ def _backward_of_pairs(
 
 
 def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: int) -> Tensor:
-    """Transposed decode, [n_units, d]: row h sums weight * row over the rows [n_rows, d] that chose unit h."""
+    """Row h of [n_units, d] sums weight * row over the rows [n_rows, d] that chose unit h."""
     units, order = indices.flatten().sort(stable=True)
     offsets = torch.searchsorted(units, torch.arange(n_units, device=units.device))
     ordered = weights.flatten()[order].to(rows.dtype)
@@ -427,7 +421,7 @@ def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: i
 
 
 class _DecodeWeightGradient(torch.autograd.Function):
-    """Passes y = decode(indices, values, weight) through and adds the gradient of `weight`."""
+    """Passes y through and adds the gradient of `weight`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:

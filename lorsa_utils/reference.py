@@ -63,7 +63,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def select_top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices [n_rows, k] of the k largest of scores [n_rows, n]; ties go to the lower index."""
+    """As `ops.select_top_k`, with ascending indices."""
     rows = []
     for row in scores.tolist():
         order = sorted(range(len(row)), key=lambda index: (-row[index], index))
@@ -72,7 +72,7 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum of chosen rows: indices, values [n_rows, k], weight [n, d] to [n_rows, d]."""
+    """As `ops.sparse_decode`."""
     rows = []
     for index_row, value_row in zip(indices.tolist(), values, strict=True):
         chosen = (value * weight[index] for index, value in zip(index_row, value_row, strict=True))
@@ -81,10 +81,9 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
 
 
 def lorsa_forward(x: Tensor, weights: Mapping[str, Tensor], config: LorsaConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """A Lorsa layer on the attention input x [length, d_model] of one sequence.
+    """y [length, d_model], z [length, n_ov] and kept heads [length, k] of x [length, d_model].
 
-    Weights have the names and shapes of `lorsa.Lorsa`. Returns y [length, d_model], z [length, n_ov] and kept heads
-    [length, k].
+    Weights have the names and shapes of `lorsa.Lorsa`.
     """
     length = x.shape[0]
     scale = config.attn_scale or config.d_qk**-0.5

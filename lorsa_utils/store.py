@@ -82,11 +82,7 @@ def write_json(path: StrPath, content: Any) -> None:
 
 
 def read_json(path: StrPath) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing or is not JSON.
-    """
+    """Content of a file; UserError if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -105,11 +101,7 @@ def write_tensors(
 
 
 def read_tensors(path: StrPath, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-    """Read a safetensors file; what `compact` stored comes back as float32.
-
-    Raises:
-        UserError: the file is missing, cut short or not safetensors.
-    """
+    """Tensors of a file, `compact` ones as float32; UserError if it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; check the path or rebuild it.")
     try:
@@ -131,11 +123,7 @@ def compact(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def expand(tensors: dict[str, torch.Tensor], path: StrPath) -> dict[str, torch.Tensor]:
-    """The inverse of `compact`.
-
-    Raises:
-        UserError: scales do not fit; it names `path`.
-    """
+    """The inverse of `compact`; UserError, with `path`, if scales do not fit."""
     for name in [name for name in tensors if name + SCALE in tensors]:
         scale = tensors.pop(name + SCALE)
         if tensors[name].dtype != torch.int8 or tensors[name].shape[:-1] != scale.shape:
@@ -170,11 +158,7 @@ def free_bytes(path: StrPath) -> int:
 
 
 def require_free_bytes(path: StrPath, needed: int, what: str) -> None:
-    """Check for free space before starting.
-
-    Raises:
-        UserError: `needed` bytes plus a 1 GiB reserve do not fit on the disk of `path`.
-    """
+    """UserError if `needed` bytes plus a 1 GiB reserve do not fit on the disk of `path`."""
     free = free_bytes(path)
     if needed + (1 << 30) > free:
         raise UserError(
@@ -184,11 +168,7 @@ def require_free_bytes(path: StrPath, needed: int, what: str) -> None:
 
 
 def require_writable(folder: StrPath) -> Path:
-    """Create `folder` if needed, and try to write in it.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Create `folder` if needed; UserError if it cannot be written."""
     path = Path(folder)
     probe = path / f".write-test-{uuid.uuid4().hex[:8]}"
     try:
