@@ -89,7 +89,7 @@ class RotaryConfig(Config):
     adjacent_pairs: bool = False
     """False: dimension i turns with i + rotary_dim/2 (NeoX, Llama). True: 2i turns with 2i+1 (GPT-J)."""
     factor: float = 1.0
-    """Of `linear` and `llama3`."""
+    """Scaling of `linear` and `llama3`."""
     low_freq_factor: float = 1.0
     """`llama3`: wavelengths longer than original_context/low_freq_factor are stretched by `factor`."""
     high_freq_factor: float = 4.0
@@ -291,7 +291,7 @@ class Preset(Size):
     licence: str
     """Of the weights, as the Hub spells it."""
     source: str
-    """Of shape and budget."""
+    """Where shape and budget are from."""
     n_layers: int
     d_model: int
     d_head: int

@@ -121,7 +121,7 @@ class Layer:
         return ablate(self.model, {self.number: self.units}, {self.number: chosen})
 
     def describe(self, text: Sequences | None = None, **options: Any) -> pd.DataFrame:
-        """What each head does, one row per head (`heads.survey.describe`), by default on `text()`.
+        """What each head does, one row per head, by default on `text()`; options as in `heads.survey.describe`.
 
         Raises:
             UserError: the module is not a Lorsa, or none of its heads is ever active on the text.
