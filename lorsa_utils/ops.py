@@ -1,10 +1,10 @@
-"""The few operations that everything is made of: rotary tables, ONE attention, ONE top-K selection, ONE sparse decode.
+"""Rotary tables, attention, top-K selection and sparse decode.
 
-Each takes `backend`: "torch" (vectorised, any device), "triton" (the kernels of `kernels`, NVIDIA GPUs), "reference"
-(the loops of `reference`, for checks) or "auto": triton where it runs, else torch.
+`backend` is "torch" (vectorised, any device), "triton" (`kernels`, NVIDIA GPUs), "reference" (loops, for checks) or
+"auto": triton where it runs, else torch.
 
-`sparse_attention` is what training runs: attention and selection as one operation. Its backward pass visits for each QK
-group only the queries in which one of its heads was kept, and needs neither z nor a pattern (equations in `kernels`).
+The backward pass of `sparse_attention` visits only the queries in which a head of the QK group was kept, and needs
+neither the whole z nor a pattern (equations in `kernels`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ BACKENDS = ("auto", "torch", "triton", "reference")
 
 
 def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
-    """The backend that "auto" means for tensors like `like`; any other stays itself.
-
-    The kernels have limits in `sizes` (d_qk, group size, number of units), and know no float64.
-    """
+    """Resolve "auto" for tensors like `like`, within the kernels' limits on `sizes` (d_qk, group size, n_units)."""
     if backend not in BACKENDS:
         raise UserError(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
     if backend != "auto":
@@ -40,7 +37,7 @@ def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
 def rotary_tables(
     rotary: RotaryConfig, length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation of every position, each [length, rotary_dim / 2], from angles in float64."""
+    """Cosines and sines of every position, each [length, rotary_dim / 2], from angles in float64."""
     frequencies = torch.tensor(reference.inverse_frequencies(rotary), dtype=torch.float64)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
@@ -56,7 +53,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, back
 
 
 class _Rotation(torch.autograd.Function):
-    """One pass over the data in each direction; the gradient of a rotation is the rotation by the opposite angle."""
+    """The gradient of a rotation is the rotation by the opposite angle."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, backend: str) -> Tensor:
@@ -109,7 +106,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
 
 
 def attention_pattern(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The pattern itself, q, k [..., length, d_qk] to [..., length, length]: rows are queries and sum to 1."""
+    """Causal pattern of q, k [..., length, d_qk], [..., length, length]: rows are queries and sum to 1."""
     scores = (q @ k.transpose(-1, -2)) * scale
     length = q.shape[-2]
     future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
@@ -117,7 +114,7 @@ def attention_pattern(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def select_top_k(scores: Tensor, k: int, backend: str = "torch", floor: float | None = None) -> Tensor:
-    """Indices [n_rows, k] of the k largest of each row of scores [n_rows, n], in no order; of equal ones the lower.
+    """Indices [n_rows, k] of the k largest in each row of scores [n_rows, n], in no order; ties go to the lower index.
 
     Scores below `floor` count as `floor`.
     """
@@ -126,7 +123,7 @@ def select_top_k(scores: Tensor, k: int, backend: str = "torch", floor: float | 
     n = scores.shape[-1]
     if k == n:
         return torch.arange(n, device=scores.device).expand(scores.shape[0], n)
-    # One more than asked shows whether the choice at the boundary is a tie; only such rows need a stable sort.
+    # One more than asked shows a tie at the boundary; only such rows need a stable sort.
     values, indices = _largest(scores, k + 1)
     smallest, place = values.topk(2, dim=-1, largest=False)
     last = torch.full_like(place[:, :1], k)
@@ -143,8 +140,7 @@ def select_top_k(scores: Tensor, k: int, backend: str = "torch", floor: float | 
 def _largest(scores: Tensor, k: int, fold: int = 8) -> tuple[Tensor, Tensor]:
     """The k largest scores of each row and their indices, in no order.
 
-    On a CPU wide rows are folded first: the k largest lie in the k columns of the folded row with the largest maxima,
-    so that two short searches replace a long one.
+    On a CPU wide rows are folded: the k largest lie in the k columns with the largest maxima, so two short searches do.
     """
     n = scores.shape[-1]
     if scores.device.type != "cpu" or n % fold or n < 2 * fold * k:
@@ -159,7 +155,7 @@ def _largest(scores: Tensor, k: int, fold: int = 8) -> tuple[Tensor, Tensor]:
 def select_heads(z: Tensor, selection: Selection, among: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Kept units [n_rows, k], in no order, of activations z [n_rows, n].
 
-    With a mask `among` [n] only these units compete; where they are fewer than k, others fill up.
+    Only units in the mask `among` [n] compete; if they are fewer than k, others fill up.
     """
     if choose_backend(backend, z, 1, 1, z.shape[-1]) == "triton":
         return kernels.select_top_k(z, selection, among)[0]
@@ -170,16 +166,15 @@ def select_heads(z: Tensor, selection: Selection, among: Tensor | None = None, b
 
 
 class KeptHeads(NamedTuple):
-    """What `sparse_attention` returns."""
+    """Kept heads [n_rows, k], in no order, and the best dead ones for AuxK [n_rows, aux_k]; values are activations.
+
+    A kept head that is not active has value zero.
+    """
 
     indices: Tensor
-    """Kept heads, [n_rows, k], int64, in no order."""
     values: Tensor
-    """Their activations, [n_rows, k]; zero where a kept one is not active."""
     aux_indices: Tensor
-    """The best among the dead heads, [n_rows, aux_k]."""
     aux_values: Tensor
-    """Their activations, [n_rows, aux_k]."""
 
 
 def sparse_attention(
@@ -192,13 +187,12 @@ def sparse_attention(
     aux_k: int = 0,
     backend: str = "auto",
 ) -> KeptHeads:
-    """Causal attention over QK groups and the selection of heads, differentiable in q, k and v through the kept heads.
+    """Causal attention over QK groups, then selection; gradients flow through the kept heads.
 
     Args:
         q, k: [batch, n_qk, length, d_qk], rotated.
         v: [batch, n_qk, length, group size]; head g * group size + i is column i of group g.
-        scale: factor on q . k.
-        dead: mask [n_ov] of the heads from which AuxK chooses aux_k.
+        dead: mask [n_ov] of the heads from which AuxK chooses.
     """
     n_heads = len(selection.norms)
     backend = choose_backend(backend, q, q.shape[-1], v.shape[-1], n_heads)
@@ -246,7 +240,7 @@ class _SparseAttention(torch.autograd.Function):
 
 
 def _dot_precision() -> str:
-    """How the kernels multiply float32 numbers: as PyTorch does on this machine."""
+    """Of the kernels' float32 products, as in PyTorch."""
     try:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     except RuntimeError:  # set through the newer switches, which this one does not read
@@ -256,7 +250,7 @@ def _dot_precision() -> str:
 def _select_kept(
     z: Tensor, selection: Selection, dead: Tensor | None, aux_k: int, backend: str
 ) -> tuple[list[Tensor], Tensor]:
-    """Both selections from z [n_rows, n]: their indices, and z at both side by side, [n_rows, k + aux_k]."""
+    """Indices of both selections from z [n_rows, n], and z at them, [n_rows, k + aux_k]."""
     chosen = [select_heads(z, selection, backend=backend)]
     if dead is None or not aux_k:
         chosen.append(chosen[0][:, :0])
@@ -282,13 +276,13 @@ def _outputs(
 
 
 def _gradient_of_kept(grad_outputs: Sequence[Tensor], kept: Tensor, selection: Selection) -> Tensor:
-    """Gradient of z at the kept units from the gradients of the two activations that `KeptHeads` holds."""
+    """Gradient of z at the kept units."""
     grad = torch.cat((grad_outputs[1], grad_outputs[3]), dim=1)
     return grad * (selection.activations(kept) != 0)
 
 
 def _attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """z of every head, [batch * length, n_ov], and the log-sum-exp of every query's scores, [batch, n_qk, length]."""
+    """z, [batch * length, n_ov], and the log-sum-exp of every query's scores, [batch, n_qk, length]."""
     batch, groups, length, d_qk = q.shape
     width, size = max(d_qk, v.shape[-1]), v.shape[-1]
     # The CPU's flash attention wants values as wide as keys; zeros change neither scores nor the other columns of z.
@@ -298,20 +292,20 @@ def _attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
 
 
 class _Visits(NamedTuple):
-    """The queries that the backward pass visits, packed by pairs of (sequence, QK group), ascending by position."""
+    """The queries that the backward pass visits, packed by (sequence, QK group), ascending by position."""
 
     pairs: Tensor
-    """Sequence * n_qk + group of the non-empty ones, [n_pairs]."""
+    """Sequence * n_qk + group of the non-empty pairs, [n_pairs]."""
     counts: list[int]
     """Visited queries of each pair, descending."""
     starts: Tensor
-    """Where the rows of each pair begin, [n_pairs]."""
+    """Where each pair's rows begin, [n_pairs]."""
     positions: Tensor
-    """Position of each visited query in its sequence, [n_visits]."""
+    """In the sequence, [n_visits]."""
     delta: Tensor
-    """delta of each visited query, [n_visits]."""
+    """As in `kernels`, [n_visits]."""
     grads: Tensor
-    """Gradient of the values of its QK group, [n_visits + 1, group size]; the last row is zero, for padding."""
+    """Gradient by z of the QK group, [n_visits + 1, group size]; the last row is zero, for padding."""
 
 
 def _pack_visits(
@@ -323,8 +317,7 @@ def _pack_visits(
     touched[row[grad != 0], group[grad != 0]] = True
     pair, position = touched.view(batch, length, groups).transpose(1, 2).reshape(-1, length).nonzero(as_tuple=True)
     sequence, of_group = pair // groups, pair % groups
-    # Number of the visit of every (token, group); tokens without one point at the padding row and bring a zero
-    # gradient.
+    # Visit of every (token, group); tokens without one point at the padding row and have zero gradient.
     visit = torch.full((batch * length, groups), len(pair), device=indices.device)
     visit[sequence * length + position, of_group] = torch.arange(len(pair), device=indices.device)
     places = visit.gather(1, group)
@@ -346,18 +339,16 @@ QUERIES_AT_A_TIME = 96
 def _attention_backward(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, indices: Tensor, kept: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; of a QK group only the queries in which one of its heads was kept are visited.
+    """Gradients of q, k and v, as in `sparse_attention`.
 
     Args:
-        q, k, v: as in `sparse_attention`.
         lse: log-sum-exp of the scores, [batch, n_qk, length].
         indices, kept, grad: heads, their z and its gradient, each [batch * length, n_kept]; a head may appear twice.
     """
     batch, groups, length, _ = q.shape
     visits = _pack_visits(indices, kept, grad, batch, length, groups, v.shape[-1])
     tables = [_as_rows(side) for side in (q, k, v)]
-    # One row more than there are, for what padding brings. Pairs write all their keys and values, so only absent ones
-    # need zeros.
+    # One extra row, for padding. Pairs write all their keys and values, so only absent ones need zeros.
     grads = [table.new_empty(len(table) + 1, table.shape[1]) for table in tables]
     grads[0].zero_()
     absent = torch.ones(batch, groups, dtype=torch.bool, device=q.device)
@@ -373,14 +364,14 @@ def _attention_backward(
 
 
 def _as_rows(side: Tensor) -> Tensor:
-    """[batch, n_qk, length, width] as rows in the memory order of the projections, [batch * length * n_qk, width]."""
+    """[batch, n_qk, length, width] to [batch * length * n_qk, width], as in memory."""
     return side.transpose(1, 2).reshape(-1, side.shape[-1])
 
 
 def _backward_of_pairs(
     tables: Sequence[Tensor], lse: Tensor, scale: float, visits: _Visits, chosen: slice, grads: Sequence[Tensor]
 ) -> None:
-    """Add the gradients of the chosen (sequence, QK group) pairs, of which the first has the most visits.
+    """Write the gradients of the chosen pairs, of which the first has the most visits.
 
     Tables are q, k and v as rows (`_as_rows`); grads have one row more, for padding.
     """
@@ -420,7 +411,7 @@ def _backward_of_pairs(
 
 
 def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: int) -> Tensor:
-    """[n_units, d], whose row h sums weight * row over the rows [n_rows, d] that chose unit h: a decode transposed."""
+    """Row h of [n_units, d] sums weight * row over the rows [n_rows, d] that chose unit h."""
     units, order = indices.flatten().sort(stable=True)
     offsets = torch.searchsorted(units, torch.arange(n_units, device=units.device))
     ordered = weights.flatten()[order].to(rows.dtype)
@@ -430,7 +421,7 @@ def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: i
 
 
 class _DecodeWeightGradient(torch.autograd.Function):
-    """Passes y = decode(indices, values, weight) through and adds the gradient of `weight`, chosen rows only."""
+    """Passes y through and adds the gradient of `weight`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
@@ -460,9 +451,9 @@ class _KernelDecode(torch.autograd.Function):
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
-    """Sum of chosen rows, differentiable in values and weight: [n_rows, k], [n_rows, k], [n, d] to [n_rows, d].
+    """Weighted sum of chosen rows: [n_rows, k], [n_rows, k], [n, d] to [n_rows, d].
 
-    Indices of one row must differ from each other.
+    Indices in a row must be distinct.
     """
     backend = choose_backend(backend, weight)
     if backend == "reference":
@@ -470,7 +461,7 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str 
     if backend == "triton":
         decoded: Tensor = _KernelDecode.apply(indices, values, weight)
         return decoded
-    # The bag's own gradient of the values is fast, that of the weight is not: it comes from the function above.
+    # The bag's own gradient of the values is fast; that of the weight is slow and comes from the function above.
     y = F.embedding_bag(indices, weight.detach(), per_sample_weights=values.to(weight.dtype), mode="sum")
     result: Tensor = _DecodeWeightGradient.apply(y, indices, values.detach(), weight)
     return result
@@ -487,7 +478,7 @@ def sparse_encode(
 ) -> KeptHeads:
     """Features of x [n_rows, d] by weight [n, d] and bias [n], and their selection as in `sparse_attention`.
 
-    The backward pass touches the rows of kept features only.
+    The backward pass touches only the rows of kept features.
     """
     return KeptHeads(*_SparseEncoding.apply(x, weight, bias, selection, dead, aux_k, choose_backend(backend, x)))
 

@@ -1,14 +1,12 @@
-"""The paper's equations in plain loops, in any dtype: slow, short, and what everything else is checked against.
+"""The paper's equations in plain loops over positions and heads: slow, short, and what the rest is checked against.
 
-For one sequence X [length, d_model] and head h of QK group g (paper, Sec. 3):
+For a sequence X [length, d_model] and head h of QK group g (paper, Sec. 3):
 
     q_i, k_i = RoPE(norm(x_i W_Q^g + b_Q^g)), RoPE(norm(x_i W_K^g + b_K^g))
     A_ij     = softmax over j <= i of attn_scale * q_i . k_j
     v_i      = x_i . w_v^h + b_V^h                                (a scalar)
     z_i      = sum_j A_ij v_j
     y_i      = sum over the K heads with the largest score at i (see `selection`) of z_i w_o^h, plus b_O
-
-Nothing here is vectorised over positions or heads, on purpose.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from lorsa_utils.selection import Selection
 
 
 def inverse_frequencies(rotary: RotaryConfig) -> list[float]:
-    """Angle per token of each rotated pair, in radians, [rotary_dim / 2] (RoPE; `llama3` scaling as in Llama 3.1)."""
+    """Angle per token of each rotated pair, in radians (`llama3` scaling as in Llama 3.1)."""
     result = []
     for pair in range(rotary.rotary_dim // 2):
         frequency = rotary.theta ** (-2 * pair / rotary.rotary_dim)
@@ -65,7 +63,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def select_top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices [n_rows, k] of the k largest scores [n_rows, n] of each row; of equal scores the lower index wins."""
+    """As `ops.select_top_k`, with ascending indices."""
     rows = []
     for row in scores.tolist():
         order = sorted(range(len(row)), key=lambda index: (-row[index], index))
@@ -74,7 +72,7 @@ def select_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Sum of the chosen rows: indices, values [n_rows, k], weight [n, d] to [n_rows, d]."""
+    """As `ops.sparse_decode`."""
     rows = []
     for index_row, value_row in zip(indices.tolist(), values, strict=True):
         chosen = (value * weight[index] for index, value in zip(index_row, value_row, strict=True))
@@ -83,15 +81,9 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
 
 
 def lorsa_forward(x: Tensor, weights: Mapping[str, Tensor], config: LorsaConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole layer on one sequence, head by head.
+    """y [length, d_model], z [length, n_ov] and kept heads [length, k] of x [length, d_model].
 
-    Args:
-        x: inputs of the attention layer, [length, d_model].
-        weights: W_Q, W_K [n_qk, d_model, d_qk], W_V, W_O [n_ov, d_model], b_Q, b_K [n_qk, d_qk], b_V [n_ov], b_O
-            [d_model], and q_norm, k_norm [n_qk, d_qk] when `config.qk_norm`.
-
-    Returns:
-        y [length, d_model], z of every head [length, n_ov], kept heads [length, k].
+    Weights have the names and shapes of `lorsa.Lorsa`.
     """
     length = x.shape[0]
     scale = config.attn_scale or config.d_qk**-0.5

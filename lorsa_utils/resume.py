@@ -1,4 +1,4 @@
-"""Run a model from one of its blocks on: the only place where the Hugging Face module is changed, for one pass."""
+"""Run a model from a given block on: the only place where the Hugging Face module is changed, for one pass."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def blocks_from(model: Any, path: str, layer: int, residual: Tensor) -> Iterator[None]:
-    """Inside the context a Hugging Face model lacks the blocks before a layer, whose block reads `residual` instead.
-
-    `path` is that of the list of blocks inside the model.
-    """
+    """Inside the context block `layer` of a model reads `residual`; earlier ones are gone. `path` is of their list."""
     above, _, name = path.rpartition(".")
     parent = model.get_submodule(above)
     blocks: nn.ModuleList = getattr(parent, name)
@@ -23,7 +20,7 @@ def blocks_from(model: Any, path: str, layer: int, residual: Tensor) -> Iterator
         return residual.to(model.device, model.dtype), *args[1:]
 
     hook = blocks[layer].register_forward_pre_hook(read_residual)
-    # transformers looks up a layer's type of attention by its place in the list: with several types none is left out.
+    # transformers looks up a layer's attention type by its place in the list: with several types none is left out.
     one_type = len(set(getattr(model.config, "layer_types", None) or [""])) == 1
     rest = nn.ModuleList()
     for number in range(layer if one_type else 0, len(blocks)):

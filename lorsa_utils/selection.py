@@ -1,8 +1,6 @@
-"""Which units of a token are kept: always K, those with the largest score; of equal scores the lower index wins.
+"""Which units are kept at each token: the K with the largest score; ties go to the lower index.
 
-    score = relu(z) ||w_o||   (`relu`: units act one way only)   or   |z| ||w_o||   (`abs`)
-
-Everything that selects is handed a `Selection`, so another score is an entry of `SCORES`.
+score = relu(z) ||w_o||   (`relu`: units act one way only)   or   |z| ||w_o||   (`abs`)
 """
 
 from __future__ import annotations
@@ -13,18 +11,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCORES = {"relu": True, "abs": False}
-"""By name, whether a score rectifies: z below zero then counts as zero, in the competition and in the output."""
+"""Whether z below zero counts as zero, in the score and in the output."""
 FIXED_K = ("topk", "relu")
-"""What published weights may call their selection: K units at every token, or all of them. What keeps another number at
-every token (`jumprelu`, `batchtopk`) is refused by its name."""
+"""Names in published weights: K units at every token, or all. Those with a varying number (`jumprelu`, `batchtopk`) are
+refused."""
 
 
 class Selection(NamedTuple):
-    """How many units are kept, and by what."""
+    """How many units are kept, and by which score."""
 
     k: int
     norms: Tensor
-    """Lengths of the write directions, [n]; no gradient flows to them."""
+    """Of the write directions, [n], without gradient."""
     score: str = "relu"
 
     @property
@@ -33,13 +31,13 @@ class Selection(NamedTuple):
         return SCORES[self.score]
 
     def scores(self, z: Tensor) -> Tensor:
-        """Scores [..., n] of activations z [..., n]; those below zero count as zero."""
+        """Scores of z, [..., n]; those below zero count as zero."""
         return (z if self.rectifies else z.abs()) * self.norms
 
     def activations(self, z: Tensor) -> Tensor:
-        """What units with activations z before the selection write with when they are kept."""
+        """What kept units multiply their write directions by."""
         return z.relu() if self.rectifies else z
 
     def among(self, units: Tensor, k: int) -> Selection:
-        """The same of some units only, [n_some], from which at most k are kept."""
+        """The selection of at most k among some units [n_some]."""
         return Selection(min(k, len(units)), self.norms[units], self.score)

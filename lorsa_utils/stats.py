@@ -1,7 +1,4 @@
-"""Statistics that several rooms share: intervals, permutation tests, a correction for many tests, ranks.
-
-Every random draw comes from the seed that is given, so that a number can be printed twice.
-"""
+"""Intervals, permutation tests, a correction for many tests, and ranks; random draws follow the given seed."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 
 N_DRAWS = 1000
-"""Draws of a bootstrap."""
+"""Of a bootstrap."""
 N_FLIPS = 20_000
-"""Flips of a sign-flip test."""
+"""Of a sign-flip test."""
 
 
 class Interval(NamedTuple):
-    """A value and its 95 % interval; the bounds are NaN where the sample is too small for one."""
+    """A value and its 95 % interval; bounds are NaN if the sample is too small."""
 
     value: float
     low: float = math.nan
@@ -29,18 +26,18 @@ class Interval(NamedTuple):
 
 
 def percentile_interval(value: float, draws: np.ndarray | Tensor) -> Interval:
-    """The middle 95 % of bootstrap draws [n_draws] around a value; draws that are NaN are left out."""
+    """The middle 95 % of bootstrap draws [n_draws], ignoring NaN."""
     low, high = np.nanquantile(np.asarray(draws, dtype=np.float64), [0.025, 0.975])
     return Interval(float(value), float(low), float(high))
 
 
 def sample_interval(draws: Tensor) -> Interval:
-    """The interval of a statistic [n_draws + 1]: first the sample's value, then bootstrap draws."""
+    """The interval of [n_draws + 1] values: the sample's, then bootstrap draws."""
     return percentile_interval(float(draws[0]), draws[1:])
 
 
 def bootstrap_mean(values: np.ndarray, seed: int = 0, n_draws: int = N_DRAWS) -> Interval:
-    """Mean over units with its bootstrap interval; NaN values are left out."""
+    """Mean with its bootstrap interval, ignoring NaN."""
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return Interval(math.nan)
@@ -49,7 +46,7 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0, n_draws: int = N_DRAWS) ->
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """Mean and its interval by Student's t; no bounds for fewer than two values or one that is not finite."""
+    """Mean and Student's t interval; no bounds for fewer than two values or one that is not finite."""
     n = len(values)
     mean = math.fsum(values) / n if n else math.nan
     if n < 2 or not math.isfinite(mean):
@@ -60,7 +57,7 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def permutation_p(a: np.ndarray, b: np.ndarray, seed: int = 0, n_draws: int = 10_000) -> float:
-    """Two-sided p of the difference of means of two independent samples, by exchanging their members at random."""
+    """Two-sided permutation p of the difference of means of independent samples."""
     both, size = np.concatenate([a, b]), len(a)
     observed = abs(a.mean() - b.mean())
     order = np.random.default_rng(seed).random((n_draws, len(both))).argsort(axis=1)
@@ -70,16 +67,16 @@ def permutation_p(a: np.ndarray, b: np.ndarray, seed: int = 0, n_draws: int = 10
 
 
 def paired_p(differences: np.ndarray, seed: int = 0, n_flips: int = 10_000) -> float:
-    """Two-sided p of the mean of paired differences, by flipping their signs at random."""
+    """Two-sided p of the mean of paired differences, by random sign flips."""
     signs = np.random.default_rng(seed).integers(0, 2, (n_flips, len(differences))) * 2 - 1
     means = np.abs((signs * differences).mean(axis=1))
     return float((1 + (means >= abs(differences.mean()) - 1e-12).sum()) / (1 + n_flips))
 
 
 def sign_flip_p(differences: Tensor, seed: int = 0, n_flips: int = N_FLIPS) -> np.ndarray:
-    """One-sided p-values [n] of differences [n_pairs, n] under flips of the signs of whole pairs.
+    """One-sided p [n] of differences d [n_pairs, n] under sign flips of whole pairs, at least 1 / (n_flips + 1).
 
-    The statistic is sum(d) / sqrt(sum(d^2)); no p-value is below 1 / (n_flips + 1).
+    The statistic is sum(d) / sqrt(sum(d^2)).
     """
     scaled = differences / differences.square().sum(dim=0).sqrt().clamp_min(1e-300)
     observed = scaled.sum(dim=0)
@@ -92,7 +89,7 @@ def sign_flip_p(differences: Tensor, seed: int = 0, n_flips: int = N_FLIPS) -> n
 
 
 def holm(p: np.ndarray, rate: float) -> np.ndarray:
-    """Which of p [n] Holm's method rejects, [n] bool: the chance of even one wrong rejection is at most `rate`."""
+    """Which hypotheses [n] Holm's method rejects: the chance of any wrong rejection is at most `rate`."""
     order = np.argsort(p, kind="stable")
     passed = p[order] <= rate / (len(p) - np.arange(len(p)))
     rejected = np.zeros(len(p), dtype=bool)
@@ -101,10 +98,7 @@ def holm(p: np.ndarray, rate: float) -> np.ndarray:
 
 
 def auc(positives: Tensor, negatives: Tensor, columns: int = 512) -> Tensor:
-    """Area under the ROC curve of every unit: [n_positives, n_units] and [n_negatives, n_units] to [n_units] float64.
-
-    Ties count half. `columns` units are compared at a time.
-    """
+    """Area under the ROC curve, [n_positives, n_units] and [n_negatives, n_units] to [n_units]; ties count half."""
     result = torch.full((positives.shape[1],), 0.5, dtype=torch.float64)
     # Most sparse units are never active on a family's prompts: all ties.
     moving = ((positives != 0).any(dim=0) | (negatives != 0).any(dim=0)).nonzero()[:, 0]

@@ -1,8 +1,4 @@
-"""Files written atomically, hashes, and where the kit's own files are.
-
-A file is written under a temporary name in the same folder, flushed to the disk, and renamed. A reader therefore sees
-the old file or the new one, never half of one.
-"""
+"""Files written atomically (a reader sees the old file or the new one, never half of one), hashes, and `data/`."""
 
 from __future__ import annotations
 
@@ -28,12 +24,12 @@ os.umask(_UMASK)
 StrPath = str | os.PathLike[str]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-"""Folder that holds this package: the root of the repository where it runs from a checkout."""
+"""The parent of this package: the repository's root in a checkout."""
 
 
 @contextlib.contextmanager
 def atomic_path(path: StrPath) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on failure remove it.
+    """Yield a temporary path; on success fsync it and rename it to `path`, on failure remove it.
 
     Raises:
         UserError: the folder cannot be written or the disk is full.
@@ -56,14 +52,13 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: StrPath) -> None:
-    """Delete temporary files that killed writers left in `folder`. Nobody else may be writing there."""
+    """Delete temporary files of killed writers; nobody else may be writing in `folder`."""
     for leftover in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             leftover.unlink()
 
 
 def _write_error(target: Path, error: Exception) -> UserError:
-    """An error of the operating system met while writing, as a sentence with its fix."""
     text = str(error)
     if getattr(error, "errno", None) == 28 or "No space left" in text:
         return UserError(f"The disk is full: {target} was not written; free some space and run the same command again.")
@@ -71,27 +66,23 @@ def _write_error(target: Path, error: Exception) -> UserError:
 
 
 def write_bytes(path: StrPath, content: bytes) -> None:
-    """Write `content` atomically."""
+    """Write atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: StrPath, content: str) -> None:
-    """Write `content` atomically, as UTF-8."""
+    """Write atomically, as UTF-8."""
     write_bytes(path, content.encode("utf-8"))
 
 
 def write_json(path: StrPath, content: Any) -> None:
-    """Write `content` atomically, as indented JSON with keys in the order given."""
+    """Write atomically, indented, with keys in the given order."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: StrPath) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing or is not JSON.
-    """
+    """Content of a file; UserError if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -103,18 +94,14 @@ def read_json(path: StrPath) -> Any:
 def write_tensors(
     path: StrPath, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors atomically as one safetensors file."""
+    """Write atomically, as one safetensors file."""
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
 
 
 def read_tensors(path: StrPath, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-    """Read a safetensors file; tensors that `compact` made small come back as float32.
-
-    Raises:
-        UserError: the file is missing, cut short or not safetensors.
-    """
+    """Tensors of a file, `compact` ones as float32; UserError if it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; check the path or rebuild it.")
     try:
@@ -124,11 +111,11 @@ def read_tensors(path: StrPath, device: str | torch.device = "cpu") -> dict[str,
 
 
 SCALE = ".scale"
-"""Ending of the name under which the scales of a tensor of small integers are stored."""
+"""Suffix for the scales of an int8 tensor."""
 
 
 def compact(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A tensor [..., n] as int8 with one float32 scale per row [...]; a row's largest value becomes 127."""
+    """A tensor [..., n] as int8 with a float32 scale per row [...]: its largest magnitude becomes 127."""
     rows = tensor.detach().float()
     scale = rows.abs().amax(dim=-1).div(127).clamp_min(torch.finfo(torch.float32).tiny)
     steps = (rows / scale[..., None]).round()
@@ -136,7 +123,7 @@ def compact(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def expand(tensors: dict[str, torch.Tensor], path: StrPath) -> dict[str, torch.Tensor]:
-    """The inverse of `compact` for every tensor that has scales beside it; `path` is named when they do not fit."""
+    """The inverse of `compact`; UserError, with `path`, if scales do not fit."""
     for name in [name for name in tensors if name + SCALE in tensors]:
         scale = tensors.pop(name + SCALE)
         if tensors[name].dtype != torch.int8 or tensors[name].shape[:-1] != scale.shape:
@@ -146,7 +133,7 @@ def expand(tensors: dict[str, torch.Tensor], path: StrPath) -> dict[str, torch.T
 
 
 def read_tensor_metadata(path: StrPath) -> dict[str, str]:
-    """The string metadata in a safetensors file's header."""
+    """Metadata in a safetensors header."""
     with safe_open(path, framework="pt") as handle:
         return dict(handle.metadata() or {})
 
@@ -158,12 +145,12 @@ def sha256_file(path: StrPath) -> str:
 
 
 def sha256_json(content: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
+    """SHA-256 of a JSON value; key order does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def free_bytes(path: StrPath) -> int:
-    """Free bytes on the disk that holds `path` (or its nearest existing parent)."""
+    """Free bytes on the disk of `path`, which need not exist."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -171,11 +158,7 @@ def free_bytes(path: StrPath) -> int:
 
 
 def require_free_bytes(path: StrPath, needed: int, what: str) -> None:
-    """Refuse before starting when `needed` bytes plus a 1 GiB reserve do not fit on the disk of `path`.
-
-    Raises:
-        UserError: the disk has too little room.
-    """
+    """UserError if `needed` bytes plus a 1 GiB reserve do not fit on the disk of `path`."""
     free = free_bytes(path)
     if needed + (1 << 30) > free:
         raise UserError(
@@ -185,11 +168,7 @@ def require_free_bytes(path: StrPath, needed: int, what: str) -> None:
 
 
 def require_writable(folder: StrPath) -> Path:
-    """Create `folder` when needed and prove that it can be written.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Create `folder` if needed; UserError if it cannot be written."""
     path = Path(folder)
     probe = path / f".write-test-{uuid.uuid4().hex[:8]}"
     try:
@@ -202,7 +181,7 @@ def require_writable(folder: StrPath) -> Path:
 
 
 def data_dir() -> Path:
-    """The `data/` folder: $LORSA_DATA when set, else `data/` of the checkout that holds this package, else `./data`."""
+    """$LORSA_DATA if set, else `data/` in the checkout, else `./data`."""
     if configured := os.environ.get("LORSA_DATA"):
         return Path(configured)
     return CHECKOUT / "data" if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd() / "data"
