@@ -380,6 +380,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_forward` when dz is zero outside the kept heads.
 
+    Needs memory for tokens * (n_kept + n_groups) numbers beside its results.
+
     Args:
         q, k, v, scale, precision: as in `attention_forward`.
         lse: its second result.

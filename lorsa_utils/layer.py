@@ -48,9 +48,10 @@ class Layer:
     def from_pretrained(
         cls, source: str | Path, model: LanguageModel | str | None = None, device: str | torch.device = "auto"
     ) -> Layer:
-        """Load a module (run folder, or `user/repo:folder` on the Hugging Face Hub) and the model it was trained on.
+        """Load a module (run folder, a checkpoint of the kit, or `user/repo:folder` on the Hugging Face Hub) and its model.
 
-        `model` is that model, or its new place if it moved. A model in memory is shared, not loaded again.
+        `model` is the one that the module was trained on, or its new place if it moved; the folder names it otherwise. A
+        model that is in memory is shared, not loaded again.
 
         Raises:
             UserError: the folder is not a finished run, does not name its model and layer, or the model is another one.

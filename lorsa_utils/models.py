@@ -487,7 +487,8 @@ def load_model(
     """Load a causal language model, frozen and in eval mode.
 
     Args:
-        name: "smollm2" (embedded, fetched when needed), a local folder, a .gguf file, or a Hub id (cached or not).
+        name: "smollm2" (embedded, fetched when needed), a local folder, a .gguf file, or a Hub id. Local paths never
+            touch the network; a Hub id is looked up in the local cache first.
         revision: commit, branch or tag of a Hub id.
         device: see `resolve_device`.
         dtype: by default float32 on the CPU and bfloat16 elsewhere.
