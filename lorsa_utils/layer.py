@@ -48,10 +48,10 @@ class Layer:
     def from_pretrained(
         cls, source: str | Path, model: LanguageModel | str | None = None, device: str | torch.device = "auto"
     ) -> Layer:
-        """Load a module (run folder, a checkpoint of the kit, or `user/repo:folder` on the Hugging Face Hub) and its model.
+        """Load a module and its model from a run folder, a checkpoint of the kit, or `user/repo:folder` on the Hub.
 
-        `model` is the one that the module was trained on, or its new place if it moved; the folder names it otherwise. A
-        model that is in memory is shared, not loaded again.
+        `model` is the one that the module was trained on, or its new place if it moved; the folder names it by default.
+        A model that is in memory is shared, not loaded again.
 
         Raises:
             UserError: the folder is not a finished run, does not name its model and layer, or the model is another one.
