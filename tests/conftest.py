@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
@@ -21,3 +22,8 @@ if not torch.cuda.is_available():
 # In CI the same examples every time, so that a failure there is the fault of the change.
 settings.register_profile("kit", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("kit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks first: they are the longest file, and one worker runs them while the other runs the rest."""
+    items.sort(key=lambda item: "notebooks" not in item.path.parts)
