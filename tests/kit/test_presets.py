@@ -56,7 +56,6 @@ def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str,
         return replace(corpus, origin=list(files) if files else dataset or "embedded")
 
     monkeypatch.setattr("lorsa_utils.text.load_corpus", load_corpus)
-    monkeypatch.setattr("lorsa_utils.kit.recipes.embedded_corpus", lambda: corpus)
     return small
 
 
