@@ -87,6 +87,10 @@ class Text(NamedTuple):
     held_out: Sequences | None
     """None if the text is too short to hold any of it out."""
 
+    def splits(self) -> dict[str, Sequences]:
+        """By name: `train` and, where there is any, `held_out`."""
+        return {"train": self.train} | ({} if self.held_out is None else {"held_out": self.held_out})
+
 
 def load_text(
     model: LanguageModel,

@@ -149,11 +149,10 @@ def cache(options: Options) -> Answer:
     folder = store.require_writable(options.out)
     text = _text(options, model)
     note(text.train.shortfall)
-    splits = {split: part for split, part in text._asdict().items() if part}
     before = _cached(folder, "n_tokens")
     began = time.perf_counter()
     how = {"dtype": options.dtype, "batch_size": options.batch_size, "text": text.train.origin}
-    activations.build_cache(model, splits, options.layers, folder, **how)
+    activations.build_cache(model, text.splits(), options.layers, folder, **how)
     seconds = time.perf_counter() - began
     return {
         "path": str(folder),

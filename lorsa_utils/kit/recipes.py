@@ -30,7 +30,7 @@ def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
     p = run.profile
     held_out_tokens = p.compare_held_out_tokens
     text = load_text(model, p.cache_tokens, held_out_tokens=held_out_tokens, context=p.context, seed=run.seed)
-    return {split: part for split, part in text._asdict().items() if part}
+    return text.splits()
 
 
 def activation_cache(run: Context, model: LanguageModel, splits: Mapping[str, Sequences]) -> Path:
