@@ -1,8 +1,9 @@
 """Load a causal language model; read and replace the output of an attention layer by forward hooks.
 
-At layer L, with TransformerLens's names:
+At layer L, with the names of TransformerLens 4:
 
-- attention input (`blocks.{L}.ln1.hook_normalized`): what the attention module reads, after the norm and its gain;
+- attention input (`blocks.{L}.ln1.hook_out`): what the attention module reads, after the norm and its gain
+  (`ln1.hook_normalized` is before the gain; up to TransformerLens 2 it was after it for layer norms alone);
 - attention output (`blocks.{L}.hook_attn_out`): after the output projection and its bias, before the residual sum.
 
 Head h reads a vector x [d_model] as x @ W_Q[h].
