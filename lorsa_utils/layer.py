@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -143,6 +144,20 @@ class Layer:
             options.setdefault("table", survey.read_table(table_file))
         seen = evidence.Evidence.gather(self.model, self.number, self.lorsa, text, **options)
         return HeadPage(pages.head_page(next(seen.heads([head]))))
+
+    def push_to_hub(self, repo_id: str, folder: str | None = None, private: bool = False) -> str:
+        """Upload for Language-Model-SAEs (Llamascopium), with a model card; returns the address.
+
+        Raises:
+            UserError: the module is not a Lorsa or has no run folder, or the upload fails.
+        """
+        from lorsa_utils.kit import hub
+
+        if self.folder is None:
+            raise UserError("Only a module that was loaded from a run folder can be uploaded; save and load it first.")
+        with tempfile.TemporaryDirectory() as target:
+            hub.export_checkpoint(self.folder, target)
+            return hub.push_to_hub(target, repo_id, folder, private)
 
 
 @dataclass(frozen=True)
