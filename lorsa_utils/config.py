@@ -22,11 +22,12 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 }
 
 
+@dataclass(frozen=True)
 class Config:
     """To and from JSON-ready dicts; an impossible setting raises UserError."""
 
     def __post_init__(self) -> None:
-        for item in fields(self):  # type: ignore[arg-type]
+        for item in fields(self):
             value = getattr(self, item.name)
             if expected := PLAIN_TYPES.get(str(item.type)):
                 _check(
@@ -43,33 +44,23 @@ class Config:
         value = getattr(self, name)
         _check(value in choices, f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)  # type: ignore[call-overload]
+    to_dict = asdict
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from `to_dict`; UserError if a field is unknown or missing, or a value impossible."""
-        known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-        if unknown := sorted(set(values) - known):
-            raise UserError(
-                f"Unknown setting {unknown[0]!r} for {cls.__name__}; "
-                f"it was written by another version, known are {sorted(known)}."
-            )
         arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        if "rotary" in arguments and isinstance(arguments["rotary"], Mapping):
-            arguments["rotary"] = RotaryConfig.from_dict(arguments["rotary"])
+        if isinstance(rotary := values.get("rotary"), Mapping):
+            arguments["rotary"] = RotaryConfig.from_dict(rotary)
         try:
             return cls(**arguments)
         except TypeError as error:
             raise UserError(
-                f"The settings of a {cls.__name__} are incomplete or of a wrong type ({error}); "
-                "restore the file they are from."
+                f"The settings of a {cls.__name__} are incomplete or written by another version ({error}); known are "
+                f"{sorted(item.name for item in fields(cls))}; restore the file they are from."
             ) from error
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with changes, checked again."""
-        return replace(self, **changes)  # type: ignore[type-var]
+    replace = replace  # a copy with changes, checked again
 
 
 def _check(condition: bool, sentence: str) -> None:
@@ -99,10 +90,7 @@ class RotaryConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
-            self.rope_type in ROPE_TYPES,
-            f"Rope type {self.rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}.",
-        )
+        self._choose("rope_type", ROPE_TYPES)
         _check(self.rotary_dim % 2 == 0 and self.rotary_dim >= 0, f"rotary_dim must be even, not {self.rotary_dim}.")
         _check(self.rope_type == "none" or self.rotary_dim > 0, "rotary_dim must be positive when there is a rotation.")
 
@@ -241,8 +229,11 @@ class TrainConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size(Config):
-    """What profiles and presets share."""
+class Profile(Config):
+    """How large a run of the notebooks is: `smoke` (minutes), `laptop` (two cores), `paper`, or a preset.
+
+    The defaults are those of the paper's size.
+    """
 
     name: str
     model: str
@@ -253,30 +244,27 @@ class Size(Config):
     """Of notebook 03."""
     n_heads: int
     n_qk: int
+    d_head: int
+    """Width of the model's queries and keys, and of Lorsa's."""
     k: int
     context: int
     """Tokens per sequence, with BOS."""
     batch_size: int = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile(Size):
-    """How large a run of the notebooks is: `smoke` (minutes), `laptop` (two cores), `paper`, or a preset."""
-
-    cache_tokens: int
+    cache_tokens: int = 1_000_000
     """Training tokens in the activation cache of notebook 01."""
-    train_tokens: int
+    train_tokens: int = 800_000_000
     """Budget of one module."""
-    held_out_tokens: int
+    held_out_tokens: int = 1_000_000
     """For the main layer."""
-    compare_held_out_tokens: int
+    compare_held_out_tokens: int = 1_000_000
     """For each layer of notebook 03."""
-    sae_features: int
-    """As many as Lorsa has heads."""
-    sae_features_equal_parameters: int
-    """Of an SAE with as many parameters as Lorsa."""
-    seeds: int
+    seeds: int = 5
     """For the toy of notebook 00."""
+
+    @property
+    def sae_features_equal_parameters(self) -> int:
+        """Of an SAE with as many parameters as Lorsa."""
+        return self.n_heads + self.n_qk * self.d_head
 
     @property
     def is_scaled_down(self) -> bool:
@@ -285,8 +273,8 @@ class Profile(Size):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset(Size):
-    """A language model, and the shape and training of its Lorsa layers."""
+class Preset(Profile):
+    """A language model, and the shape and training of its Lorsa layers: the notebooks can run in this size too."""
 
     licence: str
     """Of the weights, as the Hub spells it."""
@@ -294,54 +282,31 @@ class Preset(Size):
     """Where shape and budget are from."""
     n_layers: int
     d_model: int
-    d_head: int
-    """Width of the model's queries and keys, and of Lorsa's."""
     parameters: float
     """Of the model, embeddings included."""
     multiplied: float
     """Those that a pass up to the last attention layer multiplies with: all but embedding and unembedding."""
-    tokens: int = 800_000_000
-    """Training tokens per layer."""
     dataset: str = "cerebras/SlimPajama-627B"
     """On the Hugging Face Hub."""
 
-    def profile(self) -> Profile:
-        """The notebooks in this size."""
-        return Profile(
-            **{item.name: getattr(self, item.name) for item in fields(Size)},
-            cache_tokens=1_000_000,
-            train_tokens=self.tokens,
-            held_out_tokens=1_000_000,
-            compare_held_out_tokens=1_000_000,
-            sae_features=self.n_heads,
-            sae_features_equal_parameters=self.n_heads + self.n_qk * self.d_head,
-            seeds=5,
-        )
 
-
-def _read_sizes(file: Path) -> tuple[dict[str, Preset], dict[str, Profile]]:
-    tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    presets = {name: Preset.from_dict({"name": name} | values) for name, values in tables["presets"].items()}
-    profiles = {
-        name: presets[values["preset"]].profile().replace(name=name)
-        if "preset" in values
-        else Profile.from_dict({"name": name} | values)
-        for name, values in tables["profiles"].items()
-    }
-    return presets, profiles | {name: preset.profile() for name, preset in presets.items()}
-
-
-PRESETS, PROFILES = _read_sizes(Path(__file__).with_name("profiles.toml"))
+_TABLES = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
+PRESETS = {name: Preset.from_dict({"name": name} | values) for name, values in _TABLES["presets"].items()}
+PROFILES: dict[str, Profile] = {
+    **{name: Profile.from_dict({"name": name} | values) for name, values in _TABLES["profiles"].items()},
+    "paper": PRESETS["pythia-160m"].replace(name="paper"),
+    **PRESETS,
+}
 """By name; each preset is also a profile."""
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name, else UserError."""
+    """By name, else UserError."""
     _check(name in PRESETS, f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
 def get_profile(name: str) -> Profile:
-    """The profile of that name, else UserError."""
+    """By name, else UserError."""
     _check(name in PROFILES, f"There is no profile {name!r}; choose one of {', '.join(PROFILES)}.")
     return PROFILES[name]

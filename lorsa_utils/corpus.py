@@ -18,7 +18,7 @@ import xml.etree.ElementTree as ElementTree
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from lorsa_utils import store
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.fetch import fetch_wheel_member
+from lorsa_utils.fetch import WheelFile
 from lorsa_utils.prose import module_prose, wiki_prose
 
 CORPUS_VERSION = 3
@@ -36,14 +36,13 @@ SPLIT_RULE = (
     "held out when the first 8 bytes of sha256('lorsa-split-0:' + document id), as a fraction of 2^64, are below 0.1"
 )
 
-WIKIPEDIA_REQUIREMENT = "gensim==4.4.0"
-WIKIPEDIA_WHEEL_SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
-WIKIPEDIA_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-WIKIPEDIA_MEMBER_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-# One platform's wheel serves every system: only text is taken from it.
-WIKIPEDIA_PIP_ARGS = (
-    *("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
-    *("--implementation", "cp", "--abi", "cp311"),
+WIKIPEDIA = WheelFile(
+    "gensim==4.4.0",
+    "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+    # One platform's wheel serves every system: only text is taken from it.
+    ("--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311"),
 )
 
 # Dependencies of the kit alone, so that no optional package changes the text. Not plotly and transformers.models,
@@ -60,7 +59,11 @@ SKIPPED_FOLDERS = {
 
 MIN_WIKIPEDIA_CHARACTERS = 1500
 PIECE_CHARACTERS = 8000
+DATASET_CHARACTERS = 20_000_000
 MIN_HELD_OUT_CHARACTERS = 500
+SIMILARITY = 0.7
+READS = 6
+"""Attempts at one row of a dataset."""
 
 LICENCES = {
     "wikipedia": "Text of Wikipedia contributors, CC BY-SA 3.0 (GFDL for the parts so marked); fetched, not shipped.",
@@ -117,41 +120,35 @@ def load_corpus(
 
 
 def _split_value(document: Document) -> float:
-    digest = hashlib.sha256(f"lorsa-split-0:{document.id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2.0**64
+    return int(hashlib.sha256(f"lorsa-split-0:{document.id}".encode()).hexdigest()[:16], 16) / 2.0**64
 
 
 def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     """Train and held-out documents in the given order, neither empty; a single document is all train."""
-    values = [_split_value(document) for document in documents]
-    held_out_ids = {document.id for document, value in zip(documents, values, strict=True) if value < HELD_OUT_SHARE}
     ranked = sorted(documents, key=_split_value)
-    if len(documents) > 1:
-        held_out_ids.add(ranked[0].id)
-    if documents:
-        held_out_ids.discard(ranked[-1].id)
-    parts: tuple[list[Document], list[Document]] = ([], [])
-    for document in documents:
-        parts[document.id in held_out_ids].append(document)
-    return parts
+    n_held_out = sum(_split_value(document) < HELD_OUT_SHARE for document in documents)
+    n_held_out = min(max(n_held_out, 1), len(documents) - 1)
+    held_out_ids = {document.id for document in ranked[:n_held_out]}
+    train = [document for document in documents if document.id not in held_out_ids]
+    return train, [document for document in documents if document.id in held_out_ids]
 
 
-def drop_near_duplicates(documents: Sequence[Document], threshold: float = 0.7, shingle: int = 5) -> list[Document]:
-    """Drop documents that resemble an earlier one: estimated Jaccard similarity of word shingles at least `threshold`.
+def drop_near_duplicates(documents: Sequence[Document]) -> list[Document]:
+    """Drop documents that resemble an earlier one: estimated Jaccard similarity of 5-word shingles at least 0.7.
 
     MinHash with locality-sensitive hashing (Broder 1997), seeded: the result depends only on the texts and their
     order.
     """
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=threshold, num_perm=64)
+    index = MinHashLSH(threshold=SIMILARITY, num_perm=64)
     signatures: dict[int, Any] = {}
     for number, document in enumerate(documents):
         words = re.findall(r"\w+", document.text.lower())
-        shingles = {" ".join(words[i : i + shingle]).encode() for i in range(max(1, len(words) - shingle + 1))}
+        shingles = {" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))}
         signature = MinHash(num_perm=64, seed=1, hashfunc=zlib.crc32)
         signature.update_batch(sorted(shingles))
-        if all(signatures[other].jaccard(signature) < threshold for other in index.query(signature)):
+        if all(signatures[other].jaccard(signature) < SIMILARITY for other in index.query(signature)):
             signatures[number] = signature
             index.insert(number, signature)
     return [documents[number] for number in signatures]
@@ -196,10 +193,7 @@ def wikipedia_documents(extract: str | Path) -> list[Document]:
     documents = []
     with bz2.open(extract) as handle:
         for title, markup in tqdm(_pages(handle), desc="Wikipedia prose", unit=" articles", mininterval=1.0):
-            if markup.lstrip().lower().startswith("#redirect") or title.lower().startswith("list of"):
-                continue
-            text = wiki_prose(markup)
-            if len(text) >= MIN_WIKIPEDIA_CHARACTERS:
+            if not title.lower().startswith("list of") and len(text := wiki_prose(markup)) >= MIN_WIKIPEDIA_CHARACTERS:
                 documents.append(Document(f"wikipedia/{title}", "wikipedia", text))
     return documents
 
@@ -213,27 +207,25 @@ def _pages(handle: Any) -> Iterator[tuple[str, str]]:
             element.clear()
 
 
-def documentation_documents() -> tuple[list[Document], dict[str, str]]:
-    """Docstring prose of `DOCUMENTATION_PACKAGES`, one document per module, and the installed versions.
+def documentation_documents() -> list[Document]:
+    """Docstring prose of `DOCUMENTATION_PACKAGES`, one document per module.
 
     Modules are parsed, never imported. Paragraphs seen in an earlier module are left out, because docstrings repeat
     each other. A missing package is left out with a warning.
     """
     documents: list[Document] = []
-    versions: dict[str, str] = {}
     seen: set[str] = set()
     for package in tqdm(DOCUMENTATION_PACKAGES, desc="Documentation prose", unit=" packages"):
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             warnings.warn(f"{package} is not installed, so its documentation is missing from the corpus.", stacklevel=2)
             continue
-        versions[package] = _version(package)
         root = Path(spec.submodule_search_locations[0])
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
             relative = path.relative_to(root)
             if SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and (text := module_prose(path, seen)):
                 documents.append(Document(f"documentation/{package}/{relative.as_posix()}", "documentation", text))
-    return documents, versions
+    return documents
 
 
 def embedded_corpus() -> Corpus:
@@ -245,25 +237,37 @@ def embedded_corpus() -> Corpus:
     Raises:
         UserError: the extract cannot be fetched or its hash is wrong.
     """
-    cleaners = ("mwparserfromhell", "datasketch")
-    versions = {package: _version(package) for package in (*DOCUMENTATION_PACKAGES, *cleaners)}
-    key = store.sha256_json({"version": CORPUS_VERSION, "wikipedia": WIKIPEDIA_MEMBER_SHA256, "versions": versions})[
-        :16
-    ]
-    folder = store.data_dir() / "cache" / "corpus" / key
-    if corpus := _read_corpus(folder):
+    versions = {package: _version(package) for package in (*DOCUMENTATION_PACKAGES, "mwparserfromhell", "datasketch")}
+    key = store.sha256_json({"version": CORPUS_VERSION, "wikipedia": WIKIPEDIA.member_sha256, "versions": versions})
+    folder = store.data_dir() / "cache" / "corpus" / key[:16]
+    if corpus := _read_corpus(folder, versions):
         return corpus
     store.require_writable(folder)
     with FileLock(folder / ".lock"):  # a second process waits, then reads what the first has built
-        if corpus := _read_corpus(folder):
+        if corpus := _read_corpus(folder, versions):
             return corpus
-        wikipedia = wikipedia_documents(_wikipedia_extract())  # first, because it fails without a network
-        documentation, installed = documentation_documents()
-        documents = drop_near_duplicates([*wikipedia, *documentation])
-        corpus = _corpus(documents, "embedded", versions=installed | {name: versions[name] for name in cleaners})
+        extract = WIKIPEDIA.fetch(folder.parent / Path(WIKIPEDIA.member).name)  # first: it fails without a network
+        documents = drop_near_duplicates([*wikipedia_documents(extract), *documentation_documents()])
+        corpus = _corpus(documents, "embedded", versions=versions)
         _warn_when_unpinned(corpus.manifest)
-        _write_corpus(folder, corpus)
+        rows = (json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
+        store.write_text(folder / "documents.jsonl", "".join(rows))
+        store.write_json(folder / "manifest.json", corpus.manifest)
     return corpus
+
+
+def _read_corpus(folder: Path, versions: Mapping[str, str]) -> Corpus | None:
+    """None if there is none, or its text does not match its manifest."""
+    try:
+        manifest = store.read_json(folder / "manifest.json")
+        lines = (folder / "documents.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")
+        rows = map(json.loads, lines)
+        corpus = _corpus(
+            [Document(row["id"], row["source"], row["text"]) for row in rows], "embedded", versions=versions
+        )
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return corpus if corpus.manifest == manifest else None
 
 
 def _version(package: str) -> str:
@@ -274,17 +278,6 @@ def _version(package: str) -> str:
         return ""
 
 
-def _wikipedia_extract() -> Path:
-    return fetch_wheel_member(
-        WIKIPEDIA_REQUIREMENT,
-        WIKIPEDIA_WHEEL_SHA256,
-        WIKIPEDIA_MEMBER,
-        WIKIPEDIA_MEMBER_SHA256,
-        store.data_dir() / "cache" / "corpus" / Path(WIKIPEDIA_MEMBER).name,
-        pip_args=WIKIPEDIA_PIP_ARGS,
-    )
-
-
 def pinned_manifest() -> dict[str, Any]:
     """`data/corpus/manifest.json`; empty where the package is installed without it."""
     path = store.CHECKOUT / "data" / "corpus" / "manifest.json"
@@ -292,45 +285,16 @@ def pinned_manifest() -> dict[str, Any]:
 
 
 def _warn_when_unpinned(manifest: Mapping[str, Any]) -> None:
-    expected = pinned_manifest()
+    pinned = {"versions": {}, "sources": {}} | pinned_manifest()
+    differing = [name for name, version in manifest["versions"].items() if pinned["versions"].get(name) != version]
     for source, description in manifest["sources"].items():
-        pinned = expected.get("sources", {}).get(source)
-        if pinned and pinned["sha256"] != description["sha256"]:
-            versions = expected["versions"]
-            differing = [name for name, version in manifest["versions"].items() if versions.get(name) != version]
+        if description["sha256"] != pinned["sources"].get(source, description)["sha256"]:
             warnings.warn(
                 f"The {source} part of the embedded text is not the pinned one (versions that differ: "
                 f"{', '.join(differing) or 'none'}); numbers will differ a little from the expected ones. "
                 "Install with constraints.txt to get the pinned text.",
                 stacklevel=3,
             )
-
-
-def _write_corpus(folder: Path, corpus: Corpus) -> None:
-    """The manifest comes last: it marks a complete corpus."""
-    rows = [
-        {"id": document.id, "source": document.source, "split": split, "text": document.text}
-        for split, documents in (("train", corpus.train), ("held_out", corpus.held_out))
-        for document in documents
-    ]
-    store.write_text(folder / "documents.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    store.write_json(folder / "manifest.json", corpus.manifest)
-
-
-def _read_corpus(folder: Path) -> Corpus | None:
-    """None if there is none, or its text does not match its manifest."""
-    if not (folder / "manifest.json").is_file() or not (folder / "documents.jsonl").is_file():
-        return None
-    parts: dict[str, list[Document]] = {"train": [], "held_out": []}
-    try:
-        manifest = dict(store.read_json(folder / "manifest.json"))
-        for line in (folder / "documents.jsonl").read_text(encoding="utf-8").strip("\n").split("\n"):
-            row = json.loads(line)
-            parts[row["split"]].append(Document(row["id"], row["source"], row["text"]))
-    except (UserError, ValueError, KeyError):
-        return None
-    corpus = Corpus(parts["train"], parts["held_out"], manifest)
-    return corpus if documents_sha256([*corpus.train, *corpus.held_out]) == manifest.get("sha256") else None
 
 
 # --- text of the user's choice ---------------------------------------------------------------------------------------
@@ -344,14 +308,15 @@ def text_documents(paths: Sequence[str | Path], size: int = PIECE_CHARACTERS) ->
     Raises:
         UserError: a file is missing, empty or not text.
     """
-    files = [file for path in paths for file in _text_files(Path(path))]
+    files = dict.fromkeys(file for path in paths for file in _text_files(Path(path)))
     if not files:
         raise UserError("No text was given; name at least one file or folder.")
     names = Counter(file.name for file in files)
     documents = []
-    for file in dict.fromkeys(files):
+    for file in files:
         name = file.name if names[file.name] == 1 else file.as_posix()
-        texts = _jsonl_texts(file) if file.suffix == ".jsonl" else _cut_text(_read_text(file), size)
+        text = _read_text(file)
+        texts = _jsonl_texts(file, text) if file.suffix == ".jsonl" else _cut_text(text, size)
         documents += [Document(f"file/{name}#{number}", "file", text) for number, text in enumerate(texts)]
     return documents
 
@@ -394,23 +359,21 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _jsonl_texts(path: Path) -> list[str]:
+def _jsonl_texts(path: Path, content: str) -> list[str]:
     texts = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError(text)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f'Line {number} of {path} is not a JSON object with a "text" field; write one such object per line.'
+                f'Line {number} of {path} is not a JSON object with a string in "text"; write one such object per line.'
             ) from error
-        if not isinstance(text, str):
-            raise UserError(
-                f'The "text" field in line {number} of {path} is not a string; write one object with a text per line.'
-            )
-        texts.append(text)
-    texts = [text for text in texts if text.strip()]
+        if text.strip():
+            texts.append(text)
     if not texts:
         raise UserError(f"{path} is empty; name a file that holds text.")
     return texts
@@ -442,29 +405,23 @@ def _cut_point(window: str) -> int:
 
 
 def hub_corpus(
-    dataset_id: str,
-    *,
-    text_field: str = "text",
-    split: str = "train",
-    max_characters: int = 20_000_000,
-    max_tokens: int | None = None,
-    **options: Any,
+    dataset_id: str, *, max_tokens: int | None = None, text_field: str = "text", split: str = "train", **options: Any
 ) -> Corpus:
     """A corpus of a Hugging Face dataset, streamed, or of a local folder of .parquet or .jsonl files.
 
-    Rows are read up to `max_characters`, or 6 characters per token of `max_tokens` if that is less. Failed reads are
-    retried with exponential waits and resume at the same row. Code in a dataset is never run. `options` are those of
+    Rows are read up to 20 million characters, or 6 per token of `max_tokens` if that is less. Failed reads are retried
+    with exponential waits and resume at the same row. Code in a dataset is never run. `options` are those of
     `datasets.load_dataset`, such as `name` and `revision`.
 
     Raises:
         UserError: `datasets` is not installed, the dataset or field does not exist, or the network fails.
     """
-    limit = min(max_characters, 6 * (max_tokens or max_characters))
+    limit = min(DATASET_CHARACTERS, 6 * (max_tokens or DATASET_CHARACTERS))
     documents: list[Document] = []
     characters = 0
+    options = {"split": split, **options}
     with tqdm(desc=f"Reading {dataset_id}", unit=" characters", unit_scale=True) as progress:
-        rows = resumable(_dataset_opener(dataset_id, {"split": split, **options}), dataset_id)
-        for number, row in enumerate(rows):
+        for number, row in enumerate(resumable(_dataset_opener(dataset_id, options), dataset_id)):
             text = row.get(text_field)
             if not isinstance(text, str):
                 fields = ", ".join(map(str, row))
@@ -479,7 +436,7 @@ def hub_corpus(
                 break
     if not documents:
         raise UserError(f"{dataset_id} ({split}) holds no text; choose another split or dataset.")
-    about = {"id": dataset_id, "split": split, "text_field": text_field, **options}
+    about = {"id": dataset_id, "text_field": text_field, **options}
     return _corpus(drop_near_duplicates(documents), dataset_id, dataset=about)
 
 
@@ -490,30 +447,21 @@ def _dataset_opener(dataset_id: str, options: Mapping[str, Any]) -> Callable[[in
         raise UserError(
             "Hugging Face datasets need the package `datasets`; install it with `pip install datasets`."
         ) from error
-
-    def open_at(position: int) -> Iterator[Mapping[str, Any]]:
-        folder = Path(dataset_id)
-        if not folder.is_dir():
-            return iter(datasets.load_dataset(dataset_id, streaming=True, **options).skip(position))
-        for kind, ending in (("parquet", ".parquet"), ("json", ".jsonl")):
-            if files := sorted(str(file) for file in folder.rglob(f"*{ending}")):
-                return iter(datasets.load_dataset(kind, data_files=files, split="train", streaming=True).skip(position))
-        raise UserError(f"The folder {folder} holds no .parquet or .jsonl file; choose another folder.")
-
-    return open_at
+    source: dict[str, Any] = {"path": dataset_id, **options}
+    if (folder := Path(dataset_id)).is_dir():
+        kinds = {"parquet": sorted(folder.rglob("*.parquet")), "json": sorted(folder.rglob("*.jsonl"))}
+        kind = next((kind for kind, files in kinds.items() if files), None)
+        if kind is None:
+            raise UserError(f"The folder {folder} holds no .parquet or .jsonl file; choose another folder.")
+        source = {"path": kind, "data_files": [str(file) for file in kinds[kind]], "split": "train"}
+    return lambda position: iter(datasets.load_dataset(streaming=True, **source).skip(position))
 
 
-def resumable(
-    open_at: Callable[[int], Iterator[Any]],
-    name: str,
-    *,
-    attempts: int = 6,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Any]:
+def resumable(open_at: Callable[[int], Iterator[Any]], name: str) -> Iterator[Any]:
     """Iterate over `open_at(0)`; when a read fails, wait (1, 2, 4, ... s) and resume with `open_at(rows read so far)`.
 
     Raises:
-        UserError: `attempts` reads in a row failed, or waiting cannot help.
+        UserError: `READS` attempts in a row failed, or waiting cannot help.
     """
     position, failures = 0, 0
     rows: Iterator[Any] | None = None
@@ -523,35 +471,29 @@ def resumable(
             row = next(rows)
         except StopIteration:
             return
-        except UserError:
-            raise
         except Exception as error:
-            failures += 1
+            rows, failures = None, failures + 1
             reason = (str(error) or type(error).__name__).splitlines()[0]
             if not _is_transient(error):
                 raise UserError(
                     f"Cannot read {name} ({reason}); check its name, split, config and revision."
                 ) from error
-            if failures >= attempts:
+            if failures >= READS:
                 raise UserError(
-                    f"Reading {name} failed {attempts} times at row {position} ({reason}); "
+                    f"Reading {name} failed {READS} times at row {position} ({reason}); "
                     "check the network and run again."
                 ) from error
             wait = 2.0 ** (failures - 1)
             tqdm.write(f"Reading {name} failed ({reason}); trying again in {wait:.0f} s.", file=sys.stderr)
-            sleep(wait)
-            rows = None
+            time.sleep(wait)
         else:
             position, failures = position + 1, 0
             yield row
 
 
-def _is_transient(error: BaseException) -> bool:
+def _is_transient(error: Exception) -> bool:
     """The network's failures may go away; a wrong name, missing rights or a broken file will not."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-    if refused or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-        return False
-    networks = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub")
-    is_networks = isinstance(error, OSError) or type(error).__module__.split(".")[0] in networks
-    return is_networks and "Offline" not in type(error).__name__
+    status = getattr(getattr(error, "response", None), "status_code", 500)
+    refused = 400 <= status < 500 and status not in (408, 429)
+    hopeless = FileNotFoundError | PermissionError | IsADirectoryError | ValueError | TypeError | KeyError
+    return not (refused or isinstance(error, hopeless) or "Offline" in type(error).__name__)

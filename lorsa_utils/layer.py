@@ -21,14 +21,11 @@ from lorsa_utils.activations import ActivationStream
 from lorsa_utils.config import TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
-from lorsa_utils.models import AttentionSite, LanguageModel, load_model, loaded_model, resolve_device
+from lorsa_utils.models import AttentionSite, LanguageModel, load_model, resolve_device
 from lorsa_utils.text import Document, Sequences, load_corpus, tokenize
 
 if TYPE_CHECKING:
     from lorsa_utils.heads.units import Units
-
-HELD_OUT_TOKENS = 50_000
-"""Tokens of `Layer.text` by default."""
 
 
 @dataclass
@@ -62,10 +59,7 @@ class Layer:
         if not folder.is_dir() and ":" in str(source):
             folder = hub.download(source)
         config = run_config(folder)
-        if isinstance(model, LanguageModel):
-            check_model(model, folder, config["source"])
-        else:
-            model = model_of_run(folder, config["source"], model, device)
+        model = model_of_run(folder, config["source"], model, device)
         return cls(model, config["layer"], load(folder, model.device), folder, config)
 
     @property
@@ -80,9 +74,7 @@ class Layer:
 
         return LorsaHeads(self.module) if isinstance(self.module, Lorsa) else SAEFeatures(self.module, self.site)
 
-    def text(
-        self, n_tokens: int = HELD_OUT_TOKENS, files: Sequence[str | Path] = (), seed: int | None = None
-    ) -> Sequences:
+    def text(self, n_tokens: int = 50_000, files: Sequence[str | Path] = (), seed: int | None = None) -> Sequences:
         """Sequences from files, or else the held-out part of the module's training text.
 
         Raises:
@@ -90,14 +82,9 @@ class Layer:
         """
         source = self.config["source"]
         documents = documents_of_run(files, source.get("text"), n_tokens)
-        return tokenize(
-            documents,
-            self.model.tokenizer,
-            context=source["context"],
-            n_tokens=n_tokens,
-            bos_policy=source["bos_policy"],
-            seed=self.config.get("train", {}).get("seed", 0) if seed is None else seed,
-        )
+        seed = self.config.get("train", {}).get("seed", 0) if seed is None else seed
+        how = {"context": source["context"], "bos_policy": source["bos_policy"], "seed": seed}
+        return tokenize(documents, self.model.tokenizer, n_tokens=n_tokens, **how)
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
@@ -205,40 +192,35 @@ def run_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def check_model(model: LanguageModel, folder: str | Path, source: Mapping[str, Any]) -> None:
-    """UserError if a run (`source` in config.json) was trained on other weights or another tokenizer."""
-    if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
-        raise UserError(
-            f"{model.name} has another tokenizer than the model that {folder} was trained on; "
-            "give that model with --model."
-        )
-    if model.fingerprint != source["model_sha256"]:
-        raise UserError(
-            f"{model.name} is not the model that {folder} was trained on ({source['model']}, other weights); "
-            "give that one with --model."
-        )
-
-
 def model_of_run(
-    folder: str | Path, source: Mapping[str, Any], moved_to: str | None = None, device: str | torch.device = "auto"
+    folder: str | Path, source: Mapping[str, Any], given: LanguageModel | str | None, device: str | torch.device
 ) -> LanguageModel:
-    """The model that a run was trained on, in the same dtype; UserError if the model found is another one."""
-    name = moved_to or source["model"]
-    revision = None if moved_to else source["revision"]
+    """The model that a run (`source` in config.json) was trained on, in the same dtype; `given` itself or its place.
+
+    Raises:
+        UserError: the model has another tokenizer or other weights.
+    """
     # The hash of the weights depends on their dtype, which follows the machine that trained: try this machine's first.
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     if resolve_device(device).type == "cuda":
         dtypes = [torch.bfloat16, torch.float32, torch.float16]
+    name, revision = (given, None) if given else (source["model"], source["revision"])
     for dtype in dtypes:
-        model = loaded_model(name, revision, device, dtype) or load_model(
-            name, revision=revision, device=device, dtype=dtype
-        )
+        if isinstance(name, LanguageModel):
+            model = name
+        else:
+            model = load_model(name, revision=revision, device=device, dtype=dtype, shared=True)
         if model.tokenizer_fingerprint != source["tokenizer_sha256"]:
-            break  # no dtype will help
+            raise UserError(
+                f"{model.name} has another tokenizer than the model that {folder} was trained on; "
+                "give that model with --model."
+            )
         if model.fingerprint == source["model_sha256"]:
             return model
-    check_model(model, folder, source)
-    return model
+    raise UserError(
+        f"{model.name} is not the model that {folder} was trained on ({source['model']}, other weights); "
+        "give that one with --model."
+    )
 
 
 def documents_of_run(
@@ -250,14 +232,14 @@ def documents_of_run(
         UserError: the run does not name its text, or that text is gone.
     """
     if files:
-        corpus = load_corpus(files, None, max_tokens=n_tokens)
+        corpus = load_corpus(files)
         return [*corpus.train, *corpus.held_out]
     if trained_on is None:
         raise UserError("This run does not say which text it was trained on; give a text with --text.")
     if isinstance(trained_on, list):
         if missing := [path for path in trained_on if not Path(path).exists()]:
             raise UserError(f"The run's own text {missing[0]} is no longer there; give a text with --text.")
-        corpus = load_corpus(trained_on, None, max_tokens=n_tokens)
+        corpus = load_corpus(trained_on)
     else:
         corpus = load_corpus(None, None if trained_on == "embedded" else trained_on, max_tokens=10 * n_tokens)
     if not corpus.held_out:

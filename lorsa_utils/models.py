@@ -17,9 +17,9 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ _LOGIT_VALUES_AT_ONCE = 1 << 26  # 256 MiB of fp32 logits while the loss is comp
 
 # ---- RoPE
 
+LLAMA3_FACTORS = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")}
+LLAMA3_FACTORS["original_context"] = "original_max_position_embeddings"
+
 
 def rotary_from_config(config: Any) -> RotaryConfig:
     """RoPE settings of a Hugging Face config.
@@ -59,15 +62,12 @@ def rotary_from_config(config: Any) -> RotaryConfig:
             "use a model with one RoPE for all layers."
         )
     rope_type = parameters["rope_type"]
-    if rope_type == "none" or rope_type not in ROPE_TYPES:
-        supported = ", ".join(name for name in ROPE_TYPES if name != "none")
-        raise UserError(f"Rope type {rope_type!r} of this model is not supported; supported are {supported}.")
-    names = {
-        "linear": {"factor": "factor"},
-        "llama3": {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")}
-        | {"original_context": "original_max_position_embeddings"},
-    }
-    settings: dict[str, Any] = {ours: parameters.get(theirs) for ours, theirs in names.get(rope_type, {}).items()}
+    if rope_type not in ROPE_TYPES[1:]:
+        raise UserError(
+            f"Rope type {rope_type!r} of this model is not supported; supported are {', '.join(ROPE_TYPES[1:])}."
+        )
+    names = {"default": {}, "linear": {"factor": "factor"}, "llama3": LLAMA3_FACTORS}[rope_type]
+    settings: dict[str, Any] = {ours: parameters.get(theirs) for ours, theirs in names.items()}
     if missing := [name for name, value in settings.items() if value is None]:
         raise UserError(f"The model's config has rope type {rope_type!r} without {missing[0]}; repair its config.json.")
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -97,83 +97,48 @@ def _check_rotary(model: Any, rotary: RotaryConfig) -> None:
 # ---- attention site
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class AttentionSite:
-    """One attention layer by head; weights are fp32 copies, absent biases zeros."""
+    """One attention layer by head; weights are fp32 copies, absent biases zeros.
 
-    layer: int
-    module_path: str
+    W_Q [n_heads, d_model, d_head], W_K and W_V [n_kv_heads, d_model, d_head], W_O [n_heads, d_head, d_model]; b_Q, b_K
+    and b_V without d_model, b_O [d_model]. Query head h reads key head h // (n_heads / n_kv_heads).
+    """
+
     attn_scale: float
     """Factor on query-key products."""
     rotary: RotaryConfig
-    W_Q: Tensor = field(repr=False)
-    """[n_heads, d_model, d_head]"""
-    W_K: Tensor = field(repr=False)
-    """[n_kv_heads, d_model, d_head]; query head h reads key head h // (n_heads / n_kv_heads)."""
-    W_V: Tensor = field(repr=False)
-    """[n_kv_heads, d_model, d_head]"""
-    W_O: Tensor = field(repr=False)
-    """[n_heads, d_head, d_model]"""
-    b_Q: Tensor = field(repr=False)
-    """[n_heads, d_head]"""
-    b_K: Tensor = field(repr=False)
-    """[n_kv_heads, d_head]"""
-    b_V: Tensor = field(repr=False)
-    """[n_kv_heads, d_head]"""
-    b_O: Tensor = field(repr=False)
-    """[d_model]"""
-    q_norm_weight: Tensor | None = field(default=None, repr=False)
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    W_O: Tensor
+    b_Q: Tensor
+    b_K: Tensor
+    b_V: Tensor
+    b_O: Tensor
+    q_norm_weight: Tensor | None = None
     """[d_head], for an RMSNorm before the rotation (Qwen3)."""
-    k_norm_weight: Tensor | None = field(default=None, repr=False)
+    k_norm_weight: Tensor | None = None
     qk_norm_eps: float = 0.0
 
-    @property
-    def n_heads(self) -> int:
-        """Query heads."""
-        return self.W_Q.shape[0]
-
-    @property
-    def n_kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.W_K.shape[0]
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.W_Q.shape[1]
-
-    @property
-    def d_head(self) -> int:
-        """Width of each head."""
-        return self.W_Q.shape[2]
-
-    @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys are normed."""
-        return self.q_norm_weight is not None
+    def __post_init__(self) -> None:
+        self.n_heads, self.d_model, self.d_head = self.W_Q.shape
+        self.n_kv_heads = len(self.W_K)
+        self.qk_norm = self.q_norm_weight is not None
 
     def expand_kv(self, tensor: Tensor) -> Tensor:
-        """Repeat rows [n_kv_heads, ...] for each query head, [n_heads, ...]."""
+        """[n_kv_heads, ...] repeated for each query head, [n_heads, ...]."""
         return tensor.repeat_interleave(self.n_heads // self.n_kv_heads, dim=0)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate x [..., length, d_head] by the positions 0 .. length - 1."""
-        if self.rotary.rope_type == "none":
-            return x
-        cos, sin = ops.rotary_tables(self.rotary, x.shape[-2], x.device, x.dtype)
-        return ops.apply_rotary(x, cos, sin, self.rotary.adjacent_pairs)
 
     # From here on x is the attention input, [batch, length, d_model].
 
     def queries(self, x: Tensor) -> Tensor:
         """Queries after norm and rotation, [batch, n_heads, length, d_head]."""
-        q = self._project(x, self.W_Q, self.b_Q)
-        return self.rotate(q if self.q_norm_weight is None else ops.rms_norm(q, self.q_norm_weight, self.qk_norm_eps))
+        return self._turned(self._project(x, self.W_Q, self.b_Q), self.q_norm_weight)
 
     def keys(self, x: Tensor) -> Tensor:
         """Keys after norm and rotation, one for each query head, [batch, n_heads, length, d_head]."""
-        k = self._project(x, self.W_K, self.b_K)
-        k = self.rotate(k if self.k_norm_weight is None else ops.rms_norm(k, self.k_norm_weight, self.qk_norm_eps))
+        k = self._turned(self._project(x, self.W_K, self.b_K), self.k_norm_weight)
         return self.expand_kv(k.transpose(0, 1)).transpose(0, 1)
 
     def values(self, x: Tensor) -> Tensor:
@@ -181,7 +146,7 @@ class AttentionSite:
         return self.expand_kv(self._project(x, self.W_V, self.b_V).transpose(0, 1)).transpose(0, 1)
 
     def pattern(self, x: Tensor) -> Tensor:
-        """Causal attention pattern, [batch, n_heads, length, length]; rows are queries and sum to 1."""
+        """Causal, [batch, n_heads, length, length]; rows are queries and sum to 1."""
         return ops.attention_pattern(self.queries(x), self.keys(x), self.attn_scale)
 
     def head_values(self, x: Tensor) -> Tensor:
@@ -196,6 +161,12 @@ class AttentionSite:
     def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.einsum("bld,hde->bhle", x.to(weight.dtype), weight) + bias[:, None, :]
 
+    def _turned(self, side: Tensor, gain: Tensor | None) -> Tensor:
+        if gain is not None:
+            side = ops.rms_norm(side, gain, self.qk_norm_eps)
+        cos, sin = ops.rotary_tables(self.rotary, side.shape[-2], side.device, side.dtype)
+        return ops.apply_rotary(side, cos, sin, self.rotary.adjacent_pairs)
+
 
 # ---- language model
 
@@ -205,23 +176,24 @@ class _DeepestLayerReached(Exception):
 
 
 _LIVE: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
-"""Models still in use, for `loaded_model`."""
+"""Models still in use."""
 
 
 class LanguageModel:
     """A frozen causal language model with its tokenizer; `model` is the Hugging Face module.
 
-    Methods raise UserError for a layer that does not exist or token ids outside the vocabulary.
+    Methods raise UserError for a layer that does not exist or token ids outside the vocabulary. `context_length` is
+    the longest sequence, in tokens.
     """
 
     def __init__(self, name: str, model: Any, tokenizer: Any | None, revision: str | None = None):
-        self.name = name
-        self.revision = revision
-        self.model = model
-        self.config = model.config
-        self._tokenizer = tokenizer
+        self.name, self.revision = name, revision
+        self.model, self.config, self._tokenizer = model, model.config, tokenizer
         self.architecture = architectures.of(self.config.model_type)
         self.rotary = rotary_from_config(self.config)
+        self.d_model = int(self.config.hidden_size)
+        self.n_layers = int(self.config.num_hidden_layers)
+        self.context_length = int(self.config.max_position_embeddings)
         self._resumed: tuple[int, Tensor] | None = None
         _LIVE.add(self)
         _check_rotary(model, self.rotary)
@@ -245,24 +217,9 @@ class LanguageModel:
         """Of the weights and of captured activations."""
         return self.model.get_input_embeddings().weight.dtype
 
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return int(self.config.hidden_size)
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def context_length(self) -> int:
-        """Longest sequence, in tokens."""
-        return int(self.config.max_position_embeddings)
-
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over shape, norms, RoPE and a summary of every weight; the same on any device."""
+        """SHA-256 over shape, norms, RoPE and, of every weight, both ends and the sum; the same on any device."""
         names = ("hidden_act", "activation_function", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps")
         settings = {name: getattr(self.config, name, None) for name in (*names, "use_parallel_residual")}
         site = self.site(0)
@@ -270,7 +227,11 @@ class LanguageModel:
         settings |= {"model_type": self.config.model_type, "n_layers": self.n_layers, "rotary": self.rotary.to_dict()}
         digest = hashlib.sha256(sha256_json(settings).encode())
         for name, parameter in sorted(self.model.named_parameters()):
-            digest.update(_weight_summary(name, parameter))
+            flat = parameter.detach().reshape(-1)
+            bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+            total = int(bits.sum(dtype=torch.int64))  # of integers: exact in any order
+            digest.update(f"{name} {parameter.dtype} {list(parameter.shape)} {total} ".encode())
+            digest.update(torch.cat((bits[:1024], bits[-1024:])).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     @cached_property
@@ -308,11 +269,11 @@ class LanguageModel:
 
     def site(self, layer: int) -> AttentionSite:
         """The attention layer with its weights by head."""
-        weights = self.architecture.heads(self.config, self.attention_module(layer))
+        weights = self.architecture.weights(self.config, self.attention_module(layer))
         for name, value in weights.items():
             if isinstance(value, Tensor):
                 weights[name] = value.detach().to(torch.float32, copy=True).contiguous()
-        return AttentionSite(layer=layer, module_path=self.module_path(layer), rotary=self.rotary, **weights)
+        return AttentionSite(rotary=self.rotary, **weights)
 
     @torch.no_grad()
     def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -320,24 +281,16 @@ class LanguageModel:
 
         Tokens [batch, length] may be padded on the right. Inside `splice` outputs are the replaced ones.
         """
-        tokens = self._checked(tokens)
         captured: dict[int, tuple[Tensor, Tensor]] = {}
         deepest = max(layers)
 
-        def reader(layer: int) -> Callable[..., None]:
-            def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                captured[layer] = (_attention_input(args, kwargs).detach(), output[0].detach())
-                if layer == deepest:
-                    raise _DeepestLayerReached
+        def read(layer: int, x: Tensor, y: Tensor) -> None:
+            captured[layer] = (x, y)
+            if layer == deepest:
+                raise _DeepestLayerReached
 
-            return read
-
-        with contextlib.ExitStack() as stack:
-            for layer in set(layers):
-                hook = self.attention_module(layer).register_forward_hook(reader(layer), with_kwargs=True)
-                stack.callback(hook.remove)
-            stack.enter_context(contextlib.suppress(_DeepestLayerReached))
-            self._hidden(tokens)
+        with contextlib.suppress(_DeepestLayerReached), self._hooked(read, set(layers)):
+            self._hidden(self._checked(tokens))
         return {layer: captured[layer] for layer in layers}
 
     def logits(self, tokens: Tensor, positions: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -379,12 +332,8 @@ class LanguageModel:
             read.append(args[0])
             raise _DeepestLayerReached
 
-        hook = self.block(layer).register_forward_pre_hook(stop)
-        try:
-            with contextlib.suppress(_DeepestLayerReached):
-                self._hidden(self._checked(tokens))
-        finally:
-            hook.remove()
+        with contextlib.suppress(_DeepestLayerReached), self.block(layer).register_forward_pre_hook(stop):
+            self._hidden(self._checked(tokens))
         return read[0]
 
     @contextlib.contextmanager
@@ -409,28 +358,37 @@ class LanguageModel:
             UserError: (in the forward pass) a replacement has another shape than the output.
         """
 
-        def replacer(layer: int, replacement: Replacement) -> Callable[..., Any]:
-            def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                new = replacement(_attention_input(args, kwargs), output[0])
-                if new.shape != output[0].shape:
-                    raise UserError(
-                        f"The replacement of layer {layer} has shape {list(new.shape)}; "
-                        f"return {list(output[0].shape)}, the output's."
-                    )
-                return (new.to(output[0].dtype), *output[1:])
+        def replace(layer: int, x: Tensor, y: Tensor) -> Tensor:
+            new = replacements[layer](x, y)
+            if new.shape != y.shape:
+                raise UserError(
+                    f"The replacement of layer {layer} has shape {list(new.shape)}; "
+                    f"return {list(y.shape)}, the output's."
+                )
+            return new.to(y.dtype)
 
-            return replace
+        with self._hooked(replace, replacements):
+            yield
+
+    @contextlib.contextmanager
+    def _hooked(self, hook: Callable[[int, Tensor, Tensor], Tensor | None], layers: Iterable[int]) -> Iterator[None]:
+        """Inside the context `hook(layer, attention input, output)` runs in each pass and may give a new output."""
+
+        def run(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            new = hook(layer, args[0] if args else kwargs["hidden_states"], output[0])
+            return None if new is None else (new, *output[1:])
 
         with contextlib.ExitStack() as stack:
-            for layer, replacement in replacements.items():
+            for layer in layers:
                 module = self.attention_module(layer)
-                stack.callback(module.register_forward_hook(replacer(layer, replacement), with_kwargs=True).remove)
+                stack.enter_context(module.register_forward_hook(partial(run, layer), with_kwargs=True))
             yield
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """The unembedding's input, [batch, length, d_model]."""
-        path = self.architecture.blocks
-        with contextlib.nullcontext() if self._resumed is None else blocks_from(self.model, path, *self._resumed):
+        with contextlib.ExitStack() as stack:
+            if self._resumed is not None:
+                stack.enter_context(blocks_from(self.model, self.architecture.blocks, *self._resumed))
             return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
     def _checked(self, tokens: Tensor) -> Tensor:
@@ -438,11 +396,9 @@ class LanguageModel:
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
             shape = list(tokens.shape)
             raise UserError(f"Tokens must be integers of shape [batch, length], not {tokens.dtype} of shape {shape}.")
-        n_tokens = self.model.get_input_embeddings().weight.shape[0]
-        low, high = (int(bound) for bound in tokens.aminmax())
-        if low < 0 or high >= n_tokens:
-            wrong = low if low < 0 else high
-            raise UserError(f"Token id {wrong} is outside 0..{n_tokens - 1} of {self.name}; use its own tokenizer.")
+        last = self.model.get_input_embeddings().weight.shape[0] - 1
+        if len(outside := tokens[(tokens < 0) | (tokens > last)]):
+            raise UserError(f"Token id {int(outside[0])} is outside 0..{last} of {self.name}; use its own tokenizer.")
         if not self.architecture.has_rotary and tokens.shape[1] > self.context_length:
             raise UserError(
                 f"{self.name} has learned positions for {self.context_length} tokens, not {tokens.shape[1]}; "
@@ -451,31 +407,7 @@ class LanguageModel:
         return tokens.to(self.device)
 
 
-def _attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _weight_summary(name: str, parameter: Tensor) -> bytes:
-    """Name, dtype, shape, first and last 1024 values, and the sum of the bits as integers (exact in any order)."""
-    flat = parameter.detach().reshape(-1)
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    bits = flat.view(width)
-    ends = torch.cat((bits[:1024], bits[-1024:])).cpu().numpy().tobytes()
-    header = f"{name} {parameter.dtype} {list(parameter.shape)} {int(bits.sum(dtype=torch.int64))} "
-    return header.encode() + ends
-
-
 # ---- loading
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a model's files are, and transformers' arguments."""
-
-    name: str
-    location: str
-    is_local: bool
-    arguments: dict[str, Any]
 
 
 def load_model(
@@ -484,6 +416,7 @@ def load_model(
     revision: str | None = None,
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
+    shared: bool = False,
 ) -> LanguageModel:
     """Load a causal language model, frozen and in eval mode.
 
@@ -493,37 +426,33 @@ def load_model(
         revision: commit, branch or tag of a Hub id.
         device: see `resolve_device`.
         dtype: by default float32 on the CPU and bfloat16 elsewhere.
+        shared: take a model that is in memory, if it has these properties.
 
     Raises:
         UserError: the model cannot be found, read or downloaded, or is not supported.
     """
     place = resolve_device(device)
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-    source = _resolve(str(name), revision)
+    for alive in _LIVE if shared else ():
+        same = (alive.name, alive.device, alive.dtype) == (str(name), place, dtype)
+        if same and revision in (None, alive.revision):
+            return alive
+    location, arguments = _resolve(str(name), revision)
     with quiet_transformers():
         try:
-            model, tokenizer = _read(source, dtype, local_files_only=True)
+            model, tokenizer = _read(str(name), location, dtype, arguments | {"local_files_only": True})
         except _NotRead:
-            if source.is_local or _offline():
+            if Path(location).exists() or _offline():
                 raise
-            model, tokenizer = _read(source, dtype, local_files_only=False)
+            model, tokenizer = _read(str(name), location, dtype, arguments)
     model.requires_grad_(False).eval()
     commit = getattr(model.config, "_commit_hash", None) or revision
-    return LanguageModel(source.name, model.to(place), tokenizer, commit)
-
-
-def loaded_model(
-    name: str | Path, revision: str | None, device: str | torch.device, dtype: torch.dtype
-) -> LanguageModel | None:
-    """A model in memory with these properties, or None."""
-    wanted = (str(name), resolve_device(device), dtype)
-    alive = (model for model in _LIVE if (model.name, model.device, model.dtype) == wanted)
-    return next((model for model in alive if revision in (None, model.revision)), None)
+    return LanguageModel(str(name), model.to(place), tokenizer, commit)
 
 
 def require_available(name: str) -> None:
     """UserError if a Hub id's weights are gated, absent or out of reach; nothing is loaded, local models pass."""
-    if name == EMBEDDED_NAME or _resolve(name, None).is_local:
+    if name == EMBEDDED_NAME or Path(_resolve(name)[0]).exists():
         return
     from huggingface_hub import auth_check, try_to_load_from_cache
 
@@ -537,7 +466,7 @@ def require_available(name: str) -> None:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A torch device, UserError if there is none; "auto" is CUDA if available, else the CPU."""
+    """A torch device, else UserError; "auto" is CUDA if available, else the CPU."""
     if str(device) == "auto":
         # torchrun tells every process which GPU is its own.
         gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -552,69 +481,55 @@ class _NotRead(UserError):
     """A model's files could not be read; a download may help."""
 
 
-def _resolve(name: str, revision: str | None) -> _Source:
+def _resolve(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """A folder or a Hub id, and transformers' arguments."""
     if name == EMBEDDED_NAME:
-        return _Source(name, str(fetch_embedded_model()), True, {})
+        return str(fetch_embedded_model()), {}
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(
                 f"{name} is a file but not a .gguf one; give the folder that holds config.json and the weights."
             )
-        return _Source(name, str(path.absolute().parent), True, {"gguf_file": path.name})
+        return str(path.absolute().parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"The folder {name} has no config.json; give the folder of a saved Hugging Face model.")
-        return _Source(name, str(path.absolute()), True, {})
+        return str(path.absolute()), {}
     like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf")
     if like_a_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
             f"There is no model at {name}; give {EMBEDDED_NAME}, a local folder, a .gguf file or a Hugging Face Hub id."
         )
-    return _Source(name, name, False, {"revision": revision} if revision else {})
+    return name, {"revision": revision} if revision else {}
 
 
-def _read(source: _Source, dtype: torch.dtype, local_files_only: bool) -> tuple[Any, Any | None]:
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+def _read(name: str, location: str, dtype: torch.dtype, arguments: dict[str, Any]) -> tuple[Any, Any | None]:
+    """Model and tokenizer, None where there is none."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-    arguments = source.arguments | {"local_files_only": local_files_only}
     gguf = "gguf_file" in arguments
-    if not gguf:
-        with _load_errors(source.name):
+    with _load_errors(name):
+        if not gguf:
             # The plain dict first: an unknown architecture is named before any code or weight of it is touched.
-            plain, _ = PretrainedConfig.get_config_dict(source.location, **arguments)
-        architectures.of(plain.get("model_type"))
-        if plain.get("quantization_config"):
-            raise UserError(f"The weights of {source.name} are quantized; use the float checkpoint of the same model.")
-    with _load_errors(source.name):
-        config = AutoConfig.from_pretrained(source.location, **arguments)
-    rotary_from_config(config)
-    arguments |= {"config": config} | ({} if gguf else {"use_safetensors": True})
-    with _load_errors(source.name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            **arguments,
-        )
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{source.name} is not a whole causal language model: {missing[0]} is missing; "
-            "load the original checkpoint."
-        )
-    return model, _read_tokenizer(source, local_files_only)
-
-
-def _read_tokenizer(source: _Source, local_files_only: bool) -> Any | None:
-    from transformers import AutoTokenizer
-
-    folder = Path(source.location)
-    if source.is_local and not source.arguments and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    with _load_errors(source.name):
-        return AutoTokenizer.from_pretrained(source.location, local_files_only=local_files_only, **source.arguments)
+            plain, _ = PretrainedConfig.get_config_dict(location, **arguments)
+            architectures.of(plain.get("model_type"))
+            if plain.get("quantization_config"):
+                raise UserError(f"The weights of {name} are quantized; use the float checkpoint of the same model.")
+        config = AutoConfig.from_pretrained(location, **arguments)
+        rotary_from_config(config)
+        how = {"config": config, "dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+        how |= {} if gguf else {"use_safetensors": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, **how, **arguments)
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(
+                f"{name} is not a whole causal language model: {missing[0]} is missing; load the original checkpoint."
+            )
+        is_bare = not any((Path(location) / file).is_file() for file in _TOKENIZER_FILES)
+        if Path(location).exists() and is_bare and not gguf:
+            return model, None
+        return model, AutoTokenizer.from_pretrained(location, **arguments)
 
 
 def _offline() -> bool:
@@ -630,22 +545,22 @@ def _load_errors(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"{name} does not fit in memory; use a smaller model, another device or a smaller dtype."
+        ) from error
     except Exception as error:
-        raise _load_error(name, error) from error
-
-
-def _load_error(name: str, error: Exception) -> UserError:
-    text = str(error) or type(error).__name__
-    if "gated repo" in text.lower() or "GatedRepoError" in (type(error).__name__, type(error.__cause__).__name__):
-        return _NotRead(
-            f"{name} is gated: accept its licence on its Hugging Face page, run `hf auth login`, and try again."
-        )
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return UserError(f"{name} does not fit in memory; use a smaller model, another device or a smaller dtype.")
-    first_line = text.strip().splitlines()[0].rstrip(".")
-    if Path(name).exists() or name == EMBEDDED_NAME:
-        return _NotRead(f"The model at {name} cannot be read ({first_line}); restore its files or save it again.")
-    offline = "HF_HUB_OFFLINE is set, so only the local cache was searched" if _offline() else first_line
-    return _NotRead(
-        f"Model {name} cannot be loaded ({offline}); check the name and the network, or use {EMBEDDED_NAME}."
-    )
+        text = str(error) or type(error).__name__
+        reason = text.strip().splitlines()[0].rstrip(".")
+        if "gated repo" in text.lower() or "GatedRepoError" in (type(error).__name__, type(error.__cause__).__name__):
+            sentence = (
+                f"{name} is gated: accept its licence on its Hugging Face page, run `hf auth login`, and try again."
+            )
+        elif Path(name).exists() or name == EMBEDDED_NAME:
+            sentence = f"The model at {name} cannot be read ({reason}); restore its files or save it again."
+        else:
+            reason = "HF_HUB_OFFLINE is set, so only the local cache was searched" if _offline() else reason
+            sentence = (
+                f"Model {name} cannot be loaded ({reason}); check the name and the network, or use {EMBEDDED_NAME}."
+            )
+        raise _NotRead(sentence) from error

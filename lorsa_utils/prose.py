@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +18,31 @@ MIN_DOCUMENTATION_CHARACTERS = 600
 # --- wiki markup -----------------------------------------------------------------------------------------------------
 
 
+# Tables hold what occurs in the one extract that is cleaned.
+
+
 def _set(text: str) -> frozenset[str]:
     return frozenset(" ".join(text.split()).split("; "))
 
 
 _END_SECTIONS = _set(
     """
-    references; external links; see also; further reading; notes; bibliography; footnotes; citations; sources; works
-    cited; notes and references; references and notes; gallery; filmography; discography; selected works; selected
-    publications; publications; works; awards and nominations; other uses; list of characters; primary sources;
-    secondary sources; collections of works; notes and citations; references and footnotes; literature; bibliography
-    and references; external sources; explanatory notes; specific references; major works; written works;
-    bibliographies; reference literature
+    references; external links; see also; further reading; notes; bibliography; footnotes; sources; notes and
+    references; gallery; filmography; selected works; publications; awards and nominations; other uses; literature;
+    reference literature
     """
 )
-_DROPPED_TAGS = _set(
-    """
-    ref; references; table; gallery; timeline; imagemap; score; source; syntaxhighlight; hiero
-    """
-)
-_FIRST_ARGUMENT = _set(
-    """
-    nowrap; nobr; small; smaller; big; ipa; vanchor; visible anchor; sc; smallcaps; small caps; flag; flagcountry; vr;
-    abbr; mvar; math; nobold; noitalic; polytonic; hebrew; script/hebrew; mono; var; em; strong; zh; key
-    """
-)
+_DROPPED_TAGS = ("ref", "table", "gallery", "source")
 _FIXED = {
-    **{"'s": "'s", "'": "'", "nbsp": " ", "thinsp": " ", "spaces": " ", "=": "=", "pi": "π", "okina": "ʻ"},
-    **{"degree": "°", "euro": "€", "snd": " – ", "spaced ndash": " – ", "spnd": " – ", "dash": " – "},
-    **{"ndash": "–", "endash": "–", "mdash": "—", "mdashb": "—", "emdash": "—"},
+    **{"'s": "'s", "'": "'", "nbsp": " ", "spaces": " ", "snd": " – ", "spaced ndash": " – "},
+    **{"ndash": "–", "mdashb": "—"},
 }
-_CONVERT_RANGE = {"-": "to", "–": "to", "x": "by", "to(-)": "to", "and(-)": "and"}
-_CONVERT_RANGE |= {word: word for word in ("to", "and", "or", "by")}
+_CONVERT_RANGE = {"-": "to", "–": "to", "and(-)": "and", "to": "to", "and": "and", "by": "by"}
 _UNITS = {
     **{"mi": "miles", "km": "kilometres", "m": "metres", "ft": "feet", "in": "inches", "cm": "centimetres"},
-    **{"mm": "millimetres", "yd": "yards", "nmi": "nautical miles", "kg": "kilograms", "g": "grams", "oz": "ounces"},
-    **{"t": "tonnes", "acre": "acres", "ha": "hectares", "m2": "square metres", "m3": "cubic metres"},
-    **{"cuft": "cubic feet", "l": "litres", "C": "°C", "F": "°F", "lb": "pounds", "lbs": "pounds"},
-    **{"sqmi": "square miles", "sq mi": "square miles", "mi2": "square miles"},
-    **{"sqkm": "square kilometres", "sq km": "square kilometres", "km2": "square kilometres"},
+    **{"mm": "millimetres", "nmi": "nautical miles", "kg": "kilograms", "g": "grams", "lb": "pounds", "C": "°C"},
+    **{"acre": "acres", "ha": "hectares", "m2": "square metres", "m3": "cubic metres"},
+    **{"sqmi": "square miles", "km2": "square kilometres"},
 }
 _COMMON_WORDS = _set(
     """
@@ -66,42 +53,6 @@ _COMMON_WORDS = _set(
     first; two; new; time; would; could; should; must; same; because
     """
 )
-
-
-def _template_text(template: Any) -> str:
-    """Text of a template that stands for words in a sentence."""
-    name = str(template.name).strip().lower().replace("_", " ")
-    arguments = [_wiki_text(p.value.nodes).strip() for p in template.params if str(p.name).strip().isdigit()]
-    if name in _FIXED:
-        return _FIXED[name]
-    if not arguments:
-        return ""
-    if name in _FIRST_ARGUMENT or name.startswith(("lang-", "ipa-")):
-        return arguments[0]
-    if name in ("lang", "script", "transl", "transliteration", "unicode"):
-        return arguments[-1]
-    if name in ("railgauge", "track gauge"):
-        return re.sub(r"(?<=\d)(?=[a-z])", " ", arguments[0])
-    if name in ("convert", "cvt"):
-        return _convert_text(arguments)
-    if name == "as of":
-        return " ".join(["as of" if template.has("lc") else "As of", *arguments[:1]])
-    if name in ("circa", "c."):
-        return f"c. {arguments[0]}"
-    if name in ("chem", "chem2"):
-        return "".join(arguments)
-    if name in ("angbr", "angle bracket"):
-        return f"⟨{arguments[0]}⟩"
-    if name in ("frac", "sfrac"):
-        return "/".join(arguments) if len(arguments) < 3 else f"{arguments[0]} {arguments[1]}/{arguments[2]}"
-    if name == "val":
-        exponent = f" × 10^{template.get('e').value}" if template.has("e") else ""
-        return arguments[0] + exponent
-    if name == "nihongo":
-        return f"{arguments[0]} ({', '.join(arguments[1:3])})" if len(arguments) > 1 else arguments[0]
-    if name in ("quote", "cquote", "blockquote", "quotation"):
-        return f"\n\n{arguments[0]}\n\n"
-    return ""
 
 
 def _convert_text(arguments: Sequence[str]) -> str:
@@ -115,6 +66,35 @@ def _convert_text(arguments: Sequence[str]) -> str:
         else:
             return " ".join([*words, _UNITS.get(argument, argument)])
     return " ".join(words)
+
+
+_TEMPLATES: dict[str, Callable[[list[str]], str]] = {
+    **dict.fromkeys(("nowrap", "small", "smaller", "big", "ipa", "vanchor", "sc", "flag", "vr"), itemgetter(0)),
+    **dict.fromkeys(("lang", "script", "transl"), itemgetter(-1)),
+    **dict.fromkeys(("frac", "sfrac"), "/".join),
+    **dict.fromkeys(("quote", "quotation"), "\n\n{0[0]}\n\n".format),
+    "angbr": "⟨{0[0]}⟩".format,
+    "chem": "".join,
+    "convert": _convert_text,
+    "nihongo": lambda texts: f"{texts[0]} ({', '.join(texts[1:3])})",
+    "railgauge": lambda texts: re.sub(r"(?<=\d)(?=[a-z])", " ", texts[0]),
+}
+"""From the arguments of a template that stands for words in a sentence to these words."""
+
+
+def _template_text(template: Any) -> str:
+    name = str(template.name).strip().lower()
+    arguments = [_wiki_text(p.value.nodes).strip() for p in template.params if str(p.name).strip().isdigit()]
+    if name in _FIXED:
+        return _FIXED[name]
+    if not arguments:
+        return ""
+    if name == "as of":
+        return f"{'as' if template.has('lc') else 'As'} of {arguments[0]}"
+    if name == "val":
+        return arguments[0] + (f" × 10^{template.get('e').value}" if template.has("e") else "")
+    text_of = itemgetter(0) if name.startswith(("lang-", "ipa-")) else _TEMPLATES.get(name, lambda texts: "")
+    return text_of(arguments)
 
 
 def _wiki_text(nodes: Iterable[Any]) -> str:
@@ -141,17 +121,13 @@ def _wiki_text(nodes: Iterable[Any]) -> str:
 
 
 def _tag_text(node: Any) -> str:
-    name = str(node.tag).strip().lower()
+    name = str(node.tag).lower()
     if name in _DROPPED_TAGS:
         return ""
     if name == "math":
         return f"${' '.join(str(node.contents).split())}$"
     if name in ("li", "dt", "dd"):
         return "\x01"
-    if name == "br":
-        return " "
-    if name in ("sub", "sup") and not str(node.contents or "").strip("0123456789+-−n"):
-        return str(node.contents or "")
     return _wiki_text(node.contents.nodes) if node.contents is not None else ""
 
 
@@ -164,32 +140,19 @@ def wiki_prose(markup: str) -> str:
     from mwparserfromhell.nodes import Heading
 
     paragraphs: list[str] = []
-    heading, skipped_level = "", 0
-    run: list[Any] = []
-
-    def flush() -> None:
-        nonlocal heading
-        if skipped_level == 0:
-            for line in _wiki_text(run).split("\n"):
-                if text := _prose_line(line):
-                    if heading:
-                        paragraphs.append(heading)
-                        heading = ""
-                    paragraphs.append(text)
-        run.clear()
-
+    skipped_level = 0
     # Style tags would swallow the headings after an unclosed one; their apostrophes go in `_tidy`.
-    for node in mwparserfromhell.parse(markup, skip_style_tags=True).nodes:
-        if not isinstance(node, Heading):
-            run.append(node)
-            continue
-        flush()
-        title = " ".join(_wiki_text(node.title.nodes).replace("\x01", " ").split())
-        if skipped_level and node.level > skipped_level:
-            continue
-        skipped_level = node.level if title.lower() in _END_SECTIONS else 0
-        heading = title
-    flush()
+    for section in mwparserfromhell.parse(markup, skip_style_tags=True).get_sections(flat=True):
+        nodes, heading = section.nodes, ""
+        if nodes and isinstance(nodes[0], Heading):
+            if skipped_level and nodes[0].level > skipped_level:
+                continue
+            heading = " ".join(_wiki_text(nodes[0].title.nodes).split())
+            skipped_level = nodes[0].level if heading.lower() in _END_SECTIONS else 0
+            if skipped_level:
+                continue
+        lines = [text for line in _wiki_text(nodes).split("\n") if (text := _prose_line(line))]
+        paragraphs += [heading, *lines] if lines and heading else lines
     return "\n\n".join(paragraphs)
 
 
@@ -199,7 +162,7 @@ def _prose_line(line: str) -> str:
     words = text.split()
     if len(words) < (12 if item else 8) or not re.search(r"[.!?][\"'”’)]*$", text):
         return ""
-    if re.search(r"\||\{\{|\}\}|\[\[|\]\]|ISBN|<[a-z/]|style=|https?:", text):
+    if re.search(r"\||ISBN|https?:", text):
         return ""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return text if letters / len(text) > 0.85 and _is_english(words) else ""
@@ -227,28 +190,20 @@ def _tidy(text: str) -> str:
 # --- docstrings ------------------------------------------------------------------------------------------------------
 
 
-def module_prose(path: Path, seen: set[str] | None = None) -> str:
+def module_prose(path: Path, seen: set[str]) -> str:
     """Docstring prose of a Python file, in order, or nothing if under 600 characters.
 
     Paragraphs in `seen` are skipped; new ones are added.
     """
-    source = path.read_text(encoding="utf-8", errors="replace")
-    if '"""' not in source and "'''" not in source:
-        return ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(source)
+            tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
     except (SyntaxError, ValueError):
         return ""
-    paragraphs = []
-    seen = set() if seen is None else seen
-    for docstring in _docstrings(tree):
-        for paragraph in docstring_paragraphs(docstring):
-            if paragraph not in seen:
-                seen.add(paragraph)
-                paragraphs.append(paragraph)
-    text = "\n\n".join(paragraphs)
+    paragraphs = dict.fromkeys(text for docstring in _docstrings(tree) for text in docstring_paragraphs(docstring))
+    text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph not in seen)
+    seen.update(paragraphs)
     return text if len(text) >= MIN_DOCUMENTATION_CHARACTERS else ""
 
 

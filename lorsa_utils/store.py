@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,7 +46,10 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
-        raise _write_error(target, error) from error
+        sentence = f"Cannot write {target} ({error}); choose a folder you can write to."
+        if getattr(error, "errno", None) == 28 or "No space left" in str(error):
+            sentence = f"The disk is full: {target} was not written; free some space and run the same command again."
+        raise UserError(sentence) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -56,13 +60,6 @@ def remove_leftovers(folder: StrPath) -> None:
     for leftover in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             leftover.unlink()
-
-
-def _write_error(target: Path, error: Exception) -> UserError:
-    text = str(error)
-    if getattr(error, "errno", None) == 28 or "No space left" in text:
-        return UserError(f"The disk is full: {target} was not written; free some space and run the same command again.")
-    return UserError(f"Cannot write {target} ({text}); choose a folder you can write to.")
 
 
 def write_bytes(path: StrPath, content: bytes) -> None:
@@ -91,13 +88,11 @@ def read_json(path: StrPath) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); rebuild it or restore a copy.") from error
 
 
-def write_tensors(
-    path: StrPath, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: StrPath, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write atomically, as one safetensors file."""
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        save_file(contiguous, temporary, metadata=metadata)
 
 
 def read_tensors(path: StrPath, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
@@ -139,22 +134,20 @@ def read_tensor_metadata(path: StrPath) -> dict[str, str]:
 
 
 def sha256_file(path: StrPath) -> str:
-    """SHA-256 of a file."""
+    """Of its content."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sha256_json(content: Any) -> str:
-    """SHA-256 of a JSON value; key order does not matter."""
+    """Of a JSON value; key order does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def free_bytes(path: StrPath) -> int:
     """Free bytes on the disk of `path`, which need not exist."""
     place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
 
 
 def require_free_bytes(path: StrPath, needed: int, what: str) -> None:
@@ -170,11 +163,9 @@ def require_free_bytes(path: StrPath, needed: int, what: str) -> None:
 def require_writable(folder: StrPath) -> Path:
     """Create `folder` if needed; UserError if it cannot be written."""
     path = Path(folder)
-    probe = path / f".write-test-{uuid.uuid4().hex[:8]}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"Cannot write to {path} ({error.strerror}); choose a folder you can write to.") from error
     return path

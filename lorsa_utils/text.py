@@ -1,13 +1,12 @@
-"""Documents to token sequences, each of one document.
-
-text = load_text(model, n_tokens=250_000)     # text.train and text.held_out
-"""
+"""Documents to token sequences, each of one document."""
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,21 +21,11 @@ if TYPE_CHECKING:
 
     from lorsa_utils.models import LanguageModel
 
-__all__ = [
-    "Corpus",
-    "Document",
-    "Sequences",
-    "Text",
-    "TextName",
-    "bos_id",
-    "embedded_corpus",
-    "load_corpus",
-    "load_text",
-    "tokenize",
-]
+__all__ = ["Corpus", "Document", "TextName", "embedded_corpus", "load_corpus"]  # beside what stands here
 
 MIN_LAST_PIECE = 32
 BLOCK_CHARACTERS = 1_000_000
+WIKIPEDIA_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -111,14 +100,11 @@ def load_text(
         UserError: both files and a dataset are given, they cannot be read, or there is no text.
     """
     corpus = load_corpus(files, dataset, max_tokens=n_tokens + held_out_tokens)
-
-    def cut(documents: Sequence[Document], budget: int) -> Sequences:
-        sequences = tokenize(
-            documents, model.tokenizer, context=context, n_tokens=budget, bos_policy=bos_policy, seed=seed
-        )
-        return replace(sequences, origin=corpus.origin)
-
-    return Text(cut(corpus.train, n_tokens), cut(corpus.held_out, held_out_tokens) if corpus.held_out else None)
+    cut = partial(tokenize, tokenizer=model.tokenizer, context=context, bos_policy=bos_policy, seed=seed)
+    train = replace(cut(corpus.train, n_tokens=n_tokens), origin=corpus.origin)
+    if not corpus.held_out:
+        return Text(train, None)
+    return Text(train, replace(cut(corpus.held_out, n_tokens=held_out_tokens), origin=corpus.origin))
 
 
 def tokenize(
@@ -129,13 +115,12 @@ def tokenize(
     n_tokens: int | None = None,
     bos_policy: str = "auto",
     seed: int = 0,
-    wikipedia_share: float = 0.7,
 ) -> Sequences:
     """Cut documents into shuffled sequences of `context` tokens, BOS included.
 
     A sequence is a piece of one document; a last piece of fewer than 32 tokens is left out, unless there is nothing
-    else. Pieces come in a seeded order, none twice, Wikipedia with `wikipedia_share` of the tokens until one side is
-    used up. The first sequences are the same for any budget. Special tokens written out in the text are removed.
+    else. Pieces come in a seeded order, none twice, 70 % of the tokens from Wikipedia until one side is used up. The
+    first sequences are the same for any budget. Special tokens written out in the text are removed.
 
     The budget `n_tokens`, in tokens that count, is met exactly by masking the end of the last sequence; None takes
     everything. `bos_policy` is `prepend`, `none`, or `auto`: prepend BOS, or EOS in its place, if there is one.
@@ -149,13 +134,15 @@ def tokenize(
         raise UserError(f"context must be at least 2, not {context}.")
     if n_tokens is not None and n_tokens < 1:
         raise UserError(f"The number of tokens must be at least 1, not {n_tokens}.")
-    if not 0 <= wikipedia_share <= 1:
-        raise UserError(f"wikipedia_share must lie between 0 and 1, not {wikipedia_share}.")
-    for minimum in (min(MIN_LAST_PIECE, width), min(2, width)):
-        pieces = _take(_mix(documents, tokenizer, width, minimum, seed, wikipedia_share), n_tokens)
+    for minimum in (MIN_LAST_PIECE, 2):
+        pieces, left = [], sys.maxsize if n_tokens is None else n_tokens
+        for source, ids in _mix(documents, tokenizer, width, min(minimum, width), seed):
+            pieces.append((source, ids[:left]))
+            left -= len(ids)
+            if left <= 0:
+                break
         if pieces:
-            sequences = _assemble(pieces, tokenizer, context, first, n_tokens)
-            return replace(sequences, documents=documents)
+            return replace(_assemble(pieces, tokenizer, context, first, n_tokens), documents=documents)
     raise UserError("The text is empty (fewer than two tokens); give a text with at least a few words.")
 
 
@@ -169,47 +156,34 @@ def bos_id(tokenizer: PreTrainedTokenizerBase, bos_policy: str = "auto") -> int 
         raise UserError(f"bos_policy must be auto, prepend or none, not {bos_policy!r}.")
     if bos_policy == "none":
         return None
-    for candidate in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    if bos_policy == "prepend":
+    ids = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+    if bos_policy == "prepend" and not ids:
         raise UserError("This tokenizer has neither a BOS nor an EOS token; use bos_policy 'none'.")
-    return None
+    return ids[0] if ids else None
 
 
 Piece = tuple[str, np.ndarray]
 """Source and ids."""
 
 
-def _take(pieces: Iterator[Piece], n_tokens: int | None) -> list[Piece]:
-    taken: list[Piece] = []
-    count = 0
-    for source, ids in pieces:
-        if n_tokens is not None and count + len(ids) >= n_tokens:
-            return [*taken, (source, ids[: n_tokens - count])]
-        taken.append((source, ids))
-        count += len(ids)
-    return taken
-
-
 def _mix(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, width: int, minimum: int, seed: int, share: float
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, width: int, minimum: int, seed: int
 ) -> Iterator[Piece]:
     """Alternate, so that Wikipedia has its share at every point until one group is used up."""
-    groups = [[d for d in documents if d.source == "wikipedia"], [d for d in documents if d.source != "wikipedia"]]
-    streams = [
-        _pieces(group, tokenizer, width, minimum, np.random.default_rng([seed, i])) for i, group in enumerate(groups)
-    ]
+    streams = []
+    for i, is_wikipedia in enumerate((True, False)):
+        group = [document for document in documents if (document.source == "wikipedia") == is_wikipedia]
+        streams.append(_pieces(group, tokenizer, width, minimum, np.random.default_rng([seed, i])))
     counts = [0, 0]
     open_groups = {0, 1}
     while open_groups:
-        ahead = counts[0] >= share * (sum(counts) + 1)
-        group = min(open_groups, key=lambda i: (i == 0) == ahead)
-        piece = next(streams[group], None)
+        ahead = counts[0] >= WIKIPEDIA_SHARE * (sum(counts) + 1)
+        number = min(open_groups, key=lambda i: (i == 0) == ahead)
+        piece = next(streams[number], None)
         if piece is None:
-            open_groups.remove(group)
+            open_groups.remove(number)
         else:
-            counts[group] += len(piece[1])
+            counts[number] += len(piece[1])
             yield piece
 
 

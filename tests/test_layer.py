@@ -44,9 +44,7 @@ def test_a_trained_layer_is_loaded_again_with_its_own_model(layer: lu.Layer) -> 
     assert again.number == LAYER
     tokens = random_tokens(2, 20)
     assert torch.equal(again.activations(tokens), layer.activations(tokens))
-    del again
-    elsewhere = lu.Layer.from_pretrained(layer.folder, model=layer.model)
-    assert elsewhere.model is layer.model
+    assert lu.Layer.from_pretrained(layer.folder, model=layer.model).model is layer.model
 
 
 def test_another_model_is_refused(layer: lu.Layer, tmp_path: Path) -> None:
@@ -70,9 +68,8 @@ def test_activations_are_those_of_the_module(layer: lu.Layer) -> None:
     output = layer.module(x)
     activations = layer.activations(tokens)
     assert activations.shape == (2, 20, 32)
-    assert torch.allclose(
-        layer.module.decode(output.indices, output.values), activations @ layer.module.W_O + layer.module.b_O, atol=1e-5
-    )
+    written = activations @ layer.module.W_O + layer.module.b_O
+    assert torch.allclose(layer.module.decode(output.indices, output.values), written, atol=1e-5)
     assert int((activations != 0).sum(dim=-1).max()) <= 4
 
 

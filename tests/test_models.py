@@ -8,9 +8,11 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     D_MODEL,
     KINDS,
@@ -25,7 +27,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.fetch import _is_complete
+from lorsa_utils.fetch import is_complete
 from lorsa_utils.models import LanguageModel, load_model, resolve_device, rotary_from_config
 from lorsa_utils.store import data_dir
 
@@ -48,9 +50,9 @@ def lm(folder: Path) -> LanguageModel:
     return load_model(folder, device="cpu")
 
 
-def hidden_states(lm: LanguageModel, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    with torch.no_grad():
-        return lm.model(tokens, output_hidden_states=True).hidden_states
+@pytest.fixture
+def llama(folders: dict[str, Path]) -> LanguageModel:
+    return load_model(folders["llama"], device="cpu")
 
 
 # ---- parity with the model
@@ -70,33 +72,22 @@ def test_patterns_equal_the_models_own(folder: Path, lm: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "scaling"),
+    ("kind", "changes"),
     [
-        ("gpt_neox", rope(rope_type="linear", factor=4.0, partial_rotary_factor=0.25)),
-        (
-            "llama",
-            rope(rope_type="llama3", **LLAMA3 | {"high_freq_factor": 2.0, "original_max_position_embeddings": 16}),
-        ),
+        ("gpt_neox", {"rope_parameters": rope(rope_type="linear", factor=4.0, partial_rotary_factor=0.25)}),
+        ("llama", {"rope_parameters": rope(rope_type="llama3", **LLAMA3 | {"original_max_position_embeddings": 16})}),
+        ("llama", {"rope_parameters": rope(rope_type="llama3", **LLAMA3 | {"high_freq_factor": 2.0})}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt_neox", {"attention_bias": False}),
+        ("llama", {"attention_bias": False}),
+        ("qwen3", {"attention_bias": True}),
     ],
 )
-def test_patterns_with_other_scalings(tmp_path: Path, kind: str, scaling: dict[str, Any]) -> None:
-    folder = save_tiny_model(tmp_path / "scaled", kind, rope_parameters=scaling)
-    test_patterns_equal_the_models_own(folder, load_model(folder, device="cpu"))
-
-
-@pytest.mark.parametrize("flags", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}])
-def test_gpt2_scales(tmp_path: Path, flags: dict[str, bool]) -> None:
-    folder = save_tiny_model(tmp_path / "scaled", "gpt2", **flags)
+def test_other_scalings_and_biases(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    folder = save_tiny_model(tmp_path / "changed", kind, **changes)
     lm = load_model(folder, device="cpu")
-    test_patterns_equal_the_models_own(folder, lm)
-    test_heads_sum_to_the_output(lm)
-
-
-@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen3"])
-def test_patterns_without_and_with_projection_biases(tmp_path: Path, kind: str) -> None:
-    folder = save_tiny_model(tmp_path / "biases", kind, attention_bias=kind == "qwen3")
-    lm = load_model(folder, device="cpu")
-    assert bool(lm.site(0).b_Q.any()) == (kind == "qwen3")
+    assert bool(lm.site(0).b_Q.any()) == changes.get("attention_bias", True)
     test_patterns_equal_the_models_own(folder, lm)
     test_heads_sum_to_the_output(lm)
 
@@ -115,16 +106,13 @@ def test_weights_per_head_have_the_promised_shapes(lm: LanguageModel) -> None:
     n, n_kv, d_head = site.n_heads, site.n_kv_heads, site.d_head
     kv_heads, width = (getattr(lm.config, name, None) for name in ("num_key_value_heads", "head_dim"))
     assert (n, n_kv, d_head) == (4, kv_heads or 4, width or D_MODEL // 4)
-    assert site.W_Q.shape == (n, D_MODEL, d_head)
-    assert site.W_K.shape == site.W_V.shape == (n_kv, D_MODEL, d_head)
-    assert site.W_O.shape == (n, d_head, D_MODEL)
-    assert site.b_Q.shape == (n, d_head)
-    assert site.b_K.shape == site.b_V.shape == (n_kv, d_head)
-    assert site.b_O.shape == (D_MODEL,)
+    shapes = {"W_Q": (n, D_MODEL, d_head), "W_O": (n, d_head, D_MODEL), "b_Q": (n, d_head), "b_O": (D_MODEL,)}
+    shapes |= dict.fromkeys(("W_K", "W_V"), (n_kv, D_MODEL, d_head)) | dict.fromkeys(("b_K", "b_V"), (n_kv, d_head))
+    assert {name: tuple(getattr(site, name).shape) for name in shapes} == shapes
     assert site.expand_kv(site.W_K).shape == site.W_Q.shape
     assert torch.equal(site.expand_kv(site.W_V)[n // n_kv - 1], site.W_V[0])
     assert site.qk_norm == hasattr(lm.attention_module(2), "q_norm") == (site.k_norm_weight is not None)
-    assert lm.attention_module(2) is lm.model.get_submodule(site.module_path)
+    assert lm.attention_module(2) is lm.model.get_submodule(lm.module_path(2))
 
 
 def test_weights_are_copies(lm: LanguageModel) -> None:
@@ -133,9 +121,8 @@ def test_weights_are_copies(lm: LanguageModel) -> None:
     before.b_O.zero_()
     after = lm.site(0)
     assert after.W_Q.any()
-    projection = dict(lm.attention_module(0).named_modules())
-    (out,) = (projection[name] for name in ("o_proj", "dense", "c_proj") if name in projection)
-    assert bool(after.b_O.any()) == (out.bias is not None)
+    *_, (_, bias) = lm.architecture.projections(lm.config, lm.attention_module(0))
+    assert bool(after.b_O.any()) == (bias is not None)
 
 
 # ---- where the hooks are
@@ -143,17 +130,16 @@ def test_weights_are_copies(lm: LanguageModel) -> None:
 
 def test_the_site_lies_between_the_norm_and_the_residual_sum(lm: LanguageModel) -> None:
     tokens = random_tokens(2, 24)
-    states = hidden_states(lm, tokens)
-    for layer, (x, output) in lm.capture(tokens, [0, 1]).items():
-        before, after, part = states[layer], states[layer + 1], lm.block(layer)
-        norms = [part.get_submodule(name) for name in lm.architecture.norms]
-        middle = before + output
-        read_by_mlp = before if getattr(lm.config, "use_parallel_residual", False) else middle
-        with torch.no_grad():
+    with torch.no_grad():
+        states = lm.model(tokens, output_hidden_states=True).hidden_states
+        for layer, (x, output) in lm.capture(tokens, [0, 1]).items():
+            before, after, block = states[layer], states[layer + 1], lm.block(layer)
+            norms = [block.get_submodule(name) for name in lm.architecture.norms]
+            middle = before + output
+            read_by_mlp = before if getattr(lm.config, "use_parallel_residual", False) else middle
+            written = block.get_submodule(lm.architecture.mlp)(norms[1](read_by_mlp))
             assert torch.equal(norms[0](before), x)
-            assert torch.allclose(
-                middle + part.get_submodule(lm.architecture.mlp)(norms[1](read_by_mlp)), after, atol=1e-5
-            )
+            assert torch.allclose(middle + written, after, atol=1e-5)
 
 
 def test_logits_through_hooks_are_the_plain_ones(lm: LanguageModel) -> None:
@@ -198,30 +184,30 @@ def test_gradients_reach_the_replacement(lm: LanguageModel) -> None:
 
 
 def test_hooks_are_removed_after_an_error(lm: LanguageModel) -> None:
-    with (
-        pytest.raises(UserError, match=r"layer 1 has shape \[1, 8, 1\]"),
-        lm.splice({1: lambda x, output: output[..., :1]}),
-    ):
-        lm.logits(random_tokens(1, 8))
-    with (
-        pytest.raises(UserError, match="Layer 7"),
-        lm.splice({0: lambda x, output: output, 7: lambda x, output: output}),
-    ):
+    tokens = random_tokens(1, 8)
+    with pytest.raises(UserError, match=r"layer 1 has shape \[1, 8, 1\]"), lm.splice({1: lambda x, y: y[..., :1]}):
+        lm.logits(tokens)
+    with pytest.raises(UserError, match="Layer 7"), lm.splice(dict.fromkeys((0, 7), lambda x, y: y)):
         pass
     with pytest.raises(UserError, match="Layer 7"):
-        lm.capture(random_tokens(1, 8), [0, 7])
+        lm.capture(tokens, [0, 7])
     assert not any(lm.attention_module(layer)._forward_hooks for layer in range(N_LAYERS))
 
 
-def test_capture_stops_after_the_deepest_layer(lm: LanguageModel) -> None:
+def visits(lm: LanguageModel, part: str) -> list[int]:
+    """A list that grows by the layer whenever that part of it runs."""
     visited: list[int] = []
     for layer in range(N_LAYERS):
-        lm.block(layer).get_submodule(lm.architecture.mlp).register_forward_hook(
-            lambda *_, layer=layer: visited.append(layer)
-        )
+        module = lm.block(layer).get_submodule(part)
+        module.register_forward_hook(lambda *_, layer=layer: visited.append(layer))
+    return visited
+
+
+def test_capture_stops_after_the_deepest_layer(lm: LanguageModel) -> None:
+    visited = visits(lm, lm.architecture.mlp)
     captured = lm.capture(random_tokens(2, 8), [1, 0])
     assert list(captured) == [1, 0]
-    assert [layer for layer in visited if layer >= 1] == []
+    assert visited == [0]
     assert all(not tensor.requires_grad for pair in captured.values() for tensor in pair)
     lm.capture(random_tokens(2, 8), [2])
     assert max(visited) == 1
@@ -229,52 +215,45 @@ def test_capture_stops_after_the_deepest_layer(lm: LanguageModel) -> None:
 
 def test_a_pass_resumed_at_a_layer_is_the_whole_pass(lm: LanguageModel) -> None:
     tokens = random_tokens(2, 24)
-    ran: list[int] = []
-    hooks = [
-        lm.attention_module(layer).register_forward_hook(lambda *_, layer=layer: ran.append(layer))
-        for layer in range(lm.n_layers)
-    ]
     plain, losses, sides = lm.logits(tokens), lm.loss(tokens)[0], lm.capture(tokens, [1, 2])
-    for layer in range(lm.n_layers):
-        ran.clear()
+    ran = visits(lm, lm.architecture.attention)
+    for layer in range(N_LAYERS):
         residual = lm.residual(tokens, layer)
         assert ran == list(range(layer)), "the pass ends at the block"
         assert residual.shape == (2, 24, lm.d_model)
         ran.clear()
         with lm.resume(layer, residual):
             assert torch.equal(lm.logits(tokens), plain)
-            assert ran == list(range(layer, lm.n_layers))
+            assert ran == list(range(layer, N_LAYERS))
             assert torch.equal(lm.loss(tokens)[0], losses)
             if layer <= 1:
                 again = lm.capture(tokens, [1, 2])
-                assert all(
-                    torch.equal(again[number][side], sides[number][side]) for number in (1, 2) for side in (0, 1)
-                )
+                assert all(torch.equal(*pair) for n in (1, 2) for pair in zip(again[n], sides[n], strict=True))
             else:
                 with pytest.raises(KeyError):
                     lm.capture(tokens, [1, layer])
         assert torch.equal(lm.logits(tokens), plain), "afterwards the whole model runs"
-    for hook in hooks:
-        hook.remove()
+        ran.clear()
 
 
 def test_resume_reads_what_it_is_given_and_meets_splices(lm: LanguageModel) -> None:
-    tokens = random_tokens(2, 24)
+    tokens, sites = random_tokens(2, 24), []
     residual = lm.residual(tokens, 1)
-    with lm.splice({2: lambda x, y: torch.zeros_like(y)}):
+
+    def zeros(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        sites.append(lm.site(2))
+        return torch.zeros_like(y)
+
+    with lm.splice({2: zeros}):
         expected = lm.logits(tokens)
         with lm.resume(1, residual):
             assert torch.equal(lm.logits(tokens), expected)
-    with lm.resume(1, residual), lm.splice({2: lambda x, y: torch.zeros_like(y)}):
+    with lm.resume(1, residual), lm.splice({2: zeros}):
         assert torch.equal(lm.logits(tokens), expected)
-    sites = []
-    with lm.resume(1, residual), lm.splice({2: lambda x, y: (sites.append(lm.site(2)), y)[1]}):
-        lm.logits(tokens)
-    assert torch.equal(sites[0].W_Q, lm.site(2).W_Q), "layers keep their numbers"
+    assert torch.equal(sites[-1].W_Q, lm.site(2).W_Q), "layers keep their numbers"
     with lm.resume(1, torch.zeros_like(residual)):
-        assert torch.equal(lm.capture(tokens, [1])[1][0][0], lm.capture(tokens.flip(1), [1])[1][0][0]), (
-            "tokens are not read any more"
-        )
+        first, other = (lm.capture(words, [1])[1][0][0] for words in (tokens, tokens.flip(1)))
+        assert torch.equal(first, other), "tokens are not read any more"
 
 
 def test_a_pass_resumed_among_layers_of_several_types_is_the_whole_pass(tmp_path: Path) -> None:
@@ -331,9 +310,8 @@ def test_padding_on_the_right_changes_nothing_before_it(lm: LanguageModel) -> No
         (torch.tensor([[0, -1]]), "Token id -1"),
     ],
 )
-def test_impossible_tokens_are_refused(folders: dict[str, Path], tokens: torch.Tensor, sentence: str) -> None:
-    lm = load_model(folders["llama"], device="cpu")
-    for call in (lm.logits, lm.loss, lambda tokens: lm.capture(tokens, [0])):
+def test_impossible_tokens_are_refused(llama: LanguageModel, tokens: torch.Tensor, sentence: str) -> None:
+    for call in (llama.logits, llama.loss, lambda tokens: llama.capture(tokens, [0])):
         with pytest.raises(UserError, match=sentence):
             call(tokens)
 
@@ -403,22 +381,24 @@ def edited(source: Path, target: Path, **changes: Any) -> Path:
     return target
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "bert"}, "'bert' is not supported; supported are gpt2, gpt_neox, llama, qwen3"),
+        ({"model_type": "made_up", "auto_map": {"AutoConfig": "evil.Config"}}, "'made_up' is not supported"),
+        (
+            {"rope_parameters": rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)},
+            "'yarn' of this model is not supported; supported are default, linear, llama3",
+        ),
+        ({"rope_parameters": {"full_attention": rope(), "sliding_attention": rope()}}, "differs between layer types"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+    ],
+)
 def test_unknown_architectures_and_ropes_are_named_with_what_is_supported(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path, changes: dict[str, Any], sentence: str
 ) -> None:
-    with pytest.raises(UserError, match=r"'bert' is not supported; supported are gpt2, gpt_neox, llama, qwen3"):
-        load_model(edited(folders["llama"], tmp_path / "bert", model_type="bert"))
-    with pytest.raises(UserError, match="'made_up' is not supported"):
-        load_model(
-            edited(folders["llama"], tmp_path / "made_up", model_type="made_up", auto_map={"AutoConfig": "evil.Config"})
-        )
-    yarn = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
-    with pytest.raises(UserError, match="'yarn' of this model is not supported; supported are default, linear, llama3"):
-        load_model(edited(folders["llama"], tmp_path / "yarn", rope_parameters=yarn))
-    with pytest.raises(UserError, match="quantized"):
-        load_model(
-            edited(folders["llama"], tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4})
-        )
+    with pytest.raises(UserError, match=sentence):
+        load_model(edited(folders["llama"], tmp_path / "changed", **changes))
 
 
 def test_sliding_windows_are_refused(tmp_path: Path) -> None:
@@ -429,11 +409,10 @@ def test_sliding_windows_are_refused(tmp_path: Path) -> None:
         lm.site(1)
 
 
-def test_rope_that_differs_between_config_and_model_is_refused(folders: dict[str, Path]) -> None:
-    lm = load_model(folders["llama"], device="cpu")
-    lm.model.base_model.rotary_emb.inv_freq[2] *= 1.01
+def test_rope_that_differs_between_config_and_model_is_refused(llama: LanguageModel) -> None:
+    llama.model.base_model.rotary_emb.inv_freq[2] *= 1.01
     with pytest.raises(UserError, match="rotary frequencies"):
-        LanguageModel("changed", lm.model, None)
+        LanguageModel("changed", llama.model, None)
 
 
 def test_configs_in_the_spelling_of_transformers_4_load(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -453,63 +432,48 @@ def test_rope_without_a_factor_is_refused() -> None:
         rotary_from_config(config)
 
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("./nowhere", "There is no model at ./nowhere"),
-        ("nowhere/at/all", "There is no model"),
-        ("gone.gguf", "There is no model"),
-        ("two words", "There is no model"),
-    ],
-)
-def test_missing_paths_are_refused(name: str, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere/at/all", "gone.gguf", "two words"])
+def test_missing_paths_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"There is no model at {name}"):
         load_model(name)
 
 
-def test_broken_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no config\.json"):
-        load_model(tmp_path / "empty")
-    (tmp_path / "model.bin").write_bytes(b"weights")
-    with pytest.raises(UserError, match=r"not a \.gguf"):
-        load_model(tmp_path / "model.bin")
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF but no more")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_model(tmp_path / "broken.gguf")
-    cut = edited(folders["llama"], tmp_path / "cut")
-    weights = cut / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be read"):
-        load_model(cut)
-    weights.unlink()
-    with pytest.raises(UserError, match="cannot be read"):
-        load_model(cut)
-    (cut / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_model(cut)
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("empty/weights", b"", r"no config\.json"),
+        ("model.bin", b"weights", r"not a \.gguf"),
+        ("broken.gguf", b"GGUF but no more", "cannot be read"),
+        ("llama/model.safetensors", b"cut", "cannot be read"),
+        ("llama/model.safetensors", None, "cannot be read"),
+        ("llama/config.json", b"{", "cannot be read"),
+    ],
+)
+def test_broken_files_are_refused(
+    folders: dict[str, Path], tmp_path: Path, name: str, content: bytes | None, sentence: str
+) -> None:
+    file = tmp_path / name
+    if name.startswith("llama"):
+        shutil.copytree(folders["llama"], tmp_path / "llama")
+    file.parent.mkdir(exist_ok=True)
+    file.unlink() if content is None else file.write_bytes(file.read_bytes()[:-100] if content == b"cut" else content)
+    with pytest.raises(UserError, match=sentence):
+        load_model(file if file.parent == tmp_path else file.parent)
 
 
-def test_a_folder_of_half_a_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    half = edited(folders["llama"], tmp_path / "half")
-    tensors = load_file(half / "model.safetensors")
-    save_file(
-        {name: tensor for name, tensor in tensors.items() if ".1.self_attn." not in name},
-        half / "model.safetensors",
-        {"format": "pt"},
-    )
+def test_a_folder_of_half_a_model_and_pickled_weights_are_refused(
+    folders: dict[str, Path], llama: LanguageModel, tmp_path: Path
+) -> None:
+    folder = edited(folders["llama"], tmp_path / "half")
+    weights = folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if ".1.self_attn." not in name}
+    save_file(kept, weights, {"format": "pt"})
     with pytest.raises(UserError, match=r"not a whole causal language model: model\.layers\.1\.self_attn"):
-        load_model(half)
-
-
-def test_pickled_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    pickled = edited(folders["llama"], tmp_path / "pickled")
-    (pickled / "model.safetensors").unlink()
-    torch.save(AutoModelForCausalLM.from_pretrained(folders["llama"]).state_dict(), pickled / "pytorch_model.bin")
+        load_model(folder)
+    weights.unlink()
+    torch.save(llama.model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be read"):
-        load_model(pickled)
+        load_model(folder)
 
 
 def test_offline_hub_ids_are_looked_up_in_the_cache_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -519,12 +483,19 @@ def test_offline_hub_ids_are_looked_up_in_the_cache_alone(monkeypatch: pytest.Mo
         load_model("nobody/no-such-model")
 
 
-def test_gated_models_name_the_licence_and_the_login(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gated(*_: Any, **__: Any) -> None:
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
-
-    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", gated)
-    with pytest.raises(UserError, match="accept its licence .* `hf auth login`"):
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError("You are trying to access a gated repo.\nAsk for access."), "accept its licence .* `hf auth login`"),
+        (MemoryError(), "does not fit in memory"),
+        (ValueError("what\nwhy"), r"cannot be loaded \(.*; check the name and the network"),
+    ],
+)
+def test_models_that_cannot_be_had_are_told_why(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", Mock(side_effect=error))
+    with pytest.raises(UserError, match=sentence):
         load_model("meta-llama/Llama-3.1-8B")
 
 
@@ -556,9 +527,7 @@ def test_fingerprints_are_stable_and_tell_models_apart(folder: Path, tmp_path: P
     assert first.fingerprint == again.fingerprint
     assert first.tokenizer_fingerprint == again.tokenizer_fingerprint
     changed = load_model(folder, device="cpu")
-    changed.model.get_parameter(
-        changed.module_path(1) + "." + next(iter(dict(changed.attention_module(1).named_parameters())))
-    ).view(-1)[1500] += 1e-3
+    next(changed.attention_module(1).parameters()).view(-1)[1500] += 1e-3
     assert changed.fingerprint != first.fingerprint
     assert load_model(folder, device="cpu", dtype=torch.bfloat16).fingerprint != first.fingerprint
     moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
@@ -573,12 +542,10 @@ def test_fingerprints_see_the_config(folders: dict[str, Path], tmp_path: Path) -
 
 
 def test_tokenizer_fingerprint_ignores_how_it_was_called_and_sees_its_tokens(folders: dict[str, Path]) -> None:
-    lm, other = (load_model(folders["llama"], device="cpu") for _ in range(2))
-    lm.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
-    assert lm.tokenizer_fingerprint == other.tokenizer_fingerprint
-    changed = load_model(folders["llama"], device="cpu")
+    plain, called, changed = (load_model(folders["llama"], device="cpu") for _ in range(3))
+    called.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
     changed.tokenizer.add_tokens(["<new>"])
-    assert changed.tokenizer_fingerprint != lm.tokenizer_fingerprint
+    assert called.tokenizer_fingerprint == plain.tokenizer_fingerprint != changed.tokenizer_fingerprint
 
 
 # ---- the embedded model
@@ -586,7 +553,7 @@ def test_tokenizer_fingerprint_ignores_how_it_was_called_and_sees_its_tokens(fol
 
 @pytest.fixture(scope="module")
 def smollm2() -> LanguageModel:
-    if not _is_complete(EMBEDDED):
+    if not is_complete(EMBEDDED):
         pytest.skip("the embedded model is not there; `lorsa fetch` makes it")
     return load_model("smollm2", device="cpu")
 

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from safetensors import SafetensorError
 from lorsa_utils import store
 from lorsa_utils.exceptions import UserError
 
-DTYPES = (
+DTYPES = [
     torch.float64,
     torch.float32,
     torch.float16,
@@ -28,18 +30,12 @@ DTYPES = (
     torch.int32,
     torch.uint8,
     torch.bool,
-)
+]
 
 
 def is_one_sentence(error: UserError) -> bool:
     text = str(error)
     return text.endswith(".") and "\n" not in text and text[0].isupper()
-
-
-def blocked(tmp_path: Path) -> Path:
-    """A path that nobody can write, not even root: its parent is a file."""
-    (tmp_path / "file").write_text("in the way")
-    return tmp_path / "file" / "below"
 
 
 def test_failure_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -77,27 +73,26 @@ with store.atomic_path({str(target)!r}) as temporary:
     assert store.read_tensors(target)["w"].tolist() == [0, 1, 2]
 
 
-def test_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
-    place = blocked(tmp_path)
-    for write in (
-        lambda: store.write_text(place / "x.txt", "text"),
-        lambda: store.write_json(place / "x.json", {}),
-        lambda: store.write_tensors(place / "x.safetensors", {"w": torch.zeros(2)}),
-        lambda: store.require_writable(place),
-    ):
-        with pytest.raises(UserError, match="choose a folder you can write to") as caught:
-            write()
-        assert is_one_sentence(caught.value)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda place: store.write_text(place / "x.txt", "text"),
+        lambda place: store.write_json(place / "x.json", {}),
+        lambda place: store.write_tensors(place / "x.safetensors", {"w": torch.zeros(2)}),
+        store.require_writable,
+    ],
+)
+def test_unwritable_place_is_one_sentence(tmp_path: Path, write: Callable[[Path], object]) -> None:
+    (tmp_path / "file").write_text("in the way of everybody, even root")
+    with pytest.raises(UserError, match="choose a folder you can write to") as caught:
+        write(tmp_path / "file" / "below")
+    assert is_one_sentence(caught.value)
 
 
 def test_full_disk_says_so_and_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "x.bin"
     store.write_bytes(target, b"old")
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with pytest.raises(UserError, match="The disk is full") as caught:
         store.write_bytes(target, b"new")
     assert is_one_sentence(caught.value)
@@ -106,8 +101,8 @@ def test_full_disk_says_so_and_leaves_nothing_half_written(tmp_path: Path, monke
 
 
 def test_full_disk_met_by_the_tensor_writer_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None) -> None:
-        Path(path).write_bytes(b"half")
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(store, "save_file", full)
@@ -124,12 +119,9 @@ def test_full_disk_met_by_the_tensor_writer_says_so(tmp_path: Path, monkeypatch:
 def test_tensors_come_back_equal(
     tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, list[int]], dtype: torch.dtype, seed: int
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: torch.randint(0, 2, shape, generator=generator).to(dtype)
-        for name, shape in shapes.items()
-        if name != "__metadata__"
-    }
+    torch.manual_seed(seed)
+    tensors = {name: torch.randint(0, 2, shape).to(dtype) for name, shape in shapes.items()}
+    tensors.pop("__metadata__", None)
     path = tmp_path_factory.mktemp("tensors") / "t.safetensors"
     store.write_tensors(path, tensors, {"kind": "test"})
     back = store.read_tensors(path)
@@ -186,17 +178,20 @@ def test_json_that_no_reader_accepts_is_not_written(tmp_path: Path) -> None:
     assert store.read_json(path) == 1
 
 
-def test_unreadable_json_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "cut.json").write_text('{"step": ')
-    (tmp_path / "binary.json").write_bytes(b"\x80\x81\xff")
-    for name, words in (
-        ("cut.json", "not valid JSON"),
-        ("binary.json", "not valid JSON"),
-        ("absent.json", "Cannot read"),
-        (".", "Cannot read"),
-    ):
-        with pytest.raises(UserError, match=words):
-            store.read_json(tmp_path / name)
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("cut.json", b'{"step": ', "not valid JSON"),
+        ("binary.json", b"\x80\x81\xff", "not valid JSON"),
+        ("absent.json", None, "Cannot read"),
+        (".", None, "Cannot read"),
+    ],
+)
+def test_unreadable_json_is_one_sentence(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        store.read_json(tmp_path / name)
 
 
 def test_hashes_are_those_of_the_content(tmp_path: Path) -> None:

@@ -19,19 +19,8 @@ D_MODEL = 64
 N_TOKENS = 259
 """256 bytes, then <bos> 256, <eos> 257, <pad> 258."""
 
-_WIDTHS = {
-    "hidden_size": D_MODEL,
-    "num_hidden_layers": N_LAYERS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-_COMMON = {
-    "vocab_size": N_TOKENS,
-    "initializer_range": 0.2,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-}
+_WIDTHS = {"hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4, "intermediate_size": 64}
+_COMMON = {"vocab_size": N_TOKENS, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -44,17 +33,15 @@ def settings(kind: str) -> tuple[str, dict[str, Any]]:
     """Model type and config arguments of one kind."""
     if kind == "gpt2":
         return "gpt2", _COMMON | {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "n_positions": 128}
+    neox = {"rope_parameters": rope(partial_rotary_factor=0.25), "use_parallel_residual": kind == "gpt_neox"}
+    llama3 = rope(rope_type="llama3", **LLAMA3)
     own: dict[str, dict[str, Any]] = {
-        "gpt_neox": {"rope_parameters": rope(partial_rotary_factor=0.25), "use_parallel_residual": True},
-        "gpt_neox_sequential": {"rope_parameters": rope(partial_rotary_factor=0.25), "use_parallel_residual": False},
-        "llama": {
-            "num_key_value_heads": 2,
-            "rope_parameters": rope(rope_type="llama3", **LLAMA3),
-            "attention_bias": True,
-        },
+        "gpt_neox": neox,
+        "gpt_neox_sequential": neox,
+        "llama": {"num_key_value_heads": 2, "rope_parameters": llama3, "attention_bias": True},
         "qwen3": {"num_key_value_heads": 2, "head_dim": 24, "rope_parameters": rope(1000000.0)},
     }
-    return kind.removesuffix("_sequential"), _COMMON | _WIDTHS | {"intermediate_size": 64} | own[kind]
+    return kind.removesuffix("_sequential"), _COMMON | _WIDTHS | {"max_position_embeddings": 128} | own[kind]
 
 
 def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0, **overrides: Any) -> Path:
@@ -92,64 +79,44 @@ def save_tiny_gguf(path: Path, seed: int = 0) -> Path:
 
     Readers want at least two merges, so "th" is token 259 and "in" 260.
     """
-    from gguf import GGUFWriter, TokenType
+    from gguf import MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
 
-    plain = {
-        "attention_bias": False,
-        "rope_parameters": rope(),
-        "tie_word_embeddings": True,
-        "vocab_size": N_TOKENS + 2,
-    }
-    folder = save_tiny_model(path.with_suffix(".folder"), "llama", seed, **plain)
+    plain = {"attention_bias": False, "rope_parameters": rope(), "tie_word_embeddings": True}
+    folder = save_tiny_model(path.with_suffix(".folder"), "llama", seed, vocab_size=N_TOKENS + 2, **plain)
     model = AutoModelForCausalLM.from_pretrained(folder)
     config, tokenizer = model.config, byte_tokenizer()
+    settings = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": 10000.0,
+        "rope_dimension_count": config.hidden_size // config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "gpt2",
+        "token_list": [*tokenizer.convert_ids_to_tokens(range(N_TOKENS)), "th", "in"],
+        "token_types": [TokenType.NORMAL] * 256 + [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * 2,
+        "token_merges": ["t h", "i n"],
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+        "unk_token_id": 258,
+    }
     writer = GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*tokenizer.convert_ids_to_tokens(range(N_TOKENS)), "th", "in"])
-    writer.add_token_types([TokenType.NORMAL] * 256 + [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * 2)
-    writer.add_token_merges(["t h", "i n"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_pad_token_id(258)
-    writer.add_unk_token_id(258)
+    for name, value in settings.items():
+        getattr(writer, f"add_{name}")(value)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":
-            writer.add_tensor(_gguf_name(name), _gguf_order(name, tensor, config).numpy())
+            writer.add_tensor(names.get_name(name, (".weight",)), _gguf_order(name, tensor, config).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def _gguf_name(name: str) -> str:
-    parts = {
-        "model.embed_tokens.": "token_embd.",
-        "model.norm.": "output_norm.",
-        "model.layers.": "blk.",
-        "self_attn.q_proj.": "attn_q.",
-        "self_attn.k_proj.": "attn_k.",
-        "self_attn.v_proj.": "attn_v.",
-        "self_attn.o_proj.": "attn_output.",
-        "mlp.gate_proj.": "ffn_gate.",
-        "mlp.up_proj.": "ffn_up.",
-        "mlp.down_proj.": "ffn_down.",
-        ".input_layernorm.": ".attn_norm.",
-        ".post_attention_layernorm.": ".ffn_norm.",
-    }
-    for long, short in parts.items():
-        name = name.replace(long, short)
-    return name
 
 
 def _gguf_order(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:

@@ -97,8 +97,6 @@ def toy_site(layer: int = 0) -> AttentionSite:
     maps = {f"W_{name}": draw(N_HEADS, D_MODEL, D_HEAD) for name in "QKV"}
     biases = {f"b_{name}": draw(N_HEADS, D_HEAD) for name in "QKV"}
     return AttentionSite(
-        layer=layer,
-        module_path=f"toy.{layer}",
         attn_scale=D_HEAD**-0.5,
         rotary=ROTARY,
         W_O=draw(N_HEADS, D_HEAD, D_MODEL),

@@ -49,7 +49,7 @@ def estimate(preset: Preset, rate: float = H100_RATE, memory: float = 80e9) -> d
     layer_bytes, model_bytes = BYTES_OF_TRAINING * parameters, 2 * preset.parameters
     activations = 16 * preset.batch_size * preset.context * preset.n_heads
     together = max(1, min(preset.n_layers, int((memory - model_bytes - activations) // layer_bytes)))
-    seconds = preset.tokens / rate
+    seconds = preset.train_tokens / rate
     training = preset.n_layers * step * seconds / 3600
     passes = -(-preset.n_layers // together) * 2 * preset.multiplied * seconds / 3600
     return {
@@ -61,15 +61,15 @@ def estimate(preset: Preset, rate: float = H100_RATE, memory: float = 80e9) -> d
         "hours": round(training + passes, 2),
         "memory_gb": round((model_bytes + together * layer_bytes + activations) / 1e9, 1),
         "memory_gb_per_layer": round(layer_bytes / 1e9, 2),
-        "tokens_gb": round(5 * preset.tokens / 1e9, 1),
+        "tokens_gb": round(5 * preset.train_tokens / 1e9, 1),
         "disk_gb": round(preset.n_layers * layer_bytes / 1e9, 1),
     }
 
 
 def train_options(preset: Preset) -> dict[str, Any]:
     """The options of `lorsa train` that a preset stands for."""
-    names = ("model", "dataset", "n_heads", "n_qk", "k", "context", "tokens", "batch_size")
-    return {name: getattr(preset, name) for name in names}
+    names = ("model", "dataset", "n_heads", "n_qk", "k", "context", "batch_size")
+    return {name: getattr(preset, name) for name in names} | {"tokens": preset.train_tokens}
 
 
 # ---- what `lorsa doctor` says
@@ -103,7 +103,7 @@ def preset_estimate(name: str) -> dict[str, Any]:
         "licence": preset.licence,
         "shape_from": preset.source,
         "layers": preset.n_layers,
-        "tokens": preset.tokens,
+        "tokens": preset.train_tokens,
         "how": "by arithmetic, not measured; expect several times the hours",
         f"at {H100_RATE / 1e12:.0f} TFLOP/s and 80 GB (H100)": estimate(preset),
         "at this machine's rate and memory": estimate(preset, matmul_rate(), here),
@@ -120,7 +120,7 @@ def profile_estimate(name: str, measured_minutes: float | None) -> dict[str, Any
     }
     size, n_layers, d_model, d_head = shapes.get(profile.model, (106e6, 30, 576, 64))  # smollm2
     lorsa = 2 * d_model * (profile.n_qk * d_head + profile.n_heads)
-    saes = 2 * d_model * (profile.sae_features + profile.sae_features_equal_parameters)
+    saes = 2 * d_model * (profile.n_heads + profile.sae_features_equal_parameters)
     minutes = measured_minutes
     if minutes is None:
         # Operations per token: the model's forward pass once, a step of every Lorsa, about 3 for each weight of an SAE.

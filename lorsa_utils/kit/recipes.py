@@ -96,7 +96,7 @@ def shape(run: Context, model: LanguageModel, layer: int, kind: str) -> LorsaCon
     p = run.profile
     if kind == "lorsa":
         return Lorsa.config_for_site(model.site(layer), p.n_heads, p.n_qk, p.k)
-    features = {"sae_equal_features": p.sae_features, "sae_equal_parameters": p.sae_features_equal_parameters}
+    features = {"sae_equal_features": p.n_heads, "sae_equal_parameters": p.sae_features_equal_parameters}
     return SAEConfig(model.d_model, features[kind], p.k)
 
 

@@ -194,7 +194,7 @@ def test_a_preset_brings_defaults_and_options_win() -> None:
     options = parsed("train", "--k", "3", "--preset", "pythia-160m", "--layer", "3", "--out", "x")
     preset = PRESETS["pythia-160m"]
     assert (options["k"], options["n_heads"], options["context"]) == (3, preset.n_heads, preset.context)
-    assert (options["tokens"], options["model"], options["dataset"]) == (preset.tokens, preset.model, None)
+    assert (options["tokens"], options["model"], options["dataset"]) == (preset.train_tokens, preset.model, None)
 
 
 def test_profiles_are_those_of_the_config() -> None:

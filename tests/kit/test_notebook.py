@@ -12,7 +12,7 @@ import torch
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
 from lorsa_utils import store, training
-from lorsa_utils.config import PRESETS, PROFILES, LorsaConfig, Profile, SAEConfig, TrainConfig, get_profile
+from lorsa_utils.config import PROFILES, LorsaConfig, SAEConfig, TrainConfig, get_profile
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit import hub, notebook, recipes
 from lorsa_utils.view import figures
@@ -31,17 +31,6 @@ def begin(tmp_path: Path, profile: str = "smoke") -> notebook.Context:
 
 def expect(tmp_path: Path, **rules: object) -> None:
     store.write_json(tmp_path / "data" / "expected" / "02_test.json", {"smoke": rules})
-
-
-@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
-def test_profiles_are_possible_shapes(profile: Profile) -> None:
-    d_qk = PRESETS[profile.name].d_head if profile.name in PRESETS else 64
-    lorsa = LorsaConfig(d_model=576, n_ov_heads=profile.n_heads, n_qk_heads=profile.n_qk, d_qk=d_qk, k=profile.k)
-    equal = SAEConfig(d_model=576, n_features=profile.sae_features_equal_parameters, k=profile.k)
-    assert equal.n_parameters == lorsa.n_parameters
-    assert profile.sae_features == profile.n_heads
-    assert profile.name in PROFILES
-    assert profile.layer in (*profile.layers, 1)
 
 
 def test_unknown_profile_is_named() -> None:

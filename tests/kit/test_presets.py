@@ -22,7 +22,16 @@ from lorsa_utils.lorsa import Lorsa, load
 from lorsa_utils.view import figures, gallery
 
 KINDS = {"pythia-160m": "gpt_neox", "llama-3.1-8b": "llama", "qwen3-1.7b": "qwen3"}
-TINY = {"n_heads": 96, "n_qk": 8, "k": 4, "context": 32, "tokens": 600, "batch_size": 4, "layer": 1, "layers": (0, 1)}
+TINY = {
+    "n_heads": 96,
+    "n_qk": 8,
+    "k": 4,
+    "context": 32,
+    "train_tokens": 600,
+    "batch_size": 4,
+    "layer": 1,
+    "layers": (0, 1),
+}
 PROSE = [
     Document(f"doc {i}", "prose", f"Paragraph {i}: attention reads many tokens and writes a few, {i * i}. " * 4)
     for i in range(40)
@@ -48,7 +57,7 @@ def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str,
     small = {name: PRESETS[name].replace(model=str(folder), **TINY) for name, folder in folders.items()}
     for name, preset in small.items():
         monkeypatch.setitem(PRESETS, name, preset)
-        profile = preset.profile().replace(cache_tokens=2000, held_out_tokens=400, compare_held_out_tokens=400)
+        profile = preset.replace(cache_tokens=2000, held_out_tokens=400, compare_held_out_tokens=400)
         monkeypatch.setitem(config.PROFILES, name, profile)
     corpus = Corpus(PROSE[:32], PROSE[32:], {})
 
@@ -74,7 +83,7 @@ def test_ratios_are_the_papers(preset: config.Preset) -> None:
     assert preset.n_heads == 8 * preset.d_model
     assert preset.n_heads // preset.n_qk == preset.d_head
     assert preset.parameters > preset.multiplied > 0
-    assert preset.tokens == 800_000_000
+    assert preset.train_tokens == 800_000_000
     assert max(preset.layers) < preset.n_layers
 
 
@@ -83,7 +92,7 @@ def test_ratios_are_the_papers(preset: config.Preset) -> None:
 
 def test_operations_and_bytes_by_hand() -> None:
     preset = PRESETS["pythia-160m"].replace(
-        d_model=4, n_heads=6, n_qk=2, d_head=2, k=1, context=3, batch_size=1, tokens=3600, n_layers=5
+        d_model=4, n_heads=6, n_qk=2, d_head=2, k=1, context=3, batch_size=1, train_tokens=3600, n_layers=5
     )
     preset = preset.replace(parameters=100.0, multiplied=50.0)
     weights = 2 * 4 * 2 * 2 + 2 * 4 * 6  # W_Q and W_K of two groups, W_V and W_O of six heads
