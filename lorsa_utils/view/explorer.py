@@ -1,13 +1,15 @@
 """The explorer in a notebook: a table of heads to sort and filter, sentences read live, and steering (paper item P5).
 
-`choose_heads`, `Reader` and `steer` compute without widgets; `Explorer` puts ipywidgets around them. Steering changes
-only the layer's output: y' = y + (scale - 1) * what the head writes, by `units.ablate`.
+`choose_heads` and `View` compute without widgets; `Explorer` puts ipywidgets around them. Steering changes only the
+layer's output: y' = y + (scale - 1) * what the head writes, by `units.ablate`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -38,9 +40,6 @@ N_LISTED = 200
 """Rows of the table that are listed at once."""
 
 
-# ---- table
-
-
 def choose_heads(
     table: pd.DataFrame, family: str = "", search: str = "", order: str = "frequency", dead: bool = False
 ) -> pd.DataFrame:
@@ -61,25 +60,24 @@ def choose_heads(
     return table[chosen].sort_values([order, "head"], ascending=[ORDERS[order], True], kind="stable")
 
 
-# ---- sentence
+@dataclass(frozen=True)
+class View:
+    """One layer of the explorer; it reads sentences with the BOS, if any, that training sequences began with."""
 
-
-class View(NamedTuple):
-    """One layer of the explorer."""
-
+    model: LanguageModel
     layer: int
     lorsa: Lorsa
+    """Reads raw activations."""
     table: pd.DataFrame
     """Of `survey.describe`, or `head`, `family`, `families` and the columns of `Survey.facts`."""
+    bos_id: int | None = None
+    context: int = 256
+    """Tokens read at most."""
 
-
-class Reader:
-    """Reads sentences of at most `context` tokens, with the BOS that training sequences began with."""
-
-    def __init__(self, model: LanguageModel, view: View, bos_id: int | None, context: int = 256) -> None:
-        self.model, self.view, self.context = model, view, context
-        self.start = [] if bos_id is None else [bos_id]
-        self.words = Words(model)
+    @functools.cached_property
+    def words(self) -> Words:
+        """Tokens that heads raise."""
+        return Words(self.model)
 
     @torch.no_grad()
     def read(self, text: str) -> Reading:
@@ -88,12 +86,14 @@ class Reader:
         Raises:
             UserError: there is no token in it.
         """
-        ids = self.start + self.model.tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) == len(self.start):
+        typed = self.model.tokenizer.encode(text, add_special_tokens=False)
+        if not typed:
             raise UserError("There is nothing to read yet; type a sentence.")
-        read, layer = ids[: self.context], self.view.layer
-        x = self.model.capture(torch.tensor([read], device=self.model.device), [layer])[layer][0].float()
-        (heads,), (activations,) = self.view.lorsa.encode(x)
+        ids = [*([] if self.bos_id is None else [self.bos_id]), *typed]
+        read = ids[: self.context]
+        tokens = torch.tensor([read], device=self.model.device)
+        x = self.model.capture(tokens, [self.layer])[self.layer][0].float()
+        (heads,), (activations,) = self.lorsa.encode(x)
         texts = token_texts(self.model.tokenizer, read)
         return Reading(read, texts, x[0], heads, activations, len(ids) - len(read))
 
@@ -103,60 +103,45 @@ class Reader:
         Raises:
             UserError: there is no such head.
         """
-        LorsaHeads(self.view.lorsa).check([head])
+        LorsaHeads(self.lorsa).check([head])
         place, length = Place("sentence", 0.0, 0, position), len(sentence.ids)
-        return read_context(self.view.lorsa, head, sentence, place, before=length, after=length)
+        return read_context(self.lorsa, head, sentence, place, before=length, after=length)
 
     @torch.no_grad()
     def firing(self, sentence: Reading, position: int, n: int = 12) -> pd.DataFrame:
         """Heads active at a token, the most active first: `head`, `family`, `activation`, `looks_at`, `raises`."""
-        lorsa = self.view.lorsa
         heads = sentence.heads[position]
-        sizes = sentence.activations[position] * lorsa.W_O[heads].norm(dim=1)
+        sizes = sentence.activations[position] * self.lorsa.W_O[heads].norm(dim=1)
         activations, order = sizes.topk(min(n, len(heads)))
         rows = []
         for head, activation in zip(heads[order].tolist(), activations.tolist(), strict=True):
             if activation > 0:
-                z = lorsa.z_pattern(sentence.x[None], head)[0, position, : position + 1]
+                z = self.lorsa.z_pattern(sentence.x[None], head)[0, position, : position + 1]
                 looks_at = [sentence.tokens[source] for source in main_sources(z)[:2]]
-                (raised,) = self.words.raised(lorsa.W_O[[head]], 3)
-                rows.append((head, str(self.view.table["family"].iloc[head]), activation, looks_at, raised))
+                (raised,) = self.words.raised(self.lorsa.W_O[[head]], 3)
+                rows.append((head, str(self.table["family"].iloc[head]), activation, looks_at, raised))
         return pd.DataFrame(rows, columns=["head", "family", "activation", "looks_at", "raises"])
 
+    @torch.no_grad()
+    def steer(self, ids: Sequence[int], scales: Mapping[int, float], position: int = -1, n: int = 8) -> pd.DataFrame:
+        """Next-token probabilities at `position`, before and after heads are scaled at all tokens.
 
-# ---- steering
+        `scales` maps heads to factors: 0 removes a head, 1 leaves it. The `n` most probable tokens before and after
+        have one row each, by the larger probability: `token`, `before`, `after`.
 
-
-@torch.no_grad()
-def steer(
-    model: LanguageModel,
-    layer: int,
-    lorsa: Lorsa,
-    ids: Sequence[int],
-    scales: Mapping[int, float],
-    position: int = -1,
-    n: int = 8,
-) -> pd.DataFrame:
-    """Next-token probabilities at `position`, before and after heads are scaled at all tokens.
-
-    `scales` maps heads to factors: 0 removes a head, 1 leaves it. `lorsa` reads raw activations. The `n` most probable
-    tokens before and after have one row each, by the larger probability: `token`, `before`, `after`.
-
-    Raises:
-        UserError: there is no such head.
-    """
-    tokens = torch.tensor([list(ids)], device=model.device)
-    place = range(len(ids))[position]
-    before = model.logits(tokens, [place])[0, 0].float().softmax(dim=0)
-    removed = {head: 1 - scale for head, scale in scales.items()}
-    with ablate(model, {layer: LorsaHeads(lorsa)}, {layer: removed}):
-        after = model.logits(tokens, [place])[0, 0].float().softmax(dim=0)
-    either = torch.maximum(before, after)
-    chosen = sorted(
-        {*before.topk(n).indices.tolist(), *after.topk(n).indices.tolist()}, key=lambda index: -float(either[index])
-    )
-    texts = texts_alone(model.tokenizer, chosen)
-    return pd.DataFrame({"token": texts, "before": before[chosen].tolist(), "after": after[chosen].tolist()})
+        Raises:
+            UserError: there is no such head.
+        """
+        tokens, place = torch.tensor([list(ids)], device=self.model.device), [range(len(ids))[position]]
+        removed = {head: 1 - scale for head, scale in scales.items()}
+        before = self.model.logits(tokens, place)[0, 0].float().softmax(dim=0)
+        with ablate(self.model, {self.layer: LorsaHeads(self.lorsa)}, {self.layer: removed}):
+            after = self.model.logits(tokens, place)[0, 0].float().softmax(dim=0)
+        either = torch.maximum(before, after)
+        probable = {*before.topk(n).indices.tolist(), *after.topk(n).indices.tolist()}
+        chosen = sorted(probable, key=lambda index: -float(either[index]))
+        texts = texts_alone(self.model.tokenizer, chosen)
+        return pd.DataFrame({"token": texts, "before": before[chosen].tolist(), "after": after[chosen].tolist()})
 
 
 # ---- explorer
@@ -197,9 +182,7 @@ class Explorer:
     `listed`, `context` and `changes` are the numbers they show now.
     """
 
-    def __init__(
-        self, model: LanguageModel, views: Sequence[View], sentence: str, bos_id: int | None, context: int = 256
-    ) -> None:
+    def __init__(self, views: Sequence[View], sentence: str) -> None:
         """Build the widgets and show the first layer.
 
         Raises:
@@ -211,8 +194,7 @@ class Explorer:
             import ipywidgets
         except ImportError as error:
             raise UserError("The explorer needs ipywidgets; run: pip install 'lorsa-utils[notebooks]'") from error
-        self.model, self.views = model, {view.layer: view for view in views}
-        self.readers = {view.layer: Reader(model, view, bos_id, context) for view in views}
+        self.views = {view.layer: view for view in views}
         self._html = pages.macros("explorer.html")
         self._quiet = True  # while widgets change each other
         self._build(ipywidgets, sentence)
@@ -260,8 +242,6 @@ class Explorer:
         """The chosen layer."""
         return self.views[self.layer.value]
 
-    # What the panels show, as data.
-
     @property
     def listed(self) -> pd.DataFrame:
         """The chosen rows of the table."""
@@ -270,15 +250,12 @@ class Explorer:
     @property
     def context(self) -> Context:
         """The sentence as the chosen head sees it."""
-        return self.readers[self.view.layer].context_of(self.read, self.head.value, self.token.value)
+        return self.view.context_of(self.read, self.head.value, self.token.value)
 
     @property
     def changes(self) -> pd.DataFrame:
-        """What steering changes, see `steer`."""
-        scales = {self.head.value: self.scale.value}
-        return steer(self.model, self.view.layer, self.view.lorsa, self.read.ids, scales, self.token.value)
-
-    # Reactions.
+        """What steering changes, as `View.steer` tells it."""
+        return self.view.steer(self.read.ids, {self.head.value: self.scale.value}, self.token.value)
 
     def _list(self) -> None:
         rows = self.listed
@@ -311,7 +288,7 @@ class Explorer:
 
     def _read(self) -> None:
         try:
-            self.read = self.readers[self.view.layer].read(self.sentence.value)
+            self.read = self.view.read(self.sentence.value)
         except UserError as error:
             self.shown.value = self._html.problem(str(error))
             return
@@ -325,7 +302,7 @@ class Explorer:
         if self._quiet:
             return
         context, position = self.context, self.token.value
-        firing = self.readers[self.view.layer].firing(self.read, position)
+        firing = self.view.firing(self.read, position)
         firing["family"] = firing["family"].map(_label)
         self.shown.value = self._html.live(
             marked_tokens(context, position),

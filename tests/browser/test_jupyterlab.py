@@ -182,7 +182,7 @@ table = pd.concat([pd.DataFrame({"head": range(4608)}), tiny.found.facts], axis=
 table["family"] = table["families"] = ["induction" if head % 40 == 0 else "" for head in range(4608)]
 table["top_logits"] = [["some", "tokens", f"t{head}"] for head in range(4608)]
 """
-SHOW = 'panels = explorer.Explorer(tiny.model, [explorer.View(LAYER, tiny.lorsa, table)], "A cat sat. A cat", 256, 192)'
+SHOW = 'panels = explorer.Explorer([explorer.View(tiny.model, LAYER, tiny.lorsa, table, 256, 192)], "A cat sat. A cat")'
 
 
 def test_a_layer_of_4608_heads_answers_at_once(browser: Any, tmp_path: Path) -> None:

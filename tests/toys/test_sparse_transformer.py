@@ -25,12 +25,12 @@ def language() -> Language:
 
 @pytest.fixture(scope="module")
 def model(language: Language) -> LanguageModel:
-    return sparse_transformer.train_transformer(language)
+    return NOTEBOOK.train_transformer(language, 0)
 
 
 @pytest.fixture(scope="module")
 def sparse(model: LanguageModel, language: Language) -> SparseTransformer:
-    return sparse_transformer.make_sparse(model, language)
+    return NOTEBOOK.make_sparse(model, language, 0)
 
 
 def tokens_of(language: Language, n: int = 3) -> Tensor:
@@ -54,7 +54,7 @@ def test_rules_hold_where_they_are_told(language: Language) -> None:
 
 
 def test_training_learns(model: LanguageModel, language: Language) -> None:
-    losses = sparse_transformer.rule_losses(model, language.sample(64, torch.Generator().manual_seed(9)))
+    losses = NOTEBOOK.rule_losses(model, language.sample(64, torch.Generator().manual_seed(9)))
     assert losses["all"] < torch.tensor(SMALL.n_tokens).log().item()
     assert set(losses) == {"all", *RULES}
 
