@@ -6,12 +6,8 @@ For a circuit C at the chosen layers and the metric M (mean over held-out prompt
     completeness c(C) = (M(all but C) - M(none)) / (M(all) - M(none))    0: nothing is left without C
 
 `only C` removes all other nodes, errors too. Under resampling `none` gives each layer's output on the corrupted prompt,
-so all kinds of units share one scale.
-
-Circuits are the first nodes of a ranking made on other prompts. The area under a curve (linear between measured sizes)
-is over the logarithm of the size, divided by its range: a mean faithfulness. Sizes are numbers of nodes or of weights.
-Intervals are a bootstrap over the prompts of all seeds, each with its own seed's circuit; differences between kinds are
-taken within a draw.
+so all kinds of units share one scale. Circuits are the first nodes of a ranking made on other prompts. Intervals are a
+bootstrap over the prompts of all seeds, each with its own seed's circuit.
 """
 
 from __future__ import annotations
@@ -41,7 +37,7 @@ def ranking(scores: Tensor, error_nodes: Sequence[int]) -> list[int]:
 
 
 def random_order(order: Sequence[int], seed: int) -> list[int]:
-    """The same nodes in random order; random circuits are thus of nodes that have an effect."""
+    """Of nodes that have an effect, so that random circuits are made of such."""
     generator = torch.Generator().manual_seed(seed)
     return [order[int(i)] for i in torch.randperm(len(order), generator=generator)]
 
@@ -56,19 +52,19 @@ def rank_scores(experiment: Experiment, exact_up_to: int = 0) -> Tensor:
 
 
 class Curve(NamedTuple):
-    """Metric of every prompt for nested circuits."""
+    """Metric of every prompt for nested circuits, [n_sizes, n_prompts] or [n_prompts]."""
 
     sizes: tuple[int, ...]
     parameters: tuple[float, ...]
     """Weights of each circuit's nodes."""
     only: Tensor
-    """[n_sizes, n_prompts], metric with the circuit alone."""
+    """With the circuit alone."""
     without: Tensor | None
-    """[n_sizes, n_prompts], metric with all but the circuit; None when not measured."""
+    """With all but the circuit; None when not measured."""
     all: Tensor
-    """[n_prompts], metric of the untouched model."""
+    """Of the untouched model."""
     none: Tensor
-    """[n_prompts], metric with all nodes removed."""
+    """With all nodes removed."""
 
 
 def measure_curve(
@@ -80,8 +76,8 @@ def measure_curve(
 ) -> Curve:
     """Metric with and without the first nodes of a ranking.
 
-    `orders` is one ranking, made on other prompts, or one for each prompt; sizes beyond the shortest are left out.
-    `ends` is a curve on the same prompts whose `all` and `none` are reused. Completeness doubles the passes.
+    `orders` is one ranking or one for each prompt; sizes beyond the shortest are left out. `ends` is a curve on the
+    same prompts whose `all` and `none` are reused. Completeness doubles the passes.
 
     Raises:
         UserError: a ranking is shorter than all sizes, or removing all nodes does not change the metric.
@@ -126,10 +122,8 @@ def pool(curves: Sequence[Curve]) -> Curve:
 
 def draws(n_prompts: int, seed: int = 0, n_draws: int = N_DRAWS) -> Tensor:
     """Bootstrap draws of prompts, [n_draws + 1, n_prompts]; row 0 is the prompts themselves."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat(
-        [torch.arange(n_prompts)[None], torch.randint(n_prompts, (n_draws, n_prompts), generator=generator)]
-    )
+    drawn = torch.randint(n_prompts, (n_draws, n_prompts), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([torch.arange(n_prompts)[None], drawn])
 
 
 def shares(values: Tensor, curve: Curve, drawn: Tensor) -> Tensor:
@@ -155,44 +149,6 @@ def curve_table(curves: Mapping[str, Curve], seed: int = 0) -> pd.DataFrame:
             rows.append((name, size, parameters, *sample_interval(faithful[:, i]), *complete))
     columns = ["nodes", "size", "parameters", "faithfulness", "low", "high"]
     return pd.DataFrame(rows, columns=[*columns, "completeness", "completeness_low", "completeness_high"])
-
-
-def areas(curve: Curve, over: str, low: float, high: float, drawn: Tensor) -> Tensor:
-    """Area under the faithfulness curve from size `low` to `high`, [n_draws + 1], flat outside the measured sizes.
-
-    `over` is `sizes` or `parameters`.
-    """
-    places = np.log(np.asarray(getattr(curve, over), dtype=float))
-    grid = np.linspace(math.log(low), math.log(high), 65)
-    lines = np.stack([np.interp(grid, places, row) for row in shares(curve.only, curve, drawn).numpy()])
-    return torch.from_numpy(np.trapezoid(lines, grid, axis=1) / (grid[-1] - grid[0]))
-
-
-def area_table(
-    curves: Mapping[str, Curve], over: str = "sizes", against: str = "Lorsa heads", seed: int = 0
-) -> pd.DataFrame:
-    """Areas over the range of sizes that all kinds have, with intervals.
-
-    Columns `nodes`, `from`, `to`, `area`, `low`, `high`, `lead` (area of `against` minus this one's), `lead_low`,
-    `lead_high`.
-
-    Raises:
-        UserError: the kinds have no common range, or different prompts.
-    """
-    low = max(getattr(curve, over)[0] for curve in curves.values())
-    high = min(getattr(curve, over)[-1] for curve in curves.values())
-    if not low < high:
-        raise UserError(f"These curves have no range of {over} in common; measure them at more sizes.")
-    if len({len(curve.all) for curve in curves.values()}) > 1:
-        raise UserError("These curves were measured on different prompts; measure all kinds on the same ones.")
-    drawn = draws(len(curves[against].all), seed)
-    by_kind = {name: areas(curve, over, low, high, drawn) for name, curve in curves.items()}
-    rows = [
-        (name, low, high, *sample_interval(area), *sample_interval(by_kind[against] - area))
-        for name, area in by_kind.items()
-    ]
-    columns = ["nodes", "from", "to", "area", "low", "high", "lead", "lead_low", "lead_high"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def error_shares(experiment: Experiment) -> pd.DataFrame:

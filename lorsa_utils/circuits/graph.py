@@ -7,8 +7,8 @@ given its layer's patterns are linear too. So the logit difference, or any node'
 edges: source (token embedding, what an earlier node writes, error, bias) times coefficient. A path ends at the first
 node that it meets, so nothing counts twice.
 
-**QK attribution.** A Lorsa head's score for a query and a key is bilinear in what they read, so it is exactly a sum
-over pairs of parts of the two residual streams.
+**QK attribution.** A Lorsa head's score is bilinear in what query and key read, so it is exactly a sum over pairs of
+parts of the two residual streams.
 
 **Influence.** Each target's incoming edges are divided by the sum of their sizes; a source's influence on the logit is
 the sum over all paths of the products of these shares (as in circuit-tracer, Ameisen et al. 2025).
@@ -93,7 +93,7 @@ def frozen(model: LanguageModel) -> Iterator[None]:
 
 
 class Source(NamedTuple):
-    """A node of the graph. All but the logit difference start edges; units and the logit difference end them."""
+    """A node: the start of edges or, if a unit or the logit difference, their end."""
 
     kind: str
     """`embedding`, `unit`, `error`, `bias` or `logit`."""
@@ -108,10 +108,7 @@ class Source(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """Edges from all sources to some targets.
-
-    A row of weights and the target's constant sum to its value, less the model's other biases (none in a Llama).
-    """
+    """A row of weights and the target's constant sum to its value, less the model's other biases (none in a Llama)."""
 
     weights: Tensor
     """[n_targets, n_sources]."""
@@ -193,7 +190,7 @@ class Trace:
         self._cuts = [cuts[layer] for layer in (-1, *self.layers)]
 
     def edges(self, targets: Sequence[Source]) -> Edges:
-        """Edges from all sources to some targets."""
+        """From all sources to some of `sources` that are units, or `logit`."""
         rows = []
         for target in targets:
             with torch.enable_grad():
@@ -235,13 +232,10 @@ class Trace:
         """Every source's vector times its gradient, [n_sources]."""
         products = [(slopes[0][0] * self.embedding).sum(dim=1)]
         for layer, (slope,) in zip(self.layers, slopes[1:], strict=True):
-            position, vectors = self._units[layer]
-            products.append((slope[position] * vectors).sum(dim=1))
-            products.append((slope * self.activity[layer].error[0]).sum(dim=1))
-            products.append((slope.sum(dim=0) @ self.activity[layer].module.b_O)[None])
+            (position, vectors), activity = self._units[layer], self.activity[layer]
+            products += [(slope[position] * vectors).sum(dim=1), (slope * activity.error[0]).sum(dim=1)]
+            products.append((slope.sum(dim=0) @ activity.module.b_O)[None])
         return torch.cat(products).cpu()
-
-    # Parts of the residual stream.
 
     @functools.cached_property
     @torch.no_grad()
@@ -276,7 +270,7 @@ class Trace:
         return parts
 
     def logit_parts(self) -> list[tuple[str, float]]:
-        """Direct effects of the last position's parts through the last norm; their sum is the logit difference."""
+        """Direct effects of the last position's parts through the last norm; they sum to the logit difference."""
         parts = _normed(final_norm(self.model), self.parts(len(self.tokens) - 1))
         direction = self.logit_direction()
         return [(name, float(vector @ direction)) for name, vector in parts.items()]
@@ -285,8 +279,8 @@ class Trace:
     def qk(self, layer: int, unit: int, query: int, key: int) -> tuple[Tensor, list[str], list[str], float]:
         """Why a Lorsa head's QK group attends from position `query` to position `key`.
 
-        Returns pairs [n_query_parts, n_key_parts], the names of both sides (each ends with `norm bias` and `QK bias`),
-        and the score that the pairs sum to.
+        Pairs [n_query_parts, n_key_parts], the names of both sides (each ends with `norm bias` and `QK bias`), and the
+        score that the pairs sum to.
 
         Raises:
             UserError: the layer holds no Lorsa, or the key lies after the query.
@@ -336,19 +330,19 @@ class Graph(TypedDict):
     """A pruned attribution graph, as its file holds it."""
 
     metadata: dict[str, Any]
-    """`prompt_tokens`, `facts` (listed in `trace_graph`) and what viewers ask for."""
+    """With `prompt_tokens` and `facts` (listed in `trace_graph`)."""
     qParams: dict[str, Any]
     nodes: list[dict[str, Any]]
-    """In circuit-tracer's schema, such as `node_id`, `layer` (`E` for embeddings, one above the last for the logit),
-    `ctx_idx` (position), `clerp` (what it is, in words), `influence`, `activation`; `kind` as in `Source`."""
+    """With `node_id`, `layer` (`E` for embeddings, one above the last for the logit), `ctx_idx` (position), `clerp`
+    (what it is, in words), `influence`, `activation`, `kind` as in `Source`, and what viewers ask for."""
     links: list[dict[str, Any]]
     """`source`, `target` (node ids) and `weight`."""
 
 
 def influence(layers: Sequence[float], inputs: Mapping[int, Tensor]) -> Tensor:
-    """Influence of every node on the last one (whose own is 1), [n_nodes].
+    """Influence of every node on the last one, whose layer is above all others (its own is 1): [n_nodes].
 
-    The last one's layer is above all others. `inputs` maps nodes to their weights [n_nodes - 1] from all but the last.
+    `inputs` maps nodes to their weights [n_nodes - 1] from all but the last.
     """
     reach = torch.zeros(len(layers))
     reach[-1] = 1
@@ -438,7 +432,7 @@ def trace_graph(
 
 
 def _traced(trace: Trace, n_traced: int, progress: bool) -> tuple[dict[int, Tensor], float]:
-    """Weights of the edges into the logit and the traced units, by number, and what the logit's sum to."""
+    """Weights into the logit and the traced units, by number, and the sum of the logit's and its constant."""
     n = len(trace.sources)
     if n_traced > MAX_NODES:
         gigabytes = 4 * n_traced * n / 1e9

@@ -8,8 +8,7 @@ At each chosen layer the attention output is an exact sum of nodes:
 The error is a node like the others. Other layers and the MLPs stay as they are. Nodes are numbered consecutively: units
 of the first layer, its error, units of the second layer, and so on.
 
-Removing nodes (`units.ablate`) replaces what they write by what they write elsewhere (`baseline`). Removing nothing
-gives the model's own logits bit for bit.
+Removed nodes write what they write elsewhere (`baseline`). Removing nothing gives the model's own logits bit for bit.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ class Node(NamedTuple):
     """None for the layer's error."""
 
     def __str__(self) -> str:
-        return f"{self.layer}.error" if self.unit is None else f"{self.layer}.{self.unit}"
+        return f"{self.layer}.{'error' if self.unit is None else self.unit}"
 
 
 class SparseModel:
     """A language model with some attention layers decomposed into nodes."""
 
     def __init__(self, model: LanguageModel, layers: Mapping[int, Units]) -> None:
-        """Raises a UserError if no layer is named, or a module is for a model of another width."""
+        """UserError if no layer is named, or a module is for a model of another width."""
         if not layers:
             raise UserError("No layer was named; give a trained module for at least one layer.")
         self.model, self.layers = model, dict(sorted(layers.items()))
@@ -119,36 +118,32 @@ class SparseModel:
 
 
 def decompose(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequence[int]) -> SparseModel:
-    """A model with Lorsa heads or SAE features (layer -> module for raw activations) or MHSA heads (layers) as nodes.
+    """With Lorsa heads or SAE features (modules for raw activations) or MHSA heads (layers alone) as nodes.
 
     Raises:
-        UserError: no layer is named, a module is a transcoder, or it was made for a model of another width.
+        UserError: a module is a transcoder, or as `SparseModel`.
     """
-    if not isinstance(modules, Mapping):
-        return SparseModel(model, {layer: MHSAHeads(model.site(layer)) for layer in modules})
-    return SparseModel(
-        model,
-        {
-            layer: LorsaHeads(module) if isinstance(module, Lorsa) else SAEFeatures(module, model.site(layer))
-            for layer, module in modules.items()
-        },
-    )
+
+    def units(layer: int) -> Units:
+        if not isinstance(modules, Mapping):
+            return MHSAHeads(model.site(layer))
+        module = modules[layer]
+        return LorsaHeads(module) if isinstance(module, Lorsa) else SAEFeatures(module, model.site(layer))
+
+    return SparseModel(model, {layer: units(layer) for layer in modules})
 
 
 @torch.no_grad()
 def baseline(sparse: SparseModel, task: Task, kind: str = "resample") -> Elsewhere:
-    """What removed nodes write instead.
+    """What removed nodes write instead; UserError for an unknown kind.
 
     Nothing (`zero`), their mean over all tokens of the task's prompts (`mean`), or what they write at the same position
     of the paired corrupted prompt (`resample`).
-
-    Raises:
-        UserError: unknown kind.
     """
     device, width = sparse.model.device, sparse.model.d_model
     if kind == "zero":
-        vectors = {layer: torch.zeros(units.n + 1, width, device=device) for layer, units in sparse.layers.items()}
-        return {layer: ConstantActivity(zeros) for layer, zeros in vectors.items()}
+        zeros = {layer: torch.zeros(units.n + 1, width, device=device) for layer, units in sparse.layers.items()}
+        return {layer: ConstantActivity(vectors) for layer, vectors in zeros.items()}
     if kind == "mean":
         ends = (torch.arange(task.clean.shape[1]) <= task.position[:, None]).to(device)
         activity = sparse.read(torch.cat([task.clean, task.corrupted]))
@@ -167,7 +162,7 @@ def last_logits(model: LanguageModel, task: Task) -> Tensor:
 
 @torch.no_grad()
 def clean_logits(model: LanguageModel, task: Task, batch_size: int = 32) -> Tensor:
-    """The same in batches, without gradients."""
+    """In batches, without gradients."""
     batches = torch.arange(len(task)).split(batch_size)
     return torch.cat([last_logits(model, task.rows(rows)) for rows in batches])
 
@@ -192,7 +187,7 @@ class Experiment:
         self.instead: Elsewhere = baseline(sparse, task, instead) if isinstance(instead, str) else instead
 
     def rows(self, rows: slice) -> Experiment:
-        """The same on some of the prompts."""
+        """On some of the prompts."""
         instead = {layer: activity.rows(rows) for layer, activity in self.instead.items()}
         return Experiment(self.sparse, self.task.rows(rows), instead, self.metric, self.batch_size)
 
@@ -231,8 +226,8 @@ class Experiment:
 
         With one step (attribution patching, Nanda 2023): gradient of the metric by a layer's output on the clean
         prompt, times what the node writes minus what it writes elsewhere, summed over positions. More steps average the
-        gradient along the straight line between the layer's outputs elsewhere and on the clean prompt (integrated
-        gradients, Sundararajan et al. 2017, midpoint rule), with a pass per layer and step.
+        gradient along the line between the layer's outputs elsewhere and on the clean prompt (integrated gradients,
+        Sundararajan et al. 2017, midpoint rule), with a pass per layer and step.
         """
         scores = torch.zeros(len(self.task), self.sparse.n_nodes)
         for rows, batch in self._batches(max(1, self.batch_size // 2)):
@@ -277,10 +272,10 @@ class Experiment:
     def path_effect(self, senders: Sequence[int], receivers: Sequence[int]) -> Tensor:
         """The metric's fall when the change of the senders reaches the receivers alone, [n_prompts].
 
-        Path patching (Goldowsky-Dill et al. 2023). In a first pass the senders are removed and all other nodes write
+        Path patching (Goldowsky-Dill et al. 2023): in a first pass the senders are removed and all other nodes write
         what they wrote on the clean prompt, so the change travels through everything that is not decomposed. In a
-        second pass the receivers alone write what they would have written in the first. Without receivers the result is
-        the first pass's: the effect on the logits through no other node.
+        second, the receivers alone write what they would have written in the first. Without receivers the first counts:
+        the effect on the logits through no other node.
         """
         sparse, tokens = self.sparse, self.task.clean
         clean, outputs = sparse.read(tokens), sparse.model.capture(tokens, list(sparse.layers))

@@ -13,6 +13,7 @@ induction circuit off their weights and cuts it.
 from __future__ import annotations
 
 import contextlib
+import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,8 @@ class Language:
         sizes = [1, config.n_letters, config.n_series, config.n_keys, config.n_keys, 1]
         _, self.letters, self.series, self.keys, self.answers, question = torch.arange(config.n_tokens).split(sizes)
         self.question = int(question)
-        characters = ("abcdefghijklmnopqrstuvwxyz"[: sizes[1]], "0123456789"[: sizes[2]], "ABCDEFGHIJ"[: sizes[3]])
+        alphabets = zip((string.ascii_lowercase, string.digits, string.ascii_uppercase), sizes[1:4], strict=True)
+        characters = [alphabet[:size] for alphabet, size in alphabets]
         self.names = ["BOS", *"".join(characters), *(f"={key}" for key in characters[2]), "?"]
 
     def sample(self, n: int, generator: torch.Generator) -> Sample:
@@ -165,14 +167,9 @@ class SparseTransformer:
     modules: tuple[Lorsa | SAE, ...]
     """In the order of `PLACES`."""
 
-    @property
-    def lorsas(self) -> tuple[Lorsa | SAE, ...]:
-        """Modules of the two attention layers."""
-        return self.modules[:2]
-
     @contextlib.contextmanager
     def installed(self, cut: Mapping[tuple[str, int], Tensor] | None = None) -> Iterator[None]:
-        """Run the model on its sparse modules alone, without the units in `cut` (indices by place)."""
+        """The model runs on its sparse modules alone, without the units in `cut` (indices by place)."""
 
         def writer(module: Lorsa | SAE, gone: Tensor) -> Write:
             def write(x: Tensor, y: Tensor) -> Tensor:

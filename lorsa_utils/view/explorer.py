@@ -7,6 +7,7 @@ layer's output: y' = y + (scale - 1) * what the head writes, by `units.ablate`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ N_LISTED = 200
 def choose_heads(
     table: pd.DataFrame, family: str = "", search: str = "", order: str = "frequency", dead: bool = False
 ) -> pd.DataFrame:
-    """Filter and sort a table of `survey.describe`; with `dead`, dead heads are shown too.
+    """Filter and sort a table of `survey.describe`.
 
     `family` is a key of a family, "-" for heads without a name or "" for all; `search` the number of a head or a piece
     of a token that it raises; `order` one of `ORDERS`.
@@ -62,7 +63,7 @@ def choose_heads(
 
 @dataclass(frozen=True)
 class View:
-    """One layer of the explorer; it reads sentences with the BOS, if any, that training sequences began with."""
+    """One layer of the explorer; sentences begin with the BOS, if any, that training sequences began with."""
 
     model: LanguageModel
     layer: int
@@ -148,32 +149,22 @@ class View:
 
 
 def marked_tokens(context: Context, position: int) -> list[dict[str, Any]]:
-    """Tokens as templates/explorer.html draws them: coloured by activation, the sources of one token marked."""
-    largest = max(float(context.activation.abs().max()), 1e-9)
-    z = context.z_pattern[position]
+    """For templates/explorer.html: tokens coloured by activation, the sources of one token marked."""
+    largest, z = max(float(context.activation.abs().max()), 1e-9), context.z_pattern[position]
     sources = {source: float(z[source]) for source in main_sources(z)}
     tokens = []
     for place, token in enumerate(context.tokens):
-        share = abs(float(context.activation[place])) / largest
-        side = "" if place not in sources else "minus" if sources[place] < 0 else "plus"
+        share, source = abs(float(context.activation[place])) / largest, sources.get(place)
+        side = "" if source is None else "minus" if source < 0 else "plus"
         marks = ("t", "on" if share else "", "here" if place == position else "", side)
-        tokens.append(
-            {
-                "text": pages.visible(token),
-                "classes": " ".join(filter(None, marks)),
-                "style": f"background: rgba(240, 163, 10, {0.15 + 0.85 * share:.2f})" if share else "",
-                "source": sources.get(place),
-            }
-        )
+        style = f"background: rgba(240, 163, 10, {0.15 + 0.85 * share:.2f})" if share else ""
+        classes = " ".join(filter(None, marks))
+        tokens.append({"text": pages.visible(token), "classes": classes, "style": style, "source": source})
     return tokens
 
 
 def _label(family: str) -> str:
     return FAMILIES[family].label if family in FAMILIES else family
-
-
-def _whole(value: float) -> str:
-    return "" if value != value else f"{value:.0f}"
 
 
 class Explorer:
@@ -226,13 +217,13 @@ class Explorer:
         self.table: ipywidgets.Widget = w.VBox([*filters, self.count, self.heads])
         self.live: ipywidgets.Widget = w.VBox([self.sentence, self.token, self.head, self.shown])
         self.steering: ipywidgets.Widget = w.VBox([self.head, self.scale, self.effect])
-        for widgets, react in (
-            ((self.family, self.search, self.order, self.dead), self._list),
-            ((self.layer,), self._change_layer),
-            ((self.heads,), self._choose),
-            ((self.sentence,), self._read),
-            ((self.token, self.head), self._show),
-            ((self.scale,), self._steer),
+        for react, *widgets in (
+            (self._list, self.family, self.search, self.order, self.dead),
+            (self._change_layer, self.layer),
+            (self._choose, self.heads),
+            (self._read, self.sentence),
+            (self._show, self.token, self.head),
+            (self._steer, self.scale),
         ):
             for widget in widgets:
                 widget.observe(lambda _, react=react: react(), "value")
@@ -264,10 +255,11 @@ class Explorer:
         self.count.value = self._html.header(len(rows), len(self.view.table), N_LISTED, line.format(*columns))
         options = []
         for row in rows.head(N_LISTED).to_dict("records"):
-            shares = [_whole(100 * row[name]) for name in ("first_share", "previous_share", "self_share")]
+            shares = [100 * row[name] for name in ("first_share", "previous_share", "self_share")]
+            whole = ["" if math.isnan(value) else f"{value:.0f}" for value in (row["distance"], *shares)]
             raises = " ".join(pages.visible(token).strip() for token in row.get("top_logits", [])[:4])
-            numbers = (f"{100 * row['frequency']:.2f}", f"{row['max_activation']:.2f}", _whole(row["distance"]))
-            label = line.format(row["head"], _label(row["family"]), *numbers, *shares, raises)
+            sizes = (f"{100 * row['frequency']:.2f}", f"{row['max_activation']:.2f}")
+            label = line.format(row["head"], _label(row["family"]), *sizes, *whole, raises)
             options.append((label.replace(" ", "\u00a0"), row["head"]))
         chosen = self.head.value
         self._quiet = True

@@ -8,6 +8,7 @@ numbers, and a content policy forbids every request.
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def write_pages(heads: Iterable[Head], folder: str | Path, pages: Sequence[int] 
 
 
 def page_name(layer: int, head: int) -> str:
-    """File name of a head's page."""
+    """Of a head's page."""
     return f"layer{layer:02d}_head{head:05d}.html"
 
 
@@ -97,7 +98,7 @@ def visible(token: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits with a true minus sign; a dash if not finite."""
+    """Three significant digits, with a true minus sign; a dash if not finite."""
     return f"{value:.3g}".replace("-", "−") if math.isfinite(value) else "–"
 
 
@@ -186,27 +187,26 @@ def _title(context: Context, rank: int) -> str:
 
 def _pieces(context: Context, largest: float) -> Iterator[dict[str, Any]]:
     """Every token of a context and, after each stretch hidden at first, how many tokens it has."""
-    shown, hidden = _shown(context), 0
-    for column, token in enumerate(context.tokens):
-        far, place = column not in shown, column - context.n_before
-        if hidden and not far:
-            yield {"hidden": hidden}
-        hidden = hidden + 1 if far else 0
-        text, classes, size = visible(token), ["t"] + ["peak"] * (place == context.peak), 0.0
-        if context.positions[column] < 0:
-            text, classes = f" ⋯ {context.positions[-1] + 2 - len(context.positions)} tokens ⋯ ", ["between"]
-        elif place >= 0:
-            size = abs(float(context.activation[place]))
-        yield {
-            "hidden": 0,
-            "text": text,
-            "column": column,
-            "style": f"--a:{min(1.0, size / largest):.2f}" if size else "",
-            "tab": None if place < 0 else -int(place != context.peak),
-            "classes": " ".join([*classes, "far"] if far else classes),
-        }
-    if hidden:
-        yield {"hidden": hidden}
+    shown = _shown(context)
+    for far, run in itertools.groupby(range(len(context.tokens)), lambda column: column not in shown):
+        columns = list(run)
+        for column in columns:
+            text, place, size = visible(context.tokens[column]), column - context.n_before, 0.0
+            classes = ["t", "peak"] if place == context.peak else ["t"]
+            if context.positions[column] < 0:
+                text, classes = f" ⋯ {context.positions[-1] + 2 - len(context.positions)} tokens ⋯ ", ["between"]
+            elif place >= 0:
+                size = abs(float(context.activation[place]))
+            yield {
+                "hidden": 0,
+                "text": text,
+                "column": column,
+                "style": f"--a:{min(1.0, size / largest):.2f}" if size else "",
+                "tab": None if place < 0 else -int(place != context.peak),
+                "classes": " ".join([*classes, "far"] if far else classes),
+            }
+        if far:
+            yield {"hidden": len(columns)}
 
 
 def _shown(context: Context) -> set[int]:

@@ -21,6 +21,8 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads.units import LorsaHeads
 from lorsa_utils.models import LanguageModel
 
+NOTEBOOK = definitions("08_circuits", "area_table", "match_units", "write_directions")
+
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
@@ -57,7 +59,7 @@ def test_planted_circuit_is_faithful_and_complete(model: LanguageModel) -> None:
 def test_random_sets_are_worse(model: LanguageModel) -> None:
     experiment, sizes = Experiment(planted_sparse(model, "lorsa"), planted.planted_task(n=8)), [1, 4, 8, 16]
     curves = {"Lorsa heads": curve_of(experiment, sizes), "random": curve_of(experiment, sizes, seed=0)}
-    table = faithfulness.area_table(curves).set_index("nodes")
+    table = NOTEBOOK.area_table(curves).set_index("nodes")
     assert table.loc["Lorsa heads", "area"] > table.loc["random", "area"]
     assert table.loc["random", "lead"] == pytest.approx(table.loc["Lorsa heads", "area"] - table.loc["random", "area"])
     assert table.loc["Lorsa heads", "lead"] == 0
@@ -81,14 +83,16 @@ def by_hand(only: list[float], n_prompts: int = 3, sizes: tuple[int, ...] = (1, 
 
 
 def test_areas_by_hand() -> None:
-    drawn = faithfulness.draws(3)
-    assert float(faithfulness.areas(by_hand([0.0, 0.5, 1.0]), "sizes", 1, 4, drawn)[0]) == pytest.approx(0.5)
-    assert float(faithfulness.areas(by_hand([0.2, 0.2, 0.2]), "parameters", 10, 40, drawn)[0]) == pytest.approx(0.2)
-    assert float(faithfulness.areas(by_hand([0.0, 0.5, 1.0]), "sizes", 1, 2, drawn)[0]) == pytest.approx(0.25)
-    curves = {"Lorsa heads": by_hand([0.0, 1.0, 1.0]), "x": by_hand([0.0, 0.5], sizes=(1, 2))}
-    table = faithfulness.area_table(curves).set_index("nodes")
-    assert table.loc["x", "to"] == 2
+    rising, flat, late = by_hand([0.0, 0.5, 1.0]), by_hand([0.2, 0.2, 0.2]), by_hand([0.0, 1.0, 1.0])
+    short = by_hand([0.0, 0.5], sizes=(1, 2))
+    area = NOTEBOOK.area_table({"x": rising, "flat": flat}, against="x").set_index("nodes")["area"]
+    assert area.tolist() == pytest.approx([0.5, 0.2])
+    assert NOTEBOOK.area_table({"flat": flat}, "parameters", "flat")["area"].item() == pytest.approx(0.2)
+    table = NOTEBOOK.area_table({"Lorsa heads": late, "x": short}).set_index("nodes")
+    assert table.loc["x", "area"] == pytest.approx(0.25), "over the sizes that both have"
     assert table.loc["x", "lead"] == pytest.approx(0.25)
+    with pytest.raises(UserError, match="no range of sizes in common"):
+        NOTEBOOK.area_table({"Lorsa heads": short, "x": by_hand([0.0, 1.0], sizes=(4, 8))})
 
 
 @given(seed=st.integers(0, 20), n=st.integers(2, 9))
@@ -111,7 +115,7 @@ def test_pooled_curves_hold_all_prompts() -> None:
 
 
 def test_heads_of_a_relabelled_lorsa_are_matched(model: LanguageModel) -> None:
-    match_units = definitions("08_circuits", "match_units", "write_directions").match_units
+    match_units = NOTEBOOK.match_units
     own = planted_sparse(model, "lorsa")
     other = changed(changed(own, 0, "relabelled"), 1, "relabelled")
     match, cosine = match_units(own, other)
@@ -164,8 +168,3 @@ def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
     same = dataclasses.replace(task, corrupted=task.clean)
     with pytest.raises(UserError, match="does not change the metric"):
         faithfulness.measure_curve(Experiment(sparse, same), [[1, 2]], [1])
-    curves = {"Lorsa heads": by_hand([0.0, 1.0], sizes=(1, 2)), "x": by_hand([0.0, 1.0], sizes=(4, 8))}
-    with pytest.raises(UserError, match="no range of sizes in common"):
-        faithfulness.area_table(curves)
-    with pytest.raises(UserError, match="different prompts"):
-        faithfulness.area_table({"Lorsa heads": by_hand([0.0, 0.5, 1.0]), "x": by_hand([0.0, 0.5, 1.0], n_prompts=2)})

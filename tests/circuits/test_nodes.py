@@ -62,17 +62,15 @@ class TestAnyModel:
     def test_nodes_sum_to_the_layer(self, tiny: LanguageModel, kind: str) -> None:
         sparse, tokens = sparse_model(tiny, kind), random_tokens(3, 10)
         for layer, activity in sparse.read(tokens).items():
-            y = tiny.capture(tokens, [layer])[layer][1]
-            every = torch.ones(1, 1, sparse.layers[layer].n + 1, dtype=torch.bool)
-            units = sparse.layers[layer]
+            y, units = tiny.capture(tokens, [layer])[layer][1], sparse.layers[layer]
+            every, single = (torch.zeros(1, 1, units.n + 1, dtype=torch.bool) for _ in range(2))
+            every[:], single[..., 2] = True, True
             bias = units.site.b_O if isinstance(units, MHSAHeads) else units.module.b_O  # type: ignore[attr-defined]
             assert torch.allclose(activity.written(every) + bias, y, atol=1e-4)
             direction = torch.randn(tiny.d_model, generator=torch.Generator().manual_seed(0)).expand_as(y)
             one_by_one = activity.along(direction)
-            assert torch.allclose(one_by_one.sum(dim=-1), (activity.written(every) * direction).sum(dim=-1), atol=1e-3)
-            single = torch.zeros(1, 1, units.n + 1, dtype=torch.bool)
-            single[..., 2] = True
-            assert torch.allclose(one_by_one[..., 2], (activity.written(single) * direction).sum(dim=-1), atol=1e-4)
+            for mask, parts in ((every, one_by_one.sum(dim=-1)), (single, one_by_one[..., 2])):
+                assert torch.allclose(parts, (activity.written(mask) * direction).sum(dim=-1), atol=1e-3)
 
     def test_removing_nothing_is_bit_equal_and_all_is_the_corrupted_layer(self, tiny: LanguageModel, kind: str) -> None:
         sparse, task = sparse_model(tiny, kind), random_task()
@@ -146,13 +144,14 @@ def model() -> LanguageModel:
 
 
 def planted_sparse(model: LanguageModel, kind: str) -> SparseModel:
+    def units(layer: int) -> Units:
+        if kind == "lorsa":
+            return LorsaHeads(planted.planted_lorsa(model, layer).requires_grad_(False))
+        sae = planted.planted_sae(layer).requires_grad_(False)
+        return SAEFeatures(sae, model.site(layer)) if kind == "sae" else MHSAHeads(model.site(layer))
+
     with torch.no_grad():
-        makers = {
-            "lorsa": lambda layer: LorsaHeads(planted.planted_lorsa(model, layer).requires_grad_(False)),
-            "sae": lambda layer: SAEFeatures(planted.planted_sae(layer).requires_grad_(False), model.site(layer)),
-            "mhsa": lambda layer: MHSAHeads(model.site(layer)),
-        }
-        return SparseModel(model, {layer: makers[kind](layer) for layer in (0, 1)})
+        return SparseModel(model, {layer: units(layer) for layer in (0, 1)})
 
 
 def test_planted_model_does_induction(model: LanguageModel) -> None:
@@ -187,7 +186,7 @@ def test_the_same_circuit_takes_one_more_mhsa_head(model: LanguageModel) -> None
 
 
 def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageModel) -> None:
-    generator = torch.Generator().manual_seed(0)
+    site, generator = model.site(0), torch.Generator().manual_seed(0)
 
     def batch(n: int) -> ActivationBatch:
         tokens = torch.randint(0, planted.N, (n, 10), generator=generator)
@@ -195,16 +194,14 @@ def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageMode
         counted = torch.ones_like(tokens, dtype=torch.bool)
         return ActivationBatch(tokens, counted, {0: x}, {0: y}, counted)
 
-    site = model.site(0)
     train = TrainConfig(tokens=200 * 320, batch_size=32, lr=5e-3, aux_k=16, dead_window=1000)
-    run = Run(
-        RunSpec("planted", 0, Lorsa.config_for_site(site, 4 * planted.N, 4, 1), train, Path()), {}, torch.device("cpu")
-    )
+    spec = RunSpec("planted", 0, Lorsa.config_for_site(site, 4 * planted.N, 4, 1), train, Path())
+    run = Run(spec, {}, torch.device("cpu"))
     run.start(site, batch(64))
     for _ in range(200):
         run.train_step(batch(32))
-    module = run.finished_module().requires_grad_(False)
-    sparse, task = decompose(model, {0: module}), planted.planted_task(n=2, repeat=True)
+    sparse = decompose(model, {0: run.finished_module().requires_grad_(False)})
+    task = planted.planted_task(n=2, repeat=True)
     exact = Experiment(sparse, task).effects(range(sparse.n_nodes)).mean(dim=1)
     size = float(tasks.metric("logit_difference", clean_logits(model, task), task).mean())
     assert int((exact.abs() > 0.05 * size).sum()) == 1, "what two MHSA heads write together is one Lorsa head"
@@ -234,12 +231,13 @@ def test_parameters_touched(model: LanguageModel) -> None:
 
 
 def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
-    sparse, task = planted_sparse(model, "lorsa"), planted.planted_task(n=2)
     with pytest.raises(UserError, match="not one of zero, mean and resample"):
-        baseline(sparse, task, "noise")
+        baseline(planted_sparse(model, "lorsa"), planted.planted_task(n=2), "noise")
     with pytest.raises(UserError, match="at least one layer"):
-        SparseModel(model, {})
-    with pytest.raises(UserError, match="transcoder"):
-        decompose(model, {0: SAE(SAEConfig(d_model=planted.D_MODEL, n_features=4, k=2, kind="transcoder"))})
-    with pytest.raises(UserError, match="width 16"):
-        decompose(model, {0: SAE(SAEConfig(d_model=16, n_features=4, k=2))})
+        decompose(model, {})
+    for config, sentence in (
+        (SAEConfig(d_model=planted.D_MODEL, n_features=4, k=2, kind="transcoder"), "transcoder"),
+        (SAEConfig(d_model=16, n_features=4, k=2), "width 16"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            decompose(model, {0: SAE(config)})
