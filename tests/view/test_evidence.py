@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import families
 from lorsa_utils.lorsa import SAE
 from lorsa_utils.models import LanguageModel
-from lorsa_utils.view import evidence
+from lorsa_utils.view import evidence, pages
 from lorsa_utils.view.evidence import Evidence, Head
 
 
@@ -81,19 +82,22 @@ def test_many_heads_are_those_taken_alone(tiny: Tiny) -> None:
             assert torch.allclose(context.z_pattern, other.z_pattern, atol=1e-5)
 
 
-def test_gathering_reads_each_text_once_and_finds_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gathered", [True, False])
+def test_each_text_is_read_once(tiny: Tiny, gathered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     passes, hidden = [], LanguageModel._hidden
-    monkeypatch.setattr(
-        LanguageModel, "_hidden", lambda model, tokens: passes.append(len(tokens)) or hidden(model, tokens)
-    )
-    gathered = Evidence.gather(tiny.model, LAYER, tiny.lorsa, tiny.sequences, batch_size=4, progress=False)
-    (head,) = gathered.heads([5])
+    monkeypatch.setattr(LanguageModel, "_hidden", lambda model, ids: passes.append(len(ids)) or hidden(model, ids))
+    known, began = tiny.evidence(), time.perf_counter()
+    if gathered:
+        known = Evidence.gather(tiny.model, LAYER, tiny.lorsa, tiny.sequences, batch_size=4, progress=False)
+    heads = list(known.heads([5, *range(8), *range(4)]))
+    assert [len(pages.head_page(head)) < 2_000_000 for head in heads] == [True] * 13
     assert sum(passes) <= len(tiny.sequences.tokens)
-    (other,) = collected(tiny, 5)
-    assert head.facts == pytest.approx(other.facts)
-    assert [context.place for context in head.contexts] == [context.place for context in other.contexts]
-    assert head.shares is not None
-    assert sum(head.shares) == pytest.approx(1, abs=1e-4)
+    assert (time.perf_counter() - began) / len(heads) < 2, "seconds per page"
+    if gathered:
+        (other,) = collected(tiny, 5)
+        assert heads[0].facts == pytest.approx(other.facts)
+        assert [context.place for context in heads[0].contexts] == [context.place for context in other.contexts]
+        assert sum(heads[0].shares or []) == pytest.approx(1, abs=1e-4)
 
 
 def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:

@@ -8,7 +8,6 @@ import html
 import html.parser
 import json
 import re
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -177,15 +176,3 @@ def test_pages_link_to_each_other(many: list[Head], tmp_path: Path) -> None:
     addresses = Reader(written[4].read_text(encoding="utf-8")).addresses
     assert sorted(address for address in addresses if address.endswith(".html")) == names[1:]
     assert {path.name for path in tmp_path.glob("*.html")} == set(names)
-
-
-def test_many_pages_cost_one_pass_and_a_page_less_than_two_seconds(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes, capture = [], tiny.model.capture
-    monkeypatch.setattr(
-        tiny.model, "capture", lambda tokens, layers: passes.append(len(tokens)) or capture(tokens, layers)
-    )
-    began = time.perf_counter()
-    made = [pages.head_page(head) for head in tiny.evidence().heads([*range(8), *range(4)])]
-    assert len(made) == 12
-    assert sum(passes) <= len(tiny.sequences.tokens), "no text is read twice"
-    assert (time.perf_counter() - began) / 12 < 2
