@@ -157,16 +157,14 @@ def error_shares(experiment: Experiment) -> pd.DataFrame:
     Columns `layers` (how many), `first` (the earliest), `errors` and `units` (the metric's fall without them, as a
     share of `fall`), `fall` (without both).
     """
-    sparse = experiment.sparse
+    sparse, layers = experiment.sparse, [*reversed(experiment.sparse.layers)]
     errors, number = sparse.mask(sparse.error_nodes), torch.arange(sparse.n_nodes, device=sparse.model.device)
-    later = [number >= columns.start for columns in reversed(sparse.columns.values())]
+    later = [number >= sparse.columns[layer].start for layer in layers]
     sets = [sparse.mask([]), *(nodes for after in later for nodes in (after & errors, after & ~errors, after))]
     values = experiment.measure(torch.stack(sets)).double().mean(dim=1)
-    table = pd.DataFrame((values[0] - values[1:]).view(-1, 3).numpy(), columns=["errors", "units", "fall"])
-    table[["errors", "units"]] = table[["errors", "units"]].div(table["fall"], axis=0)
-    table.insert(0, "layers", range(1, 1 + len(table)))
-    table.insert(1, "first", [*reversed(sparse.layers)])
-    return table
+    errors_fall, units_fall, fall = (values[0] - values[1:]).view(-1, 3).T.numpy()
+    shares = {"errors": errors_fall / fall, "units": units_fall / fall, "fall": fall}
+    return pd.DataFrame({"layers": range(1, 1 + len(layers)), "first": layers, **shares})
 
 
 # ---- the whole comparison

@@ -317,10 +317,9 @@ class Evidence:
         model = model if isinstance(model, ReadOnce) else ReadOnce(model, layer)
         reading = {key: options[key] for key in ("batch_size", "progress") if key in options}
         found = survey(model, layer, LorsaHeads(lorsa), sequences, seed=options.get("seed", 0), **reading)
-        few = slice(0, 32)
         with torch.no_grad():
-            x = model.capture(sequences.tokens[few].long(), [layer])[layer][0].float()
-            mean = mean_head_values(model.site(layer), x, sequences.mask[few].to(x.device))
+            x = model.capture(sequences.tokens[:32].long(), [layer])[layer][0].float()
+            mean = mean_head_values(model.site(layer), x, sequences.mask[:32].to(x.device))
             shares = mhsa_shares(model, layer, lorsa, mean, sequences, **reading).shares
         return cls(model, layer, lorsa, sequences, found, shares=shares, **options)
 
@@ -356,7 +355,7 @@ class Evidence:
         contexts = self._contexts(places)
         words, name = Words(self.model), Path(self.model.name)
         for head in chosen:
-            shares = None if self.shares is None else self.shares[head]
+            shares = None if self.shares is None or self.shares[head].isnan().any() else self.shares[head].tolist()
             explanation, score = self.explanations.get(head, (None, None))
             yield Head(
                 model=name.name if name.exists() else self.model.name,
@@ -372,7 +371,7 @@ class Evidence:
                 siblings=self._siblings(head, words),
                 written_features=_nearest(self.lorsa.W_O[head], self.sae, "W_O", words),
                 read_features=_nearest(self.lorsa.W_V[head], self.transcoder, "W_E", words),
-                shares=None if shares is None or bool(shares.isnan().any()) else shares.tolist(),
+                shares=shares,
                 explanation=explanation,
                 score=score,
                 **({} if self.table is None else named(self.table.iloc[head])),
@@ -388,9 +387,8 @@ class Evidence:
         ends = {row: min(max(at.position for *_, at in of_row) + AFTER + 1, length) for row, of_row in shown.items()}
         rows = sorted(shown, key=lambda row: (ends[row], row))
         contexts: dict[tuple[int, int], Context] = {}
-        bar = tqdm(total=len(rows), unit="seq", desc="contexts", disable=not self.progress)
-        for first in range(0, len(rows), self.batch_size):
-            batch = rows[first : first + self.batch_size]
+        batches = [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+        for batch in tqdm(batches, unit="batch", desc="contexts", disable=not self.progress):
             tokens = self.sequences.tokens[batch].to(self.model.device, torch.long)
             inputs = self.model.capture(tokens, [self.layer])[self.layer][0][:, : ends[batch[-1]]].float()
             for row, x, *kept in zip(batch, inputs, *self.lorsa.encode(inputs), strict=True):
@@ -399,8 +397,6 @@ class Evidence:
                 reading = Reading(ids, token_texts(self.model.tokenizer, ids), x, *kept)
                 for head, number, place in shown[row]:
                     contexts[head, number] = read_context(self.lorsa, head, reading, place)
-                bar.update()
-        bar.close()
         return {head: [contexts[head, number] for number in range(len(of_head))] for head, of_head in places.items()}
 
     def _siblings(self, head: int, words: Words) -> pd.DataFrame:

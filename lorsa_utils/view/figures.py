@@ -171,7 +171,7 @@ def _add_caption(figure: go.Figure, caption: str) -> None:
 
 
 def figure_data(figure: go.Figure) -> pd.DataFrame:
-    """The numbers in a figure's traces, one row per point: `trace`, `x`, `y` and, for maps, `z`."""
+    """The numbers in its traces, one row per point: `trace`, `x`, `y` and, for maps, `z`."""
     rows: list[dict[str, Any]] = []
     for number, trace in enumerate(figure.data):
         name = trace.name or str(number)
@@ -200,7 +200,7 @@ def draw_png(figure: go.Figure) -> bytes | None:
 
 @functools.cache
 def can_draw_png() -> bool:
-    """Whether kaleido and a Chrome or Chromium are installed; looked up, and reported missing, only once."""
+    """Whether kaleido and a Chrome or Chromium are installed; reported missing only once."""
     if os.environ.get("LORSA_STATIC_IMAGES") == "0":
         return False
     try:

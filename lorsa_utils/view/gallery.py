@@ -71,7 +71,7 @@ def figure_records(folder: Path) -> list[dict[str, Any]]:
 
 def item_of(record: Mapping[str, Any]) -> str:
     """The paper item that a figure's label begins with."""
-    item = re.match(r"([PT]\d+)(?![0-9])", record["label"])
+    item = re.match(r"([PT]\d+)", record["label"])
     return item[1] if item and item[1] in claims.ITEMS else OTHER
 
 
@@ -85,9 +85,8 @@ def _plate(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     html, png, csv = (f"figures/{record['label']}.{ending}" for ending in ("html", "png", "csv"))
     links = [(html, "interactive"), (csv, "numbers (CSV)"), *_notebook_files(folder, record["notebook"])]
     return {
-        "label": record["label"],
-        "caption": record["caption"],
-        "number": record.get("number"),
+        "number": None,
+        **record,
         "html": html,
         "png": png if (folder / png).is_file() else None,
         "links": [(file, name) for file, name in links if (folder / file).is_file()],
