@@ -121,8 +121,8 @@ def test_planted_circuit_is_read_off_graph_and_scores(by_hand: LanguageModel) ->
     assert sources == {f"E_{after}_3"}, "what it writes comes from the token after the one like the last"
     pairs, queries, keys, score = trace.qk(1, after, 8, 3)
     query, key = divmod(int(pairs.argmax()), len(keys))
-    looked = (queries[query], keys[key])
-    assert looked == ("embedding", f"0.{before}"), "it looks there because of the token before"
+    assert queries[query] == "embedding"
+    assert keys[key] == f"0.{before}", "it looks there because of the token before"
     assert float(pairs.max()) > 0.8 * score
 
 

@@ -1,5 +1,6 @@
 """The language keeps its rules, sparse modules take the layers' places, weights are what the modules compute."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -40,15 +41,15 @@ def tokens_of(language: Language, n: int = 3) -> Tensor:
 
 def test_rules_hold_where_they_are_told(language: Language) -> None:
     sample = language.sample(50, torch.Generator().manual_seed(3))
-    series, keys, answers = language.series.tolist(), language.keys.tolist(), language.answers.tolist()
+    series, keys, answers = (side.tolist() for side in (language.series, language.keys, language.answers))
     for tokens, rules in zip(sample.tokens.tolist(), sample.rule.tolist(), strict=True):
-        for i, (token, after) in enumerate(zip(tokens, tokens[1:], strict=False)):
-            if RULES[rules[i]] == "successor":
+        for (token, after), rule in zip(itertools.pairwise(tokens), rules, strict=False):
+            if RULES[rule] == "successor":
                 assert series.index(after) == (series.index(token) + 1) % len(series)
-            elif RULES[rules[i]] == "skip-bigram":
+            elif RULES[rule] == "skip-bigram":
                 assert token == language.question
                 assert answers.index(after) == keys.index(tokens[1])
-            elif RULES[rules[i]] == "induction":
+            elif RULES[rule] == "induction":
                 assert tokens[tokens.index(token) + 1] == after
     assert sample.rule.unique().tolist() == list(range(len(RULES)))
     assert len(set(language.names)) == SMALL.n_tokens

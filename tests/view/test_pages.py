@@ -99,12 +99,12 @@ def test_numbers_of_the_script_are_those_of_the_head(many: list[Head]) -> None:
     embedded = json.loads(Reader(pages.head_page(head)).scripts[0])["contexts"]
     assert len(embedded) == len(head.contexts)
     for found, context in zip(embedded, head.contexts, strict=True):
-        steps = np.frombuffer(base64.b64decode(found["a"]), dtype="<u2") / 65535
-        before, n = found["before"], len(context.activation)
+        steps = torch.tensor(np.frombuffer(base64.b64decode(found["a"]), dtype="<u2") / 65535).float()
+        before, n, v = found["before"], len(context.activation), torch.tensor(found["v"])
         for i in range(n):
             first, width = i * before + i * (i + 1) // 2, before + i + 1
-            a = torch.from_numpy(steps[first : first + width]).float()
-            z = a * torch.tensor(found["v"][:width])
+            a = steps[first : first + width]
+            z = a * v[:width]
             if found["zb"]:
                 z[1] = found["zb"][i]
             assert torch.allclose(a, context.attention[i, :width], atol=1e-5)
@@ -138,15 +138,14 @@ def test_what_a_page_says(many: list[Head]) -> None:
 
 def test_contexts_show_the_chosen_token_and_its_sources(many: list[Head]) -> None:
     for context in (context for head in many[:8] for context in head.contexts):
-        shown = pages._shown(context)
-        assert context.n_before + context.peak in shown
-        assert set(context.main_sources) <= shown
+        shown, columns = pages._shown(context), range(len(context.tokens))
+        assert {context.n_before + context.peak, *context.main_sources} <= shown
         pieces = list(pages._pieces(context, 1.0))
         spans = [piece for piece in pieces if not piece["hidden"]]
-        assert [span["column"] for span in spans] == list(range(len(context.tokens)))
+        assert [span["column"] for span in spans] == list(columns)
         assert [span["classes"] for span in spans if span["tab"] == 0] == ["t peak"]
-        far = [span["column"] for span in spans if "far" in span["classes"]]
-        assert set(far) == set(range(len(context.tokens))) - shown
+        far = {span["column"] for span in spans if "far" in span["classes"]}
+        assert far == set(columns) - shown
         assert sum(piece["hidden"] for piece in pieces) == len(far)
 
 
