@@ -152,7 +152,7 @@ class Trace:
         """[length, d_model], what the first block reads."""
         self.sources = self._list_sources()
         self._cut_model()
-        self.logit = Source("logit", self.model.n_layers, self.answers[0], length - 1, float(self._difference))
+        self.logit = Source("logit", self.model.n_layers, self.answers[0], length - 1, float(self._difference.detach()))
 
     def _list_sources(self) -> list[Source]:
         sources = [Source("embedding", -1, -1, i, float(row.norm())) for i, row in enumerate(self.embedding)]
