@@ -30,9 +30,8 @@ def open_browser() -> Iterator[Any]:
     executable = find_browser()
     if executable is None:
         pytest.skip("no Chrome or Chromium here; install chromium")
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed; pip install 'lorsa-utils[dev]'"
-    )
+    reason = "playwright is not installed; pip install 'lorsa-utils[dev]'"
+    sync_api = pytest.importorskip("playwright.sync_api", reason=reason)
     arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=arguments)
@@ -44,15 +43,11 @@ class Watched:
     """A tab that remembers what went wrong in it and what it asked for."""
 
     def __init__(self, browser: Any, width: int = 1200, height: int = 900, dark: bool = False) -> None:
-        self.page = browser.new_page(
-            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-        )
+        scheme = "dark" if dark else "light"
+        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         self.problems: list[str] = []
         self.requests: list[str] = []
-        self.page.on(
-            "console",
-            lambda message: self.problems.append(message.text) if message.type in ("error", "warning") else None,
-        )
+        self.page.on("console", lambda said: said.type in ("error", "warning") and self.problems.append(said.text))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))

@@ -26,8 +26,15 @@ SHARP = (2.0, 0.8)
 FIRST_LAYER, SECOND_LAYER = (0, 1), (2,)
 
 
+class Letters:
+    """Decodes the model's tokens."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(chr(ord("A") + token) for token in tokens)
+
+
 def planted_model(seed: int = 0) -> LanguageModel:
-    """The model; it has no tokenizer."""
+    """The model; its tokenizer only decodes."""
     config = AutoConfig.for_model(
         "gpt2",
         n_embd=D_MODEL,
@@ -59,7 +66,7 @@ def planted_model(seed: int = 0) -> LanguageModel:
     for head in FIRST_LAYER:
         _set_head(first, head, SHARP[0], PLACE, PLACE, eye.roll(1, dims=1), TOKEN, BEFORE, 1 / 16)
     _set_head(second, SECOND_LAYER[0], SHARP[1], TOKEN, BEFORE, eye, TOKEN, SAID, 1.0)
-    return LanguageModel("planted", model, None)
+    return LanguageModel("planted", model, Letters())
 
 
 def _set_head(attention, head, sharp, query, key, match, read, write, size) -> None:  # type: ignore[no-untyped-def]

@@ -67,10 +67,8 @@ def randomized(module: Module, seed: int = 0, dtype: torch.dtype = torch.float64
 
 def random_lorsa(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Lorsa:
     """24 heads in 3 groups on 16 dimensions, k 5."""
-    config = LorsaConfig(d_model=D_MODEL, n_ov_heads=24, n_qk_heads=3, d_qk=D_HEAD, k=5, rotary=ROTARY).replace(
-        **changes
-    )
-    return randomized(Lorsa(config), seed, dtype)
+    config = LorsaConfig(d_model=D_MODEL, n_ov_heads=24, n_qk_heads=3, d_qk=D_HEAD, k=5, rotary=ROTARY)
+    return randomized(Lorsa(config.replace(**changes)), seed, dtype)
 
 
 def random_sae(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> SAE:
@@ -82,9 +80,8 @@ def random_inputs(
     batch: int, length: int, d_model: int = D_MODEL, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """[batch, length, d_model] normal draws."""
-    return torch.randn(batch, length, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        dtype
-    )
+    x = torch.randn(batch, length, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(dtype)
 
 
 def toy_site(layer: int = 0) -> AttentionSite:
@@ -115,16 +112,15 @@ class ToySource:
         generator = torch.Generator().manual_seed(seed)
         self.layers, self.n_sequences, self.context = tuple(layers), n_sequences, context
         self.tokens = torch.randint(0, 256, (n_sequences, context), generator=generator)
-        ends = (
-            torch.randint(2, context + 1, (n_sequences, 1), generator=generator)
-            if padded
-            else torch.full((n_sequences, 1), context)
-        )
+        ends = torch.full((n_sequences, 1), context)
+        if padded:
+            ends = torch.randint(2, context + 1, (n_sequences, 1), generator=generator)
         places = torch.arange(context)
         self.mask = (places > 0) & (places < ends)
         self.inputs = {layer: 3 * torch.randn(n_sequences, context, D_MODEL, generator=generator) for layer in layers}
+        sites = {layer: toy_site(layer) for layer in layers}
         self.outputs = {
-            layer: toy_site(layer).head_outputs(x).sum(dim=2) + toy_site(layer).b_O for layer, x in self.inputs.items()
+            layer: sites[layer].head_outputs(x).sum(dim=2) + sites[layer].b_O for layer, x in self.inputs.items()
         }
         self.n_tokens = int(self.mask.sum())
 

@@ -465,30 +465,28 @@ def _agreed(sentence: str, yes: bool) -> bool:
 def circuit(options: Options) -> Answer:
     """Accuracy, ranking, faithfulness and completeness, errors, and one prompt's graph."""
     from lorsa_utils.circuits import faithfulness
-    from lorsa_utils.circuits.nodes import baseline, clean_logits, effects
+    from lorsa_utils.circuits.nodes import Experiment, clean_logits
     from lorsa_utils.heads import tasks
 
     began = time.perf_counter()
     for path in filter(None, (options.graph, options.out)):
         store.require_writable(Path(path).parent)
     sparse, task = _sparse_model(options)
-    batch_size, metric, nodes = options.batch_size, options.metric, options.nodes
+    batch_size, nodes = options.batch_size, options.nodes
     accuracy = tasks.accuracy(clean_logits(sparse.model, task, batch_size), task)
     tasks.require_able(task.name, accuracy)
     _tell_curves(sparse, task, batch_size)
-    settings = (metric, options.ablation)
+    how: dict[str, Any] = {"metric": options.metric, "batch_size": batch_size}
     curves = faithfulness.compare(
-        {nodes: sparse}, task, *settings, options.seed, exact_up_to=FEW_NODES, batch_size=batch_size
+        {nodes: sparse}, task, options.seed, exact_up_to=FEW_NODES, ablation=options.ablation, **how
     )
     table = faithfulness.curve_table(curves, options.seed)
     if options.out:
         store.write_text(options.out, table.to_csv(index=False))
-    discovery, held_out = task.split()
-    instead = baseline(sparse, held_out, options.ablation)
-    scores = faithfulness.rank_scores(sparse, discovery, *settings, FEW_NODES, batch_size)
-    order = faithfulness.ranking(scores, sparse.error_nodes)[:10]
-    falls = effects(sparse, held_out, order, instead, metric, batch_size).mean(dim=1).tolist()
-    errors = faithfulness.error_shares(sparse, held_out, instead, metric, batch_size).iloc[-1]
+    discovery, held_out = (Experiment(sparse, half, options.ablation, **how) for half in task.split())
+    order = faithfulness.ranking(faithfulness.rank_scores(discovery, FEW_NODES), sparse.error_nodes)[:10]
+    falls = held_out.effects(order).mean(dim=1).tolist()
+    errors = faithfulness.error_shares(held_out).iloc[-1]
     return {
         "task": task.name,
         "nodes": nodes,
@@ -538,11 +536,11 @@ def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
 
 def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
     from lorsa_utils.circuits.faithfulness import usual_sizes
-    from lorsa_utils.circuits.nodes import baseline, measure
+    from lorsa_utils.circuits.nodes import Experiment
 
     batch, everything = task.rows(slice(0, batch_size)), torch.ones(1, sparse.n_nodes, dtype=torch.bool)
     began = time.perf_counter()
-    measure(sparse, batch, everything, baseline(sparse, batch), batch_size=batch_size)
+    Experiment(sparse, batch, batch_size=batch_size).measure(everything)
     passes = 3 * len(usual_sizes(sparse.n_nodes)) + 20
     seconds = (time.perf_counter() - began) / len(batch) * len(task) / 2 * passes
     if seconds > 60:
@@ -556,11 +554,11 @@ def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
     first = task.rows(slice(0, 1))
     answers, wrong = ([token for token in side[0].tolist() if token >= 0] for side in (first.answers, first.wrong))
     trace = graph.Trace(sparse, first.clean[0, : int(first.position[0]) + 1], answers, wrong)
-    traced = graph.trace_graph(trace, task.name, sparse.model.tokenizer, n_traced=options.traced, progress=True)
-    with torch.no_grad():
-        chance = clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum()
-    graph.write_graph(traced, options.graph, probability=float(chance))
-    return {"path": options.graph, "nodes": len(traced.nodes), "links": len(traced.links), **traced.facts}
+    chance = float(clean_logits(sparse.model, first).softmax(dim=1)[0, answers].sum())
+    traced = graph.trace_graph(trace, task.name, options.traced, probability=chance, progress=True)
+    store.write_json(options.graph, traced)
+    sizes = {"nodes": len(traced["nodes"]), "links": len(traced["links"])}
+    return {"path": options.graph, **sizes, **traced["metadata"]["facts"]}
 
 
 # ---- other people's weights

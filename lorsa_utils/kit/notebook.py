@@ -212,9 +212,7 @@ class Context:
         """`text`, with a note if the run is scaled down."""
         return f"{text} ({self.profile.name} profile, scaled down)" if self.profile.is_scaled_down else text
 
-    def show(
-        self, figure: go.Figure, label: str, caption: str, data: pd.DataFrame | None = None, **facts: Any
-    ) -> figures.SavedFigure:
+    def show(self, figure: go.Figure, label: str, caption: str, data: pd.DataFrame | None = None, **facts: Any) -> Path:
         """Save a figure under `<folder>/figures/` and display it: interactive in Jupyter, as a static image elsewhere.
 
         The title gets the note of a scaled-down run. `label` is the file name, starting with the paper item, such as
@@ -232,8 +230,8 @@ class Context:
         facts_of = provenance()
         record = {"label": label, "caption": caption, "notebook": self.name, "profile": self.profile.name, **about}
         record |= {"seed": self.seed, "commit": git_commit(), "versions": {key: facts_of[key] for key in VERSIONS}}
-        store.write_json(saved.html.with_suffix(".json"), {key: _plain(value, key) for key, value in record.items()})
-        _display(figure, saved, f"{label}. {caption}")
+        store.write_json(saved.with_suffix(".json"), {key: _plain(value, key) for key, value in record.items()})
+        _display(figure, saved.with_suffix(".png"), f"{label}. {caption}")
         return saved
 
     def record(self, key: str, value: Any) -> None:
@@ -365,12 +363,12 @@ def _wrap(title: str) -> str:
     return "<br>".join(textwrap.wrap(title.replace("<br>", " "), 68))
 
 
-def _display(figure: go.Figure, saved: figures.SavedFigure, text: str) -> None:
+def _display(figure: go.Figure, png: Path, text: str) -> None:
     bundle: dict[str, Any] = {"text/plain": text, "application/vnd.plotly.v1+json": json.loads(figure.to_json())}
-    if saved.png is not None:
+    if png.is_file():
         import base64
 
-        bundle["image/png"] = base64.b64encode(saved.png.read_bytes()).decode()
+        bundle["image/png"] = base64.b64encode(png.read_bytes()).decode()
     _display_bundle(bundle)
 
 

@@ -6,29 +6,27 @@ The language has three planted rules and random choices between them:
     skip-bigram    a question token asks for the answer that belongs to the key token at the start of the sequence
     induction      a block of random letters comes once, and later again from a random letter on
 
-A small Llama learns it on a CPU in a minute or two. Lorsa then replaces both attention layers, transcoders both MLPs.
-Notebook 14 reads the induction circuit off their weights and cuts it.
+Notebook 14 trains a small Llama on it, replaces both attention layers by Lorsa and both MLPs by transcoders, reads the
+induction circuit off their weights and cuts it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lorsa_utils import store
 from lorsa_utils.activations import ActivationBatch
-from lorsa_utils.config import Config, LorsaConfig, SAEConfig, TrainConfig
+from lorsa_utils.config import Config
 from lorsa_utils.lorsa import SAE, Lorsa, load
 from lorsa_utils.models import LanguageModel, load_model
-from lorsa_utils.training import Run, RunSpec
 
 BOS = 0
 RULES = ("successor", "skip-bigram", "induction", "free")
@@ -90,7 +88,8 @@ class Language:
         sizes = [1, config.n_letters, config.n_series, config.n_keys, config.n_keys, 1]
         _, self.letters, self.series, self.keys, self.answers, question = torch.arange(config.n_tokens).split(sizes)
         self.question = int(question)
-        characters = ("abcdefghijklmnopqrstuvwxyz"[: sizes[1]], "0123456789"[: sizes[2]], "ABCDEFGHIJ"[: sizes[3]])
+        alphabets = zip((string.ascii_lowercase, string.digits, string.ascii_uppercase), sizes[1:4], strict=True)
+        characters = [alphabet[:size] for alphabet, size in alphabets]
         self.names = ["BOS", *"".join(characters), *(f"={key}" for key in characters[2]), "?"]
 
     def sample(self, n: int, generator: torch.Generator) -> Sample:
@@ -118,40 +117,6 @@ class Language:
             tokens += piece
             rules += [rule] * (len(piece) - 1) + [free]
         return tokens[: config.length], rules[: config.length]
-
-
-def train_transformer(language: Language, seed: int = 0, progress: bool = False) -> LanguageModel:
-    """Train a two-layer Llama from scratch on the language."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = language.config
-    shape = LlamaConfig(
-        hidden_size=config.d_model,
-        intermediate_size=config.d_mlp,
-        num_hidden_layers=2,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_heads,
-        vocab_size=config.n_tokens,
-        bos_token_id=BOS,
-        eos_token_id=BOS,
-        max_position_embeddings=config.length,
-        tie_word_embeddings=False,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(shape)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    for step in tqdm(range(config.steps), desc="transformer", disable=not progress):
-        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 100, 2.5 * (1 - step / config.steps))
-        tokens = language.sample(config.batch_size, generator).tokens
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return LanguageModel("two-layer toy", model.requires_grad_(False).eval(), None)
 
 
 # ---- the sparse model
@@ -202,14 +167,9 @@ class SparseTransformer:
     modules: tuple[Lorsa | SAE, ...]
     """In the order of `PLACES`."""
 
-    @property
-    def lorsas(self) -> tuple[Lorsa | SAE, ...]:
-        """Modules of the two attention layers."""
-        return self.modules[:2]
-
     @contextlib.contextmanager
     def installed(self, cut: Mapping[tuple[str, int], Tensor] | None = None) -> Iterator[None]:
-        """Run the model on its sparse modules alone, without the units in `cut` (indices by place)."""
+        """The model runs on its sparse modules alone, without the units in `cut` (indices by place)."""
 
         def writer(module: Lorsa | SAE, gone: Tensor) -> Write:
             def write(x: Tensor, y: Tensor) -> Tensor:
@@ -236,39 +196,3 @@ class SparseTransformer:
         path = Path(folder)
         model = load_model(path / "model", device="cpu", dtype=torch.float32)
         return cls(model, tuple(load(path / f"{kind}_{layer}") for kind, layer in PLACES))
-
-
-def make_sparse(model: LanguageModel, language: Language, seed: int = 0, progress: bool = False) -> SparseTransformer:
-    """Train the sparse modules, with the package's own training step."""
-    config, generator = language.config, torch.Generator().manual_seed(seed + 1_000)
-    train = TrainConfig(
-        tokens=config.sparse_steps * config.batch_size * config.length,
-        batch_size=config.batch_size,
-        lr=config.sparse_lr,
-        warmup=0.05,
-        decay=0.4,
-        aux_k=8,
-        seed=seed,
-    )
-    calibration = read_layers(model, language.sample(128, generator).tokens)
-    runs: list[Run] = []
-    for number, (kind, layer) in enumerate(PLACES):
-        site = model.site(layer)
-        shape: LorsaConfig | SAEConfig = SAEConfig(config.d_model, config.n_features, config.k, kind="transcoder")
-        if kind == "attention":
-            shape = Lorsa.config_for_site(site, config.n_lorsa_heads, config.n_qk_heads, config.k)
-        runs.append(Run(RunSpec(f"toy{number}", number, shape, train, Path()), {}, torch.device("cpu")))
-        runs[number].start(site, calibration)
-    for _ in tqdm(range(config.sparse_steps), desc="sparse modules", disable=not progress):
-        batch = read_layers(model, language.sample(config.batch_size, generator).tokens)
-        for run in runs:
-            run.train_step(batch)
-    return SparseTransformer(model, tuple(run.finished_module().requires_grad_(False) for run in runs))
-
-
-@torch.no_grad()
-def rule_losses(model: LanguageModel, sample: Sample) -> dict[str, float]:
-    """Mean next-token loss in nats, over all tokens (`all`) and where each rule decides it."""
-    losses, _ = model.loss(sample.tokens)
-    by_rule = {name: float(losses[sample.rule[:, :-1] == number].mean()) for number, name in enumerate(RULES)}
-    return {"all": float(losses.mean())} | by_rule

@@ -1,6 +1,6 @@
 """What pages show of heads: the texts where they are active, what they write, and their neighbours.
 
-`Evidence.heads` yields one `Head` per page. For a head h of QK group g, at a query i of one text (paper, Sec. 5):
+For a head h of QK group g, at a query i of one text (paper, Sec. 5):
 
     activation  z_i * ||w_o||, 0 where h is not among the K kept heads of the token
     z pattern   z_ij = A_ij v_j * ||w_o||; sum_j z_ij is the activation before the selection
@@ -15,6 +15,7 @@ one column adds up the others.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class Reading(NamedTuple):
     x: Tensor
     """Attention input, [length, d_model]; rows beyond the ids are padding."""
     heads: Tensor
-    """Kept heads, [length, k]."""
+    """Kept ones, [length, k]."""
     activations: Tensor
     """Their z, [length, k]."""
     n_cut: int = 0
@@ -88,13 +89,13 @@ class Context:
     """Of the sources in their sequence, [m]; -1 is the added-up column, the second if there is one."""
     peak: int
     """Index of the chosen token in the window."""
-    activation: Tensor = field(repr=False)
+    activation: Tensor
     """[n], 0 where the head is not kept."""
-    z_pattern: Tensor = field(repr=False)
+    z_pattern: Tensor
     """[n, m], each row sums to the activation before the selection."""
-    attention: Tensor = field(repr=False)
+    attention: Tensor
     """[n, m], each row sums to 1."""
-    v: Tensor = field(repr=False)
+    v: Tensor
     """[m], v_j * ||w_o||, so that z_ij = A_ij v_j; 0 for the added-up column."""
 
     @property
@@ -114,12 +115,12 @@ class Feature(NamedTuple):
     number: int
     cosine: float
     tokens: list[str]
-    """What its write direction raises."""
+    """That its write direction raises."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """One page. Made by `Evidence.heads`."""
+    """One page."""
 
     model: str
     layer: int
@@ -129,44 +130,43 @@ class Head:
     n_tokens: int
     """Counted tokens of the text that `facts` come from."""
     facts: dict[str, float]
-    """See `Survey.facts`."""
-    families: list[str]
-    """Names in words, the most specific first."""
-    named: bool
-    """Whether names were looked for."""
-    scores: dict[str, dict[str, float]]
-    """Family in words to its scores on unseen prompts."""
-    effect: tuple[float, float] | None
-    """Increase of the loss in nats, on prompts of the first family, when this head alone is removed; and standard
-    error."""
+    """Of `Survey.facts`."""
     raised: list[tuple[str, float]]
     """Tokens with the largest logits of w_o, before the last norm's scale."""
     lowered: list[tuple[str, float]]
-    contexts: list[Context] = field(repr=False)
+    contexts: list[Context]
     """`top`, then `sample`, both by activation, then `random`."""
-    siblings: pd.DataFrame = field(repr=False)
+    siblings: pd.DataFrame
     """Other heads of its group: `head`, `families`, `frequency`, `tokens`, and the cosines of write and read directions
     with this head's, `cos_o` and `cos_v`."""
     written_features: list[Feature] | None = None
-    """Features of an SAE on the layer's output, nearest to w_o by write direction."""
+    """Of `Evidence.sae`, nearest to w_o by write direction."""
     read_features: list[Feature] | None = None
-    """Features of a transcoder on the layer's input, nearest to w_v by read direction."""
+    """Of `Evidence.transcoder`, nearest to w_v by read direction."""
     shares: list[float] | None = None
     """Share of each MHSA head in what this head writes (`origins.mhsa_shares`)."""
     explanation: str | None = None
     score: float | None = None
     """Balanced accuracy of the explanation; chance is 1/2."""
+    families: list[str] = field(default_factory=list)
+    """Names in words, the most specific first."""
+    named: bool = False
+    """Whether names were looked for."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Family in words to its scores on unseen prompts."""
+    effect: tuple[float, float] | None = None
+    """Increase of the loss in nats, on prompts of the first family, when it alone is removed; and standard error."""
 
     @property
     def dead(self) -> bool:
-        """Whether it was never active on the text."""
+        """Never active on the text."""
         return self.facts["frequency"] == 0
 
 
 class ReadOnce(LanguageModel):
-    """Remembers what one layer read and wrote, so that a text costs one pass.
+    """Remembers what one layer read and wrote outside `splice`, so that a text costs one pass.
 
-    Only `capture` of that layer outside `splice` is remembered; beyond `limit` bytes, texts are read again.
+    Beyond `limit` bytes, texts are read again.
     """
 
     def __init__(self, model: LanguageModel, layer: int, limit: int = 1 << 30) -> None:
@@ -176,16 +176,16 @@ class ReadOnce(LanguageModel):
 
     @override
     def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        if list(layers) != [self._layer] or self._spliced or tokens.ndim != 2:
+        if list(layers) != [self._layer] or self._spliced:
             return super().capture(tokens, layers)
         keys = [row.long().cpu().numpy().tobytes() for row in tokens]
         pairs = {key: self._known[key] for key in keys if key in self._known}
         if new := [number for number, key in enumerate(keys) if key not in pairs]:
-            for number, x, y in zip(new, *super().capture(tokens[new], layers)[self._layer], strict=True):
-                pairs[keys[number]] = pair = (x.clone(), y.clone())
-                size = sum(side.numel() * side.element_size() for side in pair)
-                if size <= self._room:
-                    self._known[keys[number]], self._room = pair, self._room - size
+            for number, *sides in zip(new, *super().capture(tokens[new], layers)[self._layer], strict=True):
+                x, y = pairs[keys[number]] = sides[0].clone(), sides[1].clone()
+                if x.nbytes + y.nbytes <= self._room:
+                    self._known[keys[number]] = x, y
+                    self._room -= x.nbytes + y.nbytes
         xs, ys = zip(*(pairs[key] for key in keys), strict=True)
         return {self._layer: (torch.stack(xs), torch.stack(ys))}
 
@@ -208,39 +208,24 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
     A character split over several tokens stands at the last of them; the others show their bytes in hexadecimal.
     """
-    texts = [tokenizer.decode([index]) for index in ids]
-    first = 0
-    while first < len(texts):
-        if "\ufffd" not in texts[first]:
-            first += 1
-            continue
-        last, whole = _whole_characters(tokenizer, ids, first)
-        raw = [tokenizer.convert_ids_to_tokens(int(index)) for index in ids[first:last]]
-        texts[first:last] = [_hexadecimal(piece) for piece in raw]
-        if whole:
-            texts[last - 1] = whole
-        first = last
+    texts: list[str] = []
+    while (first := len(texts)) < len(ids):
+        spans = [list(ids[first : first + n]) for n in range(1, min(4, len(ids) - first) + 1)]
+        decoded = ((span, tokenizer.decode(span)) for span in spans)
+        span, text = next((pair for pair in decoded if "\ufffd" not in pair[1]), (spans[0], None))
+        # Other tokens of a byte-level vocabulary stand for bytes.
+        pieces = [tokenizer.convert_ids_to_tokens(int(index)) or "" for index in span]
+        raw = ["".join(f"⟨{_BYTES[c]:02X}⟩" if c in _BYTES else c for c in piece) for piece in pieces]
+        texts += [*raw[:-1], raw[-1] if text is None else text]
     return texts
+
+
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def texts_alone(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Text of each token on its own; those that pad a vocabulary may have none."""
     return [token_texts(tokenizer, [index])[0] for index in ids]
-
-
-def _whole_characters(tokenizer: Any, ids: Sequence[int], first: int) -> tuple[int, str]:
-    """End of the tokens from `first` on that are text only together, and that text; `first + 1` and "" without one."""
-    for last in range(first + 2, min(first + 5, len(ids) + 1)):
-        text = tokenizer.decode(list(ids[first:last]))
-        if "\ufffd" not in text:
-            return last, text
-    return first + 1, ""
-
-
-def _hexadecimal(piece: str | None) -> str:
-    """The bytes that a token of a byte-level vocabulary stands for."""
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    return "".join(f"⟨{byte_of[character]:02X}⟩" if character in byte_of else character for character in piece or "")
 
 
 # ---- places
@@ -270,15 +255,15 @@ def read_context(
     v = (x[:end] @ lorsa.W_V[head] + lorsa.b_V[head]) * norm
     z = attention * v
     activation = ((reading.heads[window] == head) * reading.activations[window]).sum(dim=-1) * norm
-    apart = _apart(z[place.position - start], start)
+    main = [source for source in main_sources(z[place.position - start]) if 0 < source < start]
+    around = {near for source in main for near in range(source - AROUND[0], source + AROUND[1] + 1)}
+    apart = sorted(({0} | around) & set(range(start)))
     added_up = sorted(set(range(start)) - set(apart))
-    before_window = [*apart[:1], *([-1] if added_up else []), *apart[1:]]
-    columns = [*before_window, *range(start, end)]
+    columns = [*apart[:1], *([-1] if added_up else []), *apart[1:], *range(start, end)]
 
-    def folded(sides: Tensor, total: Tensor) -> Tensor:
-        """Columns of `sides` [n, end] that are kept apart; `total` [n, 1] stands for the others."""
-        parts = [sides[:, [column]] if column >= 0 else total for column in before_window]
-        return torch.cat([*parts, sides[:, start:]], dim=1).cpu()
+    def folded(sides: Tensor) -> Tensor:
+        # Column -1 of what is put together adds up the others.
+        return torch.cat([sides, sides[:, added_up].sum(dim=1, keepdim=True)], dim=1)[:, columns].cpu()
 
     return Context(
         place,
@@ -286,9 +271,9 @@ def read_context(
         columns,
         place.position - start,
         activation.cpu(),
-        folded(z, z[:, added_up].sum(dim=1, keepdim=True)),
-        folded(attention, attention[:, added_up].sum(dim=1, keepdim=True)),
-        folded(v[None], v.new_zeros(1, 1))[0],
+        folded(z),
+        folded(attention),
+        torch.cat([v, v.new_zeros(1)])[columns].cpu(),
     )
 
 
@@ -297,12 +282,6 @@ def main_sources(z: Tensor) -> list[int]:
     sizes = z.abs()
     order = sizes.argsort(descending=True)[:MAIN_SOURCES].tolist()
     return [source for source in order if float(sizes[source]) >= MAIN_SHARE * float(sizes.sum()) > 0]
-
-
-def _apart(z: Tensor, start: int) -> list[int]:
-    """Positions before the window with columns of their own, for a row z [end] of the z pattern."""
-    around = [range(source - AROUND[0], source + AROUND[1] + 1) for source in main_sources(z) if 0 < source < start]
-    return sorted({0, *(position for some in around for position in some if 0 <= position < start)}) if start else []
 
 
 # ---- heads
@@ -334,14 +313,13 @@ class Evidence:
 
     @classmethod
     def gather(cls, model: LanguageModel, layer: int, lorsa: Lorsa, sequences: Sequences, **options: Any) -> Self:
-        """Read the text for what every head does and which MHSA heads it comes from; `options` are the other fields."""
+        """With what every head does on the text and which MHSA heads it comes from; `options` are other fields."""
         model = model if isinstance(model, ReadOnce) else ReadOnce(model, layer)
         reading = {key: options[key] for key in ("batch_size", "progress") if key in options}
         found = survey(model, layer, LorsaHeads(lorsa), sequences, seed=options.get("seed", 0), **reading)
-        few = slice(0, 32)
         with torch.no_grad():
-            x = model.capture(sequences.tokens[few].long(), [layer])[layer][0].float()
-            mean = mean_head_values(model.site(layer), x, sequences.mask[few].to(x.device))
+            x = model.capture(sequences.tokens[:32].long(), [layer])[layer][0].float()
+            mean = mean_head_values(model.site(layer), x, sequences.mask[:32].to(x.device))
             shares = mhsa_shares(model, layer, lorsa, mean, sequences, **reading).shares
         return cls(model, layer, lorsa, sequences, found, shares=shares, **options)
 
@@ -349,7 +327,7 @@ class Evidence:
         """Check that all is of one module and text.
 
         Raises:
-            UserError: a survey, table, SAE or transcoder is of another one.
+            UserError: one is not.
         """
         n_heads, d_model = self.lorsa.n_units, self.lorsa.config.d_model
         if len(self.survey.facts) != n_heads or int(self.survey.places[..., 0].max()) >= len(self.sequences.tokens):
@@ -373,51 +351,44 @@ class Evidence:
             UserError: there is no such head.
         """
         LorsaHeads(self.lorsa).check(chosen)
-        contexts = self._contexts(
-            {head: choose_places(self.survey, head, self.sequences, self.seed) for head in chosen}
-        )
-        words, name, size = Words(self.model), Path(self.model.name), self.lorsa.config.group_size
-        groups = {group: self._group(group, words) for group in {head // size for head in chosen}}
+        places = {head: choose_places(self.survey, head, self.sequences, self.seed) for head in chosen}
+        contexts = self._contexts(places)
+        words, name = Words(self.model), Path(self.model.name)
         for head in chosen:
-            row = None if self.table is None else self.table.iloc[head]
-            shares = None if self.shares is None else self.shares[head]
+            shares = None if self.shares is None or self.shares[head].isnan().any() else self.shares[head].tolist()
             explanation, score = self.explanations.get(head, (None, None))
             yield Head(
                 model=name.name if name.exists() else self.model.name,
                 layer=self.layer,
                 head=head,
                 n_heads=self.lorsa.n_units,
-                group=head // size,
+                group=head // self.lorsa.config.group_size,
                 n_tokens=self.survey.n_tokens,
                 facts={str(key): float(value) for key, value in self.survey.facts.iloc[head].items()},
-                families=_families(row),
-                named=row is not None,
-                scores=_scores(row),
-                effect=_effect(row),
                 raised=words.extremes(self.lorsa.W_O[head], largest=True),
                 lowered=words.extremes(self.lorsa.W_O[head], largest=False),
                 contexts=contexts[head],
-                siblings=self._siblings(head, groups[head // size]),
+                siblings=self._siblings(head, words),
                 written_features=_nearest(self.lorsa.W_O[head], self.sae, "W_O", words),
                 read_features=_nearest(self.lorsa.W_V[head], self.transcoder, "W_E", words),
-                shares=None if shares is None or bool(shares.isnan().any()) else shares.tolist(),
+                shares=shares,
                 explanation=explanation,
                 score=score,
+                **({} if self.table is None else named(self.table.iloc[head])),
             )
 
     def _contexts(self, places: Mapping[int, list[Place]]) -> dict[int, list[Context]]:
-        """Contexts of heads in the order of their places; each sequence is read once, no further than it is shown."""
-        shown: dict[int, list[tuple[int, int, Place]]] = {}
+        """In the order of the places; each sequence is read once, no further than it is shown."""
+        shown: dict[int, list[tuple[int, int, Place]]] = defaultdict(list)
         for head, of_head in places.items():
             for number, place in enumerate(of_head):
-                shown.setdefault(place.row, []).append((head, number, place))
+                shown[place.row].append((head, number, place))
         length = self.sequences.tokens.shape[1]
         ends = {row: min(max(at.position for *_, at in of_row) + AFTER + 1, length) for row, of_row in shown.items()}
         rows = sorted(shown, key=lambda row: (ends[row], row))
         contexts: dict[tuple[int, int], Context] = {}
-        bar = tqdm(total=len(rows), unit="seq", desc="contexts", disable=not self.progress)
-        for first in range(0, len(rows), self.batch_size):
-            batch = rows[first : first + self.batch_size]
+        batches = [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+        for batch in tqdm(batches, unit="batch", desc="contexts", disable=not self.progress):
             tokens = self.sequences.tokens[batch].to(self.model.device, torch.long)
             inputs = self.model.capture(tokens, [self.layer])[self.layer][0][:, : ends[batch[-1]]].float()
             for row, x, *kept in zip(batch, inputs, *self.lorsa.encode(inputs), strict=True):
@@ -426,25 +397,21 @@ class Evidence:
                 reading = Reading(ids, token_texts(self.model.tokenizer, ids), x, *kept)
                 for head, number, place in shown[row]:
                     contexts[head, number] = read_context(self.lorsa, head, reading, place)
-                bar.update()
-        bar.close()
         return {head: [contexts[head, number] for number in range(len(of_head))] for head, of_head in places.items()}
 
-    def _group(self, group: int, words: Words) -> pd.DataFrame:
-        size = self.lorsa.config.group_size
-        heads = range(group * size, (group + 1) * size)
-        rows = pd.DataFrame({"head": heads, "families": ""})
-        if self.table is not None:
-            rows["families"] = [", ".join(_families(self.table.iloc[head])) for head in heads]
-        rows["frequency"] = self.survey.facts["frequency"].iloc[heads.start : heads.stop].to_numpy()
-        return rows.assign(tokens=words.raised(self.lorsa.W_O[heads.start : heads.stop]))
-
-    def _siblings(self, head: int, rows: pd.DataFrame) -> pd.DataFrame:
-        """`rows` of `_group` without `head`, with the cosines of their weights with its own."""
-        heads, lorsa = rows["head"].tolist(), self.lorsa
-        cosines = [normalize(w[heads], dim=1) @ normalize(w[head], dim=0) for w in (lorsa.W_O, lorsa.W_V)]
-        rows = rows.assign(cos_o=cosines[0].cpu().numpy(), cos_v=cosines[1].cpu().numpy())
-        return rows[rows["head"] != head].reset_index(drop=True)
+    def _siblings(self, head: int, words: Words) -> pd.DataFrame:
+        lorsa, size = self.lorsa, self.lorsa.config.group_size
+        heads = [other for other in range(head // size * size, (head // size + 1) * size) if other != head]
+        families = [] if self.table is None else [named(self.table.iloc[other])["families"] for other in heads]
+        rows = {
+            "head": heads,
+            "families": [", ".join(names) for names in families] or "",
+            "frequency": self.survey.facts["frequency"].iloc[heads].to_numpy(),
+            "tokens": words.raised(lorsa.W_O[heads]),
+        }
+        for name, weights in (("cos_o", lorsa.W_O), ("cos_v", lorsa.W_V)):
+            rows[name] = _cosines(weights[heads], weights[head]).cpu().numpy()
+        return pd.DataFrame(rows)
 
 
 class Words:
@@ -464,29 +431,31 @@ class Words:
         return [texts_alone(self.tokenizer, row) for row in self.unembedding.top_tokens(directions, n).tolist()]
 
 
-def _families(row: Any) -> list[str]:
-    return [] if row is None or not row["families"] else [FAMILIES[name].label for name in row["families"].split("; ")]
+def named(row: Any) -> dict[str, Any]:
+    """What a row of a table of heads says of its names: these fields of `Head`."""
+    names = row["families"].split("; ") if row["families"] else []
+    scores = {name: {score: float(row.get(f"{name}_{score}", np.nan)) for score in SCORES} for name in names}
+    effect = (float(row.get("effect", np.nan)), float(row.get("effect_error", np.nan)))
+    return {
+        "families": [FAMILIES[name].label for name in names],
+        "named": True,
+        "scores": {
+            FAMILIES[name].label: {score: value for score, value in values.items() if np.isfinite(value)}
+            for name, values in scores.items()
+        },
+        "effect": effect if np.isfinite(effect[0]) else None,
+    }
 
 
-def _scores(row: Any) -> dict[str, dict[str, float]]:
-    scores: dict[str, dict[str, float]] = {}
-    for family in [] if row is None or not row["families"] else row["families"].split("; "):
-        values = {score: float(row.get(f"{family}_{score}", np.nan)) for score in SCORES}
-        scores[FAMILIES[family].label] = {score: value for score, value in values.items() if np.isfinite(value)}
-    return scores
-
-
-def _effect(row: Any) -> tuple[float, float] | None:
-    known = row is not None and np.isfinite(row.get("effect", np.nan))
-    return (float(row["effect"]), float(row["effect_error"])) if known else None
+def _cosines(directions: Tensor, direction: Tensor) -> Tensor:
+    return normalize(directions, dim=1) @ normalize(direction, dim=0)
 
 
 def _nearest(direction: Tensor, module: SAE | None, side: str, words: Words) -> list[Feature] | None:
     """Features whose rows of the weights `side` have the largest cosine with `direction`."""
     if module is None:
         return None
-    directions: Tensor = getattr(module, side)
-    cosines = normalize(directions, dim=1) @ normalize(direction, dim=0)
-    values, numbers = cosines.topk(min(N_FEATURES, len(directions)))
+    cosines = _cosines(getattr(module, side), direction)
+    values, numbers = cosines.topk(min(N_FEATURES, len(cosines)))
     tokens = words.raised(module.W_O[numbers])
     return [Feature(*row) for row in zip(numbers.tolist(), values.tolist(), tokens, strict=True)]

@@ -1,13 +1,16 @@
 """The explorer in a notebook: a table of heads to sort and filter, sentences read live, and steering (paper item P5).
 
-`choose_heads`, `Reader` and `steer` compute without widgets; `Explorer` puts ipywidgets around them. Steering changes
-only the layer's output: y' = y + (scale - 1) * what the head writes, by `units.ablate`.
+`choose_heads` and `View` compute without widgets; `Explorer` puts ipywidgets around them. Steering changes only the
+layer's output: y' = y + (scale - 1) * what the head writes, by `units.ablate`.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -38,13 +41,10 @@ N_LISTED = 200
 """Rows of the table that are listed at once."""
 
 
-# ---- table
-
-
 def choose_heads(
     table: pd.DataFrame, family: str = "", search: str = "", order: str = "frequency", dead: bool = False
 ) -> pd.DataFrame:
-    """Filter and sort a table of `survey.describe`; with `dead`, dead heads are shown too.
+    """Filter and sort a table of `survey.describe`.
 
     `family` is a key of a family, "-" for heads without a name or "" for all; `search` the number of a head or a piece
     of a token that it raises; `order` one of `ORDERS`.
@@ -61,25 +61,24 @@ def choose_heads(
     return table[chosen].sort_values([order, "head"], ascending=[ORDERS[order], True], kind="stable")
 
 
-# ---- sentence
+@dataclass(frozen=True)
+class View:
+    """One layer of the explorer; sentences begin with the BOS, if any, that training sequences began with."""
 
-
-class View(NamedTuple):
-    """One layer of the explorer."""
-
+    model: LanguageModel
     layer: int
     lorsa: Lorsa
+    """Reads raw activations."""
     table: pd.DataFrame
     """Of `survey.describe`, or `head`, `family`, `families` and the columns of `Survey.facts`."""
+    bos_id: int | None = None
+    context: int = 256
+    """Tokens read at most."""
 
-
-class Reader:
-    """Reads sentences of at most `context` tokens, with the BOS that training sequences began with."""
-
-    def __init__(self, model: LanguageModel, view: View, bos_id: int | None, context: int = 256) -> None:
-        self.model, self.view, self.context = model, view, context
-        self.start = [] if bos_id is None else [bos_id]
-        self.words = Words(model)
+    @functools.cached_property
+    def words(self) -> Words:
+        """Tokens that heads raise."""
+        return Words(self.model)
 
     @torch.no_grad()
     def read(self, text: str) -> Reading:
@@ -88,12 +87,14 @@ class Reader:
         Raises:
             UserError: there is no token in it.
         """
-        ids = self.start + self.model.tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) == len(self.start):
+        typed = self.model.tokenizer.encode(text, add_special_tokens=False)
+        if not typed:
             raise UserError("There is nothing to read yet; type a sentence.")
-        read, layer = ids[: self.context], self.view.layer
-        x = self.model.capture(torch.tensor([read], device=self.model.device), [layer])[layer][0].float()
-        (heads,), (activations,) = self.view.lorsa.encode(x)
+        ids = [*([] if self.bos_id is None else [self.bos_id]), *typed]
+        read = ids[: self.context]
+        tokens = torch.tensor([read], device=self.model.device)
+        x = self.model.capture(tokens, [self.layer])[self.layer][0].float()
+        (heads,), (activations,) = self.lorsa.encode(x)
         texts = token_texts(self.model.tokenizer, read)
         return Reading(read, texts, x[0], heads, activations, len(ids) - len(read))
 
@@ -103,92 +104,67 @@ class Reader:
         Raises:
             UserError: there is no such head.
         """
-        LorsaHeads(self.view.lorsa).check([head])
+        LorsaHeads(self.lorsa).check([head])
         place, length = Place("sentence", 0.0, 0, position), len(sentence.ids)
-        return read_context(self.view.lorsa, head, sentence, place, before=length, after=length)
+        return read_context(self.lorsa, head, sentence, place, before=length, after=length)
 
     @torch.no_grad()
     def firing(self, sentence: Reading, position: int, n: int = 12) -> pd.DataFrame:
         """Heads active at a token, the most active first: `head`, `family`, `activation`, `looks_at`, `raises`."""
-        lorsa = self.view.lorsa
         heads = sentence.heads[position]
-        sizes = sentence.activations[position] * lorsa.W_O[heads].norm(dim=1)
+        sizes = sentence.activations[position] * self.lorsa.W_O[heads].norm(dim=1)
         activations, order = sizes.topk(min(n, len(heads)))
         rows = []
         for head, activation in zip(heads[order].tolist(), activations.tolist(), strict=True):
             if activation > 0:
-                z = lorsa.z_pattern(sentence.x[None], head)[0, position, : position + 1]
+                z = self.lorsa.z_pattern(sentence.x[None], head)[0, position, : position + 1]
                 looks_at = [sentence.tokens[source] for source in main_sources(z)[:2]]
-                (raised,) = self.words.raised(lorsa.W_O[[head]], 3)
-                rows.append((head, str(self.view.table["family"].iloc[head]), activation, looks_at, raised))
+                (raised,) = self.words.raised(self.lorsa.W_O[[head]], 3)
+                rows.append((head, str(self.table["family"].iloc[head]), activation, looks_at, raised))
         return pd.DataFrame(rows, columns=["head", "family", "activation", "looks_at", "raises"])
 
+    @torch.no_grad()
+    def steer(self, ids: Sequence[int], scales: Mapping[int, float], position: int = -1, n: int = 8) -> pd.DataFrame:
+        """Next-token probabilities at `position`, before and after heads are scaled at all tokens.
 
-# ---- steering
+        `scales` maps heads to factors: 0 removes a head, 1 leaves it. The `n` most probable tokens before and after
+        have one row each, by the larger probability: `token`, `before`, `after`.
 
-
-@torch.no_grad()
-def steer(
-    model: LanguageModel,
-    layer: int,
-    lorsa: Lorsa,
-    ids: Sequence[int],
-    scales: Mapping[int, float],
-    position: int = -1,
-    n: int = 8,
-) -> pd.DataFrame:
-    """Next-token probabilities at `position`, before and after heads are scaled at all tokens.
-
-    `scales` maps heads to factors: 0 removes a head, 1 leaves it. `lorsa` reads raw activations. The `n` most probable
-    tokens before and after have one row each, by the larger probability: `token`, `before`, `after`.
-
-    Raises:
-        UserError: there is no such head.
-    """
-    tokens = torch.tensor([list(ids)], device=model.device)
-    place = range(len(ids))[position]
-    before = model.logits(tokens, [place])[0, 0].float().softmax(dim=0)
-    removed = {head: 1 - scale for head, scale in scales.items()}
-    with ablate(model, {layer: LorsaHeads(lorsa)}, {layer: removed}):
-        after = model.logits(tokens, [place])[0, 0].float().softmax(dim=0)
-    either = torch.maximum(before, after)
-    chosen = sorted(
-        {*before.topk(n).indices.tolist(), *after.topk(n).indices.tolist()}, key=lambda index: -float(either[index])
-    )
-    texts = texts_alone(model.tokenizer, chosen)
-    return pd.DataFrame({"token": texts, "before": before[chosen].tolist(), "after": after[chosen].tolist()})
+        Raises:
+            UserError: there is no such head.
+        """
+        tokens, place = torch.tensor([list(ids)], device=self.model.device), [range(len(ids))[position]]
+        removed = {head: 1 - scale for head, scale in scales.items()}
+        before = self.model.logits(tokens, place)[0, 0].float().softmax(dim=0)
+        with ablate(self.model, {self.layer: LorsaHeads(self.lorsa)}, {self.layer: removed}):
+            after = self.model.logits(tokens, place)[0, 0].float().softmax(dim=0)
+        either = torch.maximum(before, after)
+        probable = {*before.topk(n).indices.tolist(), *after.topk(n).indices.tolist()}
+        chosen = sorted(probable, key=lambda index: -float(either[index]))
+        texts = texts_alone(self.model.tokenizer, chosen)
+        return pd.DataFrame({"token": texts, "before": before[chosen].tolist(), "after": after[chosen].tolist()})
 
 
 # ---- explorer
 
 
 def marked_tokens(context: Context, position: int) -> list[dict[str, Any]]:
-    """Tokens as templates/explorer.html draws them: coloured by activation, the sources of one token marked."""
-    largest = max(float(context.activation.abs().max()), 1e-9)
-    z = context.z_pattern[position]
+    """For templates/explorer.html: tokens coloured by activation, the sources of one token marked."""
+    largest, z = max(float(context.activation.abs().max()), 1e-9), context.z_pattern[position]
     sources = {source: float(z[source]) for source in main_sources(z)}
     tokens = []
     for place, token in enumerate(context.tokens):
-        share = abs(float(context.activation[place])) / largest
-        side = "" if place not in sources else "minus" if sources[place] < 0 else "plus"
+        share, source = abs(float(context.activation[place])) / largest, sources.get(place)
+        side = "" if source is None else "minus" if source < 0 else "plus"
         marks = ("t", "on" if share else "", "here" if place == position else "", side)
-        tokens.append(
-            {
-                "text": pages.visible(token),
-                "classes": " ".join(filter(None, marks)),
-                "style": f"background: rgba(240, 163, 10, {0.15 + 0.85 * share:.2f})" if share else "",
-                "source": sources.get(place),
-            }
-        )
+        style = f"background: rgba(240, 163, 10, {0.15 + 0.85 * share:.2f})" if share else ""
+        classes = " ".join(filter(None, marks))
+        tokens.append({"text": pages.visible(token), "classes": classes, "style": style, "source": source})
     return tokens
 
 
 def _label(family: str) -> str:
     return FAMILIES[family].label if family in FAMILIES else family
-
-
-def _whole(value: float) -> str:
-    return "" if value != value else f"{value:.0f}"
 
 
 class Explorer:
@@ -197,9 +173,7 @@ class Explorer:
     `listed`, `context` and `changes` are the numbers they show now.
     """
 
-    def __init__(
-        self, model: LanguageModel, views: Sequence[View], sentence: str, bos_id: int | None, context: int = 256
-    ) -> None:
+    def __init__(self, views: Sequence[View], sentence: str) -> None:
         """Build the widgets and show the first layer.
 
         Raises:
@@ -211,8 +185,7 @@ class Explorer:
             import ipywidgets
         except ImportError as error:
             raise UserError("The explorer needs ipywidgets; run: pip install 'lorsa-utils[notebooks]'") from error
-        self.model, self.views = model, {view.layer: view for view in views}
-        self.readers = {view.layer: Reader(model, view, bos_id, context) for view in views}
+        self.views = {view.layer: view for view in views}
         self._html = pages.macros("explorer.html")
         self._quiet = True  # while widgets change each other
         self._build(ipywidgets, sentence)
@@ -244,13 +217,13 @@ class Explorer:
         self.table: ipywidgets.Widget = w.VBox([*filters, self.count, self.heads])
         self.live: ipywidgets.Widget = w.VBox([self.sentence, self.token, self.head, self.shown])
         self.steering: ipywidgets.Widget = w.VBox([self.head, self.scale, self.effect])
-        for widgets, react in (
-            ((self.family, self.search, self.order, self.dead), self._list),
-            ((self.layer,), self._change_layer),
-            ((self.heads,), self._choose),
-            ((self.sentence,), self._read),
-            ((self.token, self.head), self._show),
-            ((self.scale,), self._steer),
+        for react, *widgets in (
+            (self._list, self.family, self.search, self.order, self.dead),
+            (self._change_layer, self.layer),
+            (self._choose, self.heads),
+            (self._read, self.sentence),
+            (self._show, self.token, self.head),
+            (self._steer, self.scale),
         ):
             for widget in widgets:
                 widget.observe(lambda _, react=react: react(), "value")
@@ -260,8 +233,6 @@ class Explorer:
         """The chosen layer."""
         return self.views[self.layer.value]
 
-    # What the panels show, as data.
-
     @property
     def listed(self) -> pd.DataFrame:
         """The chosen rows of the table."""
@@ -270,15 +241,12 @@ class Explorer:
     @property
     def context(self) -> Context:
         """The sentence as the chosen head sees it."""
-        return self.readers[self.view.layer].context_of(self.read, self.head.value, self.token.value)
+        return self.view.context_of(self.read, self.head.value, self.token.value)
 
     @property
     def changes(self) -> pd.DataFrame:
-        """What steering changes, see `steer`."""
-        scales = {self.head.value: self.scale.value}
-        return steer(self.model, self.view.layer, self.view.lorsa, self.read.ids, scales, self.token.value)
-
-    # Reactions.
+        """What steering changes, as `View.steer` tells it."""
+        return self.view.steer(self.read.ids, {self.head.value: self.scale.value}, self.token.value)
 
     def _list(self) -> None:
         rows = self.listed
@@ -287,10 +255,11 @@ class Explorer:
         self.count.value = self._html.header(len(rows), len(self.view.table), N_LISTED, line.format(*columns))
         options = []
         for row in rows.head(N_LISTED).to_dict("records"):
-            shares = [_whole(100 * row[name]) for name in ("first_share", "previous_share", "self_share")]
+            shares = [100 * row[name] for name in ("first_share", "previous_share", "self_share")]
+            whole = ["" if math.isnan(value) else f"{value:.0f}" for value in (row["distance"], *shares)]
             raises = " ".join(pages.visible(token).strip() for token in row.get("top_logits", [])[:4])
-            numbers = (f"{100 * row['frequency']:.2f}", f"{row['max_activation']:.2f}", _whole(row["distance"]))
-            label = line.format(row["head"], _label(row["family"]), *numbers, *shares, raises)
+            sizes = (f"{100 * row['frequency']:.2f}", f"{row['max_activation']:.2f}")
+            label = line.format(row["head"], _label(row["family"]), *sizes, *whole, raises)
             options.append((label.replace(" ", "\u00a0"), row["head"]))
         chosen = self.head.value
         self._quiet = True
@@ -311,7 +280,7 @@ class Explorer:
 
     def _read(self) -> None:
         try:
-            self.read = self.readers[self.view.layer].read(self.sentence.value)
+            self.read = self.view.read(self.sentence.value)
         except UserError as error:
             self.shown.value = self._html.problem(str(error))
             return
@@ -325,7 +294,7 @@ class Explorer:
         if self._quiet:
             return
         context, position = self.context, self.token.value
-        firing = self.readers[self.view.layer].firing(self.read, position)
+        firing = self.view.firing(self.read, position)
         firing["family"] = firing["family"].map(_label)
         self.shown.value = self._html.live(
             marked_tokens(context, position),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import html
+import itertools
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,8 @@ TEMPLATE = go.layout.Template(
 
 def new_figure(title: str, x_title: str, y_title: str) -> go.Figure:
     """An empty figure in the house style; axis titles carry their units."""
-    return go.Figure(
-        layout={
-            "template": TEMPLATE,
-            "title": {"text": title},
-            "xaxis": {"title": x_title},
-            "yaxis": {"title": y_title},
-        }
-    )
+    titles = {"title": {"text": title}, "xaxis": {"title": x_title}, "yaxis": {"title": y_title}}
+    return go.Figure(layout={"template": TEMPLATE, **titles})
 
 
 def series_style(number: int) -> dict[str, Any]:
@@ -74,25 +68,21 @@ def series_style(number: int) -> dict[str, Any]:
 # ---- drawings
 
 
-def lines(
-    data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
-) -> go.Figure:
-    """Lines with markers, one for each value of column `by`."""
-    figure = new_figure(title, x_title, y_title)
+def lines(data: pd.DataFrame, x: str, y: str, by: str | None = None, **titles: str) -> go.Figure:
+    """Lines with markers, one for each value of column `by`; `titles` as in `new_figure`."""
+    figure = new_figure(**titles)
     for number, (name, rows) in enumerate(_series(data, by)):
-        style = series_style(number)
-        figure.add_scatter(x=rows[x], y=rows[y], name=name, mode="lines+markers", showlegend=by is not None, **style)
+        style = {"mode": "lines+markers", "showlegend": by is not None, **series_style(number)}
+        figure.add_scatter(x=rows[x], y=rows[y], name=name, **style)
     return figure
 
 
-def bars(
-    data: pd.DataFrame, x: str, y: str, by: str | None = None, *, title: str, x_title: str, y_title: str
-) -> go.Figure:
+def bars(data: pd.DataFrame, x: str, y: str, by: str | None = None, **titles: str) -> go.Figure:
     """Grouped bars over the categories in column `x`, one colour for each value of column `by`."""
-    figure = new_figure(title, x_title, y_title)
+    figure = new_figure(**titles)
     for number, (name, rows) in enumerate(_series(data, by)):
-        colour = PALETTE[number % len(PALETTE)]
-        figure.add_bar(x=rows[x].astype(str), y=rows[y], name=name, marker_color=colour, showlegend=by is not None)
+        style = {"marker_color": PALETTE[number % len(PALETTE)], "showlegend": by is not None}
+        figure.add_bar(x=rows[x].astype(str), y=rows[y], name=name, **style)
     return figure.update_layout(barmode="group", xaxis_type="category")
 
 
@@ -143,23 +133,13 @@ def table_figure(data: pd.DataFrame, title: str, widths: Sequence[float] | None 
 # ---- saving
 
 
-@dataclass(frozen=True)
-class SavedFigure:
-    """Where a figure's files are."""
-
-    html: Path
-    """Needs plotly.min.js of the same folder."""
-    csv: Path
-    png: Path | None
-    """None where no browser could draw it."""
-
-
 def save_figure(
     figure: go.Figure, name: str, folder: str | Path, data: pd.DataFrame | None = None, caption: str = ""
-) -> SavedFigure:
-    """Write `<name>.html`, `<name>.csv` and, when it can be drawn, `<name>.png` into `folder`.
+) -> Path:
+    """Write `<name>.csv`, `<name>.html` and, where a browser can draw it, `<name>.png` into `folder`.
 
-    `data` are the numbers, by default those of the traces; the caption is shown below the interactive figure.
+    `data` are the numbers, by default those of the traces; the caption is shown below the interactive figure. Returns
+    the path of the HTML, which needs plotly.min.js of its folder.
 
     Raises:
         UserError: the name is impossible or the folder cannot be written.
@@ -167,20 +147,18 @@ def save_figure(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise UserError(f"{name!r} cannot name a figure's files; use letters, digits, _ and -.")
     target = store.require_writable(folder)
-    table = figure_data(figure) if data is None else data
-    store.write_text(target / f"{name}.csv", table.to_csv(index=False))
+    page, csv, png = (target / f"{name}.{ending}" for ending in ("html", "csv", "png"))
+    store.write_text(csv, (figure_data(figure) if data is None else data).to_csv(index=False))
     shown = go.Figure(figure)
     if caption:
         _add_caption(shown, caption)
-    with store.atomic_path(target / f"{name}.html") as temporary:
+    with store.atomic_path(page) as temporary:
         shown.write_html(temporary, include_plotlyjs="directory", full_html=True)
-    png = target / f"{name}.png"
-    image = draw_png(figure)
-    if image is None:
+    if image := draw_png(figure):
+        store.write_bytes(png, image)
+    else:
         png.unlink(missing_ok=True)  # an image of an earlier run would not show this figure
-        return SavedFigure(target / f"{name}.html", target / f"{name}.csv", None)
-    store.write_bytes(png, image)
-    return SavedFigure(target / f"{name}.html", target / f"{name}.csv", png)
+    return page
 
 
 def _add_caption(figure: go.Figure, caption: str) -> None:
@@ -193,27 +171,23 @@ def _add_caption(figure: go.Figure, caption: str) -> None:
 
 
 def figure_data(figure: go.Figure) -> pd.DataFrame:
-    """The numbers in a figure's traces, one row per point: `trace`, `x`, `y` and, for maps, `z`."""
+    """The numbers in its traces, one row per point: `trace`, `x`, `y` and, for maps, `z`."""
     rows: list[dict[str, Any]] = []
     for number, trace in enumerate(figure.data):
         name = trace.name or str(number)
         x, y, z = (getattr(trace, side, None) for side in ("x", "y", "z"))
         if z is not None:
             xs, ys = (range(n) if side is None else side for side, n in ((x, len(z[0])), (y, len(z))))
-            rows += [
-                {"trace": name, "x": a, "y": b, "z": value}
-                for b, line in zip(ys, z, strict=True)
-                for a, value in zip(xs, line, strict=True)
-            ]
+            places = zip(itertools.product(ys, xs), itertools.chain(*z), strict=True)
+            rows += [{"trace": name, "x": a, "y": b, "z": value} for (b, a), value in places]
         elif x is not None or y is not None:
-            points = max(len(side) for side in (x, y) if side is not None)
-            xs, ys = (range(points) if side is None else side for side in (x, y))
-            rows += [{"trace": name, "x": a, "y": b} for a, b in zip(xs, ys, strict=True)]
+            xs, ys = (itertools.count() if side is None else side for side in (x, y))
+            rows += [{"trace": name, "x": a, "y": b} for a, b in zip(xs, ys, strict=False)]
     return pd.DataFrame(rows)
 
 
 def draw_png(figure: go.Figure) -> bytes | None:
-    """The figure as a PNG (1.5 pixels per unit), or None when no browser can draw it. Never fails."""
+    """A PNG with 1.5 pixels per unit, or None when no browser can draw it. Never fails."""
     if not can_draw_png():
         return None
     try:
@@ -226,7 +200,7 @@ def draw_png(figure: go.Figure) -> bytes | None:
 
 @functools.cache
 def can_draw_png() -> bool:
-    """Whether kaleido and a Chrome or Chromium are installed; looked up, and reported missing, only once."""
+    """Whether kaleido and a Chrome or Chromium are installed; reported missing only once."""
     if os.environ.get("LORSA_STATIC_IMAGES") == "0":
         return False
     try:

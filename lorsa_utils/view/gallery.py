@@ -28,6 +28,8 @@ def write_index(folder: str | Path, profile: str) -> Path:
         UserError: a figure's record or the claims are damaged, or the folder cannot be written.
     """
     path = Path(folder)
+    listed = path / "heads" / pages.PAGES_FILE
+    heads = store.read_json(listed) if listed.is_file() else []
     profile = notebook.profile_of_run(path, profile)
     results, records, findings = notebook.read_results(path), figure_records(path), claims.of_run(path, profile)
     names = sorted({*results, *(record["notebook"] for record in records)})
@@ -41,11 +43,8 @@ def write_index(folder: str | Path, profile: str) -> Path:
         trust=claims.TRUST,
         claims=claims.table(findings, profile).to_dict("records"),
         words={claims.HOLDS: "PASS", claims.FAILS: "FAIL"},
-        plates={
-            item: [_plate(path, record) for record in of_item]
-            for item, of_item in itertools.groupby(records, key=item_of)
-        },
-        heads=_heads(path / "heads"),
+        plates={item: [_plate(path, one) for one in of_item] for item, of_item in itertools.groupby(records, item_of)},
+        heads=[page for page in heads if (listed.parent / page["file"]).is_file()],
         notebooks=[_notebook(path, name, results.get(name, {}), profile) for name in names],
         facts=" · ".join(f"{key} {value}" for key, value in notebook.provenance().items()),
     )
@@ -72,7 +71,7 @@ def figure_records(folder: Path) -> list[dict[str, Any]]:
 
 def item_of(record: Mapping[str, Any]) -> str:
     """The paper item that a figure's label begins with."""
-    item = re.match(r"([PT]\d+)(?![0-9])", record["label"])
+    item = re.match(r"([PT]\d+)", record["label"])
     return item[1] if item and item[1] in claims.ITEMS else OTHER
 
 
@@ -86,9 +85,8 @@ def _plate(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     html, png, csv = (f"figures/{record['label']}.{ending}" for ending in ("html", "png", "csv"))
     links = [(html, "interactive"), (csv, "numbers (CSV)"), *_notebook_files(folder, record["notebook"])]
     return {
-        "label": record["label"],
-        "caption": record["caption"],
-        "number": record.get("number"),
+        "number": None,
+        **record,
         "html": html,
         "png": png if (folder / png).is_file() else None,
         "links": [(file, name) for file, name in links if (folder / file).is_file()],
@@ -99,11 +97,6 @@ def _plate(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 def _notebook_files(folder: Path, name: str) -> list[tuple[str, str]]:
     files = {f"{name}.html": f"notebook {name}", f"{name}.ipynb": "as .ipynb", f"{name}.failed.ipynb": "failed"}
     return [(file, label) for file, label in files.items() if (folder / file).is_file()]
-
-
-def _heads(folder: Path) -> list[dict[str, Any]]:
-    listed = store.read_json(folder / pages.PAGES_FILE) if (folder / pages.PAGES_FILE).is_file() else []
-    return [page for page in listed if (folder / page["file"]).is_file()]
 
 
 def _notebook(folder: Path, name: str, values: Mapping[str, Any], profile: str) -> dict[str, Any]:

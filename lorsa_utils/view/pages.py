@@ -1,7 +1,6 @@
 """Head pages: one self-contained, offline HTML file per head (paper item P5).
 
-templates/head.html holds the page, templates/macros.html what it shares with a run's page and the explorer.
-templates/page.js adds the z pattern of the token under the pointer or the focus: z_ij = A_ij v_j from the group's
+templates/page.js draws the z pattern of the token under the pointer or the focus: z_ij = A_ij v_j from the group's
 attention A, stored in steps of 1/65535, and v. Jinja escapes all text from the model, the embedded JSON holds only
 numbers, and a content policy forbids every request.
 """
@@ -9,6 +8,7 @@ numbers, and a content policy forbids every request.
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 import torch
-from torch import Tensor
 
 from lorsa_utils import store
 from lorsa_utils.heads.families import FAMILIES
@@ -47,7 +46,6 @@ def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
     """HTML of one head's page; `links` are addresses of other heads' pages."""
     looks = _looks(head)
     origins = sorted(enumerate(head.shares or []), key=lambda pair: -pair[1])[:9]
-    siblings = head.siblings.sort_values(["frequency", "head"], ascending=[False, True])
     return render(
         "head.html",
         head=head,
@@ -58,7 +56,7 @@ def head_page(head: Head, links: Mapping[int, str] | None = None) -> str:
         origins=[(index, share) for index, share in origins if share >= 0.005],
         scores=SCORES,
         kinds=_kinds(head),
-        siblings=list(siblings.itertuples()),
+        siblings=list(head.siblings.sort_values(["frequency", "head"], ascending=[False, True]).itertuples()),
         data={"contexts": [_numbers(context) for context in head.contexts]},
     )
 
@@ -71,15 +69,15 @@ def write_pages(heads: Iterable[Head], folder: str | Path, pages: Sequence[int] 
     target, written, lines = store.require_writable(folder), {}, []
     for head in heads:
         links = {other: page_name(head.layer, other) for other in pages}
-        written[head.head] = target / page_name(head.layer, head.head)
-        store.write_text(written[head.head], head_page(head, links))
-        lines.append({"file": written[head.head].name, "layer": head.layer, "head": head.head, "about": describe(head)})
+        written[head.head] = file = target / page_name(head.layer, head.head)
+        store.write_text(file, head_page(head, links))
+        lines.append({"file": file.name, "layer": head.layer, "head": head.head, "about": describe(head)})
     store.write_json(target / PAGES_FILE, lines)
     return written
 
 
 def page_name(layer: int, head: int) -> str:
-    """File name of a head's page."""
+    """Of a head's page."""
     return f"layer{layer:02d}_head{head:05d}.html"
 
 
@@ -88,21 +86,19 @@ def page_name(layer: int, head: int) -> str:
 
 def visible(token: str) -> str:
     """A token with line ends, tabs and other controls as signs; a leading space stays."""
-    signs = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
-    if not token:
-        return "∅"
-    if token in signs or not token.isspace():
-        return "".join(signs.get(c, c if c.isprintable() or c.isspace() else _control(c)) for c in token)
-    return "".join(signs.get(c, "␣" if c == " " else _control(c)) for c in token)
+    blank = token.isspace()
+    signs = {"\n": "⏎", "\r": "␍", "\t": "⇥"} | ({" ": "␣"} if blank else {})
 
+    def shown(c: str) -> str:
+        # Joiners are part of emoji and of Indian and Arabic writing; overrides of direction would mislead.
+        plain = c in "\u200c\u200d\ufe0f" or not blank and (c.isprintable() or c.isspace())
+        return signs.get(c, c if plain else f"⟨U+{ord(c):04X}⟩")
 
-def _control(character: str) -> str:
-    # Joiners are part of emoji and of Indian and Arabic writing; overrides of direction would mislead.
-    return character if character in "\u200c\u200d\ufe0f" else f"⟨U+{ord(character):04X}⟩"
+    return "".join(map(shown, token)) or "∅"
 
 
 def number(value: float) -> str:
-    """Three significant digits with a true minus sign; a dash if not finite."""
+    """Three significant digits, with a true minus sign; a dash if not finite."""
     return f"{value:.3g}".replace("-", "−") if math.isfinite(value) else "–"
 
 
@@ -169,8 +165,12 @@ def _kinds(head: Head) -> list[dict[str, Any]]:
     for kind, (title, note) in KINDS.items():
         numbered = [(number, context) for number, context in enumerate(head.contexts) if context.place.kind == kind]
         contexts = [
-            {"number": number, "about": _title(context, rank), "place": context.place}
-            | {"pieces": list(_pieces(context, largest))}
+            {
+                "number": number,
+                "about": _title(context, rank),
+                "place": context.place,
+                "pieces": list(_pieces(context, largest)),
+            }
             for rank, (number, context) in enumerate(numbered, 1)
         ]
         if contexts:
@@ -181,33 +181,32 @@ def _kinds(head: Head) -> list[dict[str, Any]]:
 def _title(context: Context, rank: int) -> str:
     activation = float(context.activation[context.peak])
     size = f"activation {activation:.2f}" if activation else "not active"
-    if context.place.kind == "sample":
-        return f"{size}, more than {100 * context.place.rank:.0f} % of its active tokens"
-    return f"{rank}. {size}"
+    more = f"{size}, more than {100 * context.place.rank:.0f} % of its active tokens"
+    return more if context.place.kind == "sample" else f"{rank}. {size}"
 
 
 def _pieces(context: Context, largest: float) -> Iterator[dict[str, Any]]:
     """Every token of a context and, after each stretch hidden at first, how many tokens it has."""
-    shown, hidden = _shown(context), 0
-    for column, token in enumerate(context.tokens):
-        far = column not in shown
-        if hidden and not far:
-            yield {"hidden": hidden}
-        hidden = hidden + 1 if far else 0
-        place = column - context.n_before
-        piece = {"hidden": 0, "text": visible(token), "column": column, "style": "", "tab": None}
-        if context.positions[column] < 0:
-            piece["text"] = f" ⋯ {context.positions[-1] + 2 - len(context.positions)} tokens ⋯ "
-            classes = ["between"]
-        else:
+    shown = _shown(context)
+    for far, run in itertools.groupby(range(len(context.tokens)), lambda column: column not in shown):
+        columns = list(run)
+        for column in columns:
+            text, place, size = visible(context.tokens[column]), column - context.n_before, 0.0
             classes = ["t", "peak"] if place == context.peak else ["t"]
-        if place >= 0:
-            piece["tab"] = 0 if place == context.peak else -1
-            if size := abs(float(context.activation[place])):
-                piece["style"] = f"--a:{min(1.0, size / largest):.2f}"
-        yield piece | {"classes": " ".join([*classes, "far"] if far else classes)}
-    if hidden:
-        yield {"hidden": hidden}
+            if context.positions[column] < 0:
+                text, classes = f" ⋯ {context.positions[-1] + 2 - len(context.positions)} tokens ⋯ ", ["between"]
+            elif place >= 0:
+                size = abs(float(context.activation[place]))
+            yield {
+                "hidden": 0,
+                "text": text,
+                "column": column,
+                "style": f"--a:{min(1.0, size / largest):.2f}" if size else "",
+                "tab": None if place < 0 else -int(place != context.peak),
+                "classes": " ".join([*classes, "far"] if far else classes),
+            }
+        if far:
+            yield {"hidden": len(columns)}
 
 
 def _shown(context: Context) -> set[int]:
@@ -231,16 +230,11 @@ def _numbers(context: Context) -> dict[str, Any]:
     kept = torch.arange(len(context.tokens)) < before + torch.arange(1, n + 1)[:, None]
     steps = (context.attention[kept].clamp(0, 1) * 65535).round().to(torch.int32).numpy().astype("<u2")
     between = context.z_pattern[:, 1] if -1 in context.positions else torch.zeros(0)
+    sides = {"act": context.activation, "v": context.v, "zb": between}
     return {
         "before": before,
         "peak": context.peak,
         "positions": context.positions,
-        "act": _short(context.activation),
-        "v": _short(context.v),
-        "zb": _short(between),
+        **{name: [float(f"{value:.5g}") for value in side.tolist()] for name, side in sides.items()},
         "a": base64.b64encode(steps.tobytes()).decode(),
     }
-
-
-def _short(values: Tensor) -> list[float]:
-    return [float(f"{value:.5g}") for value in values.tolist()]

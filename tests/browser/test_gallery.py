@@ -47,10 +47,10 @@ def test_pictures_and_links(images: bool, browser: Any, tmp_path: Path, monkeypa
         assert not tab.problems
         assert not tab.left
     links = {link.evaluate("link => link.href") for link in page.locator("a").all()}
-    links = {link for link in links if "#" not in link}
-    assert len([link for link in links if "/heads/" in link]) == 2
-    assert all(Path(link.removeprefix("file://")).is_file() for link in links)
-    for link in [link for link in sorted(links) if link.endswith(".html")] if images else []:
+    files = {link: Path(link.removeprefix("file://")) for link in links if "#" not in link}
+    assert len([link for link in files if "/heads/" in link]) == 2
+    assert all(file.is_file() for file in files.values())
+    for link in [link for link in sorted(files) if link.endswith(".html")] if images else []:
         other = Watched(browser)
         other.page.goto(link)
         assert other.page.locator("h1, .plotly-graph-div").count()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browsing import Watched, keep_screenshot
-from tiny_heads import DEAD, Tiny, tiny_heads
+from tiny_heads import DEAD, tiny_heads
 
 from lorsa_utils.view import pages
 from lorsa_utils.view.evidence import Context, Head
@@ -17,13 +17,8 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return tiny_heads(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def heads(tiny: Tiny) -> list[Head]:
-    return list(tiny.evidence().heads([5, DEAD]))
+def heads(tmp_path_factory: pytest.TempPathFactory) -> list[Head]:
+    return list(tiny_heads(tmp_path_factory.mktemp("model")).evidence().heads([5, DEAD]))
 
 
 def opened(tab: Watched, head: Head, folder: Path) -> Any:
@@ -35,29 +30,25 @@ def value(text: str) -> float:
     return float(text.replace("−", "-").replace("+", "").replace(" %", ""))
 
 
-def table_of(figure: Any) -> tuple[list[list[str]], list[list[str]]]:
-    """Rows of the body and of the foot of a context's table of sources."""
+def check_table(figure: Any, context: Context, column: int) -> None:
+    """The table of sources shows the z pattern and the attention of one query."""
+    i = column - context.n_before
+    z, attention = context.z_pattern[i, : column + 1], context.attention[i, : column + 1]
     body, foot = (
         [[cell.inner_text() for cell in row.locator("td").all()] for row in figure.locator(f"{part} tr").all()]
         for part in ("tbody", "tfoot")
     )
-    return body, foot
-
-
-def check_table(figure: Any, context: Context, column: int) -> None:
-    """The table shows the z pattern and the attention of one query."""
-    i = column - context.n_before
-    z, attention = context.z_pattern[i, : column + 1], context.attention[i, : column + 1]
-    body, foot = table_of(figure)
-    order = z.abs().argsort(descending=True, stable=True).tolist()
-    for row, source in zip(body, order, strict=False):
+    for row, source in zip(body, z.abs().argsort(descending=True, stable=True).tolist(), strict=False):
         shown_z, shown_a = value(row[2]), value(row[4]) / 100
         assert shown_z == pytest.approx(float(z[source]), abs=0.006)
         close = [number for number in range(len(z)) if abs(float(z[number]) - shown_z) < 0.006]
         assert any(abs(float(attention[number]) - shown_a) < 0.006 for number in close)
-    assert value(foot[-1][2]) == pytest.approx(float(z.sum()), abs=0.006), (
-        "the last line is the whole activation before the selection"
-    )
+    whole = value(foot[-1][2])
+    assert whole == pytest.approx(float(z.sum()), abs=0.006), "the last line is the activation before the selection"
+
+
+def column_here(figure: Any) -> int:
+    return int(figure.locator(".here").get_attribute("data-j"))
 
 
 def test_hover_draws_the_z_pattern(browser: Any, heads: list[Head], tmp_path: Path) -> None:
@@ -96,21 +87,18 @@ def test_keyboard_and_screen_reader(browser: Any, heads: list[Head], tmp_path: P
     context = heads[0].contexts[0]
     figure, live = page.locator('[data-context="0"]'), page.locator("#live")
     peak = context.n_before + context.peak
-    assert page.locator('.context [role=button][tabindex="0"]').count() == len(heads[0].contexts), (
-        "one stop of the tab key for each context"
-    )
+    stops = page.locator('.context [role=button][tabindex="0"]')
+    assert stops.count() == len(heads[0].contexts), "one stop of the tab key for each context"
     figure.locator('[tabindex="0"][role=button]').focus()
     assert f"activation {float(context.activation[context.peak]):.2f}" in live.inner_text()
     page.keyboard.press("ArrowLeft")
-    here = int(figure.locator(".here").get_attribute("data-j"))
-    assert here == peak - 1
-    check_table(figure, context, here)
-    assert page.evaluate("document.activeElement.dataset.j") == str(here)
+    assert column_here(figure) == peak - 1
+    check_table(figure, context, peak - 1)
+    assert page.evaluate("document.activeElement.dataset.j") == str(peak - 1)
     page.keyboard.press("Home")
-    first = int(figure.locator(".here").get_attribute("data-j"))
-    assert context.n_before <= first < here
+    assert context.n_before <= column_here(figure) < peak - 1
     page.keyboard.press("Escape")
-    assert int(figure.locator(".here").get_attribute("data-j")) == peak
+    assert column_here(figure) == peak
     snapshot = page.locator("main").aria_snapshot()
     assert "radio" in snapshot
     assert f'group "1. activation {float(context.activation[context.peak]):.2f}"' in snapshot
@@ -123,10 +111,9 @@ def test_attention_and_whole_contexts_can_be_asked_for(browser: Any, heads: list
     context, figure = heads[0].contexts[0], page.locator('[data-context="0"]')
     page.get_by_label("attention of its QK group").check()
     attention = context.attention[context.peak]
-    for one in figure.locator("[data-z]").all():
-        assert value(one.get_attribute("data-z")) / 100 == pytest.approx(
-            float(attention[int(one.get_attribute("data-j"))]), abs=0.006
-        )
+    for token in figure.locator("[data-z]").all():
+        shown, column = value(token.get_attribute("data-z")) / 100, int(token.get_attribute("data-j"))
+        assert shown == pytest.approx(float(attention[column]), abs=0.006)
     assert figure.locator(".far").first.is_hidden()
     figure.locator(".gap").first.click()
     assert figure.locator(".far").first.is_visible()

@@ -140,35 +140,28 @@ def explore(page: Any) -> None:
     page.wait_for_function(f"() => {tokens}.replaceAll('␣', ' ').endsWith('A zebra ran. A zebra')", timeout=20_000)
     keep_screenshot(page, "explorer_live")
 
-    strongest = (
-        page.locator(".lorsa", has_text="Most active there").locator("tr").nth(1).locator("td").first.inner_text()
-    )
+    firing = page.locator(".lorsa", has_text="Most active there").locator("tr")
+    strongest = firing.nth(1).locator("td").first.inner_text()
     field = page.locator(".widget-text", has_text="head").locator("input[type=number]").first
     field.fill(strongest)
     field.press("Enter")
     page.locator(".lorsa p", has_text=f"Head {strongest} at").first.wait_for(timeout=20_000)
     scale = page.locator(".widget-slider", has_text="scale").locator(".noUi-handle")
     scale.scroll_into_view_if_needed()
-    before_text = page.locator(".lorsa", has_text="next token after").inner_text()
-    assert "times 0," in before_text
-    for _ in range(2):
-        scale.press("ArrowRight")
-    page.locator(".lorsa p", has_text="times 1,").first.wait_for(timeout=20_000)
-    rows = page.locator(".lorsa", has_text="next token after").locator("tr").all()[1:]
-    assert rows
-    for row in rows:
-        cells = row.locator("td").all_inner_texts()
-        assert cells[1] == cells[2], "scale 1 is the untouched model"
-    for _ in range(8):
-        scale.press("ArrowRight")
-    page.locator(".lorsa p", has_text="times 5,").first.wait_for(timeout=20_000)
-    changed = [
-        row.locator("td").all_inner_texts()
-        for row in page.locator(".lorsa", has_text="next token after").locator("tr").all()[1:]
-    ]
-    assert any(cells[1] != cells[2] for cells in changed), (
-        "a head that is active matters when it is written five times as strongly"
-    )
+    panel = page.locator(".lorsa", has_text="next token after")
+    assert "times 0," in panel.inner_text()
+
+    def rows_at(presses: int, scale_now: int) -> list[list[str]]:
+        for _ in range(presses):
+            scale.press("ArrowRight")
+        page.locator(".lorsa p", has_text=f"times {scale_now},").first.wait_for(timeout=20_000)
+        return [row.locator("td").all_inner_texts() for row in panel.locator("tr").all()[1:]]
+
+    untouched = rows_at(2, 1)
+    assert untouched
+    assert all(cells[1] == cells[2] for cells in untouched), "scale 1 is the untouched model"
+    changed = rows_at(8, 5)
+    assert any(cells[1] != cells[2] for cells in changed), "an active head matters when written five times as strongly"
     keep_screenshot(page, "explorer_steering")
 
 
@@ -182,7 +175,7 @@ table = pd.concat([pd.DataFrame({"head": range(4608)}), tiny.found.facts], axis=
 table["family"] = table["families"] = ["induction" if head % 40 == 0 else "" for head in range(4608)]
 table["top_logits"] = [["some", "tokens", f"t{head}"] for head in range(4608)]
 """
-SHOW = 'panels = explorer.Explorer(tiny.model, [explorer.View(LAYER, tiny.lorsa, table)], "A cat sat. A cat", 256, 192)'
+SHOW = 'panels = explorer.Explorer([explorer.View(tiny.model, LAYER, tiny.lorsa, table, 256, 192)], "A cat sat. A cat")'
 
 
 def test_a_layer_of_4608_heads_answers_at_once(browser: Any, tmp_path: Path) -> None:
@@ -214,16 +207,14 @@ def test_notebook_06_runs_and_can_be_used(browser: Any, tmp_path: Path) -> None:
     book = nbformat.read(reproduce.notebooks_dir() / "06_head_explorer.ipynb", as_version=4)
     for cell in book.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            cell.source = (
-                f'PROFILE = "smoke"\nRUN_DIR = {os.environ.get("LORSA_SMOKE_RUN", str(tmp_path / "run"))!r}\nSEED = 0'
-            )
+            folder = os.environ.get("LORSA_SMOKE_RUN", str(tmp_path / "run"))
+            cell.source = f'PROFILE = "smoke"\nRUN_DIR = {folder!r}\nSEED = 0'
     nbformat.write(book, tmp_path / "06_head_explorer.ipynb")
     with lab(tmp_path) as address:
         tab = run_all(browser, address, "06_head_explorer.ipynb", 25)
         page = tab.page
-        assert page.locator(".jp-RenderedPlotly, .js-plotly-plot, .jp-RenderedImage img").count() >= 4, (
-            "pictures beside the widgets"
-        )
+        pictures = page.locator(".jp-RenderedPlotly, .js-plotly-plot, .jp-RenderedImage img")
+        assert pictures.count() >= 4, "pictures beside the widgets"
         explore(page)
         keep_screenshot(page, "notebook_06")
         assert not [problem for problem in tab.problems if "Error" in problem]

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+import dataclasses
 
 import numpy as np
 import planted
 import pytest
 import torch
+from definitions import definitions
 from hypothesis import given
 from hypothesis import strategies as st
 from test_nodes import KINDS, planted_sparse
 
 from lorsa_utils.circuits import faithfulness
 from lorsa_utils.circuits.faithfulness import Curve
-from lorsa_utils.circuits.nodes import SparseModel, attribute, baseline, effects
+from lorsa_utils.circuits.nodes import Experiment, SparseModel
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads.tasks import Task
 from lorsa_utils.heads.units import LorsaHeads
-from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
+
+NOTEBOOK = definitions("08_circuits", "area_table", "match_units", "write_directions")
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +30,26 @@ def model() -> LanguageModel:
         return planted.planted_model()
 
 
-def curve_of(sparse: SparseModel, task: Task, sizes: list[int], seed: int | None = None) -> Curve:
-    instead = baseline(sparse, task)
-    order = faithfulness.ranking(attribute(sparse, task, instead, steps=4), sparse.error_nodes)
+def curve_of(experiment: Experiment, sizes: list[int], seed: int | None = None) -> Curve:
+    order = faithfulness.ranking(experiment.attribute(steps=4), experiment.sparse.error_nodes)
     order = order if seed is None else faithfulness.random_order(order, seed)
-    return faithfulness.measure_curve(sparse, task, [order], sizes, instead)
+    return faithfulness.measure_curve(experiment, [order], sizes)
+
+
+def changed(sparse: SparseModel, layer: int, change: str) -> SparseModel:
+    """Planted Lorsas of which one writes half as much, or has its heads relabelled."""
+    lorsa = copy.deepcopy(sparse.layers[layer].module)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        if change == "half":
+            lorsa.W_O *= 0.5
+        else:
+            lorsa.W_O[: planted.N] = lorsa.W_O[: planted.N].flip(0).clone()
+    return SparseModel(sparse.model, {**sparse.layers, layer: LorsaHeads(lorsa)})
 
 
 def test_planted_circuit_is_faithful_and_complete(model: LanguageModel) -> None:
-    task = planted.planted_task(n=2, repeat=True)
-    table = faithfulness.curve_table({"Lorsa heads": curve_of(planted_sparse(model, "lorsa"), task, [1, 2, 3, 4])})
+    experiment = Experiment(planted_sparse(model, "lorsa"), planted.planted_task(n=2, repeat=True))
+    table = faithfulness.curve_table({"Lorsa heads": curve_of(experiment, [1, 2, 3, 4])})
     # Two heads do it, and two more (of the corrupted prompt) must not get in their way.
     assert table["faithfulness"].iloc[-1] == pytest.approx(1, abs=0.03)
     assert table["completeness"].iloc[-1] == pytest.approx(0, abs=0.2)
@@ -46,67 +57,53 @@ def test_planted_circuit_is_faithful_and_complete(model: LanguageModel) -> None:
 
 
 def test_random_sets_are_worse(model: LanguageModel) -> None:
-    task = planted.planted_task(n=8)
-    sparse = planted_sparse(model, "lorsa")
-    curves = {
-        "Lorsa heads": curve_of(sparse, task, [1, 4, 8, 16]),
-        "random": curve_of(sparse, task, [1, 4, 8, 16], seed=0),
-    }
-    table = faithfulness.area_table(curves).set_index("nodes")
-    assert table.loc["Lorsa heads", "area"] > table.loc["random", "area"]
-    assert table.loc["random", "lead"] == pytest.approx(table.loc["Lorsa heads", "area"] - table.loc["random", "area"])
-    assert table.loc["Lorsa heads", "lead"] == 0
-    assert (table["low"] <= table["area"]).all()
-    assert (table["area"] <= table["high"]).all()
+    experiment, sizes = Experiment(planted_sparse(model, "lorsa"), planted.planted_task(n=8)), [1, 4, 8, 16]
+    curves = {"Lorsa heads": curve_of(experiment, sizes), "random": curve_of(experiment, sizes, seed=0)}
+    table = NOTEBOOK.area_table(curves).set_index("nodes")
+    ours, other = table.loc["Lorsa heads"], table.loc["random"]
+    assert ours["area"] > other["area"]
+    assert (ours["lead"], other["lead"]) == (0, pytest.approx(ours["area"] - other["area"]))
+    assert table["area"].between(table["low"], table["high"]).all()
 
 
 def test_errors_are_nodes(model: LanguageModel) -> None:
-    task = planted.planted_task(n=8)
-    sparse = planted_sparse(model, "lorsa")
-    half: Lorsa = copy.deepcopy(sparse.layers[1].module)  # type: ignore[attr-defined]
-    with torch.no_grad():
-        half.W_O *= 0.5
-    worse = SparseModel(model, {0: sparse.layers[0], 1: LorsaHeads(half)})
-    shares = faithfulness.error_shares(worse, task, baseline(worse, task)).set_index("layers")
+    sparse, task = planted_sparse(model, "lorsa"), planted.planted_task(n=8)
+    shares = faithfulness.error_shares(Experiment(changed(sparse, 1, "half"), task)).set_index("layers")
     assert shares.loc[1, "errors"] == pytest.approx(0.5, abs=0.1)
     assert list(shares["first"]) == [1, 0]
-    good = faithfulness.error_shares(sparse, task, baseline(sparse, task))
+    good = faithfulness.error_shares(Experiment(sparse, task))
     assert good["errors"].abs().max() < 0.02
     assert good["units"].min() > 0.9
 
 
 def by_hand(only: list[float], n_prompts: int = 3, sizes: tuple[int, ...] = (1, 2, 4)) -> Curve:
-    values = torch.tensor(only)[:, None].expand(-1, n_prompts)
-    return Curve(
-        sizes, tuple(10.0 * size for size in sizes), values, None, torch.ones(n_prompts), torch.zeros(n_prompts)
-    )
+    values, weights = torch.tensor(only)[:, None].expand(-1, n_prompts), tuple(10.0 * size for size in sizes)
+    return Curve(sizes, weights, values, None, torch.ones(n_prompts), torch.zeros(n_prompts))
 
 
 def test_areas_by_hand() -> None:
-    drawn = faithfulness.draws(3)
-    assert float(faithfulness.areas(by_hand([0.0, 0.5, 1.0]), "sizes", 1, 4, drawn)[0]) == pytest.approx(0.5)
-    assert float(faithfulness.areas(by_hand([0.2, 0.2, 0.2]), "parameters", 10, 40, drawn)[0]) == pytest.approx(0.2)
-    assert float(faithfulness.areas(by_hand([0.0, 0.5, 1.0]), "sizes", 1, 2, drawn)[0]) == pytest.approx(0.25)
-    table = faithfulness.area_table(
-        {"Lorsa heads": by_hand([0.0, 1.0, 1.0]), "x": by_hand([0.0, 0.5], sizes=(1, 2))}
-    ).set_index("nodes")
-    assert table.loc["x", "to"] == 2
+    rising, flat, late = by_hand([0.0, 0.5, 1.0]), by_hand([0.2, 0.2, 0.2]), by_hand([0.0, 1.0, 1.0])
+    short = by_hand([0.0, 0.5], sizes=(1, 2))
+    area = NOTEBOOK.area_table({"x": rising, "flat": flat}, against="x").set_index("nodes")["area"]
+    assert area.tolist() == pytest.approx([0.5, 0.2])
+    assert NOTEBOOK.area_table({"flat": flat}, "parameters", "flat")["area"].item() == pytest.approx(0.2)
+    table = NOTEBOOK.area_table({"Lorsa heads": late, "x": short}).set_index("nodes")
+    assert table.loc["x", "area"] == pytest.approx(0.25), "over the sizes that both have"
     assert table.loc["x", "lead"] == pytest.approx(0.25)
+    with pytest.raises(UserError, match="no range of sizes in common"):
+        NOTEBOOK.area_table({"Lorsa heads": short, "x": by_hand([0.0, 1.0], sizes=(4, 8))})
 
 
 @given(seed=st.integers(0, 20), n=st.integers(2, 9))
 def test_shares_are_ratios_of_means(seed: int, n: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    only, everything, none = (
-        torch.rand(2, n, generator=generator),
-        torch.rand(n, generator=generator) + 3,
-        torch.rand(n, generator=generator),
-    )
+    only, everything, none = (torch.rand(*shape, generator=generator) for shape in ((2, n), (n,), (n,)))
+    everything = everything + 3
     curve = Curve((1, 2), (1.0, 2.0), only, None, everything, none)
-    found = faithfulness.shares(only, curve, faithfulness.draws(n, n_draws=20))
+    drawn = faithfulness.shares(only, curve, faithfulness.draws(n, n_draws=20))
     wanted = (only.mean(dim=1) - none.mean()) / (everything.mean() - none.mean())
-    assert torch.allclose(found[0], wanted.double(), atol=1e-6)
-    assert found.shape == (21, 2)
+    assert torch.allclose(drawn[0], wanted.double(), atol=1e-6)
+    assert drawn.shape == (21, 2)
 
 
 def test_pooled_curves_hold_all_prompts() -> None:
@@ -117,80 +114,56 @@ def test_pooled_curves_hold_all_prompts() -> None:
 
 
 def test_heads_of_a_relabelled_lorsa_are_matched(model: LanguageModel) -> None:
-    one = planted_sparse(model, "lorsa")
-    layers = {}
-    for layer, heads in one.layers.items():
-        turned: Lorsa = copy.deepcopy(heads.module)  # type: ignore[attr-defined]
-        with torch.no_grad():
-            turned.W_O[: planted.N] = turned.W_O[: planted.N].flip(0).clone()
-        layers[layer] = LorsaHeads(turned)
-    other = SparseModel(model, layers)
-    match, cosine = faithfulness.match_units(one, other)
+    match_units = NOTEBOOK.match_units
+    own = planted_sparse(model, "lorsa")
+    other = changed(changed(own, 0, "relabelled"), 1, "relabelled")
+    match, cosine = match_units(own, other)
     assert match[:3].tolist() == [31, 30, 29]
-    assert match[one.error_nodes].tolist() == other.error_nodes
+    assert match[own.error_nodes].tolist() == other.error_nodes
     assert float(cosine[: planted.N].min()) > 0.999
     few = other.mask([3, *other.error_nodes, other.columns[1].start])
-    assert faithfulness.match_units(one, other, few)[0][:3].tolist() == [3, 3, 3], "only these may be matched"
+    assert match_units(own, other, few)[0][:3].tolist() == [3, 3, 3], "only these may be matched"
 
 
-def test_comparison_of_kinds_and_its_file(model: LanguageModel, tmp_path: Path) -> None:
+def test_comparison_of_kinds(model: LanguageModel) -> None:
     kinds = {kind: planted_sparse(model, kind) for kind in KINDS}
     curves = faithfulness.compare(kinds, planted.planted_task(n=8), seed=1)
     assert list(curves) == ["lorsa", "random lorsa", "sae", "random sae", "mhsa", "random mhsa"]
     assert curves["mhsa"].sizes[:4] == (1, 2, 4, 8)
     assert len(curves["mhsa"].all) == 4, "half of the prompts are held out"
     assert float(faithfulness.curve_table(curves).query("nodes == 'mhsa' and size == 4")["faithfulness"].iloc[0]) > 0.9
-    faithfulness.save_curves(curves, tmp_path / "curves.safetensors")
-    again = faithfulness.load_curves(tmp_path / "curves.safetensors")
-    assert list(again) == list(curves)
-    for name, curve in curves.items():
-        assert again[name].sizes == curve.sizes
-        assert again[name].parameters == curve.parameters
-        assert torch.equal(again[name].only, curve.only)
-        assert (again[name].without is None) == name.startswith("random")
+    assert [curve.without is None for curve in curves.values()] == [False, True] * 3
 
 
 def test_few_nodes_are_ranked_by_removing_each(model: LanguageModel) -> None:
-    sparse, task = planted_sparse(model, "mhsa"), planted.planted_task(n=4)
-    exact = faithfulness.rank_scores(sparse, task, exact_up_to=10)
-    assert torch.allclose(exact[:, 3], effects(sparse, task, [3], baseline(sparse, task))[0])
-    estimated = faithfulness.rank_scores(sparse, task)
+    sparse = planted_sparse(model, "mhsa")
+    experiment = Experiment(sparse, planted.planted_task(n=4))
+    exact, estimated = (faithfulness.rank_scores(experiment, exact_up_to) for exact_up_to in (10, 0))
+    assert torch.allclose(exact[:, 3], experiment.effects([3])[0])
     assert exact.shape == estimated.shape
     assert not torch.allclose(exact, estimated)
     assert {str(sparse.node(i)) for i in faithfulness.ranking(exact, sparse.error_nodes)[:3]} == {"0.0", "0.1", "1.2"}
 
 
 def test_circuits_of_single_prompts_are_small(model: LanguageModel) -> None:
-    task = planted.planted_task(n=6)
     sparse = planted_sparse(model, "lorsa")
-    instead = baseline(sparse, task)
-    orders = [faithfulness.ranking(row[None], sparse.error_nodes) for row in attribute(sparse, task, instead)]
-    local = faithfulness.measure_curve(sparse, task, orders, [1, 2, 4, 8], instead, completeness=False)
-    table = faithfulness.curve_table({"one prompt": local, "all prompts": curve_of(sparse, task, [1, 2, 4, 8])})
-    found = table.set_index(["nodes", "size"])["faithfulness"]
-    assert found["one prompt", 8] > 0.95
-    assert found["one prompt", 8] > found["all prompts", 8] + 0.1, "each prompt needs other tokens' heads"
+    experiment = Experiment(sparse, planted.planted_task(n=6))
+    orders = [faithfulness.ranking(row[None], sparse.error_nodes) for row in experiment.attribute()]
+    local = faithfulness.measure_curve(experiment, orders, [1, 2, 4, 8], completeness=False)
+    table = faithfulness.curve_table({"one prompt": local, "all prompts": curve_of(experiment, [1, 2, 4, 8])})
+    shares = table.set_index(["nodes", "size"])["faithfulness"]
+    assert shares["one prompt", 8] > 0.95
+    assert shares["one prompt", 8] > shares["all prompts", 8] + 0.1, "each prompt needs other tokens' heads"
     # One prompt alone: the same as its circuit measured by itself.
-    row = slice(2, 3)
-    elsewhere = {layer: activity.rows(row) for layer, activity in instead.items()}
-    alone = faithfulness.measure_curve(sparse, task.rows(row), orders[row], [4], elsewhere)
+    alone = faithfulness.measure_curve(experiment.rows(slice(2, 3)), orders[2:3], [4])
     assert torch.allclose(alone.only[0, 0], local.only[2, 2], atol=1e-3)
-    again = faithfulness.measure_curve(sparse, task, orders, [4], instead, completeness=False, ends=local)
-    assert again.none is local.none
+    assert faithfulness.measure_curve(experiment, orders, [4], ends=local).none is local.none
 
 
 def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
-    task = planted.planted_task(n=2)
-    sparse = planted_sparse(model, "lorsa")
-    instead = baseline(sparse, task)
+    sparse, task = planted_sparse(model, "lorsa"), planted.planted_task(n=2)
     with pytest.raises(UserError, match="The ranking has 2 nodes; ask for circuits of at most 2"):
-        faithfulness.measure_curve(sparse, task, [[1, 2]], [5], instead)
-    same = Task("same", task.clean, task.clean, task.position, task.answers, task.wrong)
+        faithfulness.measure_curve(Experiment(sparse, task), [[1, 2]], [5])
+    same = dataclasses.replace(task, corrupted=task.clean)
     with pytest.raises(UserError, match="does not change the metric"):
-        faithfulness.measure_curve(sparse, same, [[1, 2]], [1], baseline(sparse, same))
-    with pytest.raises(UserError, match="no range of sizes in common"):
-        faithfulness.area_table(
-            {"Lorsa heads": by_hand([0.0, 1.0], sizes=(1, 2)), "x": by_hand([0.0, 1.0], sizes=(4, 8))}
-        )
-    with pytest.raises(UserError, match="different prompts"):
-        faithfulness.area_table({"Lorsa heads": by_hand([0.0, 0.5, 1.0]), "x": by_hand([0.0, 0.5, 1.0], n_prompts=2)})
+        faithfulness.measure_curve(Experiment(sparse, same), [[1, 2]], [1])

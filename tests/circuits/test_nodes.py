@@ -11,24 +11,14 @@ from tiny_models import random_tokens, save_tiny_model
 from torch import Tensor
 
 from lorsa_utils.activations import ActivationBatch
-from lorsa_utils.circuits.nodes import (
-    SparseModel,
-    attribute,
-    baseline,
-    clean_logits,
-    decompose,
-    effects,
-    last_logits,
-    measure,
-    path_effect,
-)
+from lorsa_utils.circuits.nodes import Experiment, SparseModel, baseline, clean_logits, decompose, last_logits
 from lorsa_utils.config import SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import tasks
-from lorsa_utils.heads.units import Activity, LorsaHeads, MHSAHeads, SAEFeatures, SparseUnits, Units
+from lorsa_utils.heads.units import Activity, LorsaHeads, MHSAHeads, SAEFeatures, Units
 from lorsa_utils.initialize import initialize
 from lorsa_utils.lorsa import SAE, Lorsa
-from lorsa_utils.models import AttentionSite, LanguageModel, load_model
+from lorsa_utils.models import LanguageModel, load_model
 from lorsa_utils.training import Run, RunSpec
 
 LAYERS = (0, 2)
@@ -40,22 +30,19 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return load_model(save_tiny_model(tmp_path_factory.mktemp(request.param), request.param), device="cpu")
 
 
-def units_of(module: Lorsa | SAE, site: AttentionSite) -> SparseUnits:
-    return LorsaHeads(module) if isinstance(module, Lorsa) else SAEFeatures(module, site)
-
-
 def random_units(model: LanguageModel, layer: int, kind: str) -> Units:
     site = model.site(layer)
     if kind == "mhsa":
         return MHSAHeads(site)
-    module: Lorsa | SAE = (
-        Lorsa(Lorsa.config_for_site(site, 4 * site.d_head, 4, 6))
-        if kind == "lorsa"
-        else SAE(SAEConfig(d_model=model.d_model, n_features=48, k=6))
-    )
     x, y = (side.float() for side in model.capture(random_tokens(4, 12), [layer])[layer])
-    initialize(module, site, x, y, torch.ones(4, 12, dtype=torch.bool), "mhsa", 0)
-    return units_of(module.requires_grad_(False), site)
+    counted = torch.ones(4, 12, dtype=torch.bool)
+    if kind == "lorsa":
+        lorsa = Lorsa(Lorsa.config_for_site(site, 4 * site.d_head, 4, 6))
+        initialize(lorsa, site, x, y, counted, "mhsa", 0)
+        return LorsaHeads(lorsa.requires_grad_(False))
+    sae = SAE(SAEConfig(d_model=model.d_model, n_features=48, k=6))
+    initialize(sae, site, x, y, counted, "mhsa", 0)
+    return SAEFeatures(sae.requires_grad_(False), site)
 
 
 def sparse_model(model: LanguageModel, kind: str) -> SparseModel:
@@ -75,62 +62,51 @@ class TestAnyModel:
     def test_nodes_sum_to_the_layer(self, tiny: LanguageModel, kind: str) -> None:
         sparse, tokens = sparse_model(tiny, kind), random_tokens(3, 10)
         for layer, activity in sparse.read(tokens).items():
-            y = tiny.capture(tokens, [layer])[layer][1]
-            every = torch.ones(1, 1, sparse.layers[layer].n + 1, dtype=torch.bool)
-            units = sparse.layers[layer]
+            y, units = tiny.capture(tokens, [layer])[layer][1], sparse.layers[layer]
+            every, single = (torch.zeros(1, 1, units.n + 1, dtype=torch.bool) for _ in range(2))
+            every[:], single[..., 2] = True, True
             bias = units.site.b_O if isinstance(units, MHSAHeads) else units.module.b_O  # type: ignore[attr-defined]
             assert torch.allclose(activity.written(every) + bias, y, atol=1e-4)
             direction = torch.randn(tiny.d_model, generator=torch.Generator().manual_seed(0)).expand_as(y)
             one_by_one = activity.along(direction)
-            assert torch.allclose(one_by_one.sum(dim=-1), (activity.written(every) * direction).sum(dim=-1), atol=1e-3)
-            single = torch.zeros(1, 1, units.n + 1, dtype=torch.bool)
-            single[..., 2] = True
-            assert torch.allclose(one_by_one[..., 2], (activity.written(single) * direction).sum(dim=-1), atol=1e-4)
+            for mask, parts in ((every, one_by_one.sum(dim=-1)), (single, one_by_one[..., 2])):
+                assert torch.allclose(parts, (activity.written(mask) * direction).sum(dim=-1), atol=1e-3)
 
     def test_removing_nothing_is_bit_equal_and_all_is_the_corrupted_layer(self, tiny: LanguageModel, kind: str) -> None:
         sparse, task = sparse_model(tiny, kind), random_task()
-        instead = baseline(sparse, task, "resample")
-        untouched = clean_logits(tiny, task)
-        with torch.no_grad(), sparse.removed(sparse.mask([])[None], instead):
-            assert torch.equal(last_logits(tiny, task.clean, task.position), untouched)
+        experiment, untouched = Experiment(sparse, task), clean_logits(tiny, task)
+        with torch.no_grad(), sparse.removed(sparse.mask([])[None], experiment.instead):
+            assert torch.equal(last_logits(tiny, task), untouched)
         outputs = {layer: y for layer, (_, y) in tiny.capture(task.corrupted, LAYERS).items()}
         every = torch.ones(1, sparse.n_nodes, dtype=torch.bool)
-        found = measure(sparse, task, every, instead)[0]
-        # type: ignore[misc]
         with torch.no_grad(), tiny.splice({layer: lambda x, y, layer=layer: outputs[layer] for layer in LAYERS}):
-            wanted = tasks.metric("logit_difference", last_logits(tiny, task.clean, task.position), task)
-        assert torch.allclose(found, wanted, atol=1e-3)
+            wanted = tasks.metric("logit_difference", last_logits(tiny, task), task)
+        assert torch.allclose(experiment.measure(every)[0], wanted, atol=1e-3)
 
     @pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
     def test_batched_sets_are_the_single_ones(self, tiny: LanguageModel, kind: str, ablation: str) -> None:
         sparse, task = sparse_model(tiny, kind), random_task()
-        instead = baseline(sparse, task, ablation)
+        experiment = Experiment(sparse, task, ablation)
         sets = torch.rand(3, sparse.n_nodes, generator=torch.Generator().manual_seed(1)) < 0.5
-        together = measure(sparse, task, sets, instead, batch_size=2)
+        together = Experiment(sparse, task, ablation, batch_size=2).measure(sets)
         for row, nodes in zip(together, sets, strict=True):
-            assert torch.allclose(row, measure(sparse, task, nodes[None], instead)[0], atol=1e-4)
+            assert torch.allclose(row, experiment.measure(nodes[None])[0], atol=1e-4)
         # Position by position: the same set everywhere is the set.
-        with torch.no_grad(), sparse.removed(sets[:1, None].expand(1, 9, -1), instead):
-            logits = last_logits(tiny, task.clean, task.position)
+        with torch.no_grad(), sparse.removed(sets[:1, None].expand(1, 9, -1), experiment.instead):
+            logits = last_logits(tiny, task)
         assert torch.allclose(tasks.metric("logit_difference", logits, task), together[0], atol=1e-4)
 
     def test_attribution_agrees_with_a_small_step(self, tiny: LanguageModel, kind: str) -> None:
         # Of a node that changes little, effect and attribution are nearly the same.
         sparse, task = sparse_model(tiny, kind), random_task()
-        clean = sparse.read(task.clean)
-        near = {layer: Shrunk(activity, 1e-3) for layer, activity in clean.items()}
-        instead = near
-        estimates = attribute(sparse, task, instead)
-        few = [0, 1, 2, sparse.n_nodes - 2]
-        exact = effects(sparse, task, few, instead)
-        assert torch.allclose(estimates[:, few].T, exact, atol=3e-4, rtol=0.1)
+        near = {layer: Shrunk(activity, 1e-3) for layer, activity in sparse.read(task.clean).items()}
+        experiment, few = Experiment(sparse, task, near), [0, 1, 2, sparse.n_nodes - 2]
+        assert torch.allclose(experiment.attribute()[:, few].T, experiment.effects(few), atol=3e-4, rtol=0.1)
 
     def test_attribution_of_a_batch_does_not_mix_prompts(self, tiny: LanguageModel, kind: str) -> None:
         sparse, task = sparse_model(tiny, kind), random_task()
-        instead = baseline(sparse, task)
         for steps in (1, 3):
-            together = attribute(sparse, task, instead, steps=steps)
-            apart = attribute(sparse, task, instead, steps=steps, batch_size=1)
+            together, apart = (Experiment(sparse, task, batch_size=n).attribute(steps) for n in (32, 1))
             assert torch.allclose(together, apart, atol=1e-3)
 
 
@@ -151,11 +127,10 @@ class Shrunk(Activity):
 
 
 def test_integrated_gradients_of_a_whole_layer_add_up(tiny: LanguageModel) -> None:
-    sparse, task = SparseModel(tiny, {1: random_units(tiny, 1, "lorsa")}), random_task()
-    instead = baseline(sparse, task)
-    estimates = attribute(sparse, task, instead, steps=40).sum(dim=1)
-    every = torch.ones(1, sparse.n_nodes, dtype=torch.bool)
-    untouched, removed = (measure(sparse, task, each, instead)[0] for each in (~every, every))
+    sparse = SparseModel(tiny, {1: random_units(tiny, 1, "lorsa")})
+    experiment, every = Experiment(sparse, random_task()), torch.ones(sparse.n_nodes, dtype=torch.bool)
+    untouched, removed = experiment.measure(torch.stack([~every, every]))
+    estimates = experiment.attribute(steps=40).sum(dim=1)
     assert torch.allclose(estimates, untouched - removed, atol=0.02 * float((untouched - removed).abs().max()))
 
 
@@ -169,13 +144,14 @@ def model() -> LanguageModel:
 
 
 def planted_sparse(model: LanguageModel, kind: str) -> SparseModel:
+    def units(layer: int) -> Units:
+        if kind == "lorsa":
+            return LorsaHeads(planted.planted_lorsa(model, layer).requires_grad_(False))
+        sae = planted.planted_sae(layer).requires_grad_(False)
+        return SAEFeatures(sae, model.site(layer)) if kind == "sae" else MHSAHeads(model.site(layer))
+
     with torch.no_grad():
-        makers = {
-            "lorsa": lambda layer: LorsaHeads(planted.planted_lorsa(model, layer).requires_grad_(False)),
-            "sae": lambda layer: SAEFeatures(planted.planted_sae(layer).requires_grad_(False), model.site(layer)),
-            "mhsa": lambda layer: MHSAHeads(model.site(layer)),
-        }
-        return SparseModel(model, {layer: makers[kind](layer) for layer in (0, 1)})
+        return SparseModel(model, {layer: units(layer) for layer in (0, 1)})
 
 
 def test_planted_model_does_induction(model: LanguageModel) -> None:
@@ -187,8 +163,7 @@ def test_planted_model_does_induction(model: LanguageModel) -> None:
 
 def found_nodes(sparse: SparseModel, task: tasks.Task, ablation: str) -> set[str]:
     """Nodes whose exact effect is more than 5 % of the metric."""
-    instead = baseline(sparse, task, ablation)
-    exact = effects(sparse, task, range(sparse.n_nodes), instead).mean(dim=1)
+    exact = Experiment(sparse, task, ablation).effects(range(sparse.n_nodes)).mean(dim=1)
     size = float(tasks.metric("logit_difference", clean_logits(sparse.model, task), task).mean())
     return {str(sparse.node(number)) for number in (exact.abs() > 0.05 * size).nonzero()[:, 0].tolist()}
 
@@ -211,7 +186,7 @@ def test_the_same_circuit_takes_one_more_mhsa_head(model: LanguageModel) -> None
 
 
 def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageModel) -> None:
-    generator = torch.Generator().manual_seed(0)
+    site, generator = model.site(0), torch.Generator().manual_seed(0)
 
     def batch(n: int) -> ActivationBatch:
         tokens = torch.randint(0, planted.N, (n, 10), generator=generator)
@@ -219,17 +194,15 @@ def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageMode
         counted = torch.ones_like(tokens, dtype=torch.bool)
         return ActivationBatch(tokens, counted, {0: x}, {0: y}, counted)
 
-    site = model.site(0)
     train = TrainConfig(tokens=200 * 320, batch_size=32, lr=5e-3, aux_k=16, dead_window=1000)
-    run = Run(
-        RunSpec("planted", 0, Lorsa.config_for_site(site, 4 * planted.N, 4, 1), train, Path()), {}, torch.device("cpu")
-    )
+    spec = RunSpec("planted", 0, Lorsa.config_for_site(site, 4 * planted.N, 4, 1), train, Path())
+    run = Run(spec, {}, torch.device("cpu"))
     run.start(site, batch(64))
     for _ in range(200):
         run.train_step(batch(32))
-    module = run.finished_module().requires_grad_(False)
-    sparse, task = decompose(model, {0: module}), planted.planted_task(n=2, repeat=True)
-    exact = effects(sparse, task, range(sparse.n_nodes), baseline(sparse, task)).mean(dim=1)
+    sparse = decompose(model, {0: run.finished_module().requires_grad_(False)})
+    task = planted.planted_task(n=2, repeat=True)
+    exact = Experiment(sparse, task).effects(range(sparse.n_nodes)).mean(dim=1)
     size = float(tasks.metric("logit_difference", clean_logits(model, task), task).mean())
     assert int((exact.abs() > 0.05 * size).sum()) == 1, "what two MHSA heads write together is one Lorsa head"
     assert float(exact.max()) > 0.9 * size
@@ -238,15 +211,13 @@ def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageMode
 
 def test_path_goes_through_the_second_head_alone(model: LanguageModel) -> None:
     sparse, task = planted_sparse(model, "mhsa"), planted.planted_task(n=4)
-    instead = baseline(sparse, task)
-    senders = [sparse.columns[0].start + head for head in planted.FIRST_LAYER]
-    through = {
-        head: path_effect(sparse, task, senders, [sparse.columns[1].start + head], instead).mean() for head in range(4)
-    }
-    total = measure(sparse, task, torch.stack([sparse.mask([]), sparse.mask(senders)]), instead).mean(dim=1)
+    experiment, (first, second) = Experiment(sparse, task), (sparse.columns[layer].start for layer in (0, 1))
+    senders = [first + head for head in planted.FIRST_LAYER]
+    through = [experiment.path_effect(senders, [second + head]).mean() for head in range(4)]
+    total = experiment.measure(torch.stack([sparse.mask([]), sparse.mask(senders)])).mean(dim=1)
     assert torch.allclose(through[2], total[0] - total[1], rtol=0.02)
     assert all(abs(float(through[head])) < 0.01 * float(through[2]) for head in (0, 1, 3))
-    assert abs(float(path_effect(sparse, task, senders, [], instead).mean())) < 0.01 * float(through[2])
+    assert abs(float(experiment.path_effect(senders, []).mean())) < 0.01 * float(through[2])
 
 
 def test_parameters_touched(model: LanguageModel) -> None:
@@ -260,12 +231,13 @@ def test_parameters_touched(model: LanguageModel) -> None:
 
 
 def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
-    sparse, task = planted_sparse(model, "lorsa"), planted.planted_task(n=2)
     with pytest.raises(UserError, match="not one of zero, mean and resample"):
-        baseline(sparse, task, "noise")
+        baseline(planted_sparse(model, "lorsa"), planted.planted_task(n=2), "noise")
     with pytest.raises(UserError, match="at least one layer"):
-        SparseModel(model, {})
-    with pytest.raises(UserError, match="transcoder"):
-        decompose(model, {0: SAE(SAEConfig(d_model=planted.D_MODEL, n_features=4, k=2, kind="transcoder"))})
-    with pytest.raises(UserError, match="width 16"):
-        decompose(model, {0: SAE(SAEConfig(d_model=16, n_features=4, k=2))})
+        decompose(model, {})
+    for config, sentence in (
+        (SAEConfig(d_model=planted.D_MODEL, n_features=4, k=2, kind="transcoder"), "transcoder"),
+        (SAEConfig(d_model=16, n_features=4, k=2), "width 16"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            decompose(model, {0: SAE(config)})

@@ -43,11 +43,12 @@ def test_prompts_names_tables_and_pages(
     row = survey.table(named, seen, heads, hand_made, sequences).iloc[5]
     assert row["family"] == name
     assert f"{name}_share" in row
-    labels = evidence._families(row)
+    known = evidence.named(row)
+    labels = known["families"]
     head: Any = SimpleNamespace(head=5, n_heads=24, layer=0, model="m", group=5, n_tokens=9, dead=False)
     head.families, head.facts = labels, {"frequency": 0.1}
     assert FAMILIES[name].meaning in pages.describe(head)
-    assert list(evidence._scores(row)) == labels == [explorer._label(name)]
+    assert list(known["scores"]) == labels == [explorer._label(name)]
 
 
 def test_each_family_has_its_own_draws_and_words() -> None:

@@ -244,7 +244,7 @@ def test_shown_figures_say_that_they_are_scaled_down(tmp_path: Path) -> None:
         figure = go.Figure(go.Scatter(x=[1], y=[2]), layout={"title": {"text": "FVU"}})
         saved = run.show(figure, "P4_fvu", "One point.", layer=9, tokens=None)
         record = json.loads((tmp_path / profile / "figures" / "P4_fvu.json").read_text())
-        assert f"FVU{note}" in saved.html.read_text(encoding="utf-8")
+        assert f"FVU{note}" in saved.read_text(encoding="utf-8")
         assert figure.layout.title.text == "FVU", "the caller's figure stays as it is"
         assert record["label"] == "P4_fvu"
         assert record["caption"] == "One point."

@@ -1,5 +1,7 @@
 """The language keeps its rules, sparse modules take the layers' places, weights are what the modules compute."""
 
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -25,12 +27,12 @@ def language() -> Language:
 
 @pytest.fixture(scope="module")
 def model(language: Language) -> LanguageModel:
-    return sparse_transformer.train_transformer(language)
+    return NOTEBOOK.train_transformer(language, 0)
 
 
 @pytest.fixture(scope="module")
 def sparse(model: LanguageModel, language: Language) -> SparseTransformer:
-    return sparse_transformer.make_sparse(model, language)
+    return NOTEBOOK.make_sparse(model, language, 0)
 
 
 def tokens_of(language: Language, n: int = 3) -> Tensor:
@@ -39,23 +41,23 @@ def tokens_of(language: Language, n: int = 3) -> Tensor:
 
 def test_rules_hold_where_they_are_told(language: Language) -> None:
     sample = language.sample(50, torch.Generator().manual_seed(3))
-    series, keys, answers = language.series.tolist(), language.keys.tolist(), language.answers.tolist()
+    series, keys, answers = (side.tolist() for side in (language.series, language.keys, language.answers))
     for tokens, rules in zip(sample.tokens.tolist(), sample.rule.tolist(), strict=True):
-        for i, (token, after) in enumerate(zip(tokens, tokens[1:], strict=False)):
-            if RULES[rules[i]] == "successor":
+        for (token, after), rule in zip(itertools.pairwise(tokens), rules, strict=False):
+            if RULES[rule] == "successor":
                 assert series.index(after) == (series.index(token) + 1) % len(series)
-            elif RULES[rules[i]] == "skip-bigram":
+            elif RULES[rule] == "skip-bigram":
                 assert token == language.question
                 assert answers.index(after) == keys.index(tokens[1])
-            elif RULES[rules[i]] == "induction":
+            elif RULES[rule] == "induction":
                 assert tokens[tokens.index(token) + 1] == after
     assert sample.rule.unique().tolist() == list(range(len(RULES)))
     assert len(set(language.names)) == SMALL.n_tokens
 
 
 def test_training_learns(model: LanguageModel, language: Language) -> None:
-    losses = sparse_transformer.rule_losses(model, language.sample(64, torch.Generator().manual_seed(9)))
-    assert losses["all"] < torch.tensor(SMALL.n_tokens).log().item()
+    losses = NOTEBOOK.rule_losses(model, language.sample(64, torch.Generator().manual_seed(9)))
+    assert losses["all"] < math.log(SMALL.n_tokens)
     assert set(losses) == {"all", *RULES}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_heads import DEAD, LAYER, LENGTH, Tiny, tiny_heads
+from tiny_heads import DEAD, LAYER, LENGTH, Tiny
 from tiny_models import byte_tokenizer
 
 from lorsa_utils.config import SAEConfig
@@ -18,13 +19,8 @@ from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import families
 from lorsa_utils.lorsa import SAE
 from lorsa_utils.models import LanguageModel
-from lorsa_utils.view import evidence
+from lorsa_utils.view import evidence, pages
 from lorsa_utils.view.evidence import Evidence, Head
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return tiny_heads(tmp_path_factory.mktemp("model"))
 
 
 def collected(tiny: Tiny, *chosen: int, **options: object) -> list[Head]:
@@ -34,29 +30,22 @@ def collected(tiny: Tiny, *chosen: int, **options: object) -> list[Head]:
 def test_contexts_are_exact(tiny: Tiny) -> None:
     (head,) = collected(tiny, 5, batch_size=3)
     assert {context.place.kind for context in head.contexts} == {"top", "sample", "random"}
-    norm, group = tiny.lorsa.W_O[5].norm(), 5 // 4
-    cut = 0
+    norm, group, cut = tiny.lorsa.W_O[5].norm(), 5 // 4, 0
     for context in head.contexts:
         row, position = context.place.row, context.place.position
         x, _ = tiny.model.capture(tiny.sequences.tokens[row : row + 1].long(), [LAYER])[LAYER]
         z, attention = tiny.lorsa.z_pattern(x, 5)[0] * norm, tiny.lorsa.attention_pattern(x, group)[0]
-        n, before = len(context.activation), context.n_before
-        start = context.positions[before]
-        assert context.positions[before:] == list(range(start, start + n))
-        assert position == start + context.peak
-        assert start == max(0, position - evidence.BEFORE)
-        last = 149 if row == 0 else LENGTH - 1
-        assert start + n - 1 == min(last, position + evidence.AFTER), "padding is not shown"
-        for found, full in ((context.z_pattern, z), (context.attention, attention)):
+        n, start = len(context.activation), context.positions[context.n_before]
+        last = min(149 if row == 0 else LENGTH - 1, position + evidence.AFTER)  # padding is not shown
+        assert context.positions[context.n_before :] == list(range(start, last + 1))
+        assert start == max(0, position - evidence.BEFORE) == position - context.peak
+        apart = [column for column, place in enumerate(context.positions) if place >= 0]
+        places = [context.positions[column] for column in apart]
+        for part, full in ((context.z_pattern, z), (context.attention, attention)):
             window = full[start : start + n]
-            apart = [column for column, place in enumerate(context.positions) if place >= 0]
-            assert torch.allclose(
-                found[:, apart], window[:, [context.positions[column] for column in apart]], atol=1e-5
-            )
-            assert torch.allclose(found.sum(dim=1), window.sum(dim=1), atol=1e-4), (
-                "nothing is lost in the column of the rest"
-            )
-        assert torch.allclose(context.attention * context.v, context.z_pattern, atol=1e-5) or -1 in context.positions
+            assert torch.allclose(part[:, apart], window[:, places], atol=1e-5)
+            assert torch.allclose(part.sum(dim=1), window.sum(dim=1), atol=1e-4), "one column holds the rest"
+        assert torch.allclose((context.attention * context.v)[:, apart], context.z_pattern[:, apart], atol=1e-5)
         indices, values = tiny.lorsa.encode(x)
         kept = ((indices == 5) * values).sum(dim=-1)[0] * norm
         assert torch.allclose(context.activation, kept[start : start + n], atol=1e-5)
@@ -66,21 +55,18 @@ def test_contexts_are_exact(tiny: Tiny) -> None:
 
 
 def test_places_are_what_they_say(tiny: Tiny) -> None:
-    (head,) = collected(tiny, 2)
-    sizes = {
-        kind: [float(c.activation[c.peak]) for c in head.contexts if c.place.kind == kind]
-        for kind in ("top", "sample", "random")
-    }
-    assert sizes["top"] == sorted(sizes["top"], reverse=True)
+    (head, other) = collected(tiny, 2, 3)
+    kinds = {kind: [c for c in head.contexts if c.place.kind == kind] for kind in ("top", "sample", "random")}
+    sizes = {kind: [float(c.activation[c.peak]) for c in contexts] for kind, contexts in kinds.items()}
+    for kind in ("top", "sample"):
+        assert sizes[kind] == sorted(sizes[kind], reverse=True)
     assert sizes["top"][0] == pytest.approx(head.facts["max_activation"], rel=1e-4)
-    assert sizes["sample"] == sorted(sizes["sample"], reverse=True)
     assert min(sizes["sample"]) > 0
-    ranks = [context.place.rank for context in head.contexts if context.place.kind == "sample"]
+    ranks = [context.place.rank for context in kinds["sample"]]
     assert ranks == sorted(ranks, reverse=True)
     assert 0 < min(ranks) < max(ranks) < 1
-    other = collected(tiny, 3)[0]
-    drawn = [[context.place for context in one.contexts if context.place.kind == "random"] for one in (head, other)]
-    assert drawn[0] == drawn[1], "random places are the same for all heads"
+    drawn = [context.place for context in other.contexts if context.place.kind == "random"]
+    assert [context.place for context in kinds["random"]] == drawn, "random places are the same for all heads"
 
 
 def test_many_heads_are_those_taken_alone(tiny: Tiny) -> None:
@@ -96,19 +82,22 @@ def test_many_heads_are_those_taken_alone(tiny: Tiny) -> None:
             assert torch.allclose(context.z_pattern, other.z_pattern, atol=1e-5)
 
 
-def test_gathering_reads_each_text_once_and_finds_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gathered", [True, False])
+def test_each_text_is_read_once(tiny: Tiny, gathered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     passes, hidden = [], LanguageModel._hidden
-    monkeypatch.setattr(
-        LanguageModel, "_hidden", lambda model, tokens: passes.append(len(tokens)) or hidden(model, tokens)
-    )
-    gathered = Evidence.gather(tiny.model, LAYER, tiny.lorsa, tiny.sequences, batch_size=4, progress=False)
-    (head,) = gathered.heads([5])
+    monkeypatch.setattr(LanguageModel, "_hidden", lambda model, ids: passes.append(len(ids)) or hidden(model, ids))
+    known, began = tiny.evidence(), time.perf_counter()
+    if gathered:
+        known = Evidence.gather(tiny.model, LAYER, tiny.lorsa, tiny.sequences, batch_size=4, progress=False)
+    heads = list(known.heads([5, *range(8), *range(4)]))
+    assert [len(pages.head_page(head)) < 2_000_000 for head in heads] == [True] * 13
     assert sum(passes) <= len(tiny.sequences.tokens)
-    (other,) = collected(tiny, 5)
-    assert head.facts == pytest.approx(other.facts)
-    assert [context.place for context in head.contexts] == [context.place for context in other.contexts]
-    assert head.shares is not None
-    assert sum(head.shares) == pytest.approx(1, abs=1e-4)
+    assert (time.perf_counter() - began) / len(heads) < 2, "seconds per page"
+    if gathered:
+        (other,) = collected(tiny, 5)
+        assert heads[0].facts == pytest.approx(other.facts)
+        assert [context.place for context in heads[0].contexts] == [context.place for context in other.contexts]
+        assert sum(heads[0].shares or []) == pytest.approx(1, abs=1e-4)
 
 
 def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:
@@ -118,15 +107,13 @@ def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:
         transcoder.W_E.copy_(torch.randn(16, 64, generator=torch.Generator().manual_seed(2)))
         sae.W_O[11], transcoder.W_E[3] = 5 * tiny.lorsa.W_O[6], 2 * tiny.lorsa.W_V[6]
     (head,) = collected(tiny, 6, sae=sae, transcoder=transcoder)
-    assert head.written_features is not None
-    assert head.read_features is not None
-    assert head.written_features[0][:2] == (11, pytest.approx(1, abs=1e-5))
-    assert head.read_features[0][:2] == (3, pytest.approx(1, abs=1e-5))
+    for features, nearest in ((head.written_features, 11), (head.read_features, 3)):
+        assert features is not None
+        assert features[0][:2] == (nearest, pytest.approx(1, abs=1e-5))
     assert head.siblings["head"].tolist() == [4, 5, 7]
     w = tiny.lorsa.W_O
-    assert head.siblings["cos_o"].tolist() == pytest.approx(
-        [float(w[i] @ w[6] / w[i].norm() / w[6].norm()) for i in (4, 5, 7)], abs=1e-5
-    )
+    cosines = [float(w[i] @ w[6] / w[i].norm() / w[6].norm()) for i in (4, 5, 7)]
+    assert head.siblings["cos_o"].tolist() == pytest.approx(cosines, abs=1e-5)
     with pytest.raises(UserError, match="give an SAE of the layer's output"):
         collected(tiny, 6, sae=transcoder)
 
@@ -149,10 +136,9 @@ def test_names_scores_and_explanations(tiny: Tiny) -> None:
 
 
 def test_what_does_not_belong_together_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match="no unit 24 among 24 Lorsa heads; choose one from 0 to 23"):
-        collected(tiny, 24)
-    with pytest.raises(UserError, match="no unit -1"):
-        collected(tiny, -1)
+    for head, sentence in ((24, "no unit 24 among 24 Lorsa heads; choose one from 0 to 23"), (-1, "no unit -1")):
+        with pytest.raises(UserError, match=sentence):
+            collected(tiny, head)
     with pytest.raises(UserError, match="belongs to another module"):
         collected(tiny, 1, table=pd.DataFrame({"head": range(3), "families": ""}))
     short = dataclasses.replace(tiny.sequences, tokens=tiny.sequences.tokens[:2], mask=tiny.sequences.mask[:2])
@@ -180,10 +166,9 @@ def test_token_texts_keep_every_character(text: str) -> None:
     ids = tokenizer.encode(text)
     texts = evidence.token_texts(tokenizer, ids)
     assert len(texts) == len(ids)
-    assert not any("\ufffd" in each for each in texts) or "\ufffd" in text
-    whole = "".join(each for each in texts if not (each.startswith("⟨") and len(each) == 4))
-    if "⟨" not in text:
-        assert whole == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert "\ufffd" not in "".join(texts) or "\ufffd" in text
+    whole = "".join(piece for piece in texts if not (piece.startswith("⟨") and len(piece) == 4))
+    assert "⟨" in text or whole == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def test_half_a_character_shows_its_bytes() -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_heads import DEAD, LAYER, LENGTH, Tiny, tiny_heads
+from tiny_heads import DEAD, LAYER, LENGTH, Tiny
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.view import evidence, pages
-from lorsa_utils.view.explorer import Explorer, Reader, View, choose_heads, marked_tokens, steer
+from lorsa_utils.view.explorer import Explorer, View, choose_heads, marked_tokens
 
 SENTENCE = "The cat sat on the mat. The cat"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return tiny_heads(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +23,13 @@ def view(tiny: Tiny) -> View:
     table["family"] = ["induction", "", "local", *[""] * 21]
     table["families"] = ["induction; local", "", "local", *[""] * 21]
     table["top_logits"] = [[f"t{head}", "Cat"] if head < 3 else ["x"] for head in range(24)]
-    return View(LAYER, tiny.lorsa, table)
-
-
-@pytest.fixture(scope="module")
-def reader(tiny: Tiny, view: View) -> Reader:
-    return Reader(tiny.model, view, 256, LENGTH)
+    return View(tiny.model, LAYER, tiny.lorsa, table, 256, LENGTH)
 
 
 @pytest.fixture
-def explorer(tiny: Tiny, view: View) -> Explorer:
-    other = View(0, tiny.lorsa, view.table.assign(family="", families=""))
-    return Explorer(tiny.model, [view, other], SENTENCE, 256, LENGTH)
+def explorer(view: View) -> Explorer:
+    other = dataclasses.replace(view, layer=0, table=view.table.assign(family="", families=""))
+    return Explorer([view, other], SENTENCE)
 
 
 def test_choose_heads(view: View) -> None:
@@ -54,23 +46,19 @@ def test_choose_heads(view: View) -> None:
     assert choose_heads(view.table, order="max_activation")["max_activation"].is_monotonic_decreasing
 
 
-def test_a_sentence_is_read_as_the_module_reads_it(tiny: Tiny, view: View, reader: Reader) -> None:
-    read = reader.read(SENTENCE)
+def test_a_sentence_is_read_as_the_module_reads_it(tiny: Tiny, view: View) -> None:
+    read = view.read(SENTENCE)
     assert "".join(read.tokens[1:]) == SENTENCE
     x, _ = tiny.model.capture(torch.tensor([read.ids]), [LAYER])[LAYER]
     indices, values = tiny.lorsa.encode(x)
-    norms = tiny.lorsa.W_O.norm(dim=1)
-    position = 12
-    firing = reader.firing(read, position)
-    kept = {
-        int(head): float(value * norms[head])
-        for head, value in zip(indices[0, position], values[0, position], strict=True)
-        if value > 0
-    }
+    norms, position = tiny.lorsa.W_O.norm(dim=1), 12
+    firing = view.firing(read, position)
+    sizes = dict(zip(indices[0, position].tolist(), (values * norms[indices])[0, position].tolist(), strict=True))
+    kept = {head: size for head, size in sizes.items() if size > 0}
     assert dict(zip(firing["head"], firing["activation"], strict=True)) == pytest.approx(kept, abs=1e-5)
     assert firing["activation"].is_monotonic_decreasing
     head = int(firing["head"].iloc[0])
-    context = reader.context_of(read, head, position)
+    context = view.context_of(read, head, position)
     assert context.tokens == read.tokens
     assert torch.allclose(context.z_pattern, tiny.lorsa.z_pattern(x, head)[0] * norms[head], atol=1e-5)
     main = [read.tokens[source] for source in evidence.main_sources(context.z_pattern[position])[:2]]
@@ -80,44 +68,42 @@ def test_a_sentence_is_read_as_the_module_reads_it(tiny: Tiny, view: View, reade
     assert [place for place, token in enumerate(tokens) if "here" in token["classes"]] == [position]
 
 
-def test_sentences_that_are_too_long_or_empty_or_strange(reader: Reader, explorer: Explorer) -> None:
-    long = reader.read("word " * 200)
+def test_sentences_that_are_too_long_or_empty_or_strange(view: View, explorer: Explorer) -> None:
+    long = view.read("word " * 200)
     assert len(long.ids) == LENGTH
     assert long.n_cut == 1 + 5 * 200 - LENGTH
     with pytest.raises(UserError, match="type a sentence"):
-        reader.read("")
+        view.read("")
     with pytest.raises(UserError, match="choose one from 0 to 23"):
-        reader.context_of(long, 24, 3)
+        view.context_of(long, 24, 3)
     before = explorer.shown.value
-    explorer.sentence.value = ""
-    assert "nothing to read yet" in explorer.shown.value
-    explorer.sentence.value = "word " * 200
-    assert f"Only the first {LENGTH} tokens are read" in explorer.shown.value
-    explorer.sentence.value = "שלום <script>alert(1)</script> 😀"
+    for sentence, shown in (
+        ("", "nothing to read yet"),
+        ("word " * 200, f"Only the first {LENGTH} tokens are read"),
+        ("שלום <script>alert(1)</script> 😀", "😀"),
+    ):
+        explorer.sentence.value = sentence
+        assert shown in explorer.shown.value
     assert "<script" not in explorer.shown.value
-    assert "😀" in explorer.shown.value
     explorer.sentence.value = SENTENCE
     assert explorer.shown.value == before
 
 
-def test_steering_tells_probabilities(tiny: Tiny) -> None:
+def test_steering_tells_probabilities(tiny: Tiny, view: View) -> None:
     ids, head = tiny.sequences.tokens[1, :40].tolist(), int(tiny.found.facts["frequency"].idxmax())
-    changes = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 6.0}, n=5)
-    probabilities = tiny.model.logits(torch.tensor([ids]))[0, -1].softmax(dim=0)
-    assert changes["before"].max() == pytest.approx(float(probabilities.max()), abs=1e-5)
+    probabilities = tiny.model.logits(torch.tensor([ids]))[0].softmax(dim=1).amax(dim=1)
+    changes = view.steer(ids, {head: 6.0}, n=5)
+    assert changes["before"].max() == pytest.approx(float(probabilities[-1]), abs=1e-5)
     assert 5 <= len(changes) <= 10
-    larger = changes[["before", "after"]].max(axis=1)
-    assert larger.is_monotonic_decreasing
+    assert changes[["before", "after"]].max(axis=1).is_monotonic_decreasing
     assert np.abs(changes["after"] - changes["before"]).max() > 1e-3
     for nothing in ({head: 1.0}, {DEAD: 8.0}):
-        same = steer(tiny.model, LAYER, tiny.lorsa, ids, nothing)
+        same = view.steer(ids, nothing)
         assert (same["before"] == same["after"]).all(), "scale 1 and a dead head leave the model alone, bit for bit"
     with pytest.raises(UserError, match="no unit 99"):
-        steer(tiny.model, LAYER, tiny.lorsa, ids, {99: 0.0})
-    first = steer(tiny.model, LAYER, tiny.lorsa, ids, {head: 0.0}, position=3)
-    assert first["before"].max() == pytest.approx(
-        float(tiny.model.logits(torch.tensor([ids]))[0, 3].softmax(dim=0).max()), abs=1e-5
-    )
+        view.steer(ids, {99: 0.0})
+    first = view.steer(ids, {head: 0.0}, position=3)
+    assert first["before"].max() == pytest.approx(float(probabilities[3]), abs=1e-5)
 
 
 def test_widgets_react(explorer: Explorer) -> None:
@@ -147,6 +133,6 @@ def test_widgets_react(explorer: Explorer) -> None:
     assert explorer.context.tokens[1:] == list("Another sentence")
 
 
-def test_no_layer_no_explorer(tiny: Tiny) -> None:
+def test_no_layer_no_explorer() -> None:
     with pytest.raises(UserError, match="no layer to explore"):
-        Explorer(tiny.model, [], SENTENCE, 256)
+        Explorer([], SENTENCE)

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,8 @@ import pytest
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.view import figures
 
-LAYERS = pd.DataFrame(
-    {
-        "layer": [1, 9, 17, 1, 9, 17],
-        "module": ["Lorsa"] * 3 + ["SAE"] * 3,
-        "fvu": [0.1, 0.2, 0.3, 0.05, 0.1, 0.2],
-    }
-)
+LAYERS = pd.DataFrame({"layer": [1, 9, 17] * 2, "module": ["Lorsa"] * 3 + ["SAE"] * 3})
+LAYERS["fvu"] = [0.1, 0.2, 0.3, 0.05, 0.1, 0.2]
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +31,7 @@ def drawings() -> dict[str, go.Figure]:
 @pytest.mark.parametrize("name", sorted(drawings()))
 def test_every_drawing_has_titles_and_fits_600_pixels(name: str) -> None:
     layout = drawings()[name].layout
-    assert layout.title.text
-    assert layout.xaxis.title.text
-    assert layout.yaxis.title.text
+    assert all(part.title.text for part in (layout, layout.xaxis, layout.yaxis))
     assert (layout.width or layout.template.layout.width) == 600
 
 
@@ -51,45 +45,35 @@ def test_lines_are_one_per_group_in_the_order_of_the_data() -> None:
 def test_saved_figure_opens_offline_and_shares_one_plotly(tmp_path: Path) -> None:
     for name in ("P4_a", "P4_b"):
         saved = figures.save_figure(drawings()["lines"], name, tmp_path, caption="Lower is <b>better</b>.")
-        assert saved.png is None
-    page = (tmp_path / "P4_a.html").read_text(encoding="utf-8")
+    page = saved.read_text(encoding="utf-8")
     assert 'src="plotly.min.js"' in page
     assert len(page) < 200_000
     assert "cdn" not in page
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "P4_a.csv",
-        "P4_a.html",
-        "P4_b.csv",
-        "P4_b.html",
-        "plotly.min.js",
-    ]
+    names = {"P4_a.csv", "P4_a.html", "P4_b.csv", "P4_b.html", "plotly.min.js"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_csv_holds_the_given_numbers_or_those_of_the_traces(tmp_path: Path) -> None:
-    figures.save_figure(drawings()["lines"], "own", tmp_path)
-    own = pd.read_csv(tmp_path / "own.csv")
-    assert list(own["trace"]) == list(LAYERS["module"])
-    assert np.allclose(own["y"], LAYERS["fvu"])
-    given = figures.save_figure(drawings()["lines"], "given", tmp_path, LAYERS)
-    pd.testing.assert_frame_equal(pd.read_csv(given.csv), LAYERS)
-
-
-def test_csv_of_a_map_has_one_row_per_entry() -> None:
+    for data in (None, LAYERS):
+        figures.save_figure(drawings()["lines"], "P4", tmp_path, data)
+        table = pd.read_csv(tmp_path / "P4.csv")
+        if data is None:
+            assert list(table["trace"]) == list(LAYERS["module"])
+            assert np.allclose(table["y"], LAYERS["fvu"])
+        else:
+            pd.testing.assert_frame_equal(table, data)
     table = figures.figure_data(drawings()["map"])
-    assert table["z"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert table["z"].tolist() == [1, 2, 3, 4, 5, 6], "a map has one row per entry"
     assert table["y"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_image_is_written_when_it_can_be_drawn_and_an_old_one_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "draw_png", lambda figure: b"png")
-    saved = figures.save_figure(drawings()["bars"], "P8", tmp_path)
-    assert saved.png is not None
-    assert saved.png.read_bytes() == b"png"
-    monkeypatch.setattr(figures, "draw_png", lambda figure: None)
-    assert figures.save_figure(drawings()["bars"], "P8", tmp_path).png is None
-    assert not (tmp_path / "P8.png").exists()
+    for image in (b"png", None):
+        monkeypatch.setattr(figures, "draw_png", lambda figure, image=image: image)
+        file = figures.save_figure(drawings()["bars"], "P8", tmp_path).with_suffix(".png")
+        assert (file.read_bytes() if file.exists() else None) == image
 
 
 def test_a_browser_that_fails_is_no_failure(
@@ -121,13 +105,8 @@ def test_a_real_browser_draws_a_png(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_score_intervals_have_a_panel_for_each_score() -> None:
-    rows = [
-        (name, layer, score, 0.6, 0.55, 0.7)
-        for score in ("detection", "simulation")
-        for name in ("Lorsa", "SAE")
-        for layer in (1, 17)
-    ]
-    data = pd.DataFrame(rows, columns=["dictionary", "layer", "score", "mean", "low", "high"])
+    places = itertools.product(("detection", "simulation"), ("Lorsa", "SAE"), (1, 17))
+    data = pd.DataFrame(places, columns=["score", "dictionary", "layer"]).assign(mean=0.6, low=0.55, high=0.7)
     figure = figures.score_intervals(data)
     assert [trace.name for trace in figure.data] == ["Lorsa", "SAE", "Lorsa", "SAE"]
     assert list(figure.data[0].error_y.array) == pytest.approx([0.1, 0.1])

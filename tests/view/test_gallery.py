@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from pathlib import Path
 
@@ -40,14 +39,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> notebook.Context:
 
 def test_every_figure_is_shown_with_claim_and_number(run: notebook.Context) -> None:
     page = gallery.write_index(run.folder, "smoke").read_text(encoding="utf-8")
-    labels = [json.loads(file.read_text())["label"] for file in (run.folder / "figures").glob("*.json")]
+    labels = [file.stem for file in (run.folder / "figures").glob("*.json")]
     assert len(labels) == 5
     for label in labels:
         assert f'src="figures/{label}.html"' in page
         assert f'href="figures/{label}.csv"' in page
-    assert page.count('href="03_reconstruction.ipynb"') == 6, (
-        "each figure links to its notebook, and the notebook's own section does"
-    )
+    assert page.count('href="03_reconstruction.ipynb"') == 6, "of each figure and of the notebook's own section"
     order = [page.index(f'id="{item}"') for item in ("P4", "P10", "T2", "more", "heads", "03_reconstruction")]
     assert order == sorted(order)
     assert "FVU, mean over layers: 0.25" in page
@@ -59,12 +56,8 @@ def test_every_figure_is_shown_with_claim_and_number(run: notebook.Context) -> N
     assert page.index('id="claims"') < page.index('id="P4"')
     for part in ("torch", "transformers", "python", "device"):
         assert re.search(rf"commit \S+.* · {part} \S+", page)
-    assert "1.23 ± 0.04" in page
-    assert "smoke" in page
-    assert "scaled down" in page
-    assert "What &lt;b&gt;" in page
-    assert "&lt;i&gt;Sink" in page
-    assert "18 items without a figure" in page
+    for said in ("1.23 ± 0.04", "smoke", "scaled down", "What &lt;b&gt;", "&lt;i&gt;Sink", "18 items without a figure"):
+        assert said in page
     for target in set(re.findall(r'(?:src|href)="([^"#]+)"', page)) - {"data:,"}:
         assert (run.folder / target).is_file(), target
     for anchor in re.findall(r'href="#([^"]+)"', page):
@@ -72,19 +65,16 @@ def test_every_figure_is_shown_with_claim_and_number(run: notebook.Context) -> N
 
 
 def test_what_is_half_there_is_left_out_or_named(run: notebook.Context) -> None:
-    (run.folder / "figures" / "T2_cost.html").unlink()
-    (run.folder / "figures" / "P10_anchors.csv").unlink()
-    (run.folder / "heads" / "a.html").unlink()
+    for file in ("figures/T2_cost.html", "figures/P10_anchors.csv", "heads/a.html"):
+        (run.folder / file).unlink()
     page = gallery.write_index(run.folder, "smoke").read_text(encoding="utf-8")
     assert "T2_cost" not in page, "a figure without its file, as in a folder half copied"
     assert "P10_anchors.csv" not in page
     assert "heads/a.html" not in page
-    (run.folder / "figures" / "P4_other.json").write_text('{"label": "P4_other"}')
-    with pytest.raises(UserError, match="no record of a figure"):
-        gallery.write_index(run.folder, "smoke")
-    (run.folder / "figures" / "P4_other.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        gallery.write_index(run.folder, "smoke")
+    for record, sentence in (('{"label": "P4_other"}', "no record of a figure"), ("{", "not valid JSON")):
+        (run.folder / "figures" / "P4_other.json").write_text(record)
+        with pytest.raises(UserError, match=sentence):
+            gallery.write_index(run.folder, "smoke")
 
 
 @pytest.mark.parametrize(
@@ -99,13 +89,10 @@ def shown_labels() -> dict[str, str]:
     """Labels that notebooks write out in full, and the notebook of each."""
     found = {}
     for path in reproduce.find_notebooks():
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code":
-                for node in ast.walk(ast.parse(cell.source)):
-                    if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.show" and len(node.args) > 1:
-                        label = node.args[1]
-                        if isinstance(label, ast.Constant):
-                            found[str(label.value)] = path.stem
+        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and len(node.args) > 1]
+        labels = [call.args[1] for call in calls if ast.unparse(call.func) == "run.show"]
+        found |= {str(label.value): path.stem for label in labels if isinstance(label, ast.Constant)}
     return found
 
 
