@@ -8,15 +8,12 @@ killed run resumes after the last listed shard, and a truncated, corrupted or fo
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import os
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -43,13 +40,13 @@ class ActivationBatch(NamedTuple):
     """Sequences with what the layers asked for read and wrote."""
 
     tokens: Tensor
-    """Ids, [batch, length]."""
+    """[batch, length]"""
     mask: Tensor
     """Bool [batch, length], True where the token counts (no BOS, no padding)."""
     inputs: dict[int, Tensor]
-    """Per layer, what attention reads, [batch, length, d_model]."""
+    """What attention reads in each layer, [batch, length, d_model]."""
     outputs: dict[int, Tensor]
-    """Per layer, what attention writes, of the same shape."""
+    """What it writes."""
     whole_mask: Tensor
     """Of the whole batch, shared by all processes, [whole batch, length]; on the CPU."""
 
@@ -88,11 +85,7 @@ class ActivationStream(ActivationSource):
     def __init__(
         self, model: LanguageModel, sequences: Sequences, layers: Sequence[int], text: TextName | None = None
     ) -> None:
-        """`text` names the origin of the sequences in `identity`.
-
-        Raises:
-            UserError: a layer is out of range.
-        """
+        """`text` names the origin of the sequences in `identity`; UserError if a layer is out of range."""
         for layer in layers:
             model.module_path(layer)  # refuses a layer that is not there
         self.model, self.sequences, self.text = model, sequences, text
@@ -120,46 +113,25 @@ class ActivationStream(ActivationSource):
 
 
 def prepared_ahead(batches: Iterator[ActivationBatch], device: torch.device) -> Iterator[ActivationBatch]:
-    """The same batches, prepared in a thread while the caller works on the one before; on a GPU in its own stream."""
-    slots: queue.Queue[tuple[ActivationBatch | None, Any]] = queue.Queue(maxsize=1)
-    stopped = threading.Event()
+    """The same batches, two of them prepared in a thread while the caller works; on a GPU in its own stream."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def put(batch: ActivationBatch | None, note: Any) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                slots.put((batch, note), timeout=0.1)
-                return
+    def prepare() -> tuple[ActivationBatch, Any] | None:
+        with torch.cuda.stream(stream):
+            if (batch := next(batches, None)) is None:
+                return None
+            return _move(batch, device), stream.record_event() if stream else None
 
-    def work() -> None:
-        try:
-            with torch.cuda.stream(stream):
-                for batch in batches:
-                    moved = _move(batch, device)
-                    put(moved, stream.record_event() if stream else None)
-                    if stopped.is_set():
-                        return
-            put(None, None)
-        except BaseException as error:  # passed on to the caller
-            put(None, error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            batch, note = slots.get()
-            if batch is None:
-                if note is not None:
-                    raise note
-                return
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(prepare) for _ in range(2))
+        while (ready := coming.popleft().result()) is not None:
+            coming.append(thread.submit(prepare))
+            batch, prepared = ready
             if stream:
-                torch.cuda.current_stream(device).wait_event(note)
+                torch.cuda.current_stream(device).wait_event(prepared)
                 for tensor in (batch.tokens, batch.mask, *batch.inputs.values(), *batch.outputs.values()):
                     tensor.record_stream(torch.cuda.current_stream(device))
             yield batch
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def _move(batch: ActivationBatch, device: torch.device) -> ActivationBatch:
@@ -195,8 +167,7 @@ def source_identity(model: LanguageModel, sequences: Sequences, text: TextName |
     }
 
 
-@dataclass(frozen=True)
-class CacheEstimate:
+class CacheEstimate(NamedTuple):
     """What a cache will cost."""
 
     bytes_on_disk: int
@@ -214,19 +185,17 @@ def bytes_per_sequence(d_model: int, n_layers: int, context: int, dtype: str) ->
     return context * (n_layers * 2 * d_model * DTYPES[dtype].itemsize + 5)
 
 
-def estimate_cache(
-    model: LanguageModel, sequences: Sequences, layers: Sequence[int], dtype: str, batch_size: int = 8
-) -> CacheEstimate:
-    """Disk and memory by arithmetic, time by running one batch."""
-    probe = sequences.tokens[:batch_size].to(model.device, torch.long)
+def estimate_cache(stream: ActivationStream, dtype: str, batch_size: int = 8, start: int = 0) -> CacheEstimate:
+    """Of the sequences from `start` on: disk and memory by arithmetic, time by running one batch."""
     began = time.perf_counter()
-    model.capture(probe, layers)
-    seconds = (time.perf_counter() - began) / max(1, len(probe)) * len(sequences.tokens)
-    one = bytes_per_sequence(model.d_model, len(layers), sequences.tokens.shape[1], dtype)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
+    probe = next(stream.batches(batch_size))
+    left = stream.n_sequences - start
+    seconds = (time.perf_counter() - began) / len(probe.tokens) * left
+    one = bytes_per_sequence(stream.model.d_model, len(stream.layers), stream.context, dtype)
+    weights = sum(parameter.nbytes for parameter in stream.model.model.parameters())
     # While one shard is being filled its pieces and their concatenation exist together.
     memory = weights + 2 * max(SHARD_BYTES, one * batch_size) + 4 * one * batch_size
-    return CacheEstimate(one * len(sequences.tokens), memory, seconds)
+    return CacheEstimate(one * left, memory, seconds)
 
 
 def build_cache(
@@ -242,8 +211,8 @@ def build_cache(
 ) -> Path:
     """Write activations for every split (`train`, `held_out`), or resume a killed run.
 
-    One model pass serves all layers. bfloat16 takes half the disk space of float32, with a relative rounding error of
-    at most 2^-8. `text` names the origin of the sequences in the manifest.
+    bfloat16 takes half the disk space of float32, with a relative rounding error of at most 2^-8. `text` names the
+    origin of the sequences in the manifest.
 
     Raises:
         UserError: the folder holds a cache of something else, cannot be written, or the disk is too small.
@@ -251,32 +220,31 @@ def build_cache(
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}.")
     path = store.require_writable(folder)
-    layers = sorted(set(layers))
     if not layers:
         raise UserError("No layer was named; give at least one to cache.")
-    for layer in layers:
-        model.module_path(layer)  # refuses a layer that is not there
+    streams = {split: ActivationStream(model, sequences, layers, text) for split, sequences in splits.items()}
     store.remove_leftovers(path)
-    manifest = _open_or_start(path, _new_manifest(model, splits, layers, dtype, text))
+    entries: dict[str, Any] = {}
+    for split, stream in streams.items():
+        counts = {"n_sequences": stream.n_sequences, "n_tokens": stream.n_tokens}
+        entries[split] = {"source": source_identity(model, stream.sequences, text), **counts, "shards": []}
+    settings = {"layers": sorted(set(layers)), "d_model": model.d_model, "dtype": dtype, "splits": entries}
+    manifest = _open_or_start(path, {"schema_version": SCHEMA_VERSION, "complete": False, **settings})
     if manifest["complete"]:
         return path
-    _estimate_or_refuse(path, manifest, model, splits, layers, dtype, batch_size, progress)
-    for split, sequences in splits.items():
-        _write_split(path, manifest, split, model, sequences, batch_size, progress)
+    total = CacheEstimate(0, 0, 0.0)
+    for split, stream in streams.items():
+        if (start := _written(manifest, split)) < stream.n_sequences:
+            disk, memory, seconds = estimate_cache(stream, dtype, batch_size, start)
+            total = CacheEstimate(total[0] + disk, max(total[1], memory), total[2] + seconds)
+    store.require_free_bytes(path, total.bytes_on_disk, "The activation cache")
+    if progress:
+        tqdm.write(f"Caching layers {', '.join(map(str, manifest['layers']))}: {total.sentence()}.")
+    for split, stream in streams.items():
+        _write_split(path, manifest, split, stream, batch_size, progress)
     manifest["complete"] = True
     store.write_json(path / "manifest.json", manifest)
     return path
-
-
-def _new_manifest(
-    model: LanguageModel, splits: Mapping[str, Sequences], layers: Sequence[int], dtype: str, text: TextName | None
-) -> dict[str, Any]:
-    entries = {}
-    for split, sequences in splits.items():
-        entries[split] = {"source": source_identity(model, sequences, text), "n_sequences": len(sequences.tokens)}
-        entries[split] |= {"n_tokens": sequences.n_tokens, "shards": []}
-    settings = {"layers": list(layers), "d_model": model.d_model, "dtype": dtype}
-    return {"schema_version": SCHEMA_VERSION, "complete": False, **settings, "splits": entries}
 
 
 def _open_or_start(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -308,71 +276,35 @@ def _without_progress(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _estimate_or_refuse(
-    path: Path,
-    manifest: Mapping[str, Any],
-    model: LanguageModel,
-    splits: Mapping[str, Sequences],
-    layers: Sequence[int],
-    dtype: str,
-    batch_size: int,
-    progress: bool,
-) -> None:
-    total = CacheEstimate(0, 0, 0.0)
-    for split, sequences in splits.items():
-        done = sum(shard["n_sequences"] for shard in manifest["splits"][split]["shards"])
-        left = 1 - done / max(1, len(sequences.tokens))
-        if left:
-            whole = estimate_cache(model, sequences, layers, dtype, batch_size)
-            total = CacheEstimate(
-                total.bytes_on_disk + int(whole.bytes_on_disk * left),
-                max(total.bytes_in_memory, whole.bytes_in_memory),
-                total.seconds + whole.seconds * left,
-            )
-    store.require_free_bytes(path, total.bytes_on_disk, "The activation cache")
-    if progress:
-        tqdm.write(f"Caching layers {', '.join(map(str, layers))}: {total.sentence()}.")
+def _written(manifest: Mapping[str, Any], split: str) -> int:
+    return sum(shard["n_sequences"] for shard in manifest["splits"][split]["shards"])
 
 
 def _write_split(
-    path: Path,
-    manifest: dict[str, Any],
-    split: str,
-    model: LanguageModel,
-    sequences: Sequences,
-    batch_size: int,
-    progress: bool,
+    path: Path, manifest: dict[str, Any], split: str, stream: ActivationStream, batch_size: int, progress: bool
 ) -> None:
-    entry = manifest["splits"][split]
-    layers, dtype = manifest["layers"], DTYPES[manifest["dtype"]]
-    one = bytes_per_sequence(model.d_model, len(layers), sequences.tokens.shape[1], manifest["dtype"])
+    dtype, shards, start = DTYPES[manifest["dtype"]], manifest["splits"][split]["shards"], _written(manifest, split)
+    one = bytes_per_sequence(manifest["d_model"], len(stream.layers), stream.context, manifest["dtype"])
     per_shard = max(batch_size, SHARD_BYTES // one // batch_size * batch_size)
-    start = sum(shard["n_sequences"] for shard in entry["shards"])
-    stream = ActivationStream(model, sequences, layers)
     pending: list[dict[str, Tensor]] = []
-    with tqdm(
-        total=len(sequences.tokens), initial=start, unit="seq", desc=f"cache {split}", disable=not progress
-    ) as bar:
-        for batch in stream.batches(batch_size, start):
-            pieces = {"tokens": batch.tokens.to(torch.int32), "mask": batch.mask}
-            for layer in layers:
-                pieces[f"{layer}.input"] = batch.inputs[layer].to(dtype)
-                pieces[f"{layer}.output"] = batch.outputs[layer].to(dtype)
-            pending.append({name: piece.cpu() for name, piece in pieces.items()})
-            start += len(batch.tokens)
-            bar.update(len(batch.tokens))
-            if sum(len(piece["tokens"]) for piece in pending) >= per_shard or start == len(sequences.tokens):
-                _write_shard(path, manifest, split, _join(pending))
-                pending = []
-
-
-def _write_shard(path: Path, manifest: dict[str, Any], split: str, tensors: dict[str, Tensor]) -> None:
-    shards = manifest["splits"][split]["shards"]
-    file = path / f"{split}-{len(shards):05d}.safetensors"
-    store.write_tensors(file, tensors)
-    counts = {"n_sequences": len(tensors["tokens"]), "n_tokens": int(tensors["mask"].sum())}
-    shards.append({"file": file.name, **counts, "bytes": file.stat().st_size, "sha256": store.sha256_file(file)})
-    store.write_json(path / "manifest.json", manifest)
+    bar = tqdm(total=stream.n_sequences, initial=start, unit="seq", desc=f"cache {split}", disable=not progress)
+    for batch in stream.batches(batch_size, start):
+        pieces = {"tokens": batch.tokens.to(torch.int32), "mask": batch.mask}
+        for layer in stream.layers:
+            pieces[f"{layer}.input"] = batch.inputs[layer].to(dtype)
+            pieces[f"{layer}.output"] = batch.outputs[layer].to(dtype)
+        pending.append({name: piece.cpu() for name, piece in pieces.items()})
+        bar.update(len(batch.tokens))
+        start += len(batch.tokens)
+        if sum(len(piece["tokens"]) for piece in pending) < per_shard and start < stream.n_sequences:
+            continue
+        tensors, file = _join(pending), path / f"{split}-{len(shards):05d}.safetensors"
+        pending = []
+        store.write_tensors(file, tensors)
+        counts = {"n_sequences": len(tensors["tokens"]), "n_tokens": int(tensors["mask"].sum())}
+        shards.append({"file": file.name, **counts, "bytes": file.stat().st_size, "sha256": store.sha256_file(file)})
+        store.write_json(path / "manifest.json", manifest)
+    bar.close()
 
 
 class ActivationCache(ActivationSource):
@@ -410,17 +342,12 @@ class ActivationCache(ActivationSource):
                 f"{folder} is unfinished; run the same `lorsa cache` command again, it goes on where it stopped."
             )
         entry = manifest["splits"][split]
-        self.dtype = str(manifest["dtype"])
+        self.dtype, self.layers = str(manifest["dtype"]), tuple(manifest["layers"])
         self.source: dict[str, Any] = entry["source"]
-        self.layers = tuple(manifest["layers"])
         self.n_sequences, self.n_tokens = int(entry["n_sequences"]), int(entry["n_tokens"])
         self.context = int(self.source["context"])
         self.shards: list[dict[str, Any]] = entry["shards"]
         self._verified: set[str] = set()
-        self._check_files(manifest)
-        self._check_source(model, bos_policy)
-
-    def _check_files(self, manifest: Mapping[str, Any]) -> None:
         listed = {shard["file"] for entry in manifest["splits"].values() for shard in entry["shards"]}
         if strangers := sorted(file.name for file in self.folder.glob("*.safetensors") if file.name not in listed):
             raise UserError(f"{self.folder / strangers[0]} does not belong to this cache; move it away.")
@@ -430,8 +357,6 @@ class ActivationCache(ActivationSource):
             if size != shard["bytes"]:
                 state = "missing" if size is None else f"cut or foreign ({size} bytes instead of {shard['bytes']})"
                 raise UserError(f"{file} is {state}; delete {self.folder} and cache again.")
-
-    def _check_source(self, model: LanguageModel | None, bos_policy: str | None) -> None:
         if model is not None:
             for what, sha256 in (("model", model.fingerprint), ("tokenizer", model.tokenizer_fingerprint)):
                 if self.source[f"{what}_sha256"] != sha256:
@@ -465,30 +390,29 @@ class ActivationCache(ActivationSource):
         chosen = self.layers if layers is None else tuple(layers)
         if missing := sorted(set(chosen) - set(self.layers)):
             raise UserError(f"{self.folder} holds layers {list(self.layers)}, not {missing[0]}; cache that layer.")
-        held: list[dict[str, Tensor]] = []
+        rows: dict[str, Tensor] = {}
         for piece in self._pieces(chosen, start, batch_size):
-            held.append(piece)
-            while sum(len(rows["tokens"]) for rows in held) >= batch_size:
-                joined = _join(held)
-                yield _to_batch({name: value[:batch_size] for name, value in joined.items()}, chosen, part)
-                held = [{name: value[batch_size:] for name, value in joined.items()}]
-        if sum(len(rows["tokens"]) for rows in held):
-            yield _to_batch(_join(held), chosen, part)
+            rows = _join([rows, piece]) if rows else piece
+            if (n := len(rows["tokens"])) >= batch_size:
+                yield _to_batch({name: side[:batch_size] for name, side in rows.items()}, chosen, part)
+                rows = {name: side[batch_size:] for name, side in rows.items()} if n > batch_size else {}
+        if rows:
+            yield _to_batch(rows, chosen, part)
 
     def _pieces(self, layers: Sequence[int], start: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """At most `batch_size` sequences, within shards; meanwhile the next shard is verified or prefetched."""
         names = ["tokens", "mask", *(f"{layer}.{side}" for layer in layers for side in ("input", "output"))]
         ends = list(itertools.accumulate(shard["n_sequences"] for shard in self.shards))
-        number = bisect.bisect_right(ends, start)
+        first = bisect.bisect_right(ends, start)
         with ThreadPoolExecutor(1) as reader:
-            opened = [reader.submit(self._open_shard, shard) for shard in self.shards[number : number + 1]]
-            for shard, end in zip(self.shards[number:], ends[number:], strict=True):
+            opened = [reader.submit(self._open_shard, shard) for shard in self.shards[first : first + 1]]
+            for number, end in enumerate(ends[first:], first + 1):
                 file = opened.pop().result()
-                number += 1
-                opened = [reader.submit(self._open_shard, following) for following in self.shards[number : number + 1]]
+                opened = [reader.submit(self._open_shard, shard) for shard in self.shards[number : number + 1]]
+                n = self.shards[number - 1]["n_sequences"]
                 with safe_open(file, framework="pt") as handle:
                     slices = {name: handle.get_slice(name) for name in names}
-                    for begin in range(max(0, start - end + shard["n_sequences"]), shard["n_sequences"], batch_size):
+                    for begin in range(max(0, start - end + n), n, batch_size):
                         yield {name: part[begin : begin + batch_size] for name, part in slices.items()}
 
     @override

@@ -31,29 +31,27 @@ CALIBRATION_SEQUENCES = 32
 
 @torch.no_grad()
 def initialize(
-    module: SparseModule, site: AttentionSite, x: Tensor, y: Tensor, mask: Tensor, init: str, seed: int
+    module: Lorsa | SAE, site: AttentionSite, x: Tensor, y: Tensor, mask: Tensor, init: str, seed: int
 ) -> Scaling:
     """Fill a fresh module and return the space it is trained in.
 
     `x` and `y` are raw inputs and outputs of the layer, [n, length, d_model], `mask` [n, length] its counted tokens.
-    `init` is `mhsa` or `random`; an SAE or transcoder ignores it.
-
-    Raises:
-        UserError: d_qk is not the head width that `mhsa` copies.
+    `init` is `mhsa` or `random`; an SAE or transcoder ignores it. UserError if d_qk is not the head width that `mhsa`
+    copies.
     """
     generator = torch.Generator().manual_seed(seed)
     reads = module.input_from(x, y)
     input_mean = reads[mask].mean(dim=0)
     scaling = Scaling(input_mean, norm_scale(reads - input_mean, mask), norm_scale(y, mask))
     inputs, targets = scaling.inputs(reads), scaling.targets(y)
-    if isinstance(module, Lorsa):
-        if init == "mhsa":
-            _start_from_mhsa(module, site, x, mask, generator)
-            module.unfold(scaling)
-        else:
-            _start_random(module, generator)
-    elif isinstance(module, SAE):
-        _start_dictionary(module, inputs, targets, mask, generator)
+    if isinstance(module, SAE):
+        _start_dictionary(module, inputs[mask], targets[mask], generator)
+    elif init == "mhsa":
+        _start_from_mhsa(module, site, x, mask, generator)
+        module.unfold(scaling)
+    else:  # inputs of norm sqrt(d_model) give queries, keys and values with entries of size 1
+        for parameter in (module.W_Q, module.W_K, module.W_V, module.W_O):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * module.config.d_model**-0.5)
     module.fold_norms()
     module.b_O.copy_(targets[mask].mean(dim=0))
     match_scale(module, inputs, targets, mask)
@@ -66,7 +64,7 @@ def norm_scale(values: Tensor, mask: Tensor) -> float:
 
 
 def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor, generator: torch.Generator) -> None:
-    """In raw space; see the module's docstring."""
+    """In raw space."""
     config = module.config
     if config.d_qk != site.d_head:
         raise UserError(
@@ -80,9 +78,8 @@ def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor
     if site.q_norm_weight is not None and site.k_norm_weight is not None:
         module.q_norm.copy_(site.q_norm_weight.expand_as(module.q_norm))
         module.k_norm.copy_(site.k_norm_weight.expand_as(module.k_norm))
-    mean_z = torch.cat(
-        [site.head_values(rows)[kept] for rows, kept in zip(x.split(8), mask.split(8), strict=True)]
-    ).mean(dim=0)
+    batches = zip(x.split(8), mask.split(8), strict=True)
+    mean_z = torch.cat([site.head_values(rows)[kept] for rows, kept in batches]).mean(dim=0)
     size = config.group_size
     for group, head in enumerate(heads.tolist()):
         block = slice(group * size, (group + 1) * size)
@@ -94,26 +91,18 @@ def _start_from_mhsa(module: Lorsa, site: AttentionSite, x: Tensor, mask: Tensor
         module.b_V[block] = read @ (b_V[head] - mean_z[head])
 
 
-def _start_random(module: Lorsa, generator: torch.Generator) -> None:
-    """For inputs of norm sqrt(d_model), so that queries, keys and values start with entries of size 1."""
-    for parameter in (module.W_Q, module.W_K, module.W_V, module.W_O):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * module.config.d_model**-0.5)
-
-
-def _start_dictionary(module: SAE, x: Tensor, y: Tensor, mask: Tensor, generator: torch.Generator) -> None:
-    inputs, targets = x[mask], y[mask]
-    inputs_mean, targets_mean = inputs.mean(dim=0), targets.mean(dim=0)
-    centred_x, centred_y = inputs - inputs_mean, targets - targets_mean
-    tokens = torch.randn(module.n_units, min(len(targets), 4096), generator=generator).to(y.device)
+def _start_dictionary(module: SAE, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+    mean = x.mean(dim=0)
+    centred_x, centred_y = x - mean, y - y.mean(dim=0)
+    tokens = torch.randn(module.n_units, min(len(y), 4096), generator=generator).to(y.device)
     # A random mixture of tokens is a draw from a normal distribution with the data's covariance.
-    write = torch.nn.functional.normalize(tokens @ centred_y[: tokens.shape[1]], dim=1)
-    read = write
+    write = read = torch.nn.functional.normalize(tokens @ centred_y[: tokens.shape[1]], dim=1)
     if module.config.kind == "transcoder":
-        gram = centred_x.T @ centred_x + 1e-3 * len(centred_x) * torch.eye(x.shape[-1], device=x.device)
+        gram = centred_x.T @ centred_x + 1e-3 * len(x) * torch.eye(x.shape[-1], device=x.device)
         read = write @ torch.linalg.solve(gram, centred_x.T @ centred_y).T
     module.W_O.copy_(write)
     module.W_E.copy_(read)
-    module.b_E.copy_(-(read @ inputs_mean))
+    module.b_E.copy_(-(read @ mean))
 
 
 @torch.no_grad()
@@ -125,6 +114,6 @@ def match_scale(module: SparseModule, x: Tensor, y: Tensor, mask: Tensor, batch_
         dot += float((predicted * (target - module.b_O)[kept]).sum())
         norm += float(predicted.square().sum())
     scalar = dot / norm if norm > 0 and dot > 0 else 1.0
-    for reader in module.readers():
+    for reader in module.readers[-1]:
         reader.mul_(scalar)
     return scalar

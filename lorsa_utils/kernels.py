@@ -11,8 +11,8 @@ gradient dZ, for each query i
     dQ   = scale * dS K,   dK = scale * dS^T Q
 
 dZ is zero outside the K kept heads of each token. Three things follow.
-1. A query in which no head of the group was kept has dZ_i = dS_i = 0: it adds nothing to dV and dK, and its dQ is
-   zero. Each (sequence, group) packs the positions of the other ("visited") queries, ascending, and works on those.
+1. A query in which no head of the group was kept has dZ_i = dS_i = 0: it adds nothing to dV and dK, and its dQ is zero.
+   Each (sequence, group) packs the positions of the other ("visited") queries, ascending, and works on those.
 2. delta_i is the sum of dz z over the kept heads of the group, so neither Z nor a dense dZ is needed: a tile of dZ is
    built in registers from the sorted kept entries.
 3. The first packed query that may see a block of keys is the number of visited queries before that block, so the causal
@@ -69,14 +69,14 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 
 def available(device: torch.device | str) -> bool:
-    """Whether the compiled kernels run on `device`: Triton, and NVIDIA of capability 8.0 (A100) or newer."""
+    """Whether the compiled kernels run on `device`: NVIDIA of capability 8.0 (A100) or newer."""
     device = torch.device(device)
     if triton is None or _INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def supports(d_qk: int, group_size: int, n_units: int) -> bool:
+def supports(d_qk: int = 1, group_size: int = 1, n_units: int = 1) -> bool:
     """Whether the kernels take a layer: widths up to 256 and up to 65536 units."""
     return d_qk <= _WIDEST and group_size <= _WIDEST and n_units <= _MOST_UNITS
 
@@ -97,14 +97,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _block(width: int) -> int:
-    """Tile that covers `width`: a power of two, at least 16 for tl.dot."""
+    """Power of two, at least 16 for tl.dot."""
     return max(16, 1 << (width - 1).bit_length())
-
-
-def _dot_precision(x: Tensor, precision: str) -> str:
-    if precision not in ("ieee", "tf32"):
-        raise UserError(f'There is no precision "{precision}"; choose "ieee" or "tf32".')
-    return precision if x.dtype == torch.float32 else "ieee"
 
 
 def tile_sizes(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, precision: str) -> dict[str, Any]:
@@ -120,6 +114,13 @@ def tile_sizes(kernel: str, d: int, g: int, length: int, dtype: torch.dtype, pre
     options = {**blocks, "num_warps": warps, "num_stages": stages}
     # A third program fits into the registers of a multiprocessor, for two spills.
     return {**options, "maxnreg": 168} if kernel != "forward" and warps == 4 and row_bytes <= 128 else options
+
+
+def _attention_options(kernel: str, q: Tensor, v: Tensor, precision: str) -> dict[str, Any]:
+    (length, d), g = q.shape[2:], v.shape[-1]
+    precision = precision if q.dtype == torch.float32 else "ieee"
+    widths = {"D": d, "G": g, "BLOCK_D": _block(d), "BLOCK_G": _block(g)}
+    return tile_sizes(kernel, d, g, length, q.dtype, precision) | widths | {"PRECISION": precision}
 
 
 # ---- attention, forward
@@ -190,33 +191,19 @@ def _attention_forward(
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str = "ieee") -> tuple[Tensor, Tensor]:
     """Causal softmax attention of every QK group, without storing the pattern.
 
-    Args:
-        q, k: [batch, n_groups, length, d_qk], rotated; float32, bfloat16 or float16.
-        v: [batch, n_groups, length, G], of the same dtype.
-        precision: of products of float32 inputs, "ieee" or "tf32".
-
-    Returns:
-        z [batch, length, n_groups * G] and the base-2 log of the sum of exp(scores), [batch, n_groups, length], always
-        float32: rounding z to bfloat16 would create ties in the selection.
+    q, k are [batch, n_groups, length, d_qk], rotated, and v [batch, n_groups, length, G], in float32, bfloat16 or
+    float16; `precision` of float32 products is "ieee" or "tf32". Returns z [batch, length, n_groups * G] and the base-2
+    log of the sum of exp(scores), [batch, n_groups, length], always float32: rounding z to bfloat16 would create ties
+    in the selection.
     """
-    (batch, n_groups, length, d), g = q.shape, v.shape[-1]
+    batch, n_groups, length, _ = q.shape
     q, k, v = _rows(q), _rows(k), _rows(v)
-    precision = _dot_precision(q, precision)
-    z = torch.empty((batch, length, n_groups * g), dtype=torch.float32, device=q.device)
+    z = torch.empty((batch, length, n_groups * v.shape[-1]), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch, n_groups, length), dtype=torch.float32, device=q.device)
-    tiles = tile_sizes("forward", d, g, length, q.dtype, precision)
-    _launch(
-        _attention_forward,
-        batch * n_groups * -(-length // tiles["BLOCK_M"]),
-        *(q, k, v, z, lse, scale * LOG2_E, length, n_groups),
-        *(q.stride(), k.stride(), v.stride()),
-        D=d,
-        G=g,
-        BLOCK_D=_block(d),
-        BLOCK_G=_block(g),
-        PRECISION=precision,
-        **tiles,
-    )
+    options = _attention_options("forward", q, v, precision)
+    arguments = (q, k, v, z, lse, scale * LOG2_E, length, n_groups, q.stride(), k.stride(), v.stride())
+    n_blocks = batch * n_groups * -(-length // options["BLOCK_M"])
+    _launch(_attention_forward, n_blocks, *arguments, **options)
     return z, lse
 
 
@@ -329,14 +316,10 @@ def _attention_backward_kv(
     in_d = tl.arange(0, BLOCK_D)
     in_g = tl.arange(0, BLOCK_G)
     q += batch * q_strides[0] + group * q_strides[1]
-    k_tile = _rounded(
-        _load_rows(k + batch * k_strides[0] + group * k_strides[1], keys, k_strides[2], in_d, D, keys < length),
-        PRECISION,
-    )
-    v_tile = _rounded(
-        _load_rows(v + batch * v_strides[0] + group * v_strides[1], keys, v_strides[2], in_g, G, keys < length),
-        PRECISION,
-    )
+    k += batch * k_strides[0] + group * k_strides[1]
+    v += batch * v_strides[0] + group * v_strides[1]
+    k_tile = _rounded(_load_rows(k, keys, k_strides[2], in_d, D, keys < length), PRECISION)
+    v_tile = _rounded(_load_rows(v, keys, v_strides[2], in_g, G, keys < length), PRECISION)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
     before += pair * (n_blocks + 1)
@@ -368,40 +351,24 @@ def _attention_backward_kv(
 
 
 def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    scale: float,
-    indices: Tensor,
-    z: Tensor,
-    dz: Tensor,
-    precision: str = "ieee",
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float,
+    indices: Tensor, z: Tensor, dz: Tensor, precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `attention_forward` when dz is zero outside the kept heads.
 
-    Needs memory for tokens * (n_kept + n_groups) numbers beside its results.
-
-    Args:
-        q, k, v, scale, precision: as in `attention_forward`.
-        lse: its second result.
-        indices, z, dz: kept heads, in any order, their z (not rectified) and its gradient, each [batch * length,
-            n_kept]; gradients of a repeated head add.
-
-    Returns:
-        dq, dk, dv, in shape and dtype as q, k, v; in memory [batch, length, n_groups, width], which suits the gradients
-        of weights.
+    `lse` is its second result. `indices`, `z` and `dz` are kept heads, in any order, their z (not rectified) and its
+    gradient, each [batch * length, n_kept]; gradients of a repeated head add. dq, dk and dv are in memory [batch,
+    length, n_groups, width], which suits the gradients of weights.
     """
-    (batch, n_groups, length, d), g = q.shape, v.shape[-1]
+    (batch, n_groups, length, _), g = q.shape, v.shape[-1]
     q, k, v = _rows(q), _rows(k), _rows(v)
-    precision = _dot_precision(q, precision)
-    tiles, key_tiles = (tile_sizes(kernel, d, g, length, q.dtype, precision) for kernel in ("queries", "keys"))
+    options, key_options = (_attention_options(kernel, q, v, precision) for kernel in ("queries", "keys"))
     heads, order = indices.to(torch.int32).sort(dim=1, stable=True)
     kept = (heads, z.gather(1, order).float(), dz.gather(1, order).float())
     # Entries of group g in a token's sorted row are those from edge g to edge g + 1.
     first_heads = torch.arange(0, (n_groups + 1) * g, g, dtype=torch.int32, device=q.device)
     edges = torch.searchsorted(heads, first_heads.repeat(heads.shape[0], 1), out_int32=True)
-    chunk = key_tiles["BLOCK_N"]
+    chunk = key_options["BLOCK_N"]
     n_chunks = -(-length // chunk)
     packed = torch.empty((batch * n_groups, length), dtype=torch.int32, device=q.device)
     before = torch.empty((batch * n_groups, n_chunks + 1), dtype=torch.int32, device=q.device)
@@ -412,13 +379,10 @@ def attention_backward(
     )
     inputs = (q, k, v, lse.contiguous(), *kept, edges, packed, before)
     strides = (q.stride(), k.stride(), v.stride())
-    options = {"D": d, "G": g, "BLOCK_D": _block(d), "BLOCK_G": _block(g), "PRECISION": precision}
     scales = (scale, scale * LOG2_E, length, n_groups, heads.shape[1])
-    n_blocks = batch * n_groups * -(-length // tiles["BLOCK_M"])
-    _launch(_attention_backward_q, n_blocks, *inputs, dq, *scales, n_chunks, *strides, **options, **tiles)
-    _launch(
-        _attention_backward_kv, batch * n_groups * n_chunks, *inputs, dk, dv, *scales, *strides, **options, **key_tiles
-    )
+    n_blocks = batch * n_groups * -(-length // options["BLOCK_M"])
+    _launch(_attention_backward_q, n_blocks, *inputs, dq, *scales, n_chunks, *strides, **options)
+    _launch(_attention_backward_kv, batch * n_groups * n_chunks, *inputs, dk, dv, *scales, *strides, **key_options)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -480,11 +444,8 @@ def _select_top_k(
 def select_top_k(z: Tensor, selection: Selection, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k units with the largest scores in each row of z [n_rows, n], without NaN; ties go to the lower index.
 
-    Units outside the mask `among` [n] have score -1. Returns int64 indices, ascending in each row, and z at them (not
-    rectified), each [n_rows, k].
-
-    Raises:
-        UserError: k is not between 1 and n, or n is more than 65536.
+    Units outside the mask `among` [n] have score -1. Returns int64 indices, ascending, and z at them, not rectified,
+    each [n_rows, k]. UserError if k is not between 1 and n, or n is more than 65536.
     """
     (n_rows, n), k = z.shape, selection.k
     if not 1 <= k <= n:
@@ -496,18 +457,10 @@ def select_top_k(z: Tensor, selection: Selection, among: Tensor | None = None) -
     values = torch.empty((n_rows, k), dtype=z.dtype, device=z.device)
     block = _block(n)
     warps = min(32, max(1, block // 1024))  # 32 numbers of the row for each thread
-    mask = norms if among is None else among.contiguous()
-    _launch(
-        _select_top_k,
-        n_rows,
-        *(z, norms, mask, indices, values, n, k, z.stride(0)),
-        RECTIFIES=selection.rectifies,
-        MASKED=among is not None,
-        SEGMENTS=1 << (k - 1).bit_length(),
-        BLOCK=block,
-        CHUNK=min(block, 256 * warps),
-        num_warps=warps,
-    )
+    arguments = (z, norms, norms if among is None else among.contiguous(), indices, values, n, k, z.stride(0))
+    modes = {"RECTIFIES": selection.rectifies, "MASKED": among is not None, "SEGMENTS": 1 << (k - 1).bit_length()}
+    blocks = {"BLOCK": block, "CHUNK": min(block, 256 * warps), "num_warps": warps}
+    _launch(_select_top_k, n_rows, *arguments, **modes, **blocks)
     return indices, values
 
 
@@ -532,13 +485,8 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     """As `ops.sparse_decode`, in float32."""
     (n_rows, k), d = indices.shape, weight.shape[1]
     y = torch.empty((n_rows, d), dtype=torch.float32, device=weight.device)
-    grid = (n_rows, -(-d // 128))
-    _launch(
-        _decode,
-        grid,
-        *(indices.contiguous(), values.contiguous(), weight.contiguous(), y, d, k),
-        **_DECODE_BLOCKS,
-    )
+    arguments = (indices.contiguous(), values.contiguous(), weight.contiguous(), y, d, k)
+    _launch(_decode, (n_rows, -(-d // 128)), *arguments, **_DECODE_BLOCKS)
     return y
 
 
@@ -644,7 +592,7 @@ def sparse_decode_backward(indices: Tensor, values: Tensor, weight: Tensor, dy: 
 @_jit
 def _rotate(
     x, cos, sin, out, length, n_groups, x_strides, out_strides,
-    D: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, INVERSE: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     vectors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # group fastest, as in memory
@@ -658,8 +606,6 @@ def _rotate(
     mask = inside & (pairs < HALF)
     c = tl.load(cos + rows[:, None] * HALF + pairs, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(sin + rows[:, None] * HALF + pairs, mask=mask, other=0.0).to(tl.float32)
-    if INVERSE:
-        s = -s
     first = 2 * pairs if ADJACENT else pairs
     second = first + 1 if ADJACENT else first + HALF
     a = tl.load(x + first, mask=mask, other=0.0).to(tl.float32)
@@ -671,24 +617,14 @@ def _rotate(
         tl.store(out + rest, tl.load(x + rest, mask=inside & (rest < D), other=0.0), mask=inside & (rest < D))
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, inverse: bool = False) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:
     """Rotate x [batch, n_groups, length, d_qk] by `ops.rotary_tables`, keeping its memory layout."""
-    batch, n_groups, length, d = x.shape
-    half = cos.shape[-1]
+    (batch, n_groups, length, d), half = x.shape, cos.shape[-1]
     x = _rows(x)
     out = torch.empty_like(x)
     block = max(1, 2048 // _block(d))
-    _launch(
-        _rotate,
-        (-(-length * n_groups // block), batch),
-        *(x, cos.contiguous(), sin.contiguous(), out, length, n_groups, x.stride(), out.stride()),
-        D=d,
-        HALF=half,
-        ADJACENT=adjacent_pairs,
-        INVERSE=inverse,
-        BLOCK_HALF=_block(half),
-        BLOCK_REST=_block(max(1, d - 2 * half)),
-        BLOCK=block,
-        num_warps=4,
-    )
+    arguments = (x, cos.contiguous(), sin.contiguous(), out, length, n_groups, x.stride(), out.stride())
+    modes = {"D": d, "HALF": half, "ADJACENT": adjacent_pairs}
+    blocks = {"BLOCK_HALF": _block(half), "BLOCK_REST": _block(max(1, d - 2 * half)), "BLOCK": block}
+    _launch(_rotate, (-(-length * n_groups // block), batch), *arguments, **modes, **blocks, num_warps=4)
     return out

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -38,7 +39,7 @@ class SparseOutput(NamedTuple):
 class Scaling(NamedTuple):
     """From raw activations to training space: inputs have mean 0; inputs and targets have mean norm sqrt(d_model).
 
-    Attention inputs have a large common mean (69 % of their energy at layer 17 of SmolLM2-135M). A step along it moves
+    Attention inputs have a large common mean (69 % of their energy at layer 17 of SmolLM2-135M); a step along it moves
     a head's z at all tokens. Runs on centred inputs had far fewer dead heads; centring alone was not ablated.
     """
 
@@ -63,6 +64,8 @@ class SparseModule(nn.Module, ABC):
     W_O: Tensor
     b_O: Tensor
     config: LorsaConfig | SAEConfig
+    read_by: str
+    """Letters of the weights and biases that read x."""
     backend: str = "auto"
     """See `ops`."""
 
@@ -76,92 +79,86 @@ class SparseModule(nn.Module, ABC):
         """Heads or features."""
         return self.config.n_units
 
-    def selection(self, k: int | None = None) -> Selection:
+    def selection(self, k: int | None = None, dead: Tensor | None = None, aux_k: int = 0) -> Selection:
         """How units are selected; training anneals k."""
-        return Selection(k or self.k, self.W_O.detach().norm(dim=1), self.config.score)
+        return Selection(k or self.k, self.W_O.detach().norm(dim=1), self.config.score, dead, aux_k)
 
     @abstractmethod
-    def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
+    def pre_activations(self, x: Tensor) -> Tensor:
         """Activations before the selection, [batch, length, d_model] to [batch, length, n]."""
 
-    def select(
-        self, pre: Tensor, k: int | None = None, among: Tensor | None = None, backend: str = "torch"
-    ) -> tuple[Tensor, Tensor]:
-        """Kept units and their activations, each [batch, length, k], from pre-activations [batch, length, n].
-
-        Only units in the mask `among` [n] compete. Gradients flow through the kept activations.
-        """
-        flat, selection = pre.reshape(-1, pre.shape[-1]), self.selection(k)
+    def select(self, pre: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """Kept units and their activations, each [batch, length, k], from pre-activations [batch, length, n]."""
+        selection = self.selection(k)
         with torch.no_grad():
-            indices = ops.select_heads(flat, selection, among, backend)
-        shape = (*pre.shape[:-1], indices.shape[-1])
-        return indices.view(shape), selection.activations(flat.gather(1, indices)).view(shape)
+            indices = ops.select_heads(pre.flatten(0, -2), selection, backend="torch").unflatten(0, pre.shape[:-1])
+        return indices, selection.activations(pre.gather(-1, indices))
 
     @abstractmethod
-    def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
-        """`select` of `pre_activations` of x [batch, length, d_model], with a cheaper gradient; one row per token."""
+    def keep(self, x: Tensor, selection: Selection) -> ops.KeptHeads:
+        """Kept units of x [batch, length, d_model], one row per token, with a cheaper gradient than `select`'s."""
 
-    def encode(self, x: Tensor, backend: str = "torch") -> tuple[Tensor, Tensor]:
-        """`select` for x [batch, length, d_model]."""
-        if backend == "reference":
-            return self.select(self.pre_activations(x, backend), backend=backend)
-        kept = self.keep(x, self.k)
-        return kept.indices.view(*x.shape[:-1], -1), kept.values.view(*x.shape[:-1], -1)
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Kept units and their activations, each [batch, length, k], from x [batch, length, d_model]."""
+        kept = self.keep(x, self.selection())
+        return kept.indices.unflatten(0, x.shape[:-1]), kept.values.unflatten(0, x.shape[:-1])
 
-    def decode(self, indices: Tensor, values: Tensor, bias: bool = True, backend: str | None = None) -> Tensor:
+    def decode(self, indices: Tensor, values: Tensor, bias: bool = True) -> Tensor:
         """Output [batch, length, d_model] of kept units [batch, length, k]."""
-        rows = indices.reshape(-1, indices.shape[-1]), values.reshape(-1, values.shape[-1])
-        flat = ops.sparse_decode(*rows, self.W_O, backend or self.backend)
-        y = flat.view(*indices.shape[:-1], -1)
+        flat = ops.sparse_decode(indices.flatten(0, -2), values.flatten(0, -2), self.W_O, self.backend)
+        y = flat.unflatten(0, indices.shape[:-1])
         return y + self.b_O if bias else y
 
-    def forward(self, x: Tensor, k: int | None = None, dead: Tensor | None = None, aux_k: int = 0) -> SparseOutput:
-        """Predict the layer's output from raw x [batch, length, d_model]; AuxK chooses in the mask `dead` [n]."""
-        shape = (*x.shape[:-1], -1)
-        kept = self.keep(x, k or self.k, dead, aux_k)
-        indices, values = kept.indices.view(shape), kept.values.view(shape)
-        aux = (side.view(*x.shape[:-1], side.shape[-1]) for side in (kept.aux_indices, kept.aux_values))
-        return SparseOutput(self.decode(indices, values), indices, values, *aux)
+    def forward(self, x: Tensor, selection: Selection | None = None) -> SparseOutput:
+        """Predict the layer's output from raw x [batch, length, d_model]."""
+        kept = [side.unflatten(0, x.shape[:-1]) for side in self.keep(x, selection or self.selection())]
+        return SparseOutput(self.decode(kept[0], kept[1]), *kept)
 
     def input_from(self, attn_input: Tensor, attn_output: Tensor) -> Tensor:
         """Whichever of the two the module reads."""
         return attn_output if self.config.reads == "output" else attn_input
 
-    @abstractmethod
-    def readers(self) -> tuple[Tensor, Tensor]:
-        """Weights [n, d_model] and biases [n] to which activations are proportional."""
+    @property
+    def readers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights and biases that read x; activations are proportional to the last, [n, d_model] and [n]."""
+        return [(getattr(self, f"W_{part}"), getattr(self, f"b_{part}")) for part in self.read_by]
 
     @torch.no_grad()
     def fold_norms(self) -> None:
         """Scale w_o to norm 1 and multiply w_v and b_V by ||w_o|| (paper, Sec. 5); outputs stay the same."""
         norms = self.W_O.norm(dim=1).clamp_min(torch.finfo(self.W_O.dtype).tiny)
+        weight, bias = self.readers[-1]
         self.W_O /= norms[:, None]
-        for reader in self.readers():
-            reader.mul_(norms.view(-1, *[1] * (reader.dim() - 1)))
+        weight *= norms[:, None]
+        bias *= norms
 
-    @abstractmethod
+    @torch.no_grad()
     def shift_inputs(self, mean: Tensor) -> None:
         """Change biases so that x is read as x - mean was."""
+        for weight, bias in self.readers:
+            bias -= torch.einsum("d,gdk->gk", mean, weight) if weight.dim() == 3 else weight @ mean
 
-    @abstractmethod
+    @torch.no_grad()
     def scale_inputs(self, factor: float) -> None:
         """Change weights so that x is read as factor * x was."""
+        for weight, _ in self.readers:
+            weight *= factor
 
     @torch.no_grad()
     def fold(self, scaling: Scaling) -> None:
         """From weights for training space to weights for raw inputs and outputs."""
         self.scale_inputs(scaling.input_scale)
         self.shift_inputs(scaling.input_mean)
-        self.W_O.div_(scaling.output_scale)
-        self.b_O.div_(scaling.output_scale)
+        self.W_O /= scaling.output_scale
+        self.b_O /= scaling.output_scale
 
     @torch.no_grad()
     def unfold(self, scaling: Scaling) -> None:
         """The inverse of `fold`."""
         self.shift_inputs(-scaling.input_mean)
         self.scale_inputs(1 / scaling.input_scale)
-        self.W_O.mul_(scaling.output_scale)
-        self.b_O.mul_(scaling.output_scale)
+        self.W_O *= scaling.output_scale
+        self.b_O *= scaling.output_scale
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, for raw activations."""
@@ -174,196 +171,139 @@ class SparseModule(nn.Module, ABC):
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
         """`load`, but UserError if the module is of another class."""
         module = load(folder, device)
-        if not isinstance(module, cls):
-            kind = module.config.kind
-            raise UserError(
-                f"{folder} holds a {kind}, not a module of class {cls.__name__}; load it with lorsa_utils.load."
-            )
-        return module
+        if isinstance(module, cls):
+            return module
+        held = f"{folder} holds a {module.config.kind}, not a module of class {cls.__name__}"
+        raise UserError(f"{held}; load it with lorsa_utils.load.")
 
-    def load_weights(self, folder: str | Path) -> None:
-        """Read `folder`/model.safetensors.
 
-        Raises:
-            UserError: a tensor is missing, has another shape, or is not finite.
-        """
-        path = Path(folder) / "model.safetensors"
-        tensors = store.read_tensors(path)
-        expected = self.state_dict()
-        for name, value in expected.items():
-            if name not in tensors or tensors[name].shape != value.shape:
-                found = "missing" if name not in tensors else f"of shape {list(tensors[name].shape)}"
-                raise UserError(
-                    f"{path}: {name} is {found}, not {list(value.shape)}; "
-                    "the file and config.json do not belong together."
-                )
-            if not torch.isfinite(tensors[name]).all():
-                raise UserError(f"{path}: {name} holds values that are not finite; restore a copy or train again.")
-        self.load_state_dict({name: tensors[name] for name in expected})
+def _weight(*shape: int, value: float = 0) -> nn.Parameter:
+    return nn.Parameter(torch.full(shape, float(value)))
+
+
+def _check_index(index: int, count: int, what: str) -> None:
+    if not 0 <= index < count:
+        raise UserError(f"There is no {what} {index}; choose one from 0 to {count - 1}.")
 
 
 class Lorsa(SparseModule):
     """Low-rank sparse attention (paper, Sec. 3); heads of a QK group are consecutive."""
 
+    read_by = "QKV"
+
     def __init__(self, config: LorsaConfig) -> None:
         super().__init__()
         self.config: LorsaConfig = config
         n_qk, n_ov, d, d_qk = config.n_qk_heads, config.n_ov_heads, config.d_model, config.d_qk
-        self.W_Q = nn.Parameter(torch.zeros(n_qk, d, d_qk))
-        self.W_K = nn.Parameter(torch.zeros(n_qk, d, d_qk))
-        self.b_Q = nn.Parameter(torch.zeros(n_qk, d_qk))
-        self.b_K = nn.Parameter(torch.zeros(n_qk, d_qk))
-        self.W_V = nn.Parameter(torch.zeros(n_ov, d))
-        self.b_V = nn.Parameter(torch.zeros(n_ov))
-        self.W_O = nn.Parameter(torch.zeros(n_ov, d))
-        self.b_O = nn.Parameter(torch.zeros(d))
+        self.W_Q, self.W_K = _weight(n_qk, d, d_qk), _weight(n_qk, d, d_qk)
+        self.b_Q, self.b_K = _weight(n_qk, d_qk), _weight(n_qk, d_qk)
+        self.W_V, self.b_V = _weight(n_ov, d), _weight(n_ov)
+        self.W_O, self.b_O = _weight(n_ov, d), _weight(d)
         if config.qk_norm:
-            self.q_norm = nn.Parameter(torch.ones(n_qk, d_qk))
-            self.k_norm = nn.Parameter(torch.ones(n_qk, d_qk))
+            self.q_norm, self.k_norm = _weight(n_qk, d_qk, value=1), _weight(n_qk, d_qk, value=1)
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def config_for_site(
-        cls, site: AttentionSite, n_heads: int, n_qk: int, k: int, d_qk: int | None = None
-    ) -> LorsaConfig:
+    def config_for_site(cls, site: AttentionSite, n_heads: int, n_qk: int, k: int) -> LorsaConfig:
         """Config with widths, scale, rotation and QK norm of an attention layer."""
-        return LorsaConfig(
-            d_model=site.d_model,
-            n_ov_heads=n_heads,
-            n_qk_heads=n_qk,
-            d_qk=d_qk or site.d_head,
-            k=k,
-            attn_scale=site.attn_scale,
-            rotary=site.rotary,
-            qk_norm=site.qk_norm,
-            qk_norm_eps=site.qk_norm_eps,
-        )
+        copied = {name: getattr(site, name) for name in ("d_model", "attn_scale", "rotary", "qk_norm", "qk_norm_eps")}
+        return LorsaConfig(n_ov_heads=n_heads, n_qk_heads=n_qk, d_qk=site.d_head, k=k, **copied)
 
     @property
     def attn_scale(self) -> float:
         """Factor on query-key products."""
         return self.config.attn_scale or self.config.d_qk**-0.5
 
-    def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        place = like.device, like.dtype
-        if self._tables is None or len(cos := self._tables[0]) < length or (cos.device, cos.dtype) != place:
-            self._tables = ops.rotary_tables(self.config.rotary, length, *place)
-        return self._tables[0][:length], self._tables[1][:length]
-
     def queries_keys(self, x: Tensor, groups: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys, x [batch, length, d_model] to two [batch, n_groups, length, d_qk]."""
-        cos, sin = self._rotary(x.shape[1], self.W_Q)
+        length, place = x.shape[1], (self.W_Q.device, self.W_Q.dtype)
+        if self._tables is None or len(cos := self._tables[0]) < length or (cos.device, cos.dtype) != place:
+            self._tables = ops.rotary_tables(self.config.rotary, length, *place)
+        cos, sin = (table[:length] for table in self._tables)
         sides = []
-        for weight, bias, norm in ((self.W_Q, self.b_Q, "q_norm"), (self.W_K, self.b_K, "k_norm")):
-            w = weight[groups]
-            rows = torch.nn.functional.linear(x, w.transpose(1, 2).reshape(-1, w.shape[1]), bias[groups].flatten())
-            side = rows.view(*x.shape[:2], w.shape[0], w.shape[2]).transpose(1, 2)
+        for letter in "QK":
+            weight, bias = (getattr(self, f"{kind}_{letter}")[groups] for kind in "Wb")
+            rows = F.linear(x, weight.transpose(1, 2).reshape(-1, weight.shape[1]), bias.flatten())
+            side = rows.unflatten(2, bias.shape).transpose(1, 2)
             if self.config.qk_norm:
-                side = ops.rms_norm(side, getattr(self, norm)[groups][:, None], self.config.qk_norm_eps)
+                gain = getattr(self, f"{letter.lower()}_norm")[groups]
+                side = ops.rms_norm(side, gain[:, None], self.config.qk_norm_eps)
             sides.append(ops.apply_rotary(side, cos, sin, self.config.rotary.adjacent_pairs, self.backend))
         return sides[0], sides[1]
 
-    def values(self, x: Tensor) -> Tensor:
-        """v of every head, [batch, length, n_ov]."""
-        return torch.nn.functional.linear(x, self.W_V, self.b_V)
-
     def attention_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, keys, and values by QK group, each [batch, n_qk, length, width]."""
-        v = self.values(x).view(*x.shape[:2], self.config.n_qk_heads, self.config.group_size).transpose(1, 2)
+        v = (
+            F.linear(x, self.W_V, self.b_V)
+            .unflatten(2, (self.config.n_qk_heads, self.config.group_size))
+            .transpose(1, 2)
+        )
         return *self.queries_keys(x), v
 
     @override
-    def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
-        q, keys, v = self.attention_inputs(x)
-        return ops.sparse_attention(q, keys, v, self.attn_scale, self.selection(k), dead, aux_k, self.backend)
+    def keep(self, x: Tensor, selection: Selection) -> ops.KeptHeads:
+        return ops.sparse_attention(*self.attention_inputs(x), self.attn_scale, selection, self.backend)
 
     @override
-    def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
-        q, k, v = self.attention_inputs(x)
-        z = ops.causal_attention(q, k, v, self.attn_scale, backend)
-        return z.transpose(1, 2).reshape(*x.shape[:2], self.config.n_ov_heads)
+    def pre_activations(self, x: Tensor) -> Tensor:
+        z = ops.causal_attention(*self.attention_inputs(x), self.attn_scale, self.backend)
+        return z.transpose(1, 2).flatten(2)
 
     def attention_pattern(self, x: Tensor, group: int) -> Tensor:
         """A of one QK group, [batch, length, length]; rows are queries and sum to 1."""
-        self._check_index(group, self.config.n_qk_heads, "QK group")
+        _check_index(group, self.config.n_qk_heads, "QK group")
         q, k = self.queries_keys(x, slice(group, group + 1))
         return ops.attention_pattern(q, k, self.attn_scale)[:, 0]
 
     def z_pattern(self, x: Tensor, head: int) -> Tensor:
         """A_ij v_j of a head, [batch, length, length]: row i sums to z_i."""
-        self._check_index(head, self.config.n_ov_heads, "head")
+        _check_index(head, self.config.n_ov_heads, "head")
         v = x @ self.W_V[head] + self.b_V[head]
         return self.attention_pattern(x, head // self.config.group_size) * v[:, None, :]
-
-    @staticmethod
-    def _check_index(index: int, count: int, what: str) -> None:
-        if not 0 <= index < count:
-            raise UserError(f"There is no {what} {index}; choose one from 0 to {count - 1}.")
-
-    @override
-    def readers(self) -> tuple[Tensor, Tensor]:
-        return self.W_V, self.b_V
-
-    @override
-    @torch.no_grad()
-    def shift_inputs(self, mean: Tensor) -> None:
-        for weight, bias in ((self.W_Q, self.b_Q), (self.W_K, self.b_K)):
-            bias.sub_(torch.einsum("d,gdk->gk", mean, weight))
-        self.b_V.sub_(self.W_V @ mean)
-
-    @override
-    @torch.no_grad()
-    def scale_inputs(self, factor: float) -> None:
-        for weight in (self.W_Q, self.W_K, self.W_V):
-            weight.mul_(factor)
 
 
 class SAE(SparseModule):
     """Top-K SAE or transcoder."""
 
+    read_by = "E"
+
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config: SAEConfig = config
-        self.W_E = nn.Parameter(torch.zeros(config.n_features, config.d_model))
-        self.b_E = nn.Parameter(torch.zeros(config.n_features))
-        self.W_O = nn.Parameter(torch.zeros(config.n_features, config.d_model))
-        self.b_O = nn.Parameter(torch.zeros(config.d_model))
+        self.W_E, self.b_E = _weight(config.n_features, config.d_model), _weight(config.n_features)
+        self.W_O, self.b_O = _weight(config.n_features, config.d_model), _weight(config.d_model)
 
     @override
-    def pre_activations(self, x: Tensor, backend: str = "torch") -> Tensor:
-        return torch.nn.functional.linear(x, self.W_E, self.b_E)
+    def pre_activations(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.W_E, self.b_E)
 
     @override
-    def keep(self, x: Tensor, k: int, dead: Tensor | None = None, aux_k: int = 0) -> ops.KeptHeads:
-        rows = x.reshape(-1, x.shape[-1])
-        return ops.sparse_encode(rows, self.W_E, self.b_E, self.selection(k), dead, aux_k, self.backend)
-
-    @override
-    def readers(self) -> tuple[Tensor, Tensor]:
-        return self.W_E, self.b_E
-
-    @override
-    @torch.no_grad()
-    def shift_inputs(self, mean: Tensor) -> None:
-        self.b_E.sub_(self.W_E @ mean)
-
-    @override
-    @torch.no_grad()
-    def scale_inputs(self, factor: float) -> None:
-        self.W_E.mul_(factor)
+    def keep(self, x: Tensor, selection: Selection) -> ops.KeptHeads:
+        return ops.sparse_encode(x.flatten(0, -2), self.W_E, self.b_E, selection, self.backend)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Lorsa | SAE:
     """A saved module, frozen, for raw activations; UserError if `folder` is not a run folder or is damaged."""
     settings = read_module_settings(folder)
-    kind = settings["kind"]
+    kind = settings.pop("kind")
     if kind not in KINDS:
         raise UserError(f"{folder} holds a module of kind {kind!r}; this version reads {', '.join(KINDS)}.")
+    module: Lorsa | SAE
     if kind == "lorsa":
-        module: Lorsa | SAE = Lorsa(LorsaConfig.from_dict({k: v for k, v in settings.items() if k != "kind"}))
+        module = Lorsa(LorsaConfig.from_dict(settings))
     else:
-        module = SAE(SAEConfig.from_dict(settings))
-    module.load_weights(folder)
+        module = SAE(SAEConfig.from_dict(settings | {"kind": kind}))
+    path = Path(folder) / "model.safetensors"
+    tensors, expected = store.read_tensors(path), module.state_dict()
+    for name, value in expected.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            state = "missing" if name not in tensors else f"of shape {list(tensors[name].shape)}"
+            raise UserError(
+                f"{path}: {name} is {state}, not {list(value.shape)}; the file and config.json do not belong together."
+            )
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite; restore a copy or train again.")
+    module.load_state_dict({name: tensors[name] for name in expected})
     return module.to(device).requires_grad_(False)
 
 
@@ -377,7 +317,6 @@ def read_module_settings(folder: str | Path) -> dict[str, object]:
     config = store.read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("module"), dict) or "kind" not in config["module"]:
         raise UserError(f"{path} does not say what kind of module it describes; restore a copy or train again.")
-    if config.get("schema_version") != SCHEMA_VERSION:
-        version = config.get("schema_version")
+    if (version := config.get("schema_version")) != SCHEMA_VERSION:
         raise UserError(f"{path} has schema version {version}, this version reads {SCHEMA_VERSION}; train again.")
     return dict(config["module"])

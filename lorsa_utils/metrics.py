@@ -28,26 +28,20 @@ from lorsa_utils.models import LanguageModel
 from lorsa_utils.text import Sequences
 
 
-class MeanTarget:
-    """Running mean of a layer's output over counted tokens, [d_model], float64."""
+class Mean:
+    """Running mean over counted tokens, in float64: of a layer's output [d_model] or of a loss."""
 
     def __init__(self) -> None:
-        self.sum: Tensor | None = None
-        self.count = 0
+        self.sum, self.count = torch.zeros((), dtype=torch.float64), 0
 
-    def update(self, y: Tensor, mask: Tensor) -> None:
-        """Add y [batch, length, d_model] where mask [batch, length]."""
-        part = y[mask].double().sum(dim=0).cpu()
-        self.sum = part if self.sum is None else self.sum + part
+    def update(self, values: Tensor, mask: Tensor) -> None:
+        """Add values [batch, length, ...] where mask [batch, length]."""
+        self.sum = self.sum + values[mask].double().sum(dim=0).cpu()
         self.count += int(mask.sum())
 
     def value(self) -> Tensor:
-        """The mean.
-
-        Raises:
-            UserError: no token was counted.
-        """
-        if self.sum is None or self.count == 0:
+        """The mean; UserError if no token was counted."""
+        if self.count == 0:
             raise UserError("There is not one counted token in this text; give a longer text.")
         return self.sum / self.count
 
@@ -57,7 +51,7 @@ class Reconstruction:
 
     def __init__(self, mean: Tensor, n_units: int) -> None:
         self.mean = mean
-        self.error = self.deviation = self.token_fvu = self.cosine = self.active = 0.0
+        self.sums = torch.zeros(5, dtype=torch.float64)  # error, deviation, their ratio, cosine, active units
         self.n_tokens = 0
         self.fired = torch.zeros(n_units, dtype=torch.long)
 
@@ -66,12 +60,10 @@ class Reconstruction:
         target, predicted = y[mask].double(), output.y[mask].double()
         error = (target - predicted).square().sum(dim=-1)
         deviation = (target - self.mean.to(target.device)).square().sum(dim=-1)
-        self.error += float(error.sum())
-        self.deviation += float(deviation.sum())
-        self.token_fvu += float((error / deviation.clamp_min(torch.finfo(torch.float64).tiny)).sum())
-        self.cosine += float(torch.nn.functional.cosine_similarity(target, predicted, dim=-1).sum())
+        ratio = error / deviation.clamp_min(torch.finfo(torch.float64).tiny)
+        cosine = torch.nn.functional.cosine_similarity(target, predicted, dim=-1)
         indices, active = output.indices[mask], output.values[mask] != 0
-        self.active += float(active.sum())
+        self.sums += torch.stack([side.sum().double() for side in (error, deviation, ratio, cosine, active)]).cpu()
         self.fired += torch.bincount(indices[active].cpu(), minlength=len(self.fired))
         self.n_tokens += int(mask.sum())
 
@@ -81,15 +73,16 @@ class Reconstruction:
         Raises:
             UserError: no token was counted, or all targets are equal.
         """
-        if self.n_tokens == 0 or self.deviation == 0:
+        error, deviation, ratio, cosine, active = self.sums.tolist()
+        if self.n_tokens == 0 or deviation == 0:
             raise UserError(
                 "FVU is undefined: the text has no two counted tokens with different targets; give a longer text."
             )
         return {
-            "fvu": self.error / self.deviation,
-            "fvu_token_mean": self.token_fvu / self.n_tokens,
-            "cosine": self.cosine / self.n_tokens,
-            "l0": self.active / self.n_tokens,
+            "fvu": error / deviation,
+            "fvu_token_mean": ratio / self.n_tokens,
+            "cosine": cosine / self.n_tokens,
+            "l0": active / self.n_tokens,
             "dead_fraction": float((self.fired == 0).double().mean()),
             "n_tokens": self.n_tokens,
         }
@@ -104,17 +97,15 @@ def evaluate_activations(
     The source is read twice, first for the mean target.
     """
     layers = sorted({layer for layer, _ in modules.values()})
-    means = {layer: MeanTarget() for layer in layers}
+    means = {layer: Mean() for layer in layers}
     for batch in source.batches(batch_size, layers=layers):
         for layer in layers:
             means[layer].update(batch.outputs[layer], batch.mask)
     sums = {name: Reconstruction(means[layer].value(), module.n_units) for name, (layer, module) in modules.items()}
     for batch in source.batches(batch_size, layers=layers):
         for name, (layer, module) in modules.items():
-            device = module.b_O.device
-            x = module.input_from(batch.inputs[layer], batch.outputs[layer]).to(device)
-            y, mask = batch.outputs[layer].to(device), batch.mask.to(device)
-            sums[name].update(y, module(x.to(module.b_O.dtype)), mask)
+            x = module.input_from(batch.inputs[layer], batch.outputs[layer]).to(module.b_O)
+            sums[name].update(batch.outputs[layer].to(x.device), module(x), batch.mask.to(x.device))
     return {name: running.result() for name, running in sums.items()}
 
 
@@ -122,22 +113,6 @@ KEYS = (
     *("fvu", "fvu_token_mean", "ce", "ce_spliced", "ce_mean_ablated", "ce_recovered"),
     *("l0", "dead_fraction", "n_tokens", "cosine"),
 )
-
-
-class _LossSum:
-    """Cross-entropy over counted next tokens, in nats."""
-
-    def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
-
-    def update(self, model: LanguageModel, tokens: Tensor, mask: Tensor) -> None:
-        losses, counted = model.loss(tokens, mask)
-        self.total += float(losses[counted].double().sum())
-        self.count += int(counted.sum())
-
-    @property
-    def mean(self) -> float:
-        return self.total / max(1, self.count)
 
 
 @torch.no_grad()
@@ -151,26 +126,25 @@ def evaluate(
 ) -> dict[str, Any]:
     """What `lorsa eval` prints: reconstruction, and the model's loss with the layer's output replaced.
 
-    Three passes: the model untouched (loss, mean target), with the module (loss, reconstruction) and with the mean
-    target spliced in. Positions that are not counted (BOS, padding) keep their original output.
+    Three passes: the model untouched, with the module, and with the mean target spliced in. Positions that are not
+    counted (BOS, padding) keep their original output.
 
-    Returns the keys of `Reconstruction.result` and `ce`, `ce_spliced`, `ce_mean_ablated` (nats per token),
-    `ce_recovered`; None for a number that is not finite.
+    Returns `KEYS`, losses in nats per token; None for a number that is not finite.
 
     Raises:
         UserError: no token is counted, or the layer makes no difference on this text.
     """
     batches = list(sequences.batches(batch_size, model.device))
-    original, spliced, ablated = _LossSum(), _LossSum(), _LossSum()
-    target = MeanTarget()
-    mask = torch.empty(0)
+    target, mask = Mean(), torch.empty(0)
 
-    def run(losses: _LossSum, replacement: Any) -> None:
+    def loss(replacement: Any) -> float:
         nonlocal mask
+        losses = Mean()
         with model.splice({layer: replacement}):
             for tokens, mask in batches:
-                losses.update(model, tokens, mask)
+                losses.update(*model.loss(tokens, mask))
                 bar.update()
+        return float(losses.value())
 
     def observe(attn_input: Tensor, attn_output: Tensor) -> Tensor:
         target.update(attn_output, mask)
@@ -185,16 +159,15 @@ def evaluate(
         return torch.where(mask[..., None], mean.to(attn_output), attn_output)
 
     with tqdm(total=3 * len(batches), unit="batch", desc="eval", disable=not progress) as bar:
-        run(original, observe)
+        original = loss(observe)
         mean = target.value()
         sums = Reconstruction(mean, module.n_units)
-        run(spliced, replace)
-        run(ablated, ablate)
-    gap = ablated.mean - original.mean
+        spliced, ablated = loss(replace), loss(ablate)
+    gap = ablated - original
     if gap == 0:
         raise UserError(
             f"Replacing layer {layer} by its mean does not change the loss on this text at all; give a longer text."
         )
-    losses = {"ce": original.mean, "ce_spliced": spliced.mean, "ce_mean_ablated": ablated.mean}
-    result = sums.result() | losses | {"ce_recovered": (ablated.mean - spliced.mean) / gap}
+    result = sums.result() | {"ce": original, "ce_spliced": spliced, "ce_mean_ablated": ablated}
+    result["ce_recovered"] = (ablated - spliced) / gap
     return {key: result[key] if math.isfinite(result[key]) else None for key in KEYS}

@@ -1,10 +1,8 @@
 """Rotary tables, attention, top-K selection and sparse decode.
 
-`backend` is "torch" (vectorised, any device), "triton" (`kernels`, NVIDIA GPUs), "reference" (loops, for checks) or
-"auto": triton where it runs, else torch.
-
-The backward pass of `sparse_attention` visits only the queries in which a head of the QK group was kept, and needs
-neither the whole z nor a pattern (equations in `kernels`).
+`backend` is "torch" (any device), "triton" (`kernels`, NVIDIA GPUs), "reference" (loops, for checks) or "auto": triton
+where it runs, else torch. The backward pass of `sparse_attention` visits only the queries in which a head of the QK
+group was kept, and needs neither the whole z nor a pattern (equations in `kernels`).
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ def choose_backend(backend: str, like: Tensor, *sizes: int) -> str:
         raise UserError(f"There is no backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
     if backend != "auto":
         return backend
-    fits = like.dtype != torch.float64 and (not sizes or kernels.supports(*sizes))
+    fits = like.dtype != torch.float64 and kernels.supports(*sizes)
     return "triton" if fits and kernels.available(like.device) else "torch"
 
 
@@ -71,19 +69,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool, backend: 
     if backend == "triton":
         return kernels.apply_rotary(x, cos, sin, adjacent_pairs)
     out = torch.empty_like(x)
-    half = cos.shape[-1]
+    half, end = cos.shape[-1], 2 * cos.shape[-1]
+    first, second = (slice(0, end, 2), slice(1, end, 2)) if adjacent_pairs else (slice(half), slice(half, end))
     # A sequence at a time, so that the pieces of a pass stay in the CPU's caches.
     for source, target in zip(x, out, strict=True) if x.dim() == 4 and x.device.type == "cpu" else [(x, out)]:
-        if adjacent_pairs:
-            parts = [(side[..., 0 : 2 * half : 2], side[..., 1 : 2 * half : 2]) for side in (source, target)]
-        else:
-            parts = [(side[..., :half], side[..., half : 2 * half]) for side in (source, target)]
-        (first, second), (new_first, new_second) = parts
-        torch.mul(first, cos, out=new_first)
-        new_first.addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=new_second)
-        new_second.addcmul_(first, sin)
-        target[..., 2 * half :] = source[..., 2 * half :]
+        torch.mul(source[..., first], cos, out=target[..., first]).addcmul_(source[..., second], sin, value=-1)
+        torch.mul(source[..., second], cos, out=target[..., second]).addcmul_(source[..., first], sin)
+        target[..., end:] = source[..., end:]
     return out
 
 
@@ -166,9 +158,9 @@ def select_heads(z: Tensor, selection: Selection, among: Tensor | None = None, b
 
 
 class KeptHeads(NamedTuple):
-    """Kept heads [n_rows, k], in no order, and the best dead ones for AuxK [n_rows, aux_k]; values are activations.
+    """Kept heads [n_rows, k], in no order, and the best dead ones for AuxK [n_rows, aux_k].
 
-    A kept head that is not active has value zero.
+    Values are activations, zero for a kept head that is not active.
     """
 
     indices: Tensor
@@ -178,29 +170,21 @@ class KeptHeads(NamedTuple):
 
 
 def sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    selection: Selection,
-    dead: Tensor | None = None,
-    aux_k: int = 0,
-    backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, scale: float, selection: Selection, backend: str = "auto"
 ) -> KeptHeads:
     """Causal attention over QK groups, then selection; gradients flow through the kept heads.
 
     Args:
         q, k: [batch, n_qk, length, d_qk], rotated.
         v: [batch, n_qk, length, group size]; head g * group size + i is column i of group g.
-        dead: mask [n_ov] of the heads from which AuxK chooses.
     """
     n_heads = len(selection.norms)
     backend = choose_backend(backend, q, q.shape[-1], v.shape[-1], n_heads)
     if backend == "triton" or (backend == "torch" and q.device.type == "cpu"):
-        return KeptHeads(*_SparseAttention.apply(q, k, v, scale, selection, dead, aux_k, backend))
+        return KeptHeads(*_SparseAttention.apply(q, k, v, scale, selection, backend))
     z = causal_attention(q, k, v, scale, backend).transpose(1, 2).reshape(-1, n_heads)
     with torch.no_grad():
-        chosen, kept = _select_kept(z, selection, dead, aux_k, backend)
+        chosen, kept = _select_kept(z, selection, backend)
     values = selection.activations(z.gather(1, torch.cat(chosen, dim=1)) * (kept != 0))
     return KeptHeads(chosen[0], values[:, : selection.k], chosen[1], values[:, selection.k :])
 
@@ -208,35 +192,23 @@ def sparse_attention(
 class _SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        selection: Selection,
-        dead: Tensor | None,
-        aux_k: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, selection: Selection, backend: str
+    ) -> tuple[Tensor, ...]:
         if backend == "triton":
             z, lse = kernels.attention_forward(q, k, v, scale, _dot_precision())
             z = z.flatten(0, 1)
         else:
             z, lse = _attention_with_lse(q, k, v, scale)
-        chosen, kept = _select_kept(z, selection, dead, aux_k, backend)
-        ctx.save_for_backward(q, k, v, lse, torch.cat(chosen, dim=1), kept)
-        ctx.scale, ctx.selection, ctx.backend = scale, selection, backend
-        return _outputs(ctx, selection, chosen, kept)
+        ctx.scale, ctx.backend = scale, backend
+        return _keep(ctx, z, selection, backend, q, k, v, lse)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse, indices, kept = ctx.saved_tensors
-        grad = _gradient_of_kept(grad_outputs, kept, ctx.selection)
+        arguments = q, k, v, lse, ctx.scale, indices, kept, _gradient_of_kept(ctx, grad_outputs, kept)
         if ctx.backend == "triton":
-            grads = kernels.attention_backward(q, k, v, lse, ctx.scale, indices, kept, grad, _dot_precision())
-        else:
-            grads = _attention_backward(q, k, v, lse, ctx.scale, indices, kept, grad)
-        return *grads, *[None] * 5
+            return *kernels.attention_backward(*arguments, _dot_precision()), None, None, None
+        return *_attention_backward(*arguments), None, None, None
 
 
 def _dot_precision() -> str:
@@ -247,74 +219,62 @@ def _dot_precision() -> str:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _select_kept(
-    z: Tensor, selection: Selection, dead: Tensor | None, aux_k: int, backend: str
-) -> tuple[list[Tensor], Tensor]:
+def _select_kept(z: Tensor, selection: Selection, backend: str) -> tuple[list[Tensor], Tensor]:
     """Indices of both selections from z [n_rows, n], and z at them, [n_rows, k + aux_k]."""
-    chosen = [select_heads(z, selection, backend=backend)]
-    if dead is None or not aux_k:
-        chosen.append(chosen[0][:, :0])
-    elif z.device.type == "cpu":
+    first, dead = select_heads(z, selection, backend=backend), selection.dead
+    if dead is None or not selection.aux_k:
+        return [first, first[:, :0]], z.gather(1, first)
+    if z.device.type == "cpu":
         numbers = dead.nonzero()[:, 0]
-        chosen.append(numbers[select_heads(z[:, numbers], selection.among(numbers, aux_k), backend=backend)])
+        among = Selection(min(selection.aux_k, len(numbers)), selection.norms[numbers], selection.score)
+        second = numbers[select_heads(z[:, numbers], among, backend=backend)]
     else:  # the number of dead units is not asked for: that would wait for the GPU
-        chosen.append(select_heads(z, selection._replace(k=aux_k), dead, backend))
-    kept = z.gather(1, torch.cat(chosen, dim=1))
-    if chosen[1].numel():
-        assert dead is not None
-        kept = torch.cat((kept[:, : selection.k], kept[:, selection.k :] * dead[chosen[1]]), dim=1)
-    return chosen, kept
+        second = select_heads(z, selection._replace(k=selection.aux_k), dead, backend)
+    return [first, second], torch.cat((z.gather(1, first), z.gather(1, second) * dead[second]), dim=1)
 
 
-def _outputs(
-    ctx: Any, selection: Selection, chosen: list[Tensor], kept: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `KeptHeads`."""
+def _keep(ctx: Any, z: Tensor, selection: Selection, backend: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `KeptHeads`; saves the inputs, the kept units and z at them for the backward pass."""
+    chosen, kept = _select_kept(z, selection, backend)
+    ctx.save_for_backward(*inputs, torch.cat(chosen, dim=1), kept)
+    ctx.selection = selection
     ctx.mark_non_differentiable(*chosen)
     values = selection.activations(kept)
     return chosen[0], values[:, : selection.k].contiguous(), chosen[1], values[:, selection.k :].contiguous()
 
 
-def _gradient_of_kept(grad_outputs: Sequence[Tensor], kept: Tensor, selection: Selection) -> Tensor:
+def _gradient_of_kept(ctx: Any, grad_outputs: tuple[Tensor, ...], kept: Tensor) -> Tensor:
     """Gradient of z at the kept units."""
-    grad = torch.cat((grad_outputs[1], grad_outputs[3]), dim=1)
-    return grad * (selection.activations(kept) != 0)
+    return torch.cat((grad_outputs[1], grad_outputs[3]), dim=1) * (ctx.selection.activations(kept) != 0)
 
 
 def _attention_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """z, [batch * length, n_ov], and the log-sum-exp of every query's scores, [batch, n_qk, length]."""
-    batch, groups, length, d_qk = q.shape
-    width, size = max(d_qk, v.shape[-1]), v.shape[-1]
+    size, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
     # The CPU's flash attention wants values as wide as keys; zeros change neither scores nor the other columns of z.
     q, k, v = (F.pad(side, (0, width - side.shape[-1])) if side.shape[-1] < width else side for side in (q, k, v))
     z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-    return z[..., :size].transpose(1, 2).reshape(batch * length, groups * size), lse
+    return z[..., :size].transpose(1, 2).flatten(2).flatten(0, 1), lse
 
 
 class _Visits(NamedTuple):
     """The queries that the backward pass visits, packed by (sequence, QK group), ascending by position."""
 
-    pairs: Tensor
-    """Sequence * n_qk + group of the non-empty pairs, [n_pairs]."""
-    counts: list[int]
-    """Visited queries of each pair, descending."""
-    starts: Tensor
-    """Where each pair's rows begin, [n_pairs]."""
-    positions: Tensor
-    """In the sequence, [n_visits]."""
-    delta: Tensor
-    """As in `kernels`, [n_visits]."""
-    grads: Tensor
-    """Gradient by z of the QK group, [n_visits + 1, group size]; the last row is zero, for padding."""
+    pairs: Tensor  # sequence * n_qk + group of the non-empty pairs, [n_pairs]
+    counts: list[int]  # visited queries of each pair, descending
+    starts: Tensor  # where each pair's rows begin, [n_pairs]
+    positions: Tensor  # in the sequence, [n_visits]
+    delta: Tensor  # as in `kernels`, [n_visits]
+    grads: Tensor  # gradient by z of the QK group, [n_visits + 1, group size]; the last row is zero, for padding
 
 
 def _pack_visits(
     indices: Tensor, kept: Tensor, grad: Tensor, batch: int, length: int, groups: int, size: int
 ) -> _Visits:
     group = indices // size
+    row, place = (grad != 0).nonzero(as_tuple=True)
     touched = torch.zeros(batch * length, groups, dtype=torch.bool, device=indices.device)
-    row = torch.arange(batch * length, device=indices.device)[:, None].expand_as(indices)
-    touched[row[grad != 0], group[grad != 0]] = True
+    touched[row, group[row, place]] = True
     pair, position = touched.view(batch, length, groups).transpose(1, 2).reshape(-1, length).nonzero(as_tuple=True)
     sequence, of_group = pair // groups, pair % groups
     # Visit of every (token, group); tokens without one point at the padding row and have zero gradient.
@@ -339,16 +299,12 @@ QUERIES_AT_A_TIME = 96
 def _attention_backward(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, indices: Tensor, kept: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, as in `sparse_attention`.
-
-    Args:
-        lse: log-sum-exp of the scores, [batch, n_qk, length].
-        indices, kept, grad: heads, their z and its gradient, each [batch * length, n_kept]; a head may appear twice.
-    """
+    """Gradients of q, k and v; arguments as in `kernels.attention_backward`, but lse to base e."""
     batch, groups, length, _ = q.shape
     visits = _pack_visits(indices, kept, grad, batch, length, groups, v.shape[-1])
-    tables = [_as_rows(side) for side in (q, k, v)]
-    # One extra row, for padding. Pairs write all their keys and values, so only absent ones need zeros.
+    # [batch * length * n_qk, width], as in memory; gradients have one row more, for padding. Pairs write all their keys
+    # and values, so only absent ones need zeros.
+    tables = [side.transpose(1, 2).reshape(-1, side.shape[-1]) for side in (q, k, v)]
     grads = [table.new_empty(len(table) + 1, table.shape[1]) for table in tables]
     grads[0].zero_()
     absent = torch.ones(batch, groups, dtype=torch.bool, device=q.device)
@@ -363,18 +319,10 @@ def _attention_backward(
     return q_grad, k_grad, v_grad
 
 
-def _as_rows(side: Tensor) -> Tensor:
-    """[batch, n_qk, length, width] to [batch * length * n_qk, width], as in memory."""
-    return side.transpose(1, 2).reshape(-1, side.shape[-1])
-
-
 def _backward_of_pairs(
     tables: Sequence[Tensor], lse: Tensor, scale: float, visits: _Visits, chosen: slice, grads: Sequence[Tensor]
 ) -> None:
-    """Write the gradients of the chosen pairs, of which the first has the most visits.
-
-    Tables are q, k and v as rows (`_as_rows`); grads have one row more, for padding.
-    """
+    """Write the gradients of the chosen pairs, of which the first has the most visits."""
     (_, groups, length), counts = lse.shape, visits.counts[chosen]
     n, spare = len(counts), len(grads[0]) - 1
     pair = visits.pairs[chosen]
@@ -415,9 +363,8 @@ def _sum_rows_by_unit(indices: Tensor, weights: Tensor, rows: Tensor, n_units: i
     units, order = indices.flatten().sort(stable=True)
     offsets = torch.searchsorted(units, torch.arange(n_units, device=units.device))
     ordered = weights.flatten()[order].to(rows.dtype)
-    return F.embedding_bag(
-        order // indices.shape[1], rows.contiguous(), offsets, per_sample_weights=ordered, mode="sum"
-    )
+    tokens = order // indices.shape[1]
+    return F.embedding_bag(tokens, rows.contiguous(), offsets, per_sample_weights=ordered, mode="sum")
 
 
 class _DecodeWeightGradient(torch.autograd.Function):
@@ -451,10 +398,7 @@ class _KernelDecode(torch.autograd.Function):
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
-    """Weighted sum of chosen rows: [n_rows, k], [n_rows, k], [n, d] to [n_rows, d].
-
-    Indices in a row must be distinct.
-    """
+    """Weighted sum of chosen rows, distinct in each: [n_rows, k], [n_rows, k], [n, d] to [n_rows, d]."""
     backend = choose_backend(backend, weight)
     if backend == "reference":
         return reference.sparse_decode(indices, values, weight)
@@ -467,46 +411,24 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, backend: str 
     return result
 
 
-def sparse_encode(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    selection: Selection,
-    dead: Tensor | None = None,
-    aux_k: int = 0,
-    backend: str = "auto",
-) -> KeptHeads:
-    """Features of x [n_rows, d] by weight [n, d] and bias [n], and their selection as in `sparse_attention`.
-
-    The backward pass touches only the rows of kept features.
-    """
-    return KeptHeads(*_SparseEncoding.apply(x, weight, bias, selection, dead, aux_k, choose_backend(backend, x)))
+def sparse_encode(x: Tensor, weight: Tensor, bias: Tensor, selection: Selection, backend: str = "auto") -> KeptHeads:
+    """Features of x [n_rows, d] by weight [n, d] and bias [n], selected; gradients touch only rows of kept ones."""
+    return KeptHeads(*_SparseEncoding.apply(x, weight, bias, selection, choose_backend(backend, x)))
 
 
 class _SparseEncoding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        selection: Selection,
-        dead: Tensor | None,
-        aux_k: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        chosen, kept = _select_kept(F.linear(x, weight, bias), selection, dead, aux_k, backend)
-        ctx.save_for_backward(x, weight, torch.cat(chosen, dim=1), kept)
-        ctx.selection = selection
-        return _outputs(ctx, selection, chosen, kept)
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, selection: Selection, backend: str
+    ) -> tuple[Tensor, ...]:
+        return _keep(ctx, F.linear(x, weight, bias), selection, backend, x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, indices, kept = ctx.saved_tensors
-        grad = _gradient_of_kept(grad_outputs, kept, ctx.selection).to(x.dtype)
-        grad_x = None
+        grad, grad_x = _gradient_of_kept(ctx, grad_outputs, kept).to(x.dtype), None
         if ctx.needs_input_grad[0]:
             grad_x = F.embedding_bag(indices, weight, per_sample_weights=grad.to(weight.dtype), mode="sum")
         grad_weight = _sum_rows_by_unit(indices, grad, x, len(weight)).to(weight.dtype)
         grad_bias = weight.new_zeros(len(weight)).index_add_(0, indices.flatten(), grad.flatten().to(weight.dtype))
-        return grad_x, grad_weight, grad_bias, *[None] * 4
+        return grad_x, grad_weight, grad_bias, None, None

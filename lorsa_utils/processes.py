@@ -27,6 +27,9 @@ class World(NamedTuple):
         return {name: answer for each in every for name, answer in each.items()}
 
 
+ALONE = World()
+
+
 @contextlib.contextmanager
 def join_world() -> Iterator[World]:
     """Connect the processes of `torchrun` within the block; one process alone without it.

@@ -85,7 +85,6 @@ def lorsa_forward(x: Tensor, weights: Mapping[str, Tensor], config: LorsaConfig)
 
     Weights have the names and shapes of `lorsa.Lorsa`.
     """
-    length = x.shape[0]
     scale = config.attn_scale or config.d_qk**-0.5
     columns = []
     for head in range(config.n_ov_heads):
@@ -93,14 +92,14 @@ def lorsa_forward(x: Tensor, weights: Mapping[str, Tensor], config: LorsaConfig)
         sides = []
         for side in ("Q", "K"):
             rows = []
-            for i in range(length):
-                row = x[i] @ weights[f"W_{side}"][group] + weights[f"b_{side}"][group]
+            for i, token in enumerate(x):
+                row = token @ weights[f"W_{side}"][group] + weights[f"b_{side}"][group]
                 if config.qk_norm:
                     size = torch.sqrt((row * row).mean() + config.qk_norm_eps)
                     row = row / size * weights[f"{side.lower()}_norm"][group]
                 rows.append(rotate(row, i, config.rotary))
             sides.append(torch.stack(rows))
-        v = torch.stack([x[i] @ weights["W_V"][head] + weights["b_V"][head] for i in range(length)])[:, None]
+        v = torch.stack([token @ weights["W_V"][head] + weights["b_V"][head] for token in x])[:, None]
         columns.append(causal_attention(sides[0], sides[1], v, scale)[:, 0])
     z = torch.stack(columns, dim=1)
     norms = torch.stack([row.norm() for row in weights["W_O"]])

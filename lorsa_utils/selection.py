@@ -24,6 +24,10 @@ class Selection(NamedTuple):
     norms: Tensor
     """Of the write directions, [n], without gradient."""
     score: str = "relu"
+    dead: Tensor | None = None
+    """Mask [n] of the units from which AuxK chooses; None without AuxK."""
+    aux_k: int = 0
+    """Dead units that AuxK takes."""
 
     @property
     def rectifies(self) -> bool:
@@ -37,7 +41,3 @@ class Selection(NamedTuple):
     def activations(self, z: Tensor) -> Tensor:
         """What kept units multiply their write directions by."""
         return z.relu() if self.rectifies else z
-
-    def among(self, units: Tensor, k: int) -> Selection:
-        """The selection of at most k among some units [n_some]."""
-        return Selection(min(k, len(units)), self.norms[units], self.score)

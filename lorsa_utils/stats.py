@@ -27,8 +27,7 @@ class Interval(NamedTuple):
 
 def percentile_interval(value: float, draws: np.ndarray | Tensor) -> Interval:
     """The middle 95 % of bootstrap draws [n_draws], ignoring NaN."""
-    low, high = np.nanquantile(np.asarray(draws, dtype=np.float64), [0.025, 0.975])
-    return Interval(float(value), float(low), float(high))
+    return Interval(float(value), *np.nanquantile(np.asarray(draws, dtype=np.float64), [0.025, 0.975]).tolist())
 
 
 def sample_interval(draws: Tensor) -> Interval:
@@ -91,10 +90,8 @@ def sign_flip_p(differences: Tensor, seed: int = 0, n_flips: int = N_FLIPS) -> n
 def holm(p: np.ndarray, rate: float) -> np.ndarray:
     """Which hypotheses [n] Holm's method rejects: the chance of any wrong rejection is at most `rate`."""
     order = np.argsort(p, kind="stable")
-    passed = p[order] <= rate / (len(p) - np.arange(len(p)))
-    rejected = np.zeros(len(p), dtype=bool)
-    rejected[order[: len(p) if passed.all() else int(np.argmin(passed))]] = True
-    return rejected
+    passed = np.logical_and.accumulate(p[order] <= rate / (len(p) - np.arange(len(p))))
+    return passed[np.argsort(order)]
 
 
 def auc(positives: Tensor, negatives: Tensor, columns: int = 512) -> Tensor:

@@ -1,9 +1,9 @@
 """Train Lorsa layers and SAE baselines on the same tokens in one pass over the activations.
 
 Each step predicts the layer's output from its input (the SAE: from itself); mean squared error over counted tokens,
-Adam. Unlike the paper (Sec. 3: no auxiliary loss), heads silent for `dead_window` tokens also learn, through AuxK, to
-rebuild the error that the live ones leave; `aux_k=0` switches that off. In training, inputs have mean 0, and both
-inputs and targets have mean norm sqrt(d_model) (`lorsa.Scaling`); saved modules take raw activations.
+Adam. Unlike the paper (Sec. 3: no auxiliary loss), heads silent for `dead_window` tokens also learn, through AuxK
+(Gao et al. 2024), to rebuild the error that the live ones leave; `aux_k=0` switches that off. Modules in training see
+scaled activations (`lorsa.Scaling`); saved ones take raw activations.
 
 Run folder: `config.json`, `model.safetensors` (at the end), `metrics.jsonl`, `state/` (training weights, Adam's
 moments, counters). A resumed run equals an uninterrupted one, on the CPU bit for bit.
@@ -12,6 +12,7 @@ moments, counters). A resumed run equals an uninterrupted one, on the CPU bit fo
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import signal
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -35,7 +37,7 @@ from lorsa_utils.initialize import CALIBRATION_SEQUENCES, initialize
 from lorsa_utils.lorsa import SAE, Lorsa, Scaling, SparseOutput
 from lorsa_utils.metrics import evaluate_activations
 from lorsa_utils.models import AttentionSite, LanguageModel
-from lorsa_utils.processes import World
+from lorsa_utils.processes import ALONE, World
 
 QK_PARAMETERS = ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm")
 
@@ -44,7 +46,7 @@ Logger = Callable[[str, Mapping[str, float]], None]
 
 
 def learning_rate_factor(progress: float, warmup: float, decay: float) -> float:
-    """Warm-up, stable, decay: factor on the learning rate. All arguments are shares of the budget."""
+    """Warm-up, stable, decay; all arguments are shares of the budget."""
     rising = progress / warmup if warmup else 1.0
     falling = (1 - progress) / decay if decay else 1.0
     return max(0.0, min(1.0, rising, falling))
@@ -62,7 +64,6 @@ class RunSpec:
     """One module to train."""
 
     name: str
-    """In logs, messages and results."""
     layer: int
     module: LorsaConfig | SAEConfig
     train: TrainConfig
@@ -72,43 +73,36 @@ class RunSpec:
 class Run:
     """A module under training: weights in training space, optimizer, counters, schedules."""
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        source: Mapping[str, Any],
-        device: torch.device,
-        world: World = World(),  # noqa: B008
-    ) -> None:
+    def __init__(self, spec: RunSpec, source: Mapping[str, Any], device: torch.device, world: World = ALONE) -> None:
         self.spec, self.source, self.device, self.world = spec, dict(source), device, world
-        self.module: Lorsa | SAE = (
-            Lorsa(spec.module) if isinstance(spec.module, LorsaConfig) else SAE(spec.module)
-        ).to(device)
+        module = Lorsa(spec.module) if isinstance(spec.module, LorsaConfig) else SAE(spec.module)
+        self.module: Lorsa | SAE = module.to(device)
         self.scaling = Scaling(torch.zeros(spec.module.d_model, device=device), 1.0, 1.0)
-        self.step = self.tokens_seen = 0
+        self.step = self.tokens_seen = self.resumed_at = 0
         self.seconds = 0.0
         self.since_fired = torch.zeros(self.module.n_units, dtype=torch.long, device=device)
         self.broken = torch.zeros((), device=device)
         self._recent: list[dict[str, Tensor | float]] = []
-        train = spec.train
-        qk = [
-            parameter.requires_grad_(not train.freeze_qk)
-            for name, parameter in self.module.named_parameters()
-            if name in QK_PARAMETERS
-        ]
-        rest = [parameter for name, parameter in self.module.named_parameters() if name not in QK_PARAMETERS]
-        self.parameters = rest if train.freeze_qk else [*qk, *rest]
-        groups = [{"params": rest, "lr_factor": 1.0}]
-        if qk and not train.freeze_qk:
-            groups.append({"params": qk, "lr_factor": train.qk_lr_factor})
-        self._forward: Callable[..., SparseOutput] = self.module
-        if world.size > 1:
-            self._forward = DistributedDataParallel(self.module)
+        train, qk, rest = spec.train, [], []
+        for name, parameter in self.module.named_parameters():
+            if name not in QK_PARAMETERS:
+                rest.append(parameter)
+            elif parameter.requires_grad_(not train.freeze_qk).requires_grad:
+                qk.append(parameter)
+        self.parameters = [*qk, *rest]
+        groups = [{"params": rest, "lr_factor": 1.0}, {"params": qk, "lr_factor": train.qk_lr_factor}]
+        self._forward = DistributedDataParallel(self.module) if world.size > 1 else self.module
         self.optimizer = torch.optim.Adam(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
 
     @property
     def progress(self) -> float:
         """Share of the token budget used."""
         return self.tokens_seen / self.spec.train.tokens
+
+    @property
+    def state_file(self) -> Path:
+        """What a run is continued from."""
+        return self.spec.folder / "state" / "state.safetensors"
 
     def start(self, site: AttentionSite, batch: ActivationBatch) -> None:
         """Initialise from raw calibration activations."""
@@ -124,25 +118,28 @@ class Run:
                 steps are skipped until `require_finite` is called.
         """
         train, layer = self.spec.train, self.spec.layer
-        x = self.scaling.inputs(
-            self.module.input_from(batch.inputs[layer], batch.outputs[layer]).to(self.device, torch.float32)
-        )
+        read = self.module.input_from(batch.inputs[layer], batch.outputs[layer])
+        x = self.scaling.inputs(read.to(self.device, torch.float32))
         y = self.scaling.targets(batch.outputs[layer].to(self.device, torch.float32))
         n_tokens = int(batch.whole_mask.sum())
         mask = batch.mask.to(self.device, non_blocking=True)
-        self._set_learning_rate(n_tokens)
+        # The middle of the step rather than its start, so that no step has a rate of exactly zero.
+        progress = (self.tokens_seen + n_tokens / 2) / train.tokens
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * group["lr_factor"] * learning_rate_factor(progress, train.warmup, train.decay)
         k = kept_heads(self.progress, self.module.k, train.k_start, train.k_warmup)
+        dead = self.since_fired >= train.dead_window
+        # On a GPU asking whether any is dead would wait for it.
+        aux_k = train.aux_k if self.device.type == "cuda" or dead.any() else 0
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            output = self._forward(x, k, *self._dead_units())
+            output = self._forward(x, self.module.selection(k, dead, aux_k))
             error = torch.where(mask[..., None], output.y.float() - y, 0.0)
-            squares = error.square().sum()
+            total = squares = error.square().sum()
+            if output.aux_indices.numel():
+                rebuilt = self.module.decode(output.aux_indices, output.aux_values, bias=False) + error.detach()
+                total = squares + train.aux_weight * torch.where(mask[..., None], rebuilt, 0.0).square().sum()
             # Processes average their gradients; times their number, that is the sum over all sequences.
-            share = self.world.size / (max(1, n_tokens) * y.shape[-1])
-            total = (
-                share * (squares + self._aux_squares(output, error, mask))
-                if output.aux_indices.numel()
-                else share * squares
-            )
+            total = self.world.size / (max(1, n_tokens) * y.shape[-1]) * total
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, train.clip or float("inf"))
@@ -157,29 +154,8 @@ class Run:
         self.since_fired = torch.where(fired > 0, 0, self.since_fired + n_tokens)
         self.step += 1
         self.tokens_seen += n_tokens
-        self._recent.append(
-            dict(zip(("error", "deviation", "active"), sums, strict=True))
-            | {"n_tokens": n_tokens, "grad_norm": norm, "k": k}
-        )
-
-    def _set_learning_rate(self, n_tokens: int) -> None:
-        train = self.spec.train
-        # The middle of the step rather than its start, so that no step has a rate of exactly zero.
-        progress = (self.tokens_seen + n_tokens / 2) / train.tokens
-        for group in self.optimizer.param_groups:
-            group["lr"] = train.lr * group["lr_factor"] * learning_rate_factor(progress, train.warmup, train.decay)
-
-    def _dead_units(self) -> tuple[Tensor | None, int]:
-        """Mask of dead units and how many AuxK takes; (None, 0) without AuxK or, on the CPU, while all are alive."""
-        train = self.spec.train
-        dead = self.since_fired >= train.dead_window
-        # On a GPU asking whether any is dead would wait for it.
-        return (dead, train.aux_k) if train.aux_k and (self.device.type == "cuda" or bool(dead.any())) else (None, 0)
-
-    def _aux_squares(self, output: SparseOutput, error: Tensor, mask: Tensor) -> Tensor:
-        """Weighted squared error: the best dead heads rebuild what the live ones left (Gao et al. 2024)."""
-        rebuilt = self.module.decode(output.aux_indices, output.aux_values, bias=False)
-        return self.spec.train.aux_weight * torch.where(mask[..., None], rebuilt + error.detach(), 0.0).square().sum()
+        row = dict(zip(("error", "deviation", "active"), sums, strict=True))
+        self._recent.append(row | {"n_tokens": n_tokens, "grad_norm": norm, "k": k})
 
     @torch.no_grad()
     def _summed_over_processes(
@@ -188,9 +164,8 @@ class Run:
         """How often every unit fired in this step; its squared error, squared deviation and active units."""
         weight = mask[..., None].float()
         fired = (output.values != 0) * weight
-        counts = torch.zeros(self.module.n_units, device=self.device).index_add_(
-            0, output.indices.flatten(), fired.flatten()
-        )
+        counts = torch.zeros(self.module.n_units, device=self.device)
+        counts.index_add_(0, output.indices.flatten(), fired.flatten())
         moments = torch.stack((squares.detach(), (y.square() * weight).sum(), fired.sum(), weight.sum()))
         together = torch.cat((counts, moments, (y * weight).sum(dim=(0, 1))))
         if self.world.size > 1:
@@ -199,23 +174,18 @@ class Run:
         return counts, torch.stack((error, energy - total.square().sum() / n.clamp_min(1), active))
 
     def require_finite(self) -> None:
-        """Stop a diverged run.
-
-        Raises:
-            UserError: the loss or a gradient was not finite; the weights are the last good ones.
-        """
+        """UserError if the loss or a gradient was not finite; the weights are the last good ones."""
         if self.broken:
             raise UserError(
                 f"The loss of {self.spec.name} is no longer finite at step {self.step}; "
-                f"the last good state is kept in {self.spec.folder / 'state'}: start again with a lower --lr."
+                f"the last good state is kept in {self.state_file.parent}: start again with a lower --lr."
             )
 
     def recent_metrics(self) -> dict[str, float]:
-        """A row of metrics.jsonl: counters, and ratios of sums since the last call."""
+        """A row of metrics.jsonl; ratios are of sums since the last call."""
         rows, self._recent = self._recent, []
         sums = {name: float(sum(torch.as_tensor(row[name]).double() for row in rows)) for name in rows[0]}
-        n_tokens = max(1.0, sums["n_tokens"])
-        dead = float((self.since_fired >= self.spec.train.dead_window).double().mean())
+        n_tokens, dead_window = max(1.0, sums["n_tokens"]), self.spec.train.dead_window
         return {
             "step": self.step,
             "tokens": self.tokens_seen,
@@ -225,12 +195,10 @@ class Run:
             "grad_norm": sums["grad_norm"] / len(rows),
             "k": sums["k"] / len(rows),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "dead_fraction": dead,
-            "dead_window": self.spec.train.dead_window,
+            "dead_fraction": float((self.since_fired >= dead_window).double().mean()),
+            "dead_window": dead_window,
             "seconds": self.seconds,
         }
-
-    # ---- saving and resuming
 
     def config(self) -> dict[str, Any]:
         """What config.json holds, to rebuild and resume the run."""
@@ -249,58 +217,43 @@ class Run:
             return
         tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
         for index, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{index}.{name}"] = value
-        tensors["since_fired"], tensors["input_mean"] = self.since_fired, self.scaling.input_mean
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+        tensors |= {"since_fired": self.since_fired, "input_mean": self.scaling.input_mean}
         counters: dict[str, Any] = {"step": self.step, "tokens_seen": self.tokens_seen, "seconds": self.seconds}
         counters |= {"input_scale": self.scaling.input_scale, "output_scale": self.scaling.output_scale}
         counters["recent"] = [{name: float(value) for name, value in row.items()} for row in self._recent]
         # Counters go into the same file's header, so that one rename replaces the whole state.
-        store.write_tensors(
-            self.spec.folder / "state" / "state.safetensors", tensors, {"counters": json.dumps(counters)}
-        )
+        store.write_tensors(self.state_file, tensors, {"counters": json.dumps(counters)})
 
     def load_state(self) -> None:
-        """Continue from state/.
-
-        Raises:
-            UserError: the state is damaged.
-        """
-        file = self.spec.folder / "state" / "state.safetensors"
+        """Continue from state/; UserError if it is damaged."""
+        file = self.state_file
         tensors = store.read_tensors(file, self.device)
         try:
-            self._restore(tensors, json.loads(store.read_tensor_metadata(file)["counters"]))
+            counters = json.loads(store.read_tensor_metadata(file)["counters"])
+            self.module.load_state_dict({name: tensors[f"module.{name}"] for name in self.module.state_dict()})
+            for index, parameter in enumerate(self.parameters):
+                prefix = f"adam.{index}."
+                # Adam's step counter lives on the CPU when unfused, beside the weights when fused; take it where it is.
+                state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+                if state:
+                    self.optimizer.state[parameter] = state
+            self.since_fired, self._recent = tensors["since_fired"], counters["recent"]
+            self.step, self.tokens_seen, self.seconds = counters["step"], counters["tokens_seen"], counters["seconds"]
+            self.scaling = Scaling(tensors["input_mean"], counters["input_scale"], counters["output_scale"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{file} does not belong to this run; restore a copy or start again in an empty folder."
             ) from error
-
-    def _restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        self.module.load_state_dict({name: tensors[f"module.{name}"] for name in self.module.state_dict()})
-        for index, parameter in enumerate(self.parameters):
-            prefix = f"adam.{index}."
-            # Adam's step counter lives on the CPU when unfused and beside the weights when fused; take it where it was.
-            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            if state:
-                self.optimizer.state[parameter] = state
-        self.since_fired = tensors["since_fired"]
-        self.step, self.tokens_seen, self.seconds = counters["step"], counters["tokens_seen"], counters["seconds"]
-        self.scaling = Scaling(tensors["input_mean"], counters["input_scale"], counters["output_scale"])
-        self._recent = counters["recent"]
+        self.resumed_at = self.tokens_seen
 
     def finished_module(self) -> Lorsa | SAE:
         """A copy for raw activations: scales folded in, write directions of norm 1."""
-        copy = type(self.module)(self.module.config).to(self.device)  # type: ignore[arg-type]
-        copy.load_state_dict(self.module.state_dict())
-        copy.fold(self.scaling)
-        copy.fold_norms()
-        return copy.requires_grad_(False)
-
-    def save_module(self) -> None:
-        """Write model.safetensors, for raw activations (first process only)."""
-        if self.world.rank > 0:
-            return
-        store.write_tensors(self.spec.folder / "model.safetensors", self.finished_module().state_dict())
+        module = copy.deepcopy(self.module)
+        module.fold(self.scaling)
+        module.fold_norms()
+        return module.requires_grad_(False)
 
 
 def module_config(
@@ -322,18 +275,17 @@ def train(
     *,
     resume: bool = False,
     logger: Logger | None = None,
-    world: World = World(),  # noqa: B008
+    world: World = ALONE,
 ) -> dict[str, dict[str, float]]:
     """`train_runs`, then measure the modules on held-out activations and write results.json.
 
-    Returns the results by run name: the keys of `metrics.Reconstruction.result`, `tokens_per_s` and `seconds`. Empty
-    without held-out activations, and in all processes but the first.
+    Returns by run name the keys of `metrics.Reconstruction.result`, `tokens_per_s` and `seconds`. Empty without
+    held-out activations, and in all processes but the first.
 
     Raises:
         UserError: the disk is too small; see also `train_runs`.
     """
     store.require_free_bytes(specs[0].folder, _disk_bytes(specs), "The run")
-    before = tokens_seen(specs[0].folder) or 0 if resume else 0
     began = time.perf_counter()
     sites = {spec.layer: model.site(spec.layer) for spec in specs}
     runs = train_runs(specs, source, sites, device=model.device, resume=resume, logger=logger, world=world)
@@ -342,41 +294,17 @@ def train(
         return {}
     modules = {run.spec.name: (run.spec.layer, run.finished_module()) for run in runs}
     measured = evaluate_activations(modules, held_out, specs[0].train.batch_size)
-    speed = {"tokens_per_s": (runs[0].tokens_seen - before) / seconds, "seconds": seconds}
+    speed = {"tokens_per_s": (runs[0].tokens_seen - runs[0].resumed_at) / seconds, "seconds": seconds}
     for spec in specs:
         store.write_json(spec.folder / "results.json", measured[spec.name] | speed)
     return {name: result | speed for name, result in measured.items()}
 
 
-def tokens_seen(folder: Path) -> int | None:
-    """Tokens that a run has been trained on, by its saved state; None without one."""
-    state = folder / "state" / "state.safetensors"
-    return json.loads(store.read_tensor_metadata(state)["counters"])["tokens_seen"] if state.is_file() else None
-
-
 def cost(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel) -> str | None:
-    """What training takes, in a sentence, if over a minute; measured on two batches."""
-    how, parameters = specs[0].train, sum(spec.module.n_parameters for spec in specs)
-    seconds = _estimate_seconds(specs, source, model) if how.tokens >= 100_000 else 0.0
-    if seconds < 60:
+    """What training takes, in a sentence, if over a minute; timed on the second of two batches."""
+    how, disk = specs[0].train, _disk_bytes(specs)
+    if how.tokens < 100_000:
         return None
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.model.parameters())
-    units = max(spec.module.n_units for spec in specs)
-    memory = weights + 16 * parameters + 16 * how.batch_size * source.context * units
-    return (
-        f"Training on {how.tokens:,} tokens: about {seconds / 60:.1f} minutes, {memory / 1e9:.1f} GB of memory, "
-        f"{_disk_bytes(specs) / 1e9:.2f} GB on disk."
-    )
-
-
-def _disk_bytes(specs: Sequence[RunSpec]) -> int:
-    """Weights, and a state of weights and two moments."""
-    return 4 * 4 * sum(spec.module.n_parameters for spec in specs)
-
-
-def _estimate_seconds(specs: Sequence[RunSpec], source: ActivationSource, model: LanguageModel) -> float:
-    """Timed on the second of two batches (activations and a step of every module)."""
-    how = specs[0].train
     batches = source.batches(how.batch_size, layers=sorted({spec.layer for spec in specs}))
     first = next(batches)
     began = time.perf_counter()
@@ -389,7 +317,21 @@ def _estimate_seconds(specs: Sequence[RunSpec], source: ActivationSource, model:
         began = time.perf_counter()
         run.train_step(second)
         seconds += time.perf_counter() - began
-    return seconds * how.tokens / max(1, int(second.mask.sum()))
+    seconds *= how.tokens / max(1, int(second.mask.sum()))
+    if seconds < 60:
+        return None
+    weights = sum(parameter.nbytes for parameter in model.model.parameters())
+    units = max(spec.module.n_units for spec in specs)
+    memory = weights + disk + 16 * how.batch_size * source.context * units
+    return (
+        f"Training on {how.tokens:,} tokens: about {seconds / 60:.1f} minutes, {memory / 1e9:.1f} GB of memory, "
+        f"{disk / 1e9:.2f} GB on disk."
+    )
+
+
+def _disk_bytes(specs: Sequence[RunSpec]) -> int:
+    """Weights, and a state of weights and two moments."""
+    return 4 * 4 * sum(spec.module.n_parameters for spec in specs)
 
 
 def prepare_runs(
@@ -399,17 +341,13 @@ def prepare_runs(
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
-    world: World = World(),  # noqa: B008
+    world: World = ALONE,
 ) -> list[Run]:
     """Initialise runs on the first sequences, or resume them from their folders.
 
     Raises:
-        UserError: a folder holds a run (without `resume`) or one with other settings; two runs share a folder; k_start
-            exceeds the number of units; the source is empty.
+        UserError: a folder holds a run (without `resume`) or one with other settings.
     """
-    _check_specs(specs)
-    if source.n_sequences == 0 or source.n_tokens == 0:
-        raise UserError("There is not one token to train on; give a longer text.")
     runs = [Run(spec, source.identity(), torch.device(device), world) for spec in specs]
     problem: UserError | None = None
     if world.rank == 0:
@@ -440,7 +378,7 @@ def _start_or_load(
             if not resume:
                 raise UserError(f"{folder} holds a run already; add --resume to continue it or choose another --out.")
             _require_same_config(folder, run.config())
-            if (folder / "state" / "state.safetensors").is_file():
+            if run.state_file.is_file():
                 store.remove_leftovers(folder / "state")
                 run.load_state()
                 continue
@@ -453,20 +391,27 @@ def _start_or_load(
             run.save_state()
 
 
-def _check_specs(specs: Sequence[RunSpec]) -> None:
-    folders = [spec.folder.resolve() for spec in specs]
+def _check(specs: Sequence[RunSpec], source: ActivationSource, world: World) -> None:
+    batch_size, folders = specs[0].train.batch_size, [spec.folder.resolve() for spec in specs]
+    if len({(spec.train.batch_size, spec.train.tokens) for spec in specs}) != 1:
+        raise UserError("Runs trained together must have the same batch_size and tokens; train them in separate calls.")
+    if world.size > batch_size:
+        raise UserError(
+            f"{world.size} processes cannot share a batch of {batch_size} sequences; start fewer or raise --batch-size."
+        )
     for spec in specs:
         if folders.count(spec.folder.resolve()) > 1:
             raise UserError(f"Two runs would write to {spec.folder}; give each its own folder.")
-        units = spec.module.n_units
-        if spec.train.k_start > units:
-            raise UserError(
-                f"k_start ({spec.train.k_start}) must not exceed the number of heads or features ({units})."
-            )
+        k_start, units = spec.train.k_start, spec.module.n_units
+        if k_start > units:
+            raise UserError(f"k_start ({k_start}) must not exceed the number of heads or features ({units}).")
+    if source.n_sequences == 0 or source.n_tokens == 0:
+        raise UserError("There is not one token to train on; give a longer text.")
 
 
 def _require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
-    saved, asked = _flatten(store.read_json(folder / "config.json")), _flatten(json.loads(json.dumps(config)))
+    configs = store.read_json(folder / "config.json"), json.loads(json.dumps(config))
+    saved, asked = (pd.json_normalize(nested).to_dict("records")[0] for nested in configs)
     # Files may move, as hashes tell what was read; logging and saving do not change what is computed.
     free = {"source.text", "train.log_every", "train.save_every_seconds"}
     if saved.get("source.model_sha256") == asked.get("source.model_sha256"):
@@ -479,13 +424,6 @@ def _require_same_config(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
-    return flat
-
-
 def train_runs(
     specs: Sequence[RunSpec],
     source: ActivationSource,
@@ -496,56 +434,43 @@ def train_runs(
     progress: bool = True,
     logger: Logger | None = None,
     stop_after_steps: int | None = None,
-    world: World = World(),  # noqa: B008
+    world: World = ALONE,
 ) -> list[Run]:
     """Train modules on the same batches, with equal batch size and budget to be fair; save those that finish.
 
-    A source smaller than the budget is read again. `sites` are the attention sites by layer, for initialisation.
-    `resume` continues each existing run from where it was. `logger` is called in addition to metrics.jsonl.
-    `stop_after_steps` saves the state and stops after so many more steps (to show or test resuming). All processes of
-    `world` call this with the same arguments.
+    A source smaller than the budget is read again. `sites`, by layer, are for initialisation; `resume` continues each
+    existing run from where it was. `stop_after_steps` saves the state and stops after so many more steps (to show or
+    test resuming). All processes of `world` call this with the same arguments.
 
     Raises:
-        UserError: settings do not fit together, or the loss is not finite.
+        UserError: settings do not fit together, the source is empty, or the loss is not finite; see `prepare_runs`.
     """
-    if len({(spec.train.batch_size, spec.train.tokens) for spec in specs}) != 1:
-        raise UserError("Runs trained together must have the same batch_size and tokens; train them in separate calls.")
-    if world.size > specs[0].train.batch_size:
-        raise UserError(
-            f"{world.size} processes cannot share a batch of {specs[0].train.batch_size} sequences; "
-            "start fewer or raise --batch-size."
-        )
+    _check(specs, source, world)
     runs = prepare_runs(specs, source, sites, device=device, resume=resume, world=world)
     progress = progress and world.rank == 0
     try:
-        _catch_up(runs, source, progress, logger)
+        while len(steps := sorted({run.step for run in runs})) > 1:  # some were killed before they were saved
+            behind = [run for run in runs if run.step == steps[0]]
+            _loop(behind, source, progress, logger, steps[1] - steps[0])
         _loop(runs, source, progress, logger, stop_after_steps)
-    except (KeyboardInterrupt, UserError):
-        for run in runs:
-            run.save_state()
-        raise
-    except RuntimeError as error:
-        if world.size == 1:
+    except (KeyboardInterrupt, UserError, RuntimeError) as error:
+        lost = isinstance(error, RuntimeError)
+        if lost and world.size == 1:
             raise
         for run in runs:
             run.save_state()
+        if not lost:
+            raise
         raise UserError(
             f"Another process of this training has ended ({str(error).splitlines()[0]}); "
-            f"the last good state is kept in {runs[0].spec.folder / 'state'}: "
+            f"the last good state is kept in {runs[0].state_file.parent}: "
             "go on with --resume and as many processes."
         ) from error
     for run in runs:
         run.save_state()
-        if run.progress >= 1:
-            run.save_module()
+        if run.progress >= 1 and world.rank == 0:
+            store.write_tensors(run.spec.folder / "model.safetensors", run.finished_module().state_dict())
     return runs
-
-
-def _catch_up(runs: Sequence[Run], source: ActivationSource, progress: bool, logger: Logger | None) -> None:
-    """Bring runs saved earlier than others (killed between two saves) to the same step."""
-    while len(steps := sorted({run.step for run in runs})) > 1:
-        behind = [run for run in runs if run.step == steps[0]]
-        _loop(behind, source, progress, logger, steps[1] - steps[0])
 
 
 def _loop(
@@ -651,29 +576,24 @@ def make_logger(kind: str, folder: str | Path) -> Logger | None:
     """
     if kind == "jsonl":
         return None
+    if kind not in ("tensorboard", "wandb"):
+        raise UserError(f"logger must be jsonl, tensorboard or wandb, not {kind!r}.")
     try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder))
-        elif kind == "wandb":
+        if kind == "wandb":
             import wandb
 
             session = wandb.init(project="lorsa", dir=str(folder))
-        else:
-            raise UserError(f"logger must be jsonl, tensorboard or wandb, not {kind!r}.")
+            return lambda name, row: session.log({f"{name}/{key}": value for key, value in row.items()})
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(
             f"The logger {kind!r} needs a package that is missing ({error.name}); install it with pip install {kind}."
         ) from error
+    writer = SummaryWriter(str(folder))
 
     def log(name: str, row: Mapping[str, float]) -> None:
-        values = {f"{name}/{key}": value for key, value in row.items()}
-        if kind == "wandb":
-            session.log(values)
-            return
-        for key, value in values.items():
-            writer.add_scalar(key, value, int(row["tokens"]))
+        for key, value in row.items():
+            writer.add_scalar(f"{name}/{key}", value, int(row["tokens"]))
         writer.flush()
 
     return log

@@ -35,17 +35,8 @@ class Letters:
 
 def planted_model(seed: int = 0) -> LanguageModel:
     """The model; its tokenizer only decodes."""
-    config = AutoConfig.for_model(
-        "gpt2",
-        n_embd=D_MODEL,
-        n_layer=2,
-        n_head=4,
-        vocab_size=N,
-        n_positions=N,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=False,
-    )
+    sizes = {"n_embd": D_MODEL, "n_layer": 2, "n_head": 4, "vocab_size": N, "n_positions": N}
+    config = AutoConfig.for_model("gpt2", **sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -55,8 +46,7 @@ def planted_model(seed: int = 0) -> LanguageModel:
         block.ln_1.weight.fill_(1.0)
         block.ln_2.weight.fill_(1.0)
         block.attn.c_attn.weight.copy_(torch.randn(block.attn.c_attn.weight.shape, generator=generator) * 0.1)
-        # What heads without a part write is the same for all tokens of the said block: nothing that decides between two
-        # of them.
+        # What heads without a part write is the same for all tokens of the said block: it decides between no two.
         block.attn.c_proj.weight[:, PLACE] = torch.randn(D_MODEL, N, generator=generator) * 0.002
     body.ln_f.weight.fill_(1.0)
     body.wte.weight[:, TOKEN] = eye
@@ -71,15 +61,12 @@ def planted_model(seed: int = 0) -> LanguageModel:
 
 def _set_head(attention, head, sharp, query, key, match, read, write, size) -> None:  # type: ignore[no-untyped-def]
     """One head: queries of a block match keys of another through `match`, values copy a block into another."""
-    mine = slice(head * N, (head + 1) * N)
-    weight = attention.c_attn.weight  # [d_model, 3 d_model]: queries, keys, values
-    for part in range(3):
-        weight[:, part * D_MODEL + head * N : part * D_MODEL + (head + 1) * N] = 0
-    weight[query, mine] = sharp**0.5 * torch.eye(N)
-    weight[key, D_MODEL + head * N : D_MODEL + (head + 1) * N] = sharp**0.5 * match
-    weight[read, 2 * D_MODEL + head * N : 2 * D_MODEL + (head + 1) * N] = torch.eye(N)
+    mine, eye = slice(head * N, (head + 1) * N), torch.eye(N)
+    weight = attention.c_attn.weight.view(D_MODEL, 3, D_MODEL)[..., mine]  # of queries, keys, values
+    weight.zero_()
+    weight[query, 0], weight[key, 1], weight[read, 2] = sharp**0.5 * eye, sharp**0.5 * match, eye
     attention.c_proj.weight[mine] = 0
-    attention.c_proj.weight[mine, write] = size * torch.eye(N)
+    attention.c_proj.weight[mine, write] = size * eye
 
 
 def planted_lorsa(model: LanguageModel, layer: int, k: int = 8) -> Lorsa:
@@ -101,8 +88,7 @@ def planted_sae(layer: int, k: int = 8) -> SAE:
     sae = SAE(SAEConfig(d_model=D_MODEL, n_features=2 * N, k=k))
     block = BEFORE if layer == 0 else SAID
     generator = torch.Generator().manual_seed(layer)
-    sae.W_E[:N, block] = torch.eye(N)
-    sae.W_O[:N, block] = torch.eye(N)
+    sae.W_E[:N, block] = sae.W_O[:N, block] = torch.eye(N)
     sae.W_E[N:, PLACE] = 0.1 * torch.randn(N, N, generator=generator)
     sae.W_O[N:, PLACE] = 0.002 * torch.randn(N, N, generator=generator)
     return sae

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from lorsa_utils.config import LorsaConfig, SAEConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, Scaling, load
 from lorsa_utils.models import load_model
-from lorsa_utils.selection import SCORES
 
 LLAMA3 = ROTARY.replace(rope_type="llama3", rotary_dim=2, factor=8.0, original_context=8, adjacent_pairs=True)
 
@@ -40,14 +39,18 @@ def keeps_clear_of_ties(module: Lorsa | SAE, x: torch.Tensor, gap: float = 1e-3)
 def test_equals_the_loops(config: LorsaConfig, batch: int, length: int, seed: int) -> None:
     module = randomized(Lorsa(config), seed)
     x = random_inputs(batch, length, config.d_model, seed + 1, torch.float64)
-    output = module(x)
-    for row in range(batch):
-        y, z, indices = reference.lorsa_forward(x[row], module.state_dict(), config)
-        assert (module.pre_activations(x)[row] - z).abs().max() < 1e-10
-        assert (output.y[row] - y).abs().max() < 1e-10
-        assert torch.equal(output.indices[row].sort(dim=-1).values, indices)
-    assert output.indices.shape == output.values.shape == (batch, length, config.k)
-    assert (module.pre_activations(x, backend="reference") - module.pre_activations(x)).abs().max() < 1e-10
+    loops = [reference.lorsa_forward(row, module.state_dict(), config) for row in x]
+    y, z, indices = (torch.stack(side) for side in zip(*loops, strict=True))
+    for backend in ("auto", "reference"):
+        module.backend = backend
+        output = module(x)
+        assert (module.pre_activations(x) - z).abs().max() < 1e-10
+        assert (output.y - y).abs().max() < 1e-10
+        assert torch.equal(output.indices.sort(dim=-1).values, indices)
+        assert output.indices.shape == output.values.shape == (batch, length, config.k)
+        kept = module.encode(x)
+        assert torch.equal(kept[0], output.indices)
+        assert (module.decode(*kept, bias=False) + module.b_O - y).abs().max() < 1e-10
 
 
 def test_float64_scores_are_not_rounded() -> None:
@@ -60,24 +63,31 @@ def test_float64_scores_are_not_rounded() -> None:
     assert module.select(z)[0].item() == 9
 
 
-def test_selection_among_some_units_and_with_another_k() -> None:
+def test_selection_with_another_k() -> None:
     module, x = random_lorsa(), random_inputs(2, 6)
-    among = torch.zeros(module.n_units, dtype=torch.bool)
-    among[[2, 3, 11, 17]] = True
-    indices, _ = module.select(module.pre_activations(x), 3, among=among)
-    assert indices.shape == (2, 6, 3)
-    assert among[indices].all()
-    assert module(x, k=24).indices.shape == (2, 6, 24)
-    dense = module.pre_activations(x).relu() @ module.W_O + module.b_O
-    assert torch.allclose(module(x, k=24).y, dense, atol=1e-4)
+    output = module(x, module.selection(24))
+    assert output.indices.shape == (2, 6, 24)
+    assert torch.allclose(output.y, module.pre_activations(x).relu() @ module.W_O + module.b_O, atol=1e-4)
+    assert module.select(module.pre_activations(x), 3)[0].shape == (2, 6, 3)
 
 
 # ---- gradients
 
 
-def check_gradients(draw_module: Callable[[int], Lorsa | SAE], d_model: int) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *[{}, {"score": "abs"}, {"qk_norm": True, "rotary": LLAMA3}, {"n_qk_heads": 6, "k": 1}],
+        *[{"k": 6, "score": "abs"}, {"n_features": 6}],
+    ],
+    ids=["relu", "abs", "qk_norm", "one head a group", "all heads", "sae"],
+)
+def test_gradients_of_the_whole_layer(changes: dict[str, Any]) -> None:
+    make: Callable[..., Lorsa | SAE] = random_lorsa if "n_features" not in changes else random_sae
+    small = {"n_ov_heads": 6, "n_qk_heads": 2} if make is random_lorsa else {}
     for seed in range(100):
-        module, x = draw_module(seed), random_inputs(1, 3, d_model, seed, torch.float64)
+        module = make(seed, torch.float64, **{"d_model": 5, "k": 3} | small | changes)
+        x = random_inputs(1, 3, 5, seed, torch.float64)
         if keeps_clear_of_ties(module, x):
             break
     else:
@@ -90,16 +100,6 @@ def check_gradients(draw_module: Callable[[int], Lorsa | SAE], d_model: int) -> 
         return result
 
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *tensors))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"score": "abs"}, {"qk_norm": True, "rotary": LLAMA3}, {"n_qk_heads": 6, "k": 1}, {"k": 6, "score": "abs"}],
-    ids=["relu", "abs", "qk_norm", "one head a group", "all heads"],
-)
-def test_gradients_of_the_whole_layer(changes: dict[str, Any]) -> None:
-    small = {"d_model": 5, "n_ov_heads": 6, "n_qk_heads": 2, "k": 3} | changes
-    check_gradients(lambda seed: random_lorsa(seed, torch.float64, **small), 5)
 
 
 def test_gradients_flow_through_kept_heads_alone() -> None:
@@ -118,7 +118,7 @@ def test_gradients_flow_through_kept_heads_alone() -> None:
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_patterns_are_an_exact_split_of_z(qk_norm: bool) -> None:
     module, x = random_lorsa(dtype=torch.float64, qk_norm=qk_norm), random_inputs(2, 8, dtype=torch.float64)
-    z = module.pre_activations(x)
+    z, v = module.pre_activations(x), module.attention_inputs(x)[2].transpose(1, 2).flatten(2)
     for group in range(3):
         pattern = module.attention_pattern(x, group)
         assert pattern.shape == (2, 8, 8)
@@ -127,7 +127,7 @@ def test_patterns_are_an_exact_split_of_z(qk_norm: bool) -> None:
     for head in range(24):
         split = module.z_pattern(x, head)
         assert (split.sum(-1) - z[..., head]).abs().max() < 1e-12
-        assert (split - module.attention_pattern(x, head // 8) * module.values(x)[:, None, :, head]).abs().max() < 1e-12
+        assert (split - module.attention_pattern(x, head // 8) * v[:, None, :, head]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("index", [-1, 3, 24])
@@ -164,30 +164,33 @@ def test_config_is_derived_from_the_model(tmp_path: Path, kind: str) -> None:
 # ---- folding
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_folding_norms_keeps_outputs_and_selection(score: str) -> None:
-    module, x = random_lorsa(dtype=torch.float64, score=score), random_inputs(2, 6, dtype=torch.float64)
+MODULES: dict[str, Callable[..., Lorsa | SAE]] = {
+    "lorsa": partial(random_lorsa, rotary=LLAMA3, score="abs"),
+    "lorsa_qk_norm": partial(random_lorsa, rotary=LLAMA3, qk_norm=True),
+    "sae": random_sae,
+    "transcoder": partial(random_sae, kind="transcoder"),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_folding_norms_keeps_outputs_and_selection(kind: str) -> None:
+    """Also with a head that writes nothing."""
+    module, x = MODULES[kind](dtype=torch.float64), random_inputs(2, 6, dtype=torch.float64)
+    with torch.no_grad():
+        module.W_O[5] = 0
     before = module(x)
     module.fold_norms()
     after = module(x)
-    assert torch.allclose(module.W_O.norm(dim=1), torch.ones(24, dtype=torch.float64), atol=1e-12)
+    norms = module.W_O.norm(dim=1)
+    assert norms[5] == 0
+    assert torch.allclose(norms[norms > 0], torch.ones(23, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(before.y, after.y, atol=1e-10)
     assert torch.equal(before.indices.sort(dim=-1).values, after.indices.sort(dim=-1).values)
 
 
-def test_folding_norms_with_a_head_that_writes_nothing() -> None:
-    module, x = random_lorsa(dtype=torch.float64), random_inputs(1, 4, dtype=torch.float64)
-    with torch.no_grad():
-        module.W_O[5] = 0
-    before = module(x).y
-    module.fold_norms()
-    assert torch.allclose(module(x).y, before, atol=1e-10)
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_folding_turns_training_space_into_raw_activations_and_back(qk_norm: bool) -> None:
-    module = random_lorsa(dtype=torch.float64, qk_norm=qk_norm)
-    x = random_inputs(2, 6, dtype=torch.float64)
+@pytest.mark.parametrize("kind", MODULES)
+def test_folding_turns_training_space_into_raw_activations_and_back(kind: str) -> None:
+    module, x = MODULES[kind](dtype=torch.float64), random_inputs(2, 6, dtype=torch.float64)
     scaling = Scaling(torch.randn(x.shape[-1], dtype=torch.float64), 0.3, 7.0)
     trained = module(scaling.inputs(x)).y
     module.fold(scaling)
@@ -215,37 +218,6 @@ def test_an_sae_equals_plain_loops(d: int, n: int, seed: int, data: st.DataObjec
             assert (output.y[b, i] - y).abs().max() < 1e-10
 
 
-def test_an_sae_by_hand() -> None:
-    """Two features along the axes, the second written at double length: the score decides, not the activation."""
-    module = SAE(SAEConfig(d_model=2, n_features=2, k=1))
-    with torch.no_grad():
-        module.W_E.copy_(torch.eye(2))
-        module.b_E.copy_(torch.tensor([0.0, -1.0]))
-        module.W_O.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-        module.b_O.copy_(torch.tensor([0.5, 0.0]))
-    x = torch.tensor([[[3.0, 3.0], [3.0, 2.0], [-1.0, -1.0]]])
-    output = module(x)
-    assert module.pre_activations(x).tolist() == [[[3.0, 2.0], [3.0, 1.0], [-1.0, -2.0]]]
-    assert output.indices[0].tolist() == [[1], [0], [0]]
-    assert output.values[0].tolist() == [[2.0], [3.0], [0.0]]
-    assert output.y[0].tolist() == [[0.5, 4.0], [3.5, 0.0], [0.5, 0.0]]
-
-
-def test_gradients_of_an_sae() -> None:
-    check_gradients(lambda seed: random_sae(seed, torch.float64, d_model=4, n_features=6, k=2), 4)
-
-
-@pytest.mark.parametrize("kind", ["sae", "transcoder"])
-def test_folding_an_sae_keeps_outputs(kind: Literal["sae", "transcoder"]) -> None:
-    module, x = random_sae(dtype=torch.float64, kind=kind), random_inputs(2, 5, dtype=torch.float64)
-    scaling = Scaling(torch.randn(x.shape[-1], dtype=torch.float64), 0.3, 7.0)
-    trained = module(scaling.inputs(x)).y / 7.0
-    module.fold(scaling)
-    module.fold_norms()
-    assert torch.allclose(module(x).y, trained, atol=1e-10)
-    assert torch.allclose(module.W_O.norm(dim=1), torch.ones(24, dtype=torch.float64), atol=1e-12)
-
-
 def test_the_sae_reads_the_output_and_the_others_the_input() -> None:
     read, written = torch.zeros(1), torch.ones(1)
     assert random_sae(kind="sae").input_from(read, written) is written
@@ -256,23 +228,16 @@ def test_the_sae_reads_the_output_and_the_others_the_input() -> None:
 # ---- saving and loading
 
 
-def save_random(kind: str, folder: Path) -> tuple[Lorsa | SAE, Path]:
-    if kind in ("sae", "transcoder"):
-        module: Lorsa | SAE = random_sae(kind=kind)
-    else:
-        module = random_lorsa(qk_norm=kind == "lorsa_qk_norm", rotary=LLAMA3, score="abs")
-    module.save(folder)
-    return module, folder
-
-
 @pytest.fixture(params=["lorsa", "sae"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Lorsa | SAE, Path]:
-    return save_random(request.param, tmp_path / "run")
+    module = MODULES[request.param]()
+    module.save(tmp_path / "run")
+    return module, tmp_path / "run"
 
 
-@pytest.mark.parametrize("kind", ["lorsa", "lorsa_qk_norm", "sae", "transcoder"])
-def test_a_loaded_module_is_the_saved_one(kind: str, tmp_path: Path) -> None:
-    module, folder = save_random(kind, tmp_path / "run")
+@pytest.mark.parametrize("saved", MODULES, indirect=True)
+def test_a_loaded_module_is_the_saved_one(saved: tuple[Lorsa | SAE, Path]) -> None:
+    module, folder = saved
     loaded = load(folder)
     assert type(loaded) is type(module)
     assert loaded.config == module.config
@@ -280,12 +245,6 @@ def test_a_loaded_module_is_the_saved_one(kind: str, tmp_path: Path) -> None:
     for before, after in zip(module(x), loaded(x), strict=True):
         assert torch.equal(before, after)
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = store.read_tensors(folder / "model.safetensors")
-    change(tensors)
-    store.write_tensors(folder / "model.safetensors", tensors)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.999, None])
@@ -298,29 +257,23 @@ def test_a_cut_file_and_one_of_noise_are_refused(saved: tuple[Lorsa | SAE, Path]
         load(saved[1])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(saved: tuple[Lorsa | SAE, Path], value: float) -> None:
-    rewrite(saved[1], lambda tensors: tensors["W_O"][3, 2].fill_(value))
-    with pytest.raises(UserError, match=r"W_O holds values that are not finite"):
-        load(saved[1])
-
-
-def test_other_shapes_and_missing_tensors_are_refused(saved: tuple[Lorsa | SAE, Path]) -> None:
-    rewrite(saved[1], lambda tensors: tensors.update(W_O=tensors["W_O"][:-1]))
-    with pytest.raises(UserError, match=r"W_O is of shape \[23, 16\], not \[24, 16\]"):
-        load(saved[1])
-    rewrite(saved[1], lambda tensors: tensors.pop("W_O"))
-    with pytest.raises(UserError, match=r"W_O is missing"):
-        load(saved[1])
-    (saved[1] / "model.safetensors").unlink()
+def test_wrong_tensors_are_refused(saved: tuple[Lorsa | SAE, Path]) -> None:
+    changes: list[tuple[Callable[[dict[str, torch.Tensor]], object], str]] = [
+        (lambda tensors: tensors["W_O"][3, 2].fill_(float("nan")), r"W_O holds values that are not finite"),
+        (lambda tensors: tensors["W_O"][3, 2].fill_(float("inf")), r"W_O holds values that are not finite"),
+        (lambda tensors: tensors.update(W_O=tensors["W_O"][:-1]), r"W_O is of shape \[23, 16\], not \[24, 16\]"),
+        (lambda tensors: tensors.pop("W_O"), r"W_O is missing"),
+    ]
+    file = saved[1] / "model.safetensors"
+    for change, sentence in changes:
+        tensors = store.read_tensors(file)
+        change(tensors)
+        store.write_tensors(file, tensors)
+        with pytest.raises(UserError, match=sentence):
+            load(saved[1])
+    file.unlink()
     with pytest.raises(UserError, match=r"model.safetensors does not exist"):
         load(saved[1])
-
-
-def edit_config(folder: Path, change: Callable[[Any], Any]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +292,9 @@ def edit_config(folder: Path, change: Callable[[Any], Any]) -> None:
 def test_a_wrong_config_is_refused_in_a_sentence(
     saved: tuple[Lorsa | SAE, Path], change: Callable[[Any], Any], sentence: str
 ) -> None:
-    edit_config(saved[1], change)
+    config = store.read_json(saved[1] / "config.json")
+    change(config)
+    store.write_json(saved[1] / "config.json", config)
     with pytest.raises(UserError, match=sentence):
         load(saved[1])
 
@@ -356,10 +311,9 @@ def test_no_run_folder_and_a_broken_config(tmp_path: Path, saved: tuple[Lorsa | 
 
 
 def test_loading_as_the_other_kind_names_both(saved: tuple[Lorsa | SAE, Path]) -> None:
-    module, folder = saved
-    other = SAE if isinstance(module, Lorsa) else Lorsa
+    other = SAE if isinstance(saved[0], Lorsa) else Lorsa
     with pytest.raises(UserError, match=r"load it with lorsa_utils.load"):
-        other.load(folder)
+        other.load(saved[1])
 
 
 def test_saving_over_a_run_leaves_the_old_one_when_it_fails(
@@ -381,10 +335,3 @@ def test_saving_into_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"Cannot write to"):
         random_lorsa().save(tmp_path / "file")
-
-
-def test_reference_decode_can_be_asked_for() -> None:
-    module, x = random_lorsa(dtype=torch.float64), random_inputs(1, 4, dtype=torch.float64)
-    indices, values = module.encode(x, backend="reference")
-    assert torch.allclose(module.decode(indices, values, backend="reference"), module(x).y, atol=1e-10)
-    assert torch.allclose(module.decode(indices, values, bias=False) + module.b_O, module(x).y, atol=1e-10)

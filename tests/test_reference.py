@@ -24,17 +24,14 @@ def frequencies_by_wavelength(rotary: RotaryConfig) -> list[float]:
     for pair in range(rotary.rotary_dim // 2):
         plain = 1 / rotary.theta ** (pair / (rotary.rotary_dim / 2))
         wavelength = 2 * math.pi / plain
-        longest, shortest = (
-            rotary.original_context / factor for factor in (rotary.low_freq_factor, rotary.high_freq_factor)
-        )
-        if rotary.rope_type == "default" or (rotary.rope_type == "llama3" and wavelength < shortest):
+        low, high = rotary.low_freq_factor, rotary.high_freq_factor
+        turns = rotary.original_context / wavelength
+        if rotary.rope_type == "default" or (rotary.rope_type == "llama3" and turns > high):
             result.append(plain)
-        elif rotary.rope_type == "linear" or wavelength > longest:
+        elif rotary.rope_type == "linear" or turns < low:
             result.append(plain / rotary.factor)
         else:
-            smooth = (rotary.original_context / wavelength - rotary.low_freq_factor) / (
-                rotary.high_freq_factor - rotary.low_freq_factor
-            )
+            smooth = (turns - low) / (high - low)
             result.append((1 - smooth) * plain / rotary.factor + smooth * plain)
     return result
 
@@ -66,7 +63,7 @@ def dense_lorsa(x: Tensor, w: dict[str, Tensor], config: LorsaConfig) -> tuple[T
                 for side, name in ((q, "q_norm"), (k, "k_norm"))
             )
         q, k = rotate_complex(q, config.rotary), rotate_complex(k, config.rotary)
-        scale = config.attn_scale if config.attn_scale else 1 / math.sqrt(config.d_qk)
+        scale = config.attn_scale or 1 / math.sqrt(config.d_qk)
         weights = torch.exp(scale * q @ k.T).tril()
         pattern = weights / weights.sum(1, keepdim=True)
         heads = slice(group * config.group_size, (group + 1) * config.group_size)
@@ -107,15 +104,12 @@ def test_llama3_scaling_has_all_three_branches() -> None:
 
 
 def test_attention_by_hand() -> None:
-    """Two tokens, scores 0 and ln 3: the second token attends with 1/4 and 3/4."""
-    q, k = torch.tensor([[1.0], [1.0]], dtype=torch.float64), torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
-    z = reference.causal_attention(q, k, torch.tensor([[4.0], [8.0]], dtype=torch.float64), 1.0)
-    assert z.flatten().tolist() == pytest.approx([4.0, 7.0])
-
-
-def test_large_scores_do_not_overflow() -> None:
-    q = torch.full((3, 1), 1e4, dtype=torch.float64)
-    assert torch.isfinite(reference.causal_attention(q, q, q, 1.0)).all()
+    """Two tokens, scores 0 and ln 3: the second token attends with 1/4 and 3/4. Large scores do not overflow."""
+    q, k, v = (
+        torch.tensor([[first], [second]]).double() for first, second in ((1.0, 1.0), (0.0, math.log(3)), (4.0, 8.0))
+    )
+    assert reference.causal_attention(q, k, v, 1.0).flatten().tolist() == pytest.approx([4.0, 7.0])
+    assert torch.isfinite(reference.causal_attention(1e4 * q, 1e4 * q, v, 1.0)).all()
 
 
 def test_rotation_by_hand() -> None:
@@ -125,9 +119,8 @@ def test_rotation_by_hand() -> None:
     vector = torch.tensor([1.0, 2.0, 5.0, 7.0], dtype=torch.float64)
     assert reference.rotate(vector, 3, rotary).tolist() == pytest.approx([cos - 2 * sin, 2 * cos + sin, 5.0, 7.0])
     halves = RotaryConfig(rope_type="default", rotary_dim=4, theta=1e30)
-    assert reference.rotate(vector, 3, halves).tolist() == pytest.approx(
-        [cos - 5 * sin, 2.0, 5 * cos + sin, 7.0], abs=1e-12
-    )
+    turned = [cos - 5 * sin, 2.0, 5 * cos + sin, 7.0]
+    assert reference.rotate(vector, 3, halves).tolist() == pytest.approx(turned, abs=1e-12)
 
 
 def test_top_k_and_decode_by_hand() -> None:

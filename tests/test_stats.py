@@ -10,17 +10,14 @@ from hypothesis import strategies as st
 
 from lorsa_utils import stats
 
+rows = st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=8)
 
-@given(
-    st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=8),
-    st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=8),
-)
+
+@given(rows, rows)
 def test_auc_is_the_chance_of_a_larger_value(high: list[list[int]], low: list[list[int]]) -> None:
     labelled, controls = torch.tensor(high).float(), torch.tensor(low).float()
-    expected = ((labelled[:, None] > controls).double() + 0.5 * (labelled[:, None] == controls).double()).mean(
-        dim=(0, 1)
-    )
-    assert torch.allclose(stats.auc(labelled, controls, columns=2), expected)
+    larger = (labelled[:, None] > controls).double() + 0.5 * (labelled[:, None] == controls).double()
+    assert torch.allclose(stats.auc(labelled, controls, columns=2), larger.mean(dim=(0, 1)))
 
 
 def test_holm_by_hand() -> None:

@@ -8,24 +8,25 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from scripts import ROOT
 from tiny_models import save_tiny_model
 
 from lorsa_utils import store
+from lorsa_utils.training import read_log
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo"),
 ]
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE = "--n-heads 32 --n-qk 4 --k 4 --context 32 --held-out-tokens 600 --batch-size 5"
 
 
@@ -36,27 +37,23 @@ class Lab:
         self.folder = folder
         rng = random.Random(0)
         words = ["attention", "head", "layer", "of", "the", "model", "reads", "writes", "a", "token"]
-        self.text = folder / "prose.txt"
-        self.text.write_text(
-            "\n\n".join(" ".join(rng.choices(words, k=120)) + "." for _ in range(40)), encoding="utf-8"
-        )
-        self.model = save_tiny_model(folder / "model", "llama")
+        text = "\n\n".join(" ".join(rng.choices(words, k=120)) + "." for _ in range(40))
+        (folder / "prose.txt").write_text(text, encoding="utf-8")
+        save_tiny_model(folder / "model", "llama")
 
-    def command(self, out: str, processes: int, *options: str, tokens: int = 3000, layer: str = "1") -> list[str]:
+    def start(
+        self, out: str, processes: int, *options: str, tokens: int = 3000, layer: str = "1"
+    ) -> subprocess.Popen[str]:
         launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}" if processes > 1 else ""
-        places = ["--model", str(self.model), "--text", str(self.text), "--out", str(self.folder / out)]
-        command = f"-m lorsa_utils train --layer {layer} --json --tokens {tokens} {SHAPE}"
-        return [sys.executable, *launcher.split(), *command.split(), *places, *options]
-
-    def start(self, *arguments: object, **settings: object) -> subprocess.Popen[str]:
+        places = {"--model": "model", "--text": "prose.txt", "--out": out}
+        command = f"{launcher} -m lorsa_utils train --layer {layer} --json --tokens {tokens} {SHAPE}".split()
+        command += [word for name, place in places.items() for word in (name, str(self.folder / place))]
         data = str(self.folder / "data")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "LORSA_DATA": data, "HF_HUB_OFFLINE": "1"}
-        command = self.command(*arguments, **settings)  # type: ignore[arg-type]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, *command, *options], cwd=ROOT, env=environment, text=True, **pipes)
 
-    def run(self, *arguments: object, **settings: object) -> tuple[int, str, str]:
+    def run(self, *arguments: Any, **settings: Any) -> tuple[int, str, str]:
         process = self.start(*arguments, **settings)
         out, err = process.communicate(timeout=300)
         return process.returncode, out, err
@@ -80,10 +77,7 @@ def test_two_processes_train_what_one_trains(lab: Lab) -> None:
     expected = lab.weights("alone")
     for name, tensor in lab.weights("together").items():
         assert (tensor - expected[name]).abs().max() < 1e-5 * max(1.0, float(expected[name].abs().max())), name
-    rows = [
-        [json.loads(line) for line in (lab.folder / out / "metrics.jsonl").read_text().splitlines()]
-        for out in ("alone", "together")
-    ]
+    rows = [read_log(lab.folder / out) for out in ("alone", "together")]
     assert [row["tokens"] for row in rows[0]] == [row["tokens"] for row in rows[1]]
     assert rows[1][-1]["fvu"] == pytest.approx(rows[0][-1]["fvu"], abs=1e-4)
     # The same folder with another number of processes is refused in a sentence.
@@ -101,10 +95,8 @@ def test_a_killed_process_ends_the_run_and_its_state_goes_on(lab: Lab) -> None:
         assert time.monotonic() < deadline, "no state was saved"
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    second = next(
-        child for child in psutil.Process(process.pid).children(recursive=True) if child.environ().get("RANK") == "1"
-    )
-    os.kill(second.pid, signal.SIGKILL)
+    children = psutil.Process(process.pid).children(recursive=True)
+    next(child for child in children if child.environ().get("RANK") == "1").kill()
     _, err = process.communicate(timeout=200)
     assert process.returncode != 0, err
     steps = json.loads(store.read_tensor_metadata(state)["counters"])["step"]
