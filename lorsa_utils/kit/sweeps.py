@@ -11,23 +11,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import pandas as pd
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from lorsa_utils import store
-from lorsa_utils.activations import ActivationBatch, ActivationSource, Part
+from lorsa_utils.activations import ActivationBatch, ActivationSource
 from lorsa_utils.config import LorsaConfig, RotaryConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.initialize import match_scale
@@ -40,69 +38,28 @@ Start = Literal["both", "qk", "ov", "random"]
 """What is taken from the MHSA: QK circuits and the heads' output space, QK alone, output space alone, nothing."""
 STARTS: tuple[Start, ...] = get_args(Start)
 CALIBRATION_SEQUENCES = 16
-MEMORY_SHARE = 0.5
-"""Of the free memory, for activations."""
 BIASES = ("b_Q", "b_K", "b_V", "b_E")
 START_VERSION = 1
 """Raise it when `start_run` changes what it does: earlier runs are then run again."""
 
 
-# ---- data
+@dataclass(frozen=True)
+class FirstTokens:
+    """The first counted tokens of one layer's activations; the rest of the last batch is masked."""
 
+    source: ActivationSource
+    layer: int
+    n_tokens: int
 
-def first_tokens(batches: Iterator[ActivationBatch], n_tokens: int) -> Iterator[ActivationBatch]:
-    """Batches up to `n_tokens` counted tokens; the rest of the last batch is masked."""
-    left = n_tokens
-    for batch in batches:
-        if left <= 0:
-            return
-        batch = batch.up_to(left)
-        left -= int(batch.mask.sum())
-        yield batch
-
-
-class HeldTokens:
-    """The first counted tokens of one layer's activations, in memory where they fit: an `ActivationSource`."""
-
-    def __init__(self, source: ActivationSource, layer: int, n_tokens: int) -> None:
-        """UserError if the source does not hold the layer or that many tokens."""
-        if layer not in source.layers:
-            raise UserError(f"The activations are of layers {list(source.layers)}, not {layer}; cache that layer.")
-        if not 0 < n_tokens <= source.n_tokens:
-            raise UserError(
-                f"{n_tokens:,} tokens are asked for and {source.n_tokens:,} are cached; cache more or ask for fewer."
-            )
-        self.source, self.layer, self.n_tokens = source, layer, n_tokens
-        self.layers: tuple[int, ...] = (layer,)
-        self.context, self.n_sequences = source.context, source.n_sequences
-        self._held: list[Tensor] = []  # tokens, mask, inputs, outputs
-        first = next(iter(source.batches(1, layers=self.layers)))
-        n_bytes = first.inputs[layer].nbytes * 2 * math.ceil(n_tokens / max(1, int(first.mask.sum())))
-        if 2 * n_bytes <= MEMORY_SHARE * psutil.virtual_memory().available:  # it is briefly held twice
-            batches = first_tokens(source.batches(8, layers=self.layers), n_tokens)
-            pieces = [(batch.tokens, batch.mask, batch.inputs[layer], batch.outputs[layer]) for batch in batches]
-            self._held = list(map(torch.cat, zip(*pieces, strict=True)))
-            self.n_sequences = len(self._held[0])
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of activations in memory; 0 when read from the source."""
-        return self._held[2].nbytes * 2 if self._held else 0
-
-    def batches(
-        self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
-    ) -> Iterator[ActivationBatch]:
-        """From the first sequence, by one process, of this layer."""
-        assert (start, part, tuple(layers or self.layers)) == (0, (0, 1), self.layers)
-        if not self._held:
-            yield from first_tokens(self.source.batches(batch_size, layers=self.layers), self.n_tokens)
-            return
-        for tokens, mask, x, y in zip(*(tensor.split(batch_size) for tensor in self._held), strict=True):
-            yield ActivationBatch(tokens, mask, {self.layer: x}, {self.layer: y}, mask)
-
-    def identity(self) -> dict[str, Any]:
-        """That of the source, and the layer."""
-        return {**self.source.identity(), "layer": self.layer}
+    def batches(self, batch_size: int, layers: Sequence[int] = ()) -> Iterator[ActivationBatch]:
+        """As `ActivationSource.batches`, of this layer."""
+        left = self.n_tokens
+        for batch in self.source.batches(batch_size, layers=(self.layer,)):
+            if left <= 0:
+                return
+            batch = batch.up_to(left)
+            left -= int(batch.mask.sum())
+            yield batch
 
 
 # ---- trials
@@ -181,12 +138,12 @@ def kept_dimensions(rotary: RotaryConfig, d_head: int, d_qk: int) -> Tensor:
 
 
 @torch.no_grad()
-def start_run(trial: Trial, site: AttentionSite, layer: int, calibration: ActivationBatch, device: torch.device) -> Run:
+def start_run(trial: Trial, site: AttentionSite, calibration: ActivationBatch, device: torch.device) -> Run:
     """A run that starts as its trial says; nothing of it is saved."""
 
     def started(module: LorsaConfig | SAEConfig, init: str) -> Run:
         train = trial.train.replace(init=init)
-        run = Run(RunSpec(f"{trial.factor} {trial.level}", layer, module, train, Path()), {}, device)
+        run = Run(RunSpec(f"{trial.factor} {trial.level}", site.layer, module, train, Path()), {}, device)
         run.start(site, calibration)
         return run
 
@@ -203,7 +160,7 @@ def start_run(trial: Trial, site: AttentionSite, layer: int, calibration: Activa
             source, is_qk = whole.get_parameter(name), name in QK_PARAMETERS
             if trial.start in ("both", "qk" if is_qk else "ov"):
                 parameter.copy_(source[..., kept] if is_qk else source)
-        x, y = (side[layer].to(device, torch.float32) for side in (calibration.inputs, calibration.outputs))
+        x, y = (side[site.layer].to(device, torch.float32) for side in (calibration.inputs, calibration.outputs))
         match_scale(run.module, run.scaling.inputs(x), run.scaling.targets(y), calibration.mask.to(device))
     if not trial.biases:
         for name, parameter in run.module.named_parameters():
@@ -222,36 +179,40 @@ class Sweep:
         self,
         trials: Sequence[Trial],
         site: AttentionSite,
-        data: HeldTokens,
-        held_out: HeldTokens,
+        data: ActivationSource,
+        held_out: ActivationSource,
+        held_out_tokens: int,
         file: Path,
         device: torch.device | str = "cpu",
     ) -> None:
         """Check the trials and read what `file` (Parquet, one row per run) holds.
 
-        Every run takes the first `train.tokens` tokens of `data` and is measured on `held_out`. As many go at once as
-        torch has threads; on a GPU one.
+        Every run takes the first `train.tokens` tokens of `data` and is measured on the first `held_out_tokens` of
+        `held_out`. As many go at once as torch has threads; on a GPU one.
 
         Raises:
             UserError: a trial asks for more tokens or another rotation than there is, or the file is damaged.
         """
-        self.trials, self.site, self.data, self.held_out = list(trials), site, data, held_out
-        self.file, self.device = file, torch.device(device)
+        self.trials, self.site, self.data, self.file = list(trials), site, data, file
+        self.held_out, self.device = FirstTokens(held_out, site.layer, held_out_tokens), torch.device(device)
         self.workers = torch.get_num_threads() if self.device.type == "cpu" else 1
+        wanted = [(trial.train.tokens, data) for trial in self.trials]
+        for n_tokens, source in [*wanted, (held_out_tokens, held_out)]:
+            if not 0 < n_tokens <= source.n_tokens:
+                raise UserError(
+                    f"{n_tokens:,} tokens are asked for and {source.n_tokens:,} are cached; "
+                    "cache more or ask for fewer."
+                )
         for trial in self.trials:
             self._check(trial)
-        identity = {"code": training_sources(), "start": START_VERSION, "held_out_tokens": held_out.n_tokens}
-        identity |= {"train": data.identity(), "held_out": held_out.identity()}
+        identity = {"code": training_sources(), "start": START_VERSION, "held_out_tokens": held_out_tokens}
+        for name, source in (("train", data), ("held_out", held_out)):
+            identity[name] = {**source.identity(), "layer": site.layer}
         self.keys = [store.sha256_json({**identity, **trial.settings()}) for trial in self.trials]
         self.rows = self._read()
 
     def _check(self, trial: Trial) -> None:
-        module, tokens = trial.module, trial.train.tokens
-        if tokens > self.data.n_tokens:
-            raise UserError(
-                f"A run asks for {tokens:,} tokens and the sweep holds {self.data.n_tokens:,}; "
-                "hold more or ask for fewer."
-            )
+        module = trial.module
         if isinstance(module, LorsaConfig) and trial.start != "random":
             shape = lorsa_shape(self.site, module.n_ov_heads, module.n_qk_heads, module.k, module.d_qk)
             if (module.rotary, module.qk_norm) != (shape.rotary, shape.qk_norm):
@@ -276,11 +237,9 @@ class Sweep:
         return {key: trial for key, trial in zip(self.keys, self.trials, strict=True) if key not in self.rows}
 
     def plan(self) -> str:
-        """How many runs, how many of them finished before, and where activations are."""
-        n_runs, n_bytes = len(set(self.keys)), self.data.n_bytes + self.held_out.n_bytes
-        where = f"{n_bytes / 1e6:,.0f} MB of activations in memory" if n_bytes else "activations read from the disk"
-        done = n_runs - len(self.pending())
-        return f"{n_runs} runs, {done} of them finished before; {self.workers} at a time, {where}"
+        """How many runs, and how many of them finished before."""
+        n_runs = len(set(self.keys))
+        return f"{n_runs} runs, {n_runs - len(self.pending())} of them finished before; {self.workers} at a time"
 
     def run(self) -> pd.DataFrame:
         """Run what is missing, saving each run at once; returns `table`."""
@@ -318,13 +277,13 @@ class Sweep:
 
     @functools.cached_property
     def _calibration(self) -> ActivationBatch:
-        return next(iter(self.data.batches(CALIBRATION_SEQUENCES)))
+        return next(iter(self.data.batches(CALIBRATION_SEQUENCES, layers=(self.site.layer,))))
 
     def _measure(self, trial: Trial, stop: threading.Event) -> dict[str, Any]:
-        began = time.perf_counter()
-        run = start_run(trial, self.site, self.data.layer, self._calibration, self.device)
+        began, layer, train = time.perf_counter(), self.site.layer, trial.train
+        run = start_run(trial, self.site, self._calibration, self.device)
         try:
-            for batch in first_tokens(self.data.batches(trial.train.batch_size), trial.train.tokens):
+            for batch in FirstTokens(self.data, layer, train.tokens).batches(train.batch_size):
                 if stop.is_set():
                     raise KeyboardInterrupt
                 run.train_step(batch)
@@ -333,7 +292,8 @@ class Sweep:
             if not run.broken:
                 raise
             return {"status": "diverged", "tokens": run.tokens_seen, "seconds": time.perf_counter() - began}
-        result = evaluate_activations({"": (self.data.layer, run.finished_module())}, self.held_out)[""]
+        held_out = cast(ActivationSource, self.held_out)
+        result = evaluate_activations({"": (layer, run.finished_module())}, held_out)[""]
         del result["n_tokens"]
         return {"status": "done", "tokens": run.tokens_seen, **result, "seconds": time.perf_counter() - began}
 

@@ -24,12 +24,12 @@ from lorsa_utils.config import LorsaConfig, RotaryConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.initialize import CALIBRATION_SEQUENCES
 from lorsa_utils.kit import sweeps
-from lorsa_utils.kit.sweeps import HeldTokens, Sweep, Trial, kept_dimensions, lorsa_shape
+from lorsa_utils.kit.sweeps import FirstTokens, Sweep, Trial, kept_dimensions, lorsa_shape
 from lorsa_utils.stats import t_interval
 from lorsa_utils.training import Run, RunSpec, train_runs
 
 SITE = toy_site(0)
-SOURCE = ToySource(40, 12, layers=(0, 1))
+SOURCE, HELD_OUT = ToySource(40, 12, layers=(0, 1)), ToySource(16, 12, seed=9)
 TRAIN = TrainConfig(tokens=120, batch_size=3, lr=3e-3, aux_k=4, dead_window=30)
 LORSA = lorsa_shape(SITE, 16, 4, 4)
 SAE = SAEConfig(d_model=D_MODEL, n_features=24, k=4)
@@ -48,12 +48,8 @@ def trials() -> list[Trial]:
     ]
 
 
-def held_out() -> HeldTokens:
-    return HeldTokens(ToySource(16, 12, seed=9), 0, 40)
-
-
 def sweep(file: Path, chosen: list[Trial] | None = None, workers: int = 2) -> Sweep:
-    made = Sweep(trials() if chosen is None else chosen, SITE, HeldTokens(SOURCE, 0, 150), held_out(), file)
+    made = Sweep(trials() if chosen is None else chosen, SITE, SOURCE, HELD_OUT, 40, file)
     made.workers = workers
     return made
 
@@ -70,40 +66,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 # ---- data
 
 
-def test_held_tokens_are_those_of_the_source() -> None:
-    held = HeldTokens(SOURCE, 1, 100)
-    ours, theirs = list(held.batches(5)), list(SOURCE.batches(5, layers=(1,)))
+def test_first_tokens_are_those_of_the_source() -> None:
+    ours, theirs = list(FirstTokens(SOURCE, 1, 100).batches(5)), SOURCE.batches(5, layers=(1,))
     assert sum(int(batch.mask.sum()) for batch in ours) == 100
-    assert held.n_bytes == 2 * held.n_sequences * 12 * D_MODEL * 4
     for mine, other in zip(ours, theirs, strict=False):
-        n = len(mine.mask)
-        for read, source in ((mine.inputs[1], other.inputs[1]), (mine.outputs[1], other.outputs[1])):
-            assert torch.equal(read, source[:n])
-        assert torch.equal(mine.tokens, other.tokens[:n])
-        assert not (mine.mask & ~other.mask[:n]).any()
-
-
-def test_what_does_not_fit_in_memory_is_read_again_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = HeldTokens(SOURCE, 0, 100)
-    monkeypatch.setattr(sweeps, "MEMORY_SHARE", 0)
-    read = HeldTokens(SOURCE, 0, 100)
-    assert held.n_bytes
-    assert read.n_bytes == 0
-    for _ in range(2):
-        pairs = zip(*(sweeps.first_tokens(side.batches(4), 70) for side in (held, read)), strict=True)
-        for mine, other in pairs:
-            assert torch.equal(mine.mask, other.mask[: len(mine.mask)])
-            assert not other.mask[len(mine.mask) :].any()
-            assert torch.equal(mine.inputs[0][mine.mask], other.inputs[0][: len(mine.mask)][mine.mask])
+        assert torch.equal(mine.inputs[1], other.inputs[1])
+        assert torch.equal(mine.outputs[1], other.outputs[1])
+        assert torch.equal(mine.tokens, other.tokens)
+        assert not (mine.mask & ~other.mask).any()
 
 
 def test_more_tokens_than_there_are_is_a_sentence() -> None:
     with pytest.raises(UserError, match=r"9,999 tokens are asked for and .* are cached"):
-        HeldTokens(SOURCE, 0, 9_999)
-    with pytest.raises(UserError, match=r"layers \[0, 1\], not 7"):
-        HeldTokens(SOURCE, 7, 10)
-    with pytest.raises(UserError, match="asks for 200 tokens and the sweep holds 150"):
-        sweep(Path("unused"), [replace(TRIAL, train=TRAIN.replace(tokens=200))])
+        sweep(Path("unused"), [replace(TRIAL, train=TRAIN.replace(tokens=9_999))])
+    with pytest.raises(UserError, match=r"9,998 tokens are asked for and .* are cached"):
+        Sweep([TRIAL], SITE, SOURCE, HELD_OUT, 9_998, Path("unused"))
 
 
 # ---- sweep
@@ -128,8 +105,9 @@ def test_a_run_is_what_training_it_alone_gives(
     table = sweep(tmp_path / "r.parquet", [replace(TRIAL, module=module)]).run()
     with sweeps.one_thread_each(CPU):
         spec = RunSpec("alone", 0, module, TRAIN, tmp_path / "alone")
-        (run,) = train_runs([spec], HeldTokens(SOURCE, 0, 150), {0: SITE}, progress=False)
-        alone = metrics.evaluate_activations({"m": (0, run.finished_module())}, held_out())["m"]
+        (run,) = train_runs([spec], SOURCE, {0: SITE}, progress=False)
+        held_out: Any = FirstTokens(HELD_OUT, 0, 40)
+        alone = metrics.evaluate_activations({"m": (0, run.finished_module())}, held_out)["m"]
     assert table.loc[0, "fvu"] == alone["fvu"]
     assert table.loc[0, "dead_fraction"] == alone["dead_fraction"]
 
@@ -162,8 +140,7 @@ def test_every_setting_and_other_text_make_another_run() -> None:
     chosen = [TRIAL, *(replace(TRIAL, train=TRAIN.replace(**change)) for change in ({"seed": 5}, {"lr": 1e-4}))]
     chosen += [replace(TRIAL, module=LORSA.replace(k=3)), replace(TRIAL, start="qk"), replace(TRIAL, biases=False)]
     keys = sweep(Path("unused"), chosen).keys
-    other_text = HeldTokens(ToySource(16, 12, seed=2), 0, 40)
-    other = Sweep([TRIAL], SITE, HeldTokens(SOURCE, 0, 150), other_text, Path("unused")).keys
+    other = Sweep([TRIAL], SITE, SOURCE, ToySource(16, 12, seed=2), 40, Path("unused")).keys
     assert len({*keys, *other}) == len(chosen) + 1
 
 
@@ -236,28 +213,24 @@ def test_a_diverged_run_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(sweep(tmp_path / "r.parquet", wanted).pending()) == 0
 
 
-def test_damaged_data_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_data_is_no_divergence(tmp_path: Path) -> None:
     class Damaged(ToySource):
         asked = 0
 
         def batches(self, *arguments: Any, **options: Any) -> Iterator[ActivationBatch]:
             self.asked += 1
-            if self.asked > 2:  # the first batches were for the size and for the start
+            if self.asked > 1:  # the first batch was for the start
                 raise UserError("a shard is damaged")
             return super().batches(*arguments, **options)
 
-    monkeypatch.setattr(sweeps, "MEMORY_SHARE", 0)
-    data = HeldTokens(Damaged(40, 12), 0, 150)
-    one = Sweep([replace(TRIAL, module=SAE)], SITE, data, held_out(), tmp_path / "r.parquet")
+    one = Sweep([replace(TRIAL, module=SAE)], SITE, Damaged(40, 12), HELD_OUT, 40, tmp_path / "r.parquet")
     with pytest.raises(UserError, match="a shard is damaged"):
         one.run()
     assert not (tmp_path / "r.parquet").exists()
 
 
 def test_plan_counts(tmp_path: Path) -> None:
-    chosen = sweep(tmp_path / "r.parquet")
-    assert chosen.plan().startswith("6 runs, 0 of them finished before; 2 at a time, ")
-    assert chosen.plan().endswith("MB of activations in memory")
+    assert sweep(tmp_path / "r.parquet").plan() == "6 runs, 0 of them finished before; 2 at a time"
 
 
 def test_threads_are_given_back() -> None:
@@ -272,7 +245,7 @@ def test_threads_are_given_back() -> None:
 
 def started(**changes: Any) -> Run:
     calibration = next(iter(SOURCE.batches(16, layers=(0,))))
-    return sweeps.start_run(replace(TRIAL, **changes), SITE, 0, calibration, CPU)
+    return sweeps.start_run(replace(TRIAL, **changes), SITE, calibration, CPU)
 
 
 def test_starts_take_what_they_say() -> None:
