@@ -198,7 +198,8 @@ def _best(published: formats.Published, stream: ActivationStream) -> tuple[Lorsa
 
 
 def _warning(published: formats.Published, chosen: str, measured: Mapping[str, Mapping[str, float]]) -> str | None:
-    fvu, sentences = {reading: f"{result['fvu']:.3g}" for reading, result in measured.items()}, []
+    fvu = {reading: f"{result['fvu']:.3g}" for reading, result in measured.items()}
+    sentences = []
     if chosen != published.reading:
         compared = ", ".join(f"{name}: FVU {fvu[name]}" for name in (chosen, published.reading) if name in fvu)
         sentences.append(
