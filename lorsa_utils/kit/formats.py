@@ -72,8 +72,6 @@ device dtype use_triton_kernel sparsity_threshold_for_triton_spmm_kernel jumprel
 """
 KNOWN = {*SUPPORTED, *ROTARY, *_OTHERS.split()}
 """Settings whose meaning is known; the last line of `_OTHERS` does not affect what is computed."""
-
-
 READINGS = {
     "normalised activations": (True, True),
     "normalised activations, before the gain of the norm": (True, False),
@@ -105,12 +103,11 @@ class Published:
 
     def readings(self, gain: Gain) -> list[str]:
         """All that can be tried, the config's own first."""
-        own, size = READINGS[self.reading], math.sqrt(self.lorsa.config.d_model)
-        scaled = [self.norms is not None, False]
+        size, scaled = math.sqrt(self.lorsa.config.d_model), {self.norms is not None, False}
         if self.norms and all(math.isclose(norm, size, rel_tol=1e-6) for norm in self.norms):
-            scaled = [own[0]]  # both are the same
-        inside = [True, not (gain[0].abs() > 1e-6).all()]
-        choices = [name for name, (scale, has_gain) in READINGS.items() if scale in scaled and has_gain in inside]
+            scaled = {READINGS[self.reading][0]}  # both are the same
+        inside = {True, not (gain[0].abs() > 1e-6).all()}
+        choices = [name for name, (is_scaled, within) in READINGS.items() if is_scaled in scaled and within in inside]
         return sorted(choices, key=lambda reading: reading != self.reading)
 
     @torch.no_grad()
@@ -129,10 +126,10 @@ class Published:
             lorsa.fold(Scaling(torch.zeros(d_model), *(math.sqrt(d_model) / norm for norm in self.norms)))
         if not has_gain:
             assert gain is not None
-            weight, bias = (side.float().cpu() for side in gain)
-            for name in ("W_Q", "W_K"):
-                getattr(lorsa, name).div_(weight[:, None])
-            lorsa.W_V.div_(weight)
+            scale, bias = (side.float().cpu() for side in gain)
+            for weight in (lorsa.W_Q, lorsa.W_K):
+                weight.div_(scale[:, None])
+            lorsa.W_V.div_(scale)
             lorsa.shift_inputs(bias)
         return lorsa
 
