@@ -87,9 +87,8 @@ def test_more_tokens_than_there_are_is_a_sentence() -> None:
 
 
 def test_table_has_a_row_for_every_trial_in_order(finished: pd.DataFrame) -> None:
-    assert list(zip(finished["factor"], finished["level"], finished["seed"], strict=True)) == [
-        (trial.factor, trial.level, trial.train.seed) for trial in trials()
-    ]
+    labels = [(trial.factor, trial.level, trial.train.seed) for trial in trials()]
+    assert list(finished[["factor", "level", "seed"]].itertuples(index=False, name=None)) == labels
     assert (finished["status"] == "done").all()
     assert (finished["tokens"] == 120).all()
     assert finished["fvu"].between(0, 2).all()
@@ -164,9 +163,8 @@ test_sweeps.sweep(file, workers=1).run()
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
 def test_kill_9_and_go_on(tmp_path: Path, finished: pd.DataFrame) -> None:
     file, here = tmp_path / "results.parquet", Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(folder) for folder in (here, here.parent, here.parents[1]))
-    }
+    folders = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
+    environment = os.environ | {"PYTHONPATH": folders}
     command = [sys.executable, "-c", KILLED, str(file)]
     assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
     saved = pd.read_parquet(file)
@@ -310,20 +308,20 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_mean_interval_by_hand() -> None:
+    half = pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     mean, low, high = t_interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert high - mean == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    assert mean - low == pytest.approx(high - mean)
+    assert [mean, high - mean, mean - low] == [2.0, half, half]
     assert math.isnan(t_interval([1.0])[1])
     assert math.isnan(t_interval([1.0, math.nan])[0])
 
 
 def test_effects_are_paired_by_seed() -> None:
-    base = pd.DataFrame({"factor": "base", "level": "base", "seed": [0, 1, 2], "fvu": [0.30, 0.40, 0.50]})
-    up = pd.DataFrame({"factor": "f", "level": "up", "seed": [2, 1, 0], "fvu": [0.561, 0.46, 0.359]})
-    same = pd.DataFrame({"factor": "f", "level": "same", "seed": [0, 1, 2], "fvu": [0.31, 0.39, 0.50]})
-    down = pd.DataFrame({"factor": "f", "level": "down", "seed": [0, 1, 2], "fvu": [0.299, 0.399, 0.499]})
-    effects = NOTEBOOK.effects(pd.concat([up, same, down]), base).set_index("level")
+    def runs(level: str, *fvu: float) -> pd.DataFrame:
+        return pd.DataFrame({"factor": "f", "level": level, "seed": [0, 1, 2], "fvu": fvu})
+
+    base, up = runs("base", 0.30, 0.40, 0.50), runs("up", 0.359, 0.46, 0.561)[::-1]
+    table = pd.concat([up, runs("same", 0.31, 0.39, 0.50), runs("down", 0.299, 0.399, 0.499)])
+    effects = NOTEBOOK.effects(table, base).set_index("level")
     assert effects["verdict"].to_dict() == {"up": "worse", "same": "no difference shown", "down": "small"}
     assert effects.loc["up", "change"] == pytest.approx(15)  # percent of 0.4
     assert effects.loc["up", "low"] == pytest.approx(15 - 4.303 * 0.25 / math.sqrt(3), rel=1e-3)
@@ -335,9 +333,7 @@ def test_changes_stand_under_their_factor_with_their_intervals() -> None:
     table = {"factor": ["G", "G", "start"], "level": ["32", "128", "random"], "change": [1.0, -2.0, 9.0]}
     effects = pd.DataFrame(table | {"low": [0.5, -4.0, 8.0], "high": [1.5, 0.0, 11.0]})
     figure = NOTEBOOK.draw_changes(effects, "t")
-    assert [[list(side) for side in trace.y] for trace in figure.data] == [
-        [["G", "G"], ["32", "128"]],
-        [["start"], ["random"]],
-    ]
+    places = [[list(side) for side in trace.y] for trace in figure.data]
+    assert places == [[["G", "G"], ["32", "128"]], [["start"], ["random"]]]
     assert list(figure.data[0].error_x.array) == pytest.approx([0.5, 2.0])
     assert list(figure.data[0].error_x.arrayminus) == pytest.approx([0.5, 2.0])
