@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,15 @@ def imports(tree: ast.AST) -> Iterator[str]:
             assert not node.level, "imports name the whole path"
             package, _, module = (node.module or "").partition(".")
             if package == PACKAGE:
-                below = [".".join(filter(None, (module, alias.name))) for alias in node.names]
+                below = [f"{module}.{alias.name}".strip(".") for alias in node.names]
                 yield from [name for name in below if name in FLOORS] or [module or node.names[0].name]
 
 
 def floor_problems(name: str, source: str) -> list[str]:
     if name not in FLOORS:
         return [f"{name} is new: add it to FLOORS in tests/test_repository.py, after everything it imports."]
-    allowed = {*FLOORS[: FLOORS.index(name)], "__version__"}
-    return [
-        f"{name} must not import {used}, which stands on a later floor."
-        for used in imports(ast.parse(source))
-        if used not in allowed
-    ]
+    late = {*imports(ast.parse(source))} - {*FLOORS[: FLOORS.index(name)], "__version__"}
+    return [f"{name} must not import {used}, which stands on a later floor." for used in late]
 
 
 @pytest.mark.parametrize(
@@ -101,42 +98,42 @@ def test_floor_check_sees_every_kind_of_import(source: str, used: str) -> None:
 
 
 def test_importing_the_package_and_its_settings_needs_no_torch() -> None:
-    code = (
-        f"import sys, {PACKAGE}, {PACKAGE}.config, {PACKAGE}.exceptions; "
-        "print([name for name in ('torch', 'numpy', 'pandas') if name in sys.modules])"
-    )
+    code = f"import sys, {PACKAGE}.config, {PACKAGE}.exceptions; "
+    code += "print([name for name in ('torch', 'numpy', 'pandas') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+UNSAFE_CALLS = {"torch.load", "eval", "exec", "pd.read_pickle", "pandas.read_pickle"}
+UNSAFE_OPTIONS = {"allow_pickle", "trust_remote_code"}
 
 
 def unsafe_calls(tree: ast.AST) -> Iterator[str]:
     """Ways to run code that arrived as data."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] + (
-                [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            )
-            yield from (
-                name
-                for name in names
-                if name.split(".")[0] in {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-            )
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            yield from (name for name in names if name.split(".")[0] in UNSAFE_MODULES)
         elif isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            if called == "torch.load" and any(ast.unparse(word) == "weights_only=True" for word in node.keywords):
+            called, options = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if called == "torch.load" and options.get("weights_only") == "True":
                 continue
-            if called in {"torch.load", "eval", "exec", "pd.read_pickle", "pandas.read_pickle"} or called.endswith(
-                ".to_pickle"
-            ):
+            if called in UNSAFE_CALLS or called.endswith(".to_pickle"):
                 yield f"{called}("
-            yield from (f"{word.arg}=" for word in node.keywords if word.arg in {"allow_pickle", "trust_remote_code"})
+            yield from (f"{option}=" for option in options if option in UNSAFE_OPTIONS)
+
+
+@cache
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
 def code_of(path: Path) -> str:
     if path.suffix == ".py":
         return path.read_text(encoding="utf-8")
-    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    return "\n".join(line for cell in cells for line in cell.splitlines() if not line.startswith(("%", "!")))
+    lines = "\n".join(cell.source for cell in code_cells(path)).splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("%", "!")))
 
 
 @pytest.mark.parametrize(
@@ -201,22 +198,16 @@ class TestNotebooks:
         assert "widgets" not in notebook.metadata, "GitHub refuses to show notebooks with metadata.widgets"
 
     def test_has_one_parameters_cell(self, path: Path) -> None:
-        tagged = [
-            cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])
-        ]
-        assert len(tagged) == 1
-        assert tagged[0].cell_type == "code"
+        cells = nbformat.read(path, as_version=4).cells
+        assert [cell.cell_type for cell in cells if "parameters" in cell.metadata.get("tags", [])] == ["code"]
 
     def test_keeps_only_the_outputs_it_means_to_keep(self, path: Path) -> None:
-        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        strays = [
-            cell.source[:60] for cell in cells if cell.outputs and "keep_output" not in cell.metadata.get("tags", [])
-        ]
-        assert not strays
-        assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+        with_output = [cell for cell in code_cells(path) if cell.outputs]
+        assert not [cell.source for cell in with_output if "keep_output" not in cell.metadata.get("tags", [])]
+        assert not [cell.source for cell in with_output if "error" in {output.output_type for output in cell.outputs}]
 
     def test_installs_nothing_and_runs_no_other_notebook(self, path: Path) -> None:
-        source = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        source = "\n".join(cell.source for cell in code_cells(path))
         assert not re.search(r"^\s*[%!]\s*(run|pip|conda)\b", source, flags=re.MULTILINE)
 
 
@@ -235,13 +226,11 @@ def pins() -> dict[str, str]:
 def wanted(extra: str | None = None) -> list[Requirement]:
     """Dependencies of the package, or of one of its extras with the extras that it names."""
     table = project()
-    found = []
-    for requirement in map(Requirement, table["optional-dependencies"][extra] if extra else table["dependencies"]):
-        if canonicalize_name(requirement.name) == table["name"]:
-            found += [item for name in requirement.extras for item in wanted(name)]
-        else:
-            found.append(requirement)
-    return found
+    listed = list(map(Requirement, table["optional-dependencies"][extra] if extra else table["dependencies"]))
+    own = [item for item in listed if canonicalize_name(item.name) == table["name"]]
+    return [item for item in listed if item not in own] + [
+        item for requirement in own for name in requirement.extras for item in wanted(name)
+    ]
 
 
 def test_constraints_pin_every_dependency_and_torch_first() -> None:
@@ -259,10 +248,8 @@ def test_constraints_pin_what_the_dependencies_need_in_turn() -> None:
     while queue:
         parent = queue.pop()
         for requirement in map(Requirement, importlib.metadata.requires(parent.name) or []):
-            environments = [{"extra": extra} for extra in ("", *sorted(parent.extras))]
-            if requirement.marker is not None and not any(
-                requirement.marker.evaluate(environment) for environment in environments
-            ):
+            extras, marker = ("", *sorted(parent.extras)), requirement.marker
+            if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in extras):
                 continue
             key = (canonicalize_name(requirement.name), tuple(sorted(requirement.extras)))
             if key not in seen and not UNPINNED.match(key[0]):
@@ -287,11 +274,12 @@ def test_version_is_told_once() -> None:
 def test_importing_the_package_draws_no_random_number() -> None:
     script = f"""
 import importlib, random, numpy, torch
-before = (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.initial_seed())
+def state():
+    return random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.initial_seed()
+before = state()
 for name in {[module_name(path) for path in MODULES if path.stem not in ("__init__", "__main__")]!r}:
     importlib.import_module("{PACKAGE}." + name)
-after = (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.initial_seed())
-assert before == after
+assert before == state()
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -568,21 +568,16 @@ def import_(options: Options) -> Answer:
     """Make a run folder from published weights; with a model, in the reading that fits its layer best."""
     from lorsa_utils.kit import hub
 
-    if (Path(options.source) / "checkpoint.json").is_file():
-        return {"path": str(hub.unpack(options.source, options.folder)), "format": "small", "warning": None}
-    measured: tuple[Any, ...] = (None, options.layer)
-    if options.model:
-        model = load_model(options.model, device=options.device)
-        origin = options.dataset or "embedded"
+    def stream(context: int, layer: int) -> ActivationStream:
+        model, origin = load_model(options.model, device=options.device), options.dataset or "embedded"
         documents = documents_of_run(options.text, origin, options.tokens)
-
-        def sequences(context: int) -> Sequences:
-            context = min(context, model.context_length)
-            return tokenize(documents, model.tokenizer, context=context, n_tokens=options.tokens)
-
+        context = min(context, model.context_length)
+        sequences = tokenize(documents, model.tokenizer, context=context, n_tokens=options.tokens)
         paths = [str(Path(path).absolute()) for path in options.text or ()]
-        measured = (model, options.layer, sequences, paths or origin)
-    answer = hub.import_checkpoint(options.source, options.folder, *measured)
+        return ActivationStream(model, sequences, [layer], paths or origin)
+
+    measured = stream if options.model else None
+    answer = hub.import_checkpoint(options.source, options.folder, options.layer, measured)
     note(answer["warning"])
     return answer
 

@@ -14,20 +14,21 @@ Language-Model-SAEs (Llamascopium) has `config.json` beside `sae_weights.safeten
                        top-k keep all heads
 
 Weights may expect inputs and outputs of mean norm sqrt(d_model) (`norm_activation` "dataset-wise", older always). A
-folder can say so with the scales already folded in, and its input can be the norm's output without its gain: a
-`Reading` is one way to understand a folder.
+folder can say so with the scales already folded in, and its input can be the norm's output without its gain:
+`READINGS` are the ways to understand a folder.
 
 Where fewer than K heads are active, the older code lets inactive heads through; here they stay silent.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,12 +38,12 @@ from lorsa_utils.config import LorsaConfig, RotaryConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import Lorsa, Scaling
 from lorsa_utils.selection import FIXED_K, SCORES
+from lorsa_utils.training import QK_PARAMETERS
 
 NAMES = {name: name for name in ("W_Q", "W_K", "b_Q", "b_K", "W_V", "b_V", "W_O", "b_O")}
 NAMES |= {"b_D": "b_O", "ln_q.w": "q_norm", "ln_k.w": "k_norm"}
 """Their names and ours."""
 BUFFERS = {"mask", "IGNORE", "rotary_sin", "rotary_cos"}
-QK_WEIGHTS = ("W_Q", "W_K", "b_Q", "b_K", "q_norm", "k_norm")
 NORM_PREFIX = "dataset_average_activation_norm."
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "sae_type": ("lorsa",),
@@ -71,31 +72,26 @@ device dtype use_triton_kernel sparsity_threshold_for_triton_spmm_kernel jumprel
 """
 KNOWN = {*SUPPORTED, *ROTARY, *_OTHERS.split()}
 """Settings whose meaning is known; the last line of `_OTHERS` does not affect what is computed."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way to understand a published checkpoint."""
-
-    scaled: bool
-    """Inputs and outputs are scaled by the norms it states."""
-    gain: bool = True
-    """Its input is the norm's output with gain and bias, which is what attention reads."""
-
-    def __str__(self) -> str:
-        name = "normalised activations" if self.scaled else "raw activations"
-        return name if self.gain else f"{name}, before the gain of the norm"
+READINGS = {
+    "normalised activations": (True, True),
+    "normalised activations, before the gain of the norm": (True, False),
+    "raw activations": (False, True),
+    "raw activations, before the gain of the norm": (False, False),
+}
+"""Whether inputs and outputs are scaled by the stated norms; whether the input is the norm's output with gain and bias,
+which is what attention reads."""
+Gain = tuple[Tensor, Tensor]
+"""Weight and bias [d_model] of the norm before the attention."""
 
 
 @dataclass(frozen=True)
 class Published:
     """A checkpoint with its weights as in the file."""
 
-    format: str
-    """`llamascopium` or `openmoss-lorsa`."""
+    format: Literal["llamascopium", "openmoss-lorsa"]
     lorsa: Lorsa
-    reading: Reading
-    """What its config says."""
+    reading: str
+    """What its config says, one of `READINGS`."""
     norms: tuple[float, float] | None
     """Mean norms of inputs and outputs, if stated."""
     layer: int | None
@@ -105,17 +101,44 @@ class Published:
     ignored: list[str]
     sha256: str
 
+    def readings(self, gain: Gain) -> list[str]:
+        """All that can be tried, the config's own first."""
+        size, scaled = math.sqrt(self.lorsa.config.d_model), {self.norms is not None, False}
+        if self.norms and all(math.isclose(norm, size, rel_tol=1e-6) for norm in self.norms):
+            scaled = {READINGS[self.reading][0]}  # both are the same
+        inside = {True, not (gain[0].abs() > 1e-6).all()}
+        choices = [name for name, (is_scaled, within) in READINGS.items() if is_scaled in scaled and within in inside]
+        return sorted(choices, key=lambda reading: reading != self.reading)
+
+    @torch.no_grad()
+    def as_read(self, reading: str, gain: Gain | None = None) -> Lorsa:
+        """The Lorsa for raw attention inputs and outputs; UserError if it needs norms that are not known.
+
+        `gain` is needed by readings before it.
+        """
+        lorsa, d_model, (is_scaled, has_gain) = copy.deepcopy(self.lorsa), self.lorsa.config.d_model, READINGS[reading]
+        if is_scaled:
+            if self.norms is None:
+                raise UserError(
+                    "This checkpoint wants normalised activations but does not state their norms; "
+                    "give --model, to measure it on text."
+                )
+            lorsa.fold(Scaling(torch.zeros(d_model), *(math.sqrt(d_model) / norm for norm in self.norms)))
+        if not has_gain:
+            assert gain is not None
+            scale, bias = (side.float().cpu() for side in gain)
+            for weight in (lorsa.W_Q, lorsa.W_K):
+                weight.div_(scale[:, None])
+            lorsa.W_V.div_(scale)
+            lorsa.shift_inputs(bias)
+        return lorsa
+
 
 # ---- reading
 
 
-def read(folder: str | Path) -> Published:
-    """Read a published checkpoint of either format.
-
-    Raises:
-        UserError: files are missing or damaged, or an option, which is named, is unsupported.
-    """
-    path = Path(folder)
+def read(path: Path) -> Published:
+    """Read either format; UserError if files are missing or damaged, or an option, which is named, is unsupported."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json; give the folder of a published Lorsa.")
     config = store.read_json(path / "config.json")
@@ -128,17 +151,22 @@ def read(folder: str | Path) -> Published:
         )
     is_older = file.suffix == ".pth"
     tensors = _read_pickled(file) if is_older else store.read_tensors(file)
-    weights, keys = _renamed(tensors, file)
+    weights = _renamed(tensors, file)
     _check_settings(config, weights, path)
+    stated = config.get("avg_norm") or {
+        side: tensors.get(NORM_PREFIX + str(config.get(f"hook_point_{side}"))) for side in ("in", "out")
+    }
+    norms = [float(stated[side]) for side in ("in", "out") if stated.get(side) is not None]
+    is_scaled = is_older or config.get("norm_activation", "dataset-wise") == "dataset-wise"
     number = re.search(r"(?:blocks|layers|h)\.(\d+)\.", str(config.get("hook_point_in", "")))
     return Published(
         format="openmoss-lorsa" if is_older else "llamascopium",
         lorsa=_filled(_shape(config, weights, is_older, path), weights, file),
-        reading=Reading(is_older or config.get("norm_activation", "dataset-wise") == "dataset-wise"),
-        norms=_norms(config, tensors),
+        reading=f"{'normalised' if is_scaled else 'raw'} activations",
+        norms=(norms[0], norms[1]) if len(norms) == 2 and all(0 < norm < math.inf for norm in norms) else None,
         layer=config.get("layer", int(number[1]) if number else None),
         context=int(config.get("n_ctx", 256)),
-        keys=keys,
+        keys={name: NAMES[name] for name in tensors if name in NAMES},
         ignored=sorted(set(config) - KNOWN),
         sha256=store.sha256_file(file),
     )
@@ -159,8 +187,8 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _renamed(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Float32 weights by our names, without dimensions of size 1, and their names to ours."""
+def _renamed(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Float32 weights by our names, without dimensions of size 1."""
     theirs = [name for name in tensors if name not in BUFFERS and not name.startswith(NORM_PREFIX)]
     if unknown := sorted(set(theirs) - set(NAMES)):
         raise UserError(
@@ -172,7 +200,7 @@ def _renamed(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tenso
     for name, width, full in (("W_V", 2, 3), ("W_O", 1, 3), ("b_V", 1, 2)):
         if name in weights and weights[name].dim() == full:
             weights[name] = weights[name].squeeze(width)
-    return weights, {name: NAMES[name] for name in theirs}
+    return weights
 
 
 def _filled(config: LorsaConfig, weights: Mapping[str, Tensor], file: Path) -> Lorsa:
@@ -180,7 +208,7 @@ def _filled(config: LorsaConfig, weights: Mapping[str, Tensor], file: Path) -> L
     lorsa = Lorsa(config)
     state = lorsa.state_dict()
     for name, value in weights.items():
-        if name in QK_WEIGHTS and value.shape[0] and config.n_qk_heads % value.shape[0] == 0:
+        if name in QK_PARAMETERS and value.shape[0] and config.n_qk_heads % value.shape[0] == 0:
             value = value.repeat_interleave(config.n_qk_heads // value.shape[0], dim=0)
         if not torch.isfinite(value).all():
             raise UserError(f"{file}: {name} holds values that are not finite; download it again.")
@@ -260,10 +288,9 @@ def _rotary(config: Mapping[str, Any], path: Path) -> RotaryConfig:
         return RotaryConfig()
     defaults = {"rotary_base": 10000, "rotary_adjacent_pairs": "sae_type" in config, "NTK_by_parts_factor": 1}
     defaults |= {"NTK_by_parts_low_freq_factor": 1, "NTK_by_parts_high_freq_factor": 1, "old_context_len": 2048}
-    types = {item.name: item.type for item in fields(RotaryConfig)}
     settings = {}
     for theirs, ours in ROTARY.items():
-        convert = {"int": int, "float": float, "bool": bool}[str(types[ours])]
+        convert = type(getattr(RotaryConfig, ours))  # of its default
         settings[ours] = convert({**defaults, **config}[theirs])
     if not config.get("use_NTK_by_parts_rope") or settings["factor"] == 1:
         return RotaryConfig(rope_type="default", **{ours: settings[ours] for ours in [*ROTARY.values()][:3]})
@@ -275,69 +302,13 @@ def _rotary(config: Mapping[str, Any], path: Path) -> RotaryConfig:
     return RotaryConfig(rope_type="llama3", **settings)
 
 
-def _norms(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[float, float] | None:
-    """Mean norms of inputs and outputs, if stated."""
-    stated = config.get("avg_norm") or {
-        side: tensors.get(NORM_PREFIX + str(config.get(f"hook_point_{side}"))) for side in ("in", "out")
-    }
-    norms = [float(stated[side]) for side in ("in", "out") if stated.get(side) is not None]
-    return (norms[0], norms[1]) if len(norms) == 2 and all(0 < norm < math.inf for norm in norms) else None
-
-
-# ---- as we read
-
-
-def as_read(published: Published, reading: Reading, gain: tuple[Tensor, Tensor] | None = None) -> Lorsa:
-    """The Lorsa for raw attention inputs and outputs that a reading makes of a checkpoint.
-
-    `gain` holds weight and bias [d_model] of the norm before the attention, needed by readings without it.
-
-    Raises:
-        UserError: the reading needs norms or a gain that are not known.
-    """
-    lorsa = Lorsa(published.lorsa.config)
-    lorsa.load_state_dict(published.lorsa.state_dict())
-    lorsa.requires_grad_(False)
-    if reading.scaled:
-        if published.norms is None:
-            raise UserError(
-                "This checkpoint wants normalised activations but does not state their norms; "
-                "give --model, to measure it on text."
-            )
-        input_scale, output_scale = (math.sqrt(lorsa.config.d_model) / norm for norm in published.norms)
-        lorsa.fold(Scaling(torch.zeros(lorsa.config.d_model), input_scale, output_scale))
-    if not reading.gain:
-        if gain is None:
-            raise UserError("Without the language model its norm's gain is not known; give --model.")
-        weight, bias = (side.detach().float().cpu() for side in gain)
-        for name in ("W_Q", "W_K"):
-            getattr(lorsa, name).div_(weight[:, None])
-        lorsa.W_V.div_(weight)
-        lorsa.shift_inputs(bias)
-    return lorsa
-
-
-def readings(published: Published, gain: tuple[Tensor, Tensor] | None) -> list[Reading]:
-    """All readings that can be tried, the config's own first."""
-    size = math.sqrt(published.lorsa.config.d_model)
-    scaled = [False] if published.norms is None else [True, False]
-    if published.norms is not None and all(math.isclose(norm, size, rel_tol=1e-6) for norm in published.norms):
-        scaled = [published.reading.scaled]  # both are the same
-    usable = gain is not None and bool((gain[0].abs() > 1e-6).all())
-    choices = [Reading(scale, inside) for scale in scaled for inside in ([True, False] if usable else [True])]
-    return sorted(choices, key=lambda reading: reading != published.reading)
-
-
 # ---- writing
 
 
 def write_llamascopium(lorsa: Lorsa, run: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Write a Lorsa for raw activations as Language-Model-SAEs reads it; returns our names to theirs.
 
-    `run` is the config.json of its run.
-
-    Raises:
-        UserError: an option that the format does not have.
+    `run` is the config.json of its run. UserError names an option that the format does not have.
     """
     config = llamascopium_config(lorsa.config, run)
     names = {ours: theirs for theirs, ours in NAMES.items() if theirs != "b_O"}
@@ -350,7 +321,7 @@ def write_llamascopium(lorsa: Lorsa, run: Mapping[str, Any], folder: Path) -> di
 
 
 def llamascopium_config(config: LorsaConfig, run: Mapping[str, Any]) -> dict[str, Any]:
-    """See `write_llamascopium`."""
+    """Its config.json."""
     rotary, layer = config.rotary, run.get("layer") or 0
     if not SCORES[config.score]:
         what = "Selection by |z|" if config.k < config.n_ov_heads else "A layer that keeps every head with its sign"

@@ -25,9 +25,8 @@ from lorsa_utils.activations import ActivationStream
 from lorsa_utils.config import PRESETS, SCHEMA_VERSION, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit import formats
-from lorsa_utils.lorsa import SAE, Lorsa, load, read_module_settings
+from lorsa_utils.lorsa import Lorsa, load, read_module_settings
 from lorsa_utils.models import LanguageModel
-from lorsa_utils.text import Sequences
 from lorsa_utils.training import read_log
 
 INT8 = ("W_V", "W_O", "W_E")
@@ -37,19 +36,7 @@ LARGEST_ERROR = 0.02
 LOG_ROWS = 60
 LICENCES = {"smollm2": "apache-2.0", **{preset.model: preset.licence for preset in PRESETS.values()}}
 """Of the language model that a module's weights derive from."""
-EMBEDDED_TEXT = "embedded text of the kit (English Wikipedia, CC BY-SA, and documentation prose)"
-KINDS = {
-    "lorsa": (
-        "Lorsa",
-        "reads the layer's input and predicts its output, by many small attention heads of which k act at each token",
-    ),
-    "sae": ("Top-K SAE", "reads the layer's output and rebuilds it from k of its features at each token"),
-    "transcoder": (
-        "Top-K transcoder",
-        "reads the layer's input and predicts its output from k of its features at each token",
-    ),
-}
-RESULTS = ("fvu", "fvu_token_mean", "ce_recovered", "l0", "dead_fraction", "n_tokens")
+TEMPLATES = Path(__file__).parent / "templates"
 DOWNLOADED = (
     "config.json",
     "*.safetensors",
@@ -65,11 +52,7 @@ DOWNLOADED = (
 
 
 def download(source: str | Path) -> Path:
-    """The folder of weights, downloaded if `source` is `<repo>:<folder>` on the Hugging Face Hub.
-
-    Raises:
-        UserError: there is no such folder, or it cannot be downloaded.
-    """
+    """The folder of weights, from the Hugging Face Hub if `source` is `<repo>:<folder>`; UserError if there is none."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -108,9 +91,9 @@ def push_to_hub(folder: str | Path, repo_id: str, path_in_repo: str | None = Non
 
         api = HfApi()
         api.create_repo(repo_id, exist_ok=True, private=private)
-        kept_back = ["state/*", ".*.tmp", "stage.json"]
+        left_out = ["state/*", ".*.tmp", "stage.json"]
         return str(
-            api.upload_folder(repo_id=repo_id, folder_path=path, path_in_repo=path_in_repo, ignore_patterns=kept_back)
+            api.upload_folder(repo_id=repo_id, folder_path=path, path_in_repo=path_in_repo, ignore_patterns=left_out)
         )
 
 
@@ -139,16 +122,13 @@ def _hub_errors(what: str) -> Iterator[None]:
 def import_checkpoint(
     source: str | Path,
     folder: str | Path,
-    model: LanguageModel | None = None,
     layer: int | None = None,
-    sequences: Callable[[int], Sequences] | None = None,
-    text: str | list[str] | None = None,
+    stream: Callable[[int, int], ActivationStream] | None = None,
 ) -> dict[str, Any]:
     """Make a run folder from published weights: a small checkpoint, or one of the formats of `formats`.
 
-    With `model`, every reading of the weights is measured on text and the one of lowest FVU is taken; `sequences`
-    gives token sequences for a context length and `text` names them. Without, the config's reading is taken,
-    unmeasured. By default `layer` is the one that the config names.
+    On the activations of `stream`, called with a context length and a layer, every reading of the weights is measured
+    and the one of lowest FVU taken; without, the config's reading, unmeasured. By default the config names the layer.
 
     Returns `path`, `format`, `warning`; of published formats also `layer`, `keys` (their name to ours), `ignored`
     settings, `reading`, `fvu` by reading.
@@ -166,78 +146,70 @@ def import_checkpoint(
     measured: dict[str, dict[str, float]] = {}
     config: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     config |= {"module": {**published.lorsa.config.to_dict(), "kind": "lorsa"}, "layer": layer}
-    if model is None:
-        lorsa, chosen = formats.as_read(published, published.reading), published.reading
+    if stream is None:
+        lorsa, chosen = published.as_read(published.reading), published.reading
+    elif layer is None:
+        raise UserError("The checkpoint does not say which layer it is for; give --layer.")
     else:
-        if layer is None or sequences is None:
-            raise UserError("The checkpoint does not say which layer it is for; give --layer.")
-        width = published.lorsa.config.d_model
-        if model.d_model != width:
-            raise UserError(f"{model.name} has width {model.d_model}, the checkpoint {width}; give its own model.")
-        stream = ActivationStream(model, sequences(published.context), [layer], text)
-        lorsa, chosen, measured = _best(published, model, layer, stream)
-        config |= {"source": stream.identity()}
+        activations = stream(published.context, layer)
+        config |= {"source": activations.identity()}
+        lorsa, chosen, measured = _best(published, activations)
     name = Path(source).name if Path(source).is_dir() else str(source)
-    origin = {"from": name, "format": published.format, "sha256": published.sha256, "reading": str(chosen)}
+    origin = {"from": name, "format": published.format, "sha256": published.sha256, "reading": chosen}
     store.write_tensors(path / "model.safetensors", lorsa.state_dict())
     store.write_json(path / "config.json", config | {"imported": origin})
     if measured:
-        store.write_json(path / "results.json", measured[str(chosen)])
+        store.write_json(path / "results.json", measured[chosen])
     return {
         "path": str(path),
         "format": published.format,
         "layer": layer,
         "keys": published.keys,
         "ignored": published.ignored,
-        "reading": str(chosen),
+        "reading": chosen,
         "fvu": {name: result["fvu"] for name, result in measured.items()},
         "warning": _warning(published, chosen, measured),
     }
 
 
-def _require_empty(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
+def _require_empty(folder: Path, unless: str = "") -> None:
+    """Refuse a folder that holds something, but for one with a file of that name."""
+    if folder.is_dir() and any(folder.iterdir()) and not (unless and (folder / unless).is_file()):
         raise UserError(f"{folder} is not empty; choose a new folder.")
 
 
-def norm_gain(model: LanguageModel, layer: int) -> tuple[Tensor, Tensor]:
+def norm_gain(model: LanguageModel, layer: int) -> formats.Gain:
     """Weight and bias [d_model] of the norm whose output a layer's attention reads."""
     norm: Any = model.block(layer).get_submodule(model.architecture.norms[0])
     bias = getattr(norm, "bias", None)
     return norm.weight, torch.zeros_like(norm.weight) if bias is None else bias
 
 
-def _best(
-    published: formats.Published, model: LanguageModel, layer: int, stream: ActivationStream
-) -> tuple[Lorsa, formats.Reading, dict[str, dict[str, float]]]:
+def _best(published: formats.Published, stream: ActivationStream) -> tuple[Lorsa, str, dict[str, dict[str, float]]]:
     """The reading of lowest FVU, and all results."""
+    model, (layer,), width = stream.model, stream.layers, published.lorsa.config.d_model
+    if model.d_model != width:
+        raise UserError(f"{model.name} has width {model.d_model}, the checkpoint {width}; give its own model.")
     gain = norm_gain(model, layer)
-    readings = formats.readings(published, gain)
-    lorsas = {reading: formats.as_read(published, reading, gain).to(model.device) for reading in readings}
-    measured = metrics.evaluate_activations({str(reading): (layer, lorsa) for reading, lorsa in lorsas.items()}, stream)
-    best = min(lorsas, key=lambda reading: measured[str(reading)]["fvu"])
+    lorsas = {reading: published.as_read(reading, gain).to(model.device) for reading in published.readings(gain)}
+    measured = metrics.evaluate_activations({reading: (layer, lorsa) for reading, lorsa in lorsas.items()}, stream)
+    best = min(lorsas, key=lambda reading: measured[reading]["fvu"])
     return lorsas[best], best, measured
 
 
-def _warning(
-    published: formats.Published, chosen: formats.Reading, measured: Mapping[str, Mapping[str, float]]
-) -> str | None:
-    fvu = {name: f"{result['fvu']:.3g}" for name, result in measured.items()}
+def _warning(published: formats.Published, chosen: str, measured: Mapping[str, Mapping[str, float]]) -> str | None:
+    fvu = {reading: f"{result['fvu']:.3g}" for reading, result in measured.items()}
     sentences = []
     if chosen != published.reading:
-        compared = ", ".join(
-            f"{name}: FVU {fvu[name]}" for name in map(str, (chosen, published.reading)) if name in fvu
-        )
+        compared = ", ".join(f"{name}: FVU {fvu[name]}" for name in (chosen, published.reading) if name in fvu)
         sentences.append(
             f"The config asks for {published.reading}, but the weights work on {chosen} ({compared}), "
             "so they were read that way."
         )
     if not measured:
         sentences.append("Nothing was measured: give --model, so that FVU shows whether the weights were read rightly.")
-    elif measured[str(chosen)]["fvu"] > 1:
-        sentences.append(
-            f"FVU is {fvu[str(chosen)]}, worse than predicting the mean; model or layer is probably another."
-        )
+    elif measured[chosen]["fvu"] > 1:
+        sentences.append(f"FVU is {fvu[chosen]}, worse than predicting the mean; model or layer is probably another.")
     if published.ignored:
         sentences.append(f"Settings of unknown meaning were ignored: {', '.join(published.ignored)}.")
     return " ".join(sentences) or None
@@ -273,85 +245,7 @@ def pack(run_folder: str | Path, target: str | Path) -> Path:
     """
     source, folder = Path(run_folder), Path(target)
     module = load(source)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoint.json").is_file():
-        raise UserError(f"{folder} holds files that are no checkpoint; choose an empty folder.")
-    small = _compacted(module, source)
-    config = _without_places(store.read_json(source / "config.json"))
-    (folder / "checkpoint.json").unlink(missing_ok=True)  # written last: it marks a whole checkpoint
-    store.write_tensors(folder / "model.safetensors", small)
-    store.write_json(folder / "config.json", config)
-    _copy_results(source, folder)
-    hashes = {
-        name: store.sha256_file(place / "model.safetensors")
-        for name, place in (("source_sha256", source), ("sha256", folder))
-    }
-    facts = {"kit": __version__, **hashes, "command": train_command(config)}
-    store.write_text(folder / "README.md", model_card(folder, facts))
-    store.write_json(folder / "checkpoint.json", facts)
-    return folder
-
-
-def unpack(folder: str | Path, target: str | Path) -> Path:
-    """Write an ordinary float32 run folder from a small one.
-
-    Raises:
-        UserError: the checkpoint is damaged, or `target` holds another run.
-    """
-    source, path = Path(folder), Path(target)
-    check(source)
-    config = store.read_json(source / "config.json")
-    if (path / "config.json").is_file() and store.read_json(path / "config.json") != config:
-        raise UserError(f"{path} holds another run; choose an empty folder.")
-    store.write_json(path / "config.json", config)
-    _copy_results(source, path)
-    store.write_tensors(path / "model.safetensors", load(source).state_dict())
-    return path
-
-
-def check(folder: str | Path) -> dict[str, Any]:
-    """Contents of `checkpoint.json`, once the hash of the weights is verified.
-
-    Raises:
-        UserError: there is no checkpoint, or its weights are not those packed.
-    """
-    path = Path(folder)
-    if not (path / "checkpoint.json").is_file():
-        raise UserError(
-            f"{path} holds no checkpoint (checkpoint.json is missing); give a folder below data/checkpoints."
-        )
-    facts: dict[str, Any] = store.read_json(path / "checkpoint.json")
-    weights = path / "model.safetensors"
-    if not weights.is_file() or store.sha256_file(weights) != facts.get("sha256"):
-        raise UserError(
-            f"{weights} is not the file that was packed (another SHA-256); restore it, with git for instance."
-        )
-    return facts
-
-
-def find(model: LanguageModel, layer: int, kind: str) -> Path | None:
-    """The longest-trained checkpoint in data/checkpoints for a layer of a language model.
-
-    It was trained on the same weights, or on those of the same name and tokenizer, perhaps in another dtype.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    candidates: list[tuple[int, Path]] = []
-    for marker in sorted((store.data_dir() / "checkpoints").glob("*/checkpoint.json")):
-        config = store.read_json(marker.parent / "config.json")
-        source = config.get("source", {})
-        same_name = (source.get("model"), source.get("tokenizer_sha256")) == (model.name, model.tokenizer_fingerprint)
-        same_model = same_name or source.get("model_sha256") == model.fingerprint
-        if same_model and (config["layer"], config["module"]["kind"]) == (layer, kind):
-            candidates.append((config.get("train", {}).get("tokens", 0), marker.parent))
-    if not candidates:
-        return None
-    best = max(candidates)[1]
-    check(best)
-    return best
-
-
-def _compacted(module: Lorsa | SAE, source: Path) -> dict[str, Tensor]:
+    _require_empty(folder, unless="checkpoint.json")
     small: dict[str, Tensor] = {}
     for name, weight in module.state_dict().items():
         packed = store.compact(name, weight) if name in INT8 else {name: weight.half() if name in FLOAT16 else weight}
@@ -362,7 +256,61 @@ def _compacted(module: Lorsa | SAE, source: Path) -> dict[str, Tensor]:
                 f"{source}: {name} would lose {lost:.1%} of its norm in the small form; share the run folder as it is."
             )
         small |= packed
-    return small
+    config = _without_places(store.read_json(source / "config.json"))
+    (folder / "checkpoint.json").unlink(missing_ok=True)  # written last: it marks a whole checkpoint
+    store.write_tensors(folder / "model.safetensors", small)
+    store.write_json(folder / "config.json", config)
+    _copy_results(source, folder)
+    hashes = [store.sha256_file(place / "model.safetensors") for place in (source, folder)]
+    facts = {"kit": __version__, "source_sha256": hashes[0], "sha256": hashes[1], "command": train_command(config)}
+    store.write_text(folder / "README.md", model_card(folder, facts))
+    store.write_json(folder / "checkpoint.json", facts)
+    return folder
+
+
+def unpack(folder: Path, target: Path) -> Path:
+    """Write an ordinary float32 run folder; UserError if the checkpoint is damaged or `target` holds another run."""
+    check(folder)
+    config = store.read_json(folder / "config.json")
+    if (target / "config.json").is_file() and store.read_json(target / "config.json") != config:
+        raise UserError(f"{target} holds another run; choose an empty folder.")
+    store.write_json(target / "config.json", config)
+    _copy_results(folder, target)
+    store.write_tensors(target / "model.safetensors", load(folder).state_dict())
+    return target
+
+
+def check(folder: Path) -> None:
+    """Verify the weights of a small checkpoint; UserError if there are none, or not those packed."""
+    if not (folder / "checkpoint.json").is_file():
+        raise UserError(
+            f"{folder} holds no checkpoint (checkpoint.json is missing); give a folder below data/checkpoints."
+        )
+    sha256, weights = store.read_json(folder / "checkpoint.json").get("sha256"), folder / "model.safetensors"
+    if not weights.is_file() or store.sha256_file(weights) != sha256:
+        raise UserError(
+            f"{weights} is not the file that was packed (another SHA-256); restore it, with git for instance."
+        )
+
+
+def find(model: LanguageModel, layer: int, kind: str) -> Path | None:
+    """The longest-trained checkpoint in data/checkpoints for a layer of a language model.
+
+    It was trained on the same weights, or on those of the same name and tokenizer, perhaps in another dtype. UserError
+    if it is damaged.
+    """
+    candidates = []
+    for marker in sorted((store.data_dir() / "checkpoints").glob("*/checkpoint.json")):
+        config = store.read_json(marker.parent / "config.json")
+        source = config.get("source", {})
+        same_name = (source.get("model"), source.get("tokenizer_sha256")) == (model.name, model.tokenizer_fingerprint)
+        same_model = same_name or source.get("model_sha256") == model.fingerprint
+        if same_model and (config["layer"], config["module"]["kind"]) == (layer, kind):
+            candidates.append((config.get("train", {}).get("tokens", 0), marker.parent))
+    _, best = max(candidates, default=(0, None))
+    if best:
+        check(best)
+    return best
 
 
 def _copy_results(source: Path, target: Path) -> None:
@@ -378,11 +326,11 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
     """A config that names model and text files without their folders."""
     source = dict(config.get("source", {}))
     for key in source.keys() & {"model", "text"}:
-        value = source[key]
-        if isinstance(value, list):
-            source[key] = [Path(file).name for file in value]
-        elif value and Path(value).is_absolute():
-            source[key] = Path(value).name
+        place = source[key]
+        if isinstance(place, list):
+            source[key] = [Path(file).name for file in place]
+        elif place and Path(place).is_absolute():
+            source[key] = Path(place).name
     return config | ({"source": source} if source else {})
 
 
@@ -395,10 +343,8 @@ def train_command(config: Mapping[str, Any]) -> str:
         return shlex.join(["lorsa", "import", config.get("imported", {}).get("from", "SRC"), "DIR"])
     module, train, source = config["module"], config["train"], config["source"]
     words = ["lorsa", "train", "--model", source["model"], "--layer", config["layer"], "--kind", module["kind"]]
-    if module["kind"] == "lorsa":
-        words += ["--n-heads", module["n_ov_heads"], "--n-qk", module["n_qk_heads"]]
-    else:
-        words += ["--n-heads", module["n_features"]]
+    words += ["--n-heads", module.get("n_features") or module["n_ov_heads"]]
+    words += ["--n-qk", module["n_qk_heads"]] if module["kind"] == "lorsa" else []
     words += ["--k", module["k"], "--tokens", train["tokens"], "--context", source["context"]]
     if isinstance(source["text"], list):
         words += ["--text", *source["text"]]
@@ -411,30 +357,16 @@ def train_command(config: Mapping[str, Any]) -> str:
     return shlex.join([*map(str, words), "--out", "DIR"])
 
 
-def model_card(folder: str | Path, facts: Mapping[str, Any] | None = None, exported: bool = False) -> str:
+def model_card(path: Path, facts: Mapping[str, Any] | None = None, exported: bool = False) -> str:
     """Markdown on a run folder: model, layer, training, results, licence, how to load it.
 
     `facts` are those of `checkpoint.json`; `exported` modules are loaded with the library they were exported for.
     """
-    path = Path(folder)
-    config = store.read_json(path / "config.json")
-    module, source, train = config["module"], config.get("source", {}), config.get("train", {})
-    model, text = source.get("model") or "an unnamed model", source.get("text")
-    weights = source.get("model_sha256") or "not recorded"
-    rows = [("language model", f"{model} (SHA-256 of weights {weights[:12]})"), ("layer", config.get("layer"))]
-    rows += [(key, value) for key, value in module.items() if not isinstance(value, dict)]
-    if train:
-        rows += [("training tokens", f"{train['tokens']:,}"), ("seed", train["seed"]), ("context", source["context"])]
-    text = ", ".join(text) if isinstance(text, list) else EMBEDDED_TEXT if text == "embedded" else text
-    results = []
-    for file in sorted(path.glob("results*.json"), key=lambda file: len(file.stem)):
-        measured_on = file.stem.removeprefix("results").strip("_") or "held-out part of the training text"
-        row = store.read_json(file)
-        results.append((measured_on, [row.get(name, "-") for name in RESULTS]))
+    config = {"layer": None, "source": {}, "train": {}} | store.read_json(path / "config.json")
+    files = sorted(path.glob("results*.json"), key=lambda file: len(file.stem))
+    results = {file.stem.removeprefix("results").strip("_"): store.read_json(file) for file in files}
     environment = jinja2.Environment(keep_trailing_newline=True)
     environment.filters["number"] = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
-    template = environment.from_string((Path(__file__).parent / "templates" / "card.md").read_text(encoding="utf-8"))
-    title, purpose = KINDS[module["kind"]]
-    about = {"title": title, "purpose": purpose, "model": model, "layer": config.get("layer")}
-    about |= {"licence": LICENCES.get(model, "other"), "settings": [*rows, ("training text", text)]}
-    return template.render(**about, results=results, shown=RESULTS, exported=exported, facts=facts)
+    template = environment.from_string((TEMPLATES / "card.md").read_text(encoding="utf-8"))
+    about = {"licences": LICENCES, "results": results, "exported": exported, "facts": facts}
+    return template.render(config | about)

@@ -97,30 +97,30 @@ def _curve(parameters: Floats, x: Floats) -> Floats:
 
 def _fit(x: Floats, y: Floats, size: Floats, floor: bool) -> Floats:
     """Best floor, a and b for rows of values: x [n_points], y [n_rows, n_points], weights 1 / size^2; [n_rows, 3]."""
-    weights = 1 / size**2
-    low, high = np.full(len(y), np.log(EXPONENTS[0])), np.full(len(y), np.log(EXPONENTS[1]))
+    rows = np.arange(len(y))
+    low, high = (np.full(len(y), np.log(end)) for end in EXPONENTS)
     for _ in range(4):  # each round narrows 40 steps to 2
         grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 41)
-        solved = [_solve(x, y, weights, np.exp(grid[:, column]), floor) for column in range(grid.shape[1])]
-        errors = np.stack([error for *_, error in solved], axis=1)
-        best = errors.argmin(axis=1)
-        step = (high - low) / 40
-        centre = np.take_along_axis(grid, best[:, None], axis=1)[:, 0]
+        b = np.exp(grid)
+        *parameters, errors = _solve(x, y[:, None], 1 / size**2, b, floor)
+        best = rows, errors.argmin(axis=1)
+        step, centre = (high - low) / 40, grid[best]
         low, high = np.maximum(centre - step, np.log(EXPONENTS[0])), np.minimum(centre + step, np.log(EXPONENTS[1]))
-    b = np.exp(centre)
-    level, height, _ = _solve(x, y, weights, b, floor)
-    return np.stack((level, height, b), axis=1)
+    return np.stack([side[best] for side in (*parameters, b)], axis=1)
 
 
 def _solve(x: Floats, y: Floats, weights: Floats, b: Floats, floor: bool) -> tuple[Floats, Floats, Floats]:
-    """Weighted least squares of y on a constant and x^-b, neither negative: constant, slope, error, each [n_rows]."""
-    basis = x[None] ** -b[:, None]
-    total, s, ss = weights.sum(), (weights * basis).sum(axis=1), (weights * basis**2).sum(axis=1)
-    t, st = (weights * y).sum(axis=1), (weights * basis * y).sum(axis=1)
-    level = np.maximum((ss * t - s * st) / np.maximum(total * ss - s**2, 1e-300), 0.0) if floor else np.zeros(len(y))
+    """Weighted least squares of y [..., n_points] on a constant and x^-b, neither negative, for every b.
+
+    Constant, slope and error, each shaped as b.
+    """
+    basis = x ** -b[..., None]
+    total, s, ss = weights.sum(), (weights * basis).sum(axis=-1), (weights * basis**2).sum(axis=-1)
+    t, st = (weights * y).sum(axis=-1), (weights * basis * y).sum(axis=-1)
+    level = np.maximum((ss * t - s * st) / np.maximum(total * ss - s**2, 1e-300), 0.0) if floor else np.zeros_like(s)
     height = (st - level * s) / ss
     flat = height < 0
     height = np.where(flat, 0.0, height)
     level = np.where(flat, t / total, level) if floor else level
-    error = (weights * (level[:, None] + height[:, None] * basis - y) ** 2).sum(axis=1)
+    error = (weights * (level[..., None] + height[..., None] * basis - y) ** 2).sum(axis=-1)
     return level, height, error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from toys import random_inputs, random_lorsa, random_sae
 
 from lorsa_utils import store
@@ -25,16 +27,14 @@ SOURCE |= {"model_sha256": "a" * 64, "tokenizer_sha256": "b" * 64, "text_sha256"
 MODEL: Any = SimpleNamespace(name="smollm2", fingerprint="a" * 64, tokenizer_fingerprint="b" * 64)
 
 
-def save_run(folder: Path, module: Lorsa | SAE, layer: int = 17, rows: int = 200, **train: Any) -> Path:
+def save_run(folder: Path, module: Lorsa | SAE, layer: int = 17, **train: Any) -> Path:
     """A finished run of random weights."""
     module.save(folder)
     config = store.read_json(folder / "config.json")
     config |= {"layer": layer, "train": TrainConfig(**train).to_dict(), "processes": 1, "source": SOURCE}
     store.write_json(folder / "config.json", config)
-    lines = [
-        json.dumps({"step": 10 * row, "tokens": 1000 * row, "fvu": 1 / (1 + row)}) + "\n" for row in range(1, rows + 1)
-    ]
-    store.write_text(folder / "metrics.jsonl", "".join(lines))
+    log = [{"step": 10 * row, "tokens": 1000 * row, "fvu": 1 / (1 + row)} for row in range(1, 201)]
+    store.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     store.write_json(folder / "results.json", {"fvu": 0.125, "l0": 7.5, "n_tokens": 100})
     return folder
 
@@ -48,21 +48,15 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     seed=st.integers(0, 2**20),
-    size=st.sampled_from([1e-6, 1.0, 1e6]),
+    size=st.sampled_from([0.0, 1e-6, 1.0, 1e6]),
 )
 def test_int8_is_within_half_a_step(shape: list[int], seed: int, size: float) -> None:
     weight = size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     parts = store.compact("w", weight)
-    assert set(parts) == {"w", "w.scale"}
-    assert (parts["w"].dtype, parts["w.scale"].dtype) == (torch.int8, torch.float32)
+    assert {name: part.dtype for name, part in parts.items()} == {"w": torch.int8, "w.scale": torch.float32}
     back = parts["w"].double() * parts["w.scale"].double()[..., None]
     step = weight.abs().amax(dim=-1, keepdim=True) / 127
     assert ((back - weight).abs() <= step / 2 * (1 + 1e-4)).all()
-
-
-def test_a_row_of_zeros_stays_zero() -> None:
-    parts = store.compact("w", torch.zeros(2, 3))
-    assert (parts["w"].float() * parts["w.scale"][:, None] == 0).all()
 
 
 def test_a_packed_module_opens_as_it_is_and_computes_nearly_the_same(run: Path, tmp_path: Path) -> None:
@@ -77,17 +71,15 @@ def test_a_packed_module_opens_as_it_is_and_computes_nearly_the_same(run: Path, 
     x = random_inputs(2, 9)
     change = after.pre_activations(x) - before.pre_activations(x)
     assert change.norm() < 0.02 * before.pre_activations(x).norm()
-    stored = {path.name for path in folder.iterdir()}
-    about = {"metrics.jsonl", "results.json", "checkpoint.json", "README.md"}
-    assert stored == {"config.json", "model.safetensors"} | about
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "model.safetensors", "metrics.jsonl", "results.json", "checkpoint.json", "README.md")
+    }
 
 
 def test_unpack_gives_an_ordinary_run_folder(run: Path, tmp_path: Path) -> None:
     small = hub.pack(run, tmp_path / "small")
     folder = hub.unpack(small, tmp_path / "full")
     assert folder == hub.unpack(small, tmp_path / "full"), "a second time changes nothing"
-    from safetensors.torch import load_file
-
     weights = load_file(folder / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     for name, weight in load(small).state_dict().items():
@@ -102,22 +94,16 @@ def test_a_cut_checkpoint_is_refused(run: Path, tmp_path: Path, share: float) ->
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match="is not the file that was packed"):
-        hub.check(tmp_path / "small")
-    with pytest.raises(UserError, match="is not the file that was packed"):
         hub.unpack(tmp_path / "small", tmp_path / "full")
     with pytest.raises(UserError, match="is damaged"):
         load(tmp_path / "small")
-    flipped = bytearray(content)
-    flipped[-5] ^= 16
-    file.write_bytes(flipped)
+    file.write_bytes(content[:-5] + bytes([content[-5] ^ 16]) + content[-4:])
     with pytest.raises(UserError, match="is not the file that was packed"):
         hub.check(tmp_path / "small")
 
 
 def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
     folder = hub.pack(save_run(tmp_path / "run", random_sae()), tmp_path / "small")
-    from safetensors.torch import load_file
-
     tensors = load_file(folder / "model.safetensors")
     store.write_tensors(folder / "model.safetensors", tensors | {"W_O.scale": tensors["W_O.scale"][:-1]})
     with pytest.raises(UserError, match=r"W_O.scale does not belong to W_O; restore a copy"):
@@ -136,7 +122,7 @@ def test_weights_that_would_lose_too_much_are_not_packed(tmp_path: Path) -> None
 def test_other_folders_are_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="holds files that are no checkpoint; choose an empty folder"):
+    with pytest.raises(UserError, match="mine is not empty; choose a new folder"):
         hub.pack(run, tmp_path / "mine")
     with pytest.raises(UserError, match="holds no checkpoint"):
         hub.unpack(run, tmp_path / "full")
@@ -166,10 +152,11 @@ def test_find_takes_the_longest_trained_of_the_right_kind(tmp_path: Path, monkey
     assert hub.find(MODEL, 17, "lorsa") == shipped / "long"
     assert hub.find(MODEL, 17, "sae") == shipped / "sae"
     assert hub.find(MODEL, 17, "transcoder") is None
-    other: Any = SimpleNamespace(name="smollm2", fingerprint="d" * 64, tokenizer_fingerprint="e" * 64)
-    assert hub.find(other, 17, "lorsa") is None
-    in_bfloat16: Any = SimpleNamespace(name="smollm2", fingerprint="d" * 64, tokenizer_fingerprint="b" * 64)
+    in_bfloat16, other = copy.copy(MODEL), copy.copy(MODEL)
+    in_bfloat16.fingerprint = other.fingerprint = "d" * 64
+    other.tokenizer_fingerprint = "e" * 64
     assert hub.find(in_bfloat16, 17, "lorsa") == shipped / "long"
+    assert hub.find(other, 17, "lorsa") is None
     (shipped / "long" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="is not the file that was packed"):
         hub.find(MODEL, 17, "lorsa")
@@ -191,20 +178,24 @@ def test_the_command_makes_a_run_with_the_same_settings(tmp_path: Path, monkeypa
 
 def test_the_card_says_what_it_is_and_names_no_place(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", random_lorsa())
-    config = store.read_json(run / "config.json")
     place = str(tmp_path.absolute())
-    store.write_json(
-        run / "config.json", config | {"source": SOURCE | {"text": [f"{place}/prose.txt"], "model": f"{place}/tiny"}}
-    )
+    source = SOURCE | {"text": [f"{place}/prose.txt"], "model": f"{place}/tiny"}
+    store.write_json(run / "config.json", store.read_json(run / "config.json") | {"source": source})
     store.write_json(run / "results_speeches.json", {"fvu": 0.25})
     folder = hub.pack(run, tmp_path / "small")
     for file in ("config.json", "README.md", "checkpoint.json"):
         assert place not in (folder / file).read_text()
     card = (folder / "README.md").read_text()
-    for part in ("license: other", "# Lorsa for layer 17 of tiny", "| 0.125 |", "| speeches | 0.25 |", "prose.txt"):
+    for part in (
+        "license: other",
+        "# Lorsa for layer 17 of tiny",
+        "| 0.125 |",
+        "| speeches | 0.25 |",
+        "prose.txt",
+        "lu.load",
+    ):
         assert part in card
     assert "lorsa train --model tiny" in card
-    assert "lu.load" in card
     assert "license: apache-2.0" in hub.model_card(save_run(tmp_path / "known", random_sae()))
     facts = store.read_json(folder / "checkpoint.json")
     assert facts["source_sha256"] == store.sha256_file(run / "model.safetensors")

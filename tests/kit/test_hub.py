@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -9,122 +10,84 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import random_tokens, save_tiny_model
+from tiny_models import save_tiny_model
 from torch import Tensor
-from toys import random_inputs, random_lorsa, random_sae
+from toys import ROTARY, random_inputs, random_lorsa, random_sae, random_sequences, randomized
 
 from lorsa_utils import store
+from lorsa_utils.activations import ActivationStream
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.initialize import initialize
 from lorsa_utils.kit import cli, formats, hub
-from lorsa_utils.lorsa import Lorsa, load
+from lorsa_utils.lorsa import Lorsa, Scaling, load
 from lorsa_utils.models import LanguageModel, load_model
-from lorsa_utils.text import Sequences
 
 D, N_QK, D_QK, N_OV, LENGTH = 8, 2, 4, 6, 7
 
 
-# ---- what the formats compute, in loops and float64
+# ---- what the formats compute, in float64
 
 
-def angle(config: Mapping[str, Any], pair: int) -> float:
-    """Radians a token by which one pair of dimensions turns."""
-    frequency = config["rotary_base"] ** (-2 * pair / config["rotary_dim"])
-    if config.get("use_NTK_by_parts_rope"):
-        low, high, factor = (
-            config[f"NTK_by_parts_{name}"] for name in ("low_freq_factor", "high_freq_factor", "factor")
-        )
-        wavelength, old = 2 * math.pi / frequency, config["old_context_len"]
-        if wavelength > old / low:
-            return frequency / factor
-        if wavelength >= old / high:
-            smooth = (old / wavelength - low) / (high - low)
-            return (1 - smooth) * frequency / factor + smooth * frequency
-    return frequency
+def frequencies(config: Mapping[str, Any]) -> Tensor:
+    """Radians per token by which each pair of dimensions turns."""
+    f = config["rotary_base"] ** -(torch.arange(0, config["rotary_dim"], 2, dtype=torch.float64) / config["rotary_dim"])
+    if not config.get("use_NTK_by_parts_rope"):
+        return f
+    low, high = config["NTK_by_parts_low_freq_factor"], config["NTK_by_parts_high_freq_factor"]
+    smooth = ((config["old_context_len"] * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * f / config["NTK_by_parts_factor"] + smooth * f
 
 
-def rotated(vector: list[float], position: int, config: Mapping[str, Any]) -> list[float]:
+def queries_or_keys(side: str, x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """[groups, length, d_qk] for x [length, D]."""
+    rows = x @ t[f"W_{side}"] + t[f"b_{side}"][:, None]
+    if config.get("use_post_qk_ln"):
+        rows = rows / (rows.square().mean(dim=-1, keepdim=True) + config["eps"]).sqrt()
+        rows = rows * t[f"ln_{side.lower()}.w"][:, None]
     if config["positional_embedding_type"] != "rotary":
-        return vector
-    out, half = list(vector), config["rotary_dim"] // 2
-    for pair in range(half):
-        a, b = (2 * pair, 2 * pair + 1) if config["rotary_adjacent_pairs"] else (pair, pair + half)
-        turn = position * angle(config, pair)
-        out[a] = vector[a] * math.cos(turn) - vector[b] * math.sin(turn)
-        out[b] = vector[b] * math.cos(turn) + vector[a] * math.sin(turn)
-    return out
-
-
-def side(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor | None, config: Mapping[str, Any]) -> list[list[float]]:
-    """Queries or keys of one group at every position."""
-    rows = []
-    for position, row in enumerate(x):
-        vector = [float(row @ weight[:, i] + bias[i]) for i in range(weight.shape[1])]
-        if gain is not None:
-            root = math.sqrt(sum(value**2 for value in vector) / len(vector) + config["eps"])
-            vector = [value / root * float(gain[i]) for i, value in enumerate(vector)]
-        rows.append(rotated(vector, position, config))
-    return rows
+        return rows
+    turned, rest = rows.split([config["rotary_dim"], rows.shape[-1] - config["rotary_dim"]], dim=-1)
+    adjacent = config["rotary_adjacent_pairs"]
+    pairs = turned.unflatten(-1, (-1, 2)) if adjacent else turned.unflatten(-1, (2, -1)).mT
+    angles = torch.arange(len(x))[:, None] * frequencies(config)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
+    return torch.cat(((turned if adjacent else turned.mT).flatten(-2), rest), dim=-1)
 
 
 def head_activations(x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """z [length, n_ov] of both formats for inputs in the space of the weights."""
-    z = torch.zeros(len(x), N_OV, dtype=torch.float64)
-    for head in range(N_OV):
-        group = head // (N_OV // N_QK)
-        stored = group * t["W_Q"].shape[0] // N_QK
-        gains = (t["ln_q.w"][stored], t["ln_k.w"][stored]) if config.get("use_post_qk_ln") else (None, None)
-        q = side(x, t["W_Q"][stored], t["b_Q"][stored], gains[0], config)
-        k = side(x, t["W_K"][stored], t["b_K"][stored], gains[1], config)
-        v = [float(row @ t["W_V"][head].flatten() + t["b_V"][head]) for row in x]
-        for i in range(len(x)):
-            scores = [
-                math.exp(sum(a * b for a, b in zip(q[i], k[j], strict=True)) / config["attn_scale"])
-                for j in range(i + 1)
-            ]
-            z[i, head] = sum(score * value for score, value in zip(scores, v, strict=False)) / sum(scores)
-    return z
+    q, k = (queries_or_keys(side, x, t, config) for side in "QK")
+    future = torch.ones(len(x), len(x)).triu(1).bool()
+    pattern = (q @ k.mT / config["attn_scale"]).masked_fill(future, -math.inf).softmax(dim=-1)
+    v = x @ t["W_V"].flatten(1).T + t["b_V"].flatten()
+    return torch.einsum("hij,jh->ih", pattern.repeat_interleave(N_OV // len(pattern), dim=0), v)
 
 
-def decoded(z: Tensor, scores: Tensor, k: int, t: Mapping[str, Tensor], bias: Tensor) -> Tensor:
-    y = torch.zeros(len(z), D, dtype=torch.float64)
-    for i in range(len(z)):
-        kept = sorted(range(N_OV), key=lambda head: -float(scores[i, head]))[:k]
-        y[i] = sum((z[i, head] * t["W_O"][head].flatten() for head in kept), start=bias.clone())
-    return y
-
-
-def llamascopium_forward(x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    norms = {name: t.get(f"dataset_average_activation_norm.{config[f'hook_point_{name}']}") for name in ("in", "out")}
-    scaled = config["norm_activation"] == "dataset-wise"
-    factor = {name: math.sqrt(D) / float(norm) if scaled and norm is not None else 1.0 for name, norm in norms.items()}
-    z = head_activations(x * factor["in"], t, config).relu()
-    k = config["top_k"] if config["act_fn"] == "topk" else N_OV
-    bias = t["b_D"] if config["use_decoder_bias"] else torch.zeros(D, dtype=torch.float64)
-    return decoded(z, z * t["W_O"].norm(dim=1), k, t, bias) / factor["out"]
-
-
-def openmoss_forward(x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    z = head_activations(x * math.sqrt(D) / config["avg_norm"]["in"], t, config)
-    scores = (z.relu() if config["use_z_relu"] else z.abs()) * t["W_O"].norm(dim=2).flatten()
-    k = config["top_k"] if config["mode"] == "top_k" else N_OV
-    if config["mode"] == "top_k" and config["use_z_relu"]:
-        z = z.relu()
-    return decoded(z, scores, k, t, t["b_O"]) / (math.sqrt(D) / config["avg_norm"]["out"])
+def forward(x: Tensor, t: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """Output [length, D] of either format for raw inputs [length, D]."""
+    if "mode" in config:  # OpenMOSS/Lorsa
+        norms, is_topk = config["avg_norm"], config["mode"] == "top_k"
+        rectifies = is_topk and config["use_z_relu"]
+    else:
+        norms = {side: t.get(formats.NORM_PREFIX + config[f"hook_point_{side}"]) for side in ("in", "out")}
+        is_topk, rectifies = config["act_fn"] == "topk", True
+    scale = {side: 1.0 if norm is None else math.sqrt(D) / float(norm) for side, norm in norms.items()}
+    z = head_activations(x * scale["in"], t, config)
+    z, writes = z.relu() if rectifies else z, t["W_O"].flatten(1)
+    kept = (z.abs() * writes.norm(dim=1)).topk(config["top_k"] if is_topk else N_OV).indices
+    z = torch.zeros_like(z).scatter(1, kept, z.gather(1, kept))
+    return (z @ writes + t.get("b_D", t.get("b_O", 0))) / scale["out"]
 
 
 # ---- random checkpoints
-
-
-def draws(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) * 0.7 for name, shape in shapes.items()}
 
 
 def llamascopium(**changes: Any) -> dict[str, Any]:
@@ -159,20 +122,20 @@ def llamascopium_weights(config: Mapping[str, Any], seed: int = 0, stored_groups
     shapes |= {"W_V": (N_OV, D), "W_O": (N_OV, D), "b_V": (N_OV,)}
     shapes |= dict.fromkeys(("b_Q", "b_K"), (stored_groups, D_QK))
     shapes |= {"b_D": (D,)} if config["use_decoder_bias"] else {}
-    shapes |= {"ln_q.w": (stored_groups, D_QK), "ln_k.w": (stored_groups, D_QK)} if config["use_post_qk_ln"] else {}
-    tensors = draws(shapes, seed)
+    shapes |= dict.fromkeys(("ln_q.w", "ln_k.w"), (stored_groups, D_QK)) if config["use_post_qk_ln"] else {}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: 0.7 * torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}
     if config["norm_activation"] == "dataset-wise":
-        for name, norm in (("in", 5.0), ("out", 0.7)):
-            key = "dataset_average_activation_norm." + config[f"hook_point_{name}"]
-            tensors[key] = torch.tensor(norm, dtype=torch.float64)
+        for side, norm in (("in", 5.0), ("out", 0.7)):
+            tensors[formats.NORM_PREFIX + config[f"hook_point_{side}"]] = torch.tensor(norm)
     return tensors
 
 
-def write_llamascopium(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    stored = {name: tensor.float() for name, tensor in tensors.items()}
-    buffers = {"mask": torch.ones(4, 4).tril().bool(), "rotary_sin": torch.zeros(4, D_QK)}
-    stored |= buffers | {"IGNORE": torch.tensor(-torch.inf)}
-    store.write_tensors(folder / "sae_weights.safetensors", stored)
+def write_llamascopium(folder: Path, tensors: Mapping[str, Tensor] | None = None, **changes: Any) -> Path:
+    config = llamascopium(**changes)
+    stored = {name: tensor.float() for name, tensor in (tensors or llamascopium_weights(config)).items()}
+    stored |= {"mask": torch.ones(4, 4).tril().bool(), "rotary_sin": torch.zeros(4, D_QK)}
+    store.write_tensors(folder / "sae_weights.safetensors", stored | {"IGNORE": torch.tensor(-torch.inf)})
     store.write_json(folder / "config.json", config)
     return folder
 
@@ -186,26 +149,21 @@ def openmoss(**changes: Any) -> dict[str, Any]:
 
 
 def openmoss_weights(seed: int = 0) -> dict[str, Tensor]:
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("W_Q", "W_K"), (N_QK, D, D_QK))
-    shapes |= {"W_V": (N_OV, D, 1), "W_O": (N_OV, 1, D), "b_V": (N_OV, 1), "b_O": (D,)}
-    shapes |= dict.fromkeys(("b_Q", "b_K"), (N_QK, D_QK))
-    return draws(shapes, seed)
+    t = llamascopium_weights(llamascopium(), seed)
+    return t | {"W_V": t["W_V"][:, :, None], "W_O": t["W_O"][:, None], "b_V": t["b_V"][:, None], "b_O": t.pop("b_D")}
 
 
-def write_openmoss(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Path:
+def write_openmoss(folder: Path, tensors: Mapping[str, Any] | None = None, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({**tensors, "mask": torch.ones(4, 4), "IGNORE": torch.tensor(-torch.inf)}, folder / "final.pth")
-    store.write_json(folder / "config.json", config)
+    buffers = {"mask": torch.ones(4, 4), "IGNORE": torch.tensor(-torch.inf)}
+    torch.save({**openmoss_weights(), **(tensors or {}), **buffers}, folder / "final.pth")
+    store.write_json(folder / "config.json", openmoss(**changes))
     return folder
 
 
 def as_here(folder: Path) -> Lorsa:
-    checkpoint = formats.read(folder)
-    return formats.as_read(checkpoint, checkpoint.reading).double()
-
-
-def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.float().double() for name, tensor in tensors.items()}
+    published = formats.read(folder)
+    return published.as_read(published.reading).double()
 
 
 # ---- same outputs
@@ -237,13 +195,10 @@ def test_llamascopium_weights_compute_the_same(seed: int, options: dict[str, Any
     tensors = llamascopium_weights(config, seed, stored_groups)
     x = random_inputs(1, LENGTH, D, seed + 1, torch.float64)
     with tempfile.TemporaryDirectory() as place:
-        lorsa = as_here(write_llamascopium(Path(place), config, tensors))
-    expected = llamascopium_forward(x[0], in_float32(tensors), config)
-    assert (lorsa(x).y[0] - expected).abs().max() < 1e-5
-    assert (
-        lorsa.config.rotary.adjacent_pairs == options["rotary_adjacent_pairs"]
-        or options["positional_embedding_type"] == "none"
-    )
+        lorsa = as_here(write_llamascopium(Path(place), tensors, **config))
+    assert (lorsa(x).y[0] - forward(x[0], tensors, config)).abs().max() < 1e-5
+    if options["positional_embedding_type"] == "rotary":
+        assert lorsa.config.rotary.adjacent_pairs == options["rotary_adjacent_pairs"]
 
 
 @settings(max_examples=15, deadline=None)
@@ -263,31 +218,34 @@ def test_openmoss_weights_compute_the_same(seed: int, options: dict[str, Any]) -
     config, tensors = openmoss(**options), openmoss_weights(seed)
     x = random_inputs(1, LENGTH, D, seed + 1, torch.float64)
     with tempfile.TemporaryDirectory() as place:
-        lorsa = as_here(write_openmoss(Path(place), config, tensors))
-    assert (lorsa(x).y[0] - openmoss_forward(x[0], tensors, config)).abs().max() < 1e-5
+        lorsa = as_here(write_openmoss(Path(place), tensors, **config))
+    assert (lorsa(x).y[0] - forward(x[0], tensors, config)).abs().max() < 1e-5
 
 
 def test_the_reference_rotates_by_position() -> None:
-    """The references would agree with anything if scores did not depend on positions."""
+    """The reference would agree with anything if scores did not depend on positions."""
     config = llamascopium()
     x = random_inputs(1, LENGTH, D, 3, torch.float64)[0]
-    tensors = llamascopium_weights(config)
-    plain = head_activations(x, tensors, config | {"positional_embedding_type": "none"})
-    assert (head_activations(x, tensors, config) - plain).abs().max() > 1e-2
-    assert (
-        head_activations(x, tensors, config) - head_activations(x, tensors, config | {"rotary_adjacent_pairs": True})
-    ).abs().max() > 1e-2
+    z, *others = (
+        head_activations(x, llamascopium_weights(config), config | change)
+        for change in ({}, {"positional_embedding_type": "none"}, {"rotary_adjacent_pairs": True})
+    )
+    assert all((z - other).abs().max() > 1e-2 for other in others)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"qk_norm": True}, {"k": 24}, {"attn_scale": 0.3}, {"adjacent": True}, {"llama3": True}]
+    "changes",
+    [
+        {},
+        {"qk_norm": True},
+        {"k": 24},
+        {"attn_scale": 0.3},
+        {"rotary": ROTARY.replace(adjacent_pairs=True)},
+        {"rotary": ROTARY.replace(rope_type="llama3", factor=4.0, original_context=16)},
+    ],
 )
 def test_what_is_exported_computes_the_same_there_and_here(tmp_path: Path, changes: dict[str, Any]) -> None:
-    base = random_lorsa().config
-    rotary = base.rotary.replace(adjacent_pairs=bool(changes.pop("adjacent", False)))
-    if changes.pop("llama3", False):
-        rotary = rotary.replace(rope_type="llama3", factor=4.0, original_context=16)
-    lorsa = random_lorsa(rotary=rotary, **changes)
+    lorsa = random_lorsa(**changes)
     lorsa.save(tmp_path / "run")
     answer = hub.export_checkpoint(tmp_path / "run", tmp_path / "out")
     assert answer["keys"]["b_O"] == "b_D"
@@ -297,18 +255,16 @@ def test_what_is_exported_computes_the_same_there_and_here(tmp_path: Path, chang
     back = as_here(tmp_path / "out")
     x = random_inputs(2, 9, dtype=torch.float64)
     assert (back(x).y - lorsa.double()(x).y).abs().max() < 1e-6
-    assert {name: value.shape for name, value in back.state_dict().items()} == {
-        n: v.shape for n, v in lorsa.state_dict().items()
-    }
+    shapes, wanted = ({name: value.shape for name, value in m.state_dict().items()} for m in (back, lorsa))
+    assert shapes == wanted
     assert "Language-Model-SAEs" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_export_refuses_what_the_format_lacks(tmp_path: Path) -> None:
-    linear = random_lorsa().config.rotary.replace(rope_type="linear", factor=2.0)
     cases = {
         "score abs": random_lorsa(score="abs"),
-        "scaling 'linear'": random_lorsa(rotary=linear),
-        "whole number": random_lorsa(rotary=random_lorsa().config.rotary.replace(theta=10.5)),
+        "scaling 'linear'": random_lorsa(rotary=ROTARY.replace(rope_type="linear", factor=2.0)),
+        "whole number": random_lorsa(rotary=ROTARY.replace(theta=10.5)),
         "holds a sae": random_sae(),
     }
     for number, (sentence, module) in enumerate(cases.items()):
@@ -346,8 +302,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_options_that_lorsa_lacks_are_refused_by_name(sentence: str, tmp_path: Path) -> None:
-    config = llamascopium() | REFUSED[sentence]
-    write_llamascopium(tmp_path, config, llamascopium_weights(llamascopium(use_post_qk_ln=config["use_post_qk_ln"])))
+    write_llamascopium(tmp_path, **REFUSED[sentence])
     with pytest.raises(UserError, match=sentence) as caught:
         formats.read(tmp_path)
     assert str(caught.value).endswith(".")
@@ -359,21 +314,24 @@ def test_selection_without_lengths_is_the_same_where_all_lengths_are_equal(tmp_p
     tensors = llamascopium_weights(config)
     tensors["W_O"] /= tensors["W_O"].norm(dim=1, keepdim=True)
     x = random_inputs(1, LENGTH, D, 1, torch.float64)
-    lorsa = as_here(write_llamascopium(tmp_path, config, tensors))
-    assert (lorsa(x).y[0] - llamascopium_forward(x[0], in_float32(tensors), config)).abs().max() < 1e-5
+    lorsa = as_here(write_llamascopium(tmp_path, tensors, **config))
+    assert (lorsa(x).y[0] - forward(x[0], tensors, config)).abs().max() < 1e-5
 
 
-def test_virtual_keys_and_wide_heads_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="virtual_kv_num 4"):
-        formats.read(write_openmoss(tmp_path / "a", openmoss(virtual_kv_num=4), openmoss_weights()))
-    with pytest.raises(UserError, match="virtual_k, which"):
-        formats.read(
-            write_openmoss(tmp_path / "b", openmoss(), openmoss_weights() | {"virtual_k": torch.zeros(1, N_QK, D_QK)})
-        )
-    with pytest.raises(UserError, match="size mismatch for W_V"):
-        formats.read(write_openmoss(tmp_path / "c", openmoss(), openmoss_weights() | {"W_V": torch.zeros(N_OV, D, 2)}))
-    with pytest.raises(UserError, match="mode top_k but no top_k"):
-        formats.read(write_openmoss(tmp_path / "d", openmoss(top_k=None), openmoss_weights()))
+@pytest.mark.parametrize(
+    ("sentence", "settings", "tensors"),
+    [
+        ("virtual_kv_num 4", {"virtual_kv_num": 4}, {}),
+        ("virtual_k, which", {}, {"virtual_k": torch.zeros(1, N_QK, D_QK)}),
+        ("size mismatch for W_V", {}, {"W_V": torch.zeros(N_OV, D, 2)}),
+        ("mode top_k but no top_k", {"top_k": None}, {}),
+    ],
+)
+def test_older_options_that_lorsa_lacks_are_refused(
+    sentence: str, settings: dict[str, Any], tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        formats.read(write_openmoss(tmp_path, tensors, **settings))
 
 
 class Malicious:
@@ -387,7 +345,7 @@ class Malicious:
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    folder = write_openmoss(tmp_path / "bad", openmoss(), openmoss_weights() | {"x": Malicious(tmp_path / "was_run")})
+    folder = write_openmoss(tmp_path / "bad", {"x": Malicious(tmp_path / "was_run")})
     with pytest.raises(UserError, match="wants to run code when it is read, which is refused") as caught:
         formats.read(folder)
     assert "\n" not in str(caught.value)
@@ -397,9 +355,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path: Path) 
 @pytest.mark.parametrize("file", ["final.pth", "sae_weights.safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.98])
 def test_cut_files_are_refused(file: str, share: float, tmp_path: Path) -> None:
-    is_new = file != "final.pth"
-    folder = write_llamascopium(tmp_path, llamascopium(), llamascopium_weights(llamascopium())) if is_new else None
-    folder = folder or write_openmoss(tmp_path, openmoss(), openmoss_weights())
+    folder = (write_openmoss if file == "final.pth" else write_llamascopium)(tmp_path)
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match="is damaged") as caught:
@@ -408,13 +364,12 @@ def test_cut_files_are_refused(file: str, share: float, tmp_path: Path) -> None:
 
 
 def test_other_folders_and_tensors_are_refused(tmp_path: Path) -> None:
-    config = llamascopium()
     with pytest.raises(UserError, match=r"has no config.json"):
         formats.read(tmp_path)
-    store.write_json(tmp_path / "config.json", config)
+    store.write_json(tmp_path / "config.json", llamascopium())
     with pytest.raises(UserError, match="neither sae_weights.safetensors nor final.pth"):
         formats.read(tmp_path)
-    tensors = llamascopium_weights(config)
+    tensors = llamascopium_weights(llamascopium())
     for change, sentence in (
         ({"W_X": torch.zeros(2)}, "holds W_X, which Lorsa here does not have"),
         ({"ln_q.w": torch.ones(N_QK, D_QK)}, "Unexpected key.*q_norm"),
@@ -422,10 +377,10 @@ def test_other_folders_and_tensors_are_refused(tmp_path: Path) -> None:
         ({"W_V": torch.full((N_OV, D), torch.nan)}, "values that are not finite"),
     ):
         with pytest.raises(UserError, match=sentence):
-            formats.read(write_llamascopium(tmp_path, config, tensors | change))
+            formats.read(write_llamascopium(tmp_path, tensors | change))
     del tensors["W_K"]
     with pytest.raises(UserError, match="has no W_K"):
-        formats.read(write_llamascopium(tmp_path, config, tensors))
+        formats.read(write_llamascopium(tmp_path, tensors))
 
 
 # ---- readings
@@ -436,42 +391,49 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_model(save_tiny_model(tmp_path_factory.mktemp("model"), "llama"), device="cpu")
 
 
-def sequences(context: int) -> Sequences:
-    tokens = random_tokens(12, context)
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    mask[:, 0] = False
-    return Sequences(tokens, mask, "none", int(mask.sum()), "0" * 64)
+def copied(model: LanguageModel) -> tuple[Lorsa, Tensor]:
+    """An untrained Lorsa from the model's own heads, better than the mean, and inputs that it reads."""
+    sequences = random_sequences(12, 24)
+    x, y = model.capture(sequences.tokens.long(), [1])[1]
+    lorsa = Lorsa(Lorsa.config_for_site(model.site(1), 512, 32, 256))
+    lorsa.fold(initialize(lorsa, model.site(1), x, y, sequences.mask, "mhsa", 0))
+    return lorsa.requires_grad_(False), x
 
 
 @pytest.fixture(scope="module")
 def good(model: LanguageModel) -> Lorsa:
-    """An untrained Lorsa from the model's own heads, better than the mean."""
-    tokens = sequences(24)
-    x, y = model.capture(tokens.tokens, [1])[1]
-    lorsa = Lorsa(Lorsa.config_for_site(model.site(1), 512, 32, 256))
-    scaling = initialize(lorsa, model.site(1), x, y, tokens.mask, "mhsa", 0)
-    lorsa.fold(scaling)
-    return lorsa.requires_grad_(False)
+    return copied(model)[0]
 
 
-def exported(folder: Path, lorsa: Lorsa, **settings: Any) -> Path:
+def saved(folder: Path, lorsa: Lorsa) -> Path:
     lorsa.save(folder / "run")
     config = store.read_json(folder / "run" / "config.json") | {"layer": 1, "source": {"context": 24}}
     store.write_json(folder / "run" / "config.json", config)
-    hub.export_checkpoint(folder / "run", folder / "out")
+    return folder / "run"
+
+
+def exported(folder: Path, lorsa: Lorsa, **settings: Any) -> Path:
+    hub.export_checkpoint(saved(folder, lorsa), folder / "out")
     store.write_json(folder / "out" / "config.json", store.read_json(folder / "out" / "config.json") | settings)
     return folder / "out"
 
 
-def with_norms(folder: Path, norm_in: float, norm_out: float) -> None:
-    tensors = store.read_tensors(folder / "sae_weights.safetensors")
-    for name, value in (("ln1.hook_normalized", norm_in), ("hook_attn_out", norm_out)):
-        tensors[f"dataset_average_activation_norm.blocks.1.{name}"] = torch.tensor(value)
-    store.write_tensors(folder / "sae_weights.safetensors", tensors)
+def for_normalised(folder: Path, lorsa: Lorsa, folded: bool) -> Path:
+    """An export that says it is for normalised activations, and is unless the norms are folded in."""
+    lorsa, size = copy.deepcopy(lorsa), math.sqrt(lorsa.config.d_model)
+    if not folded:
+        lorsa.unfold(Scaling(torch.zeros(lorsa.config.d_model), size, size / 30))
+    file = exported(folder, lorsa, norm_activation="dataset-wise") / "sae_weights.safetensors"
+    names = [f"{formats.NORM_PREFIX}blocks.1.{name}" for name in ("ln1.hook_normalized", "hook_attn_out")]
+    store.write_tensors(file, store.read_tensors(file) | dict(zip(names, map(torch.tensor, (1.0, 30.0)), strict=True)))
+    return file.parent
 
 
 def imported(folder: Path, model: LanguageModel) -> dict[str, Any]:
-    return hub.import_checkpoint(folder, folder.parent / "here", model, sequences=sequences, text="random")
+    def stream(context: int, layer: int) -> ActivationStream:
+        return ActivationStream(model, random_sequences(12, context), [layer], "random")
+
+    return hub.import_checkpoint(folder, folder.parent / "here", stream=stream)
 
 
 def test_an_exported_lorsa_comes_back_without_a_word(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
@@ -491,25 +453,14 @@ def test_an_exported_lorsa_comes_back_without_a_word(tmp_path: Path, model: Lang
 def test_folded_weights_whose_config_says_otherwise_are_found_out(
     tmp_path: Path, model: LanguageModel, good: Lorsa
 ) -> None:
-    folder = exported(tmp_path, good, norm_activation="dataset-wise")
-    with_norms(folder, 1.0, 30.0)
-    answer = imported(folder, model)
+    answer = imported(for_normalised(tmp_path, good, folded=True), model)
     assert answer["reading"] == "raw activations"
     assert answer["fvu"]["normalised activations"] > answer["fvu"]["raw activations"]
     assert "The config asks for normalised activations, but the weights work on raw activations" in answer["warning"]
 
 
 def test_weights_for_normalised_activations_are_folded(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
-    folder = exported(tmp_path, good, norm_activation="dataset-wise")
-    with_norms(folder, 1.0, 30.0)
-    size = math.sqrt(good.config.d_model)
-    tensors = store.read_tensors(folder / "sae_weights.safetensors")
-    for name in ("W_Q", "W_K", "W_V"):
-        tensors[name] /= size
-    for name in ("W_O", "b_D"):
-        tensors[name] *= size / 30
-    store.write_tensors(folder / "sae_weights.safetensors", tensors)
-    answer = imported(folder, model)
+    answer = imported(for_normalised(tmp_path, good, folded=False), model)
     assert (answer["reading"], answer["warning"]) == ("normalised activations", None)
     back = load(tmp_path / "here")
     assert torch.allclose(back.state_dict()["W_Q"], good.W_Q, rtol=1e-5)
@@ -519,19 +470,12 @@ def test_weights_for_normalised_activations_are_folded(tmp_path: Path, model: La
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 def test_weights_for_the_input_before_the_gain_are_found_out(tmp_path: Path, kind: str) -> None:
     model = load_model(save_tiny_model(tmp_path / "model", kind), device="cpu")
-    tokens = sequences(24)
-    x, y = model.capture(tokens.tokens, [1])[1]
-    lorsa = Lorsa(Lorsa.config_for_site(model.site(1), 512, 32, 256))
-    lorsa.fold(initialize(lorsa, model.site(1), x, y, tokens.mask, "mhsa", 0))
-    lorsa.requires_grad_(False)
+    lorsa, x = copied(model)
     gain = hub.norm_gain(model, 1)
-    assert gain is not None
-    before = Lorsa(lorsa.config)
-    before.load_state_dict(lorsa.state_dict())
-    before.requires_grad_(False)
+    before = copy.deepcopy(lorsa)
     before.shift_inputs(-gain[1])  # the same layer for u = (x - bias) / gain
-    for name in ("W_Q", "W_K"):
-        getattr(before, name).mul_(gain[0][:, None])
+    for weight in (before.W_Q, before.W_K):
+        weight.mul_(gain[0][:, None])
     before.W_V.mul_(gain[0])
     answer = imported(exported(tmp_path, before), model)
     assert answer["reading"] == "raw activations, before the gain of the norm"
@@ -540,17 +484,14 @@ def test_weights_for_the_input_before_the_gain_are_found_out(tmp_path: Path, kin
 
 
 def test_random_weights_are_imported_with_a_warning(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
-    noise = Lorsa(good.config)
-    with torch.no_grad():
-        for parameter in noise.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    noise = randomized(Lorsa(good.config), 1, torch.float32)
     answer = imported(exported(tmp_path, noise), model)
     assert "worse than predicting the mean" in answer["warning"]
 
 
 def test_without_a_model_the_config_is_believed_and_nothing_is_claimed(tmp_path: Path) -> None:
-    config = llamascopium(norm_activation="dataset-wise", sparkle=3)
-    folder = write_llamascopium(tmp_path / "there", config, llamascopium_weights(config))
+    settings = {"norm_activation": "dataset-wise", "sparkle": 3}
+    folder = write_llamascopium(tmp_path / "there", **settings)
     answer = hub.import_checkpoint(folder, tmp_path / "here")
     assert (answer["layer"], answer["fvu"], answer["ignored"]) == (1, {}, ["sparkle"])
     assert "Nothing was measured" in answer["warning"]
@@ -558,7 +499,7 @@ def test_without_a_model_the_config_is_believed_and_nothing_is_claimed(tmp_path:
     assert answer["keys"]["b_D"] == "b_O"
     with pytest.raises(UserError, match="is not empty; choose a new folder"):
         hub.import_checkpoint(folder, tmp_path / "here")
-    unnormed = write_llamascopium(tmp_path / "unnormed", config, llamascopium_weights(llamascopium()))
+    unnormed = write_llamascopium(tmp_path / "unnormed", llamascopium_weights(llamascopium()), **settings)
     with pytest.raises(UserError, match="does not state their norms; give --model"):
         hub.import_checkpoint(unnormed, tmp_path / "other")
 
@@ -566,7 +507,7 @@ def test_without_a_model_the_config_is_believed_and_nothing_is_claimed(tmp_path:
 def test_a_model_of_another_width_or_an_unknown_layer_is_refused(
     tmp_path: Path, model: LanguageModel, good: Lorsa
 ) -> None:
-    folder = write_llamascopium(tmp_path / "there", llamascopium(), llamascopium_weights(llamascopium()))
+    folder = write_llamascopium(tmp_path / "there")
     with pytest.raises(UserError, match="has width 64, the checkpoint 8"):
         imported(folder, model)
     nameless = exported(tmp_path, good, hook_point_in="somewhere")
@@ -585,8 +526,7 @@ def lorsa_command(*arguments: object) -> int:
 def test_commands_export_and_import(
     tmp_path: Path, model: LanguageModel, good: Lorsa, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exported(tmp_path, good)
-    shutil.rmtree(tmp_path / "out")
+    saved(tmp_path, good)
     assert lorsa_command("export", tmp_path / "run", tmp_path / "out", "--json") == 0
     assert json.loads(capsys.readouterr().out)["keys"]["W_V"] == "W_V"
     text = tmp_path / "text.txt"
@@ -594,8 +534,7 @@ def test_commands_export_and_import(
     text.write_text("\n\n".join(paragraph.format(i) for i in range(60)))
     options = ("--model", model.name, "--text", text, "--tokens", 500, "--json")
     assert lorsa_command("import", tmp_path / "out", tmp_path / "here", *options) == 0
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["keys"]["b_D"] == "b_O"
+    assert json.loads(capsys.readouterr().out)["keys"]["b_D"] == "b_O"
     assert lorsa_command("eval", tmp_path / "here", "--text", text, "--tokens", 500, "--json") == 0
     assert json.loads(capsys.readouterr().out)["n_tokens"] > 400
     assert lorsa_command("import", tmp_path / "out", tmp_path / "bare") == 0
@@ -617,7 +556,7 @@ def test_the_hub_is_asked_for_one_folder(
 
     def download(repo: str, allow_patterns: list[str]) -> str:
         asked.append((repo, allow_patterns))
-        write_llamascopium(tmp_path / inside, llamascopium(), llamascopium_weights(llamascopium()))
+        write_llamascopium(tmp_path / inside)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -640,10 +579,10 @@ def test_without_a_network_the_hub_ends_in_a_sentence(tmp_path: Path, monkeypatc
 
 
 class FakeHub:
-    """What huggingface_hub's API does, on the local disk."""
+    """What huggingface_hub's API does, on the local disk; or it refuses uploads with a status."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.private = place, False
+    def __init__(self, place: Path, status: int = 0) -> None:
+        self.place, self.status, self.private = place, status, False
 
     def create_repo(self, repo_id: str, exist_ok: bool, private: bool) -> None:
         (self.place / repo_id).mkdir(parents=True, exist_ok=exist_ok)
@@ -652,8 +591,12 @@ class FakeHub:
     def upload_folder(
         self, repo_id: str, folder_path: str, path_in_repo: str | None, ignore_patterns: list[str]
     ) -> str:
-        kept_back = shutil.ignore_patterns(*(pattern.split("/")[0] for pattern in ignore_patterns))
-        shutil.copytree(folder_path, self.place / repo_id / (path_in_repo or ""), ignore=kept_back, dirs_exist_ok=True)
+        if self.status:
+            error = RuntimeError("no")
+            error.response = SimpleNamespace(status_code=self.status)  # type: ignore[attr-defined]
+            raise error
+        left_out = shutil.ignore_patterns(*(pattern.split("/")[0] for pattern in ignore_patterns))
+        shutil.copytree(folder_path, self.place / repo_id / (path_in_repo or ""), ignore=left_out, dirs_exist_ok=True)
         return f"https://hub.example/{repo_id}"
 
 
@@ -663,8 +606,7 @@ def test_push_uploads_the_folder_with_its_card_and_no_token(
     fake = FakeHub(tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: fake)
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
-    exported(tmp_path, good)
-    shutil.rmtree(tmp_path / "out")
+    saved(tmp_path, good)
     (tmp_path / "run" / "state").mkdir()
     (tmp_path / "run" / "state" / "state.safetensors").write_bytes(b"large")
     options = ("--push", "someone/lorsas", "--path-in-repo", "layer_1", "--private", "--json")
@@ -692,13 +634,7 @@ def test_push_uploads_the_folder_with_its_card_and_no_token(
 def test_a_refused_upload_says_what_to_do(
     status: int, sentence: str, tmp_path: Path, good: Lorsa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Refusing(FakeHub):
-        def upload_folder(self, *arguments: Any, **options: Any) -> str:
-            error = RuntimeError("no")
-            error.response = type("Response", (), {"status_code": status})()  # type: ignore[attr-defined]
-            raise error
-
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Refusing(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: FakeHub(tmp_path / "hub", status))
     good.save(tmp_path / "run")
     with pytest.raises(UserError, match=sentence):
         hub.push_to_hub(tmp_path / "run", "someone/lorsas")
@@ -709,9 +645,9 @@ def test_a_refused_upload_says_what_to_do(
 def test_a_small_checkpoint_is_written_and_imported_by_command(
     tmp_path: Path, good: Lorsa, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exported(tmp_path, good)
+    saved(tmp_path, good)
     assert lorsa_command("export", tmp_path / "run", tmp_path / "small", "--format", "small", "--json") == 0
     assert json.loads(capsys.readouterr().out)["bytes"] < 0.5 * (tmp_path / "run" / "model.safetensors").stat().st_size
     assert lorsa_command("import", tmp_path / "small", tmp_path / "full", "--json") == 0
     assert torch.allclose(load(tmp_path / "full").W_O, good.W_O, atol=float(good.W_O.abs().max()) / 127)
-    assert hub.check(tmp_path / "small")["kit"]
+    assert store.read_json(tmp_path / "small" / "checkpoint.json")["kit"]

@@ -24,34 +24,34 @@ from lorsa_utils.config import LorsaConfig, RotaryConfig, SAEConfig, TrainConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.initialize import CALIBRATION_SEQUENCES
 from lorsa_utils.kit import sweeps
-from lorsa_utils.kit.sweeps import HeldTokens, Sweep, Trial, kept_dimensions, lorsa_shape, start_run
-from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.kit.sweeps import FirstTokens, Sweep, Trial, kept_dimensions, lorsa_shape
 from lorsa_utils.stats import t_interval
 from lorsa_utils.training import Run, RunSpec, train_runs
 
 SITE = toy_site(0)
-SOURCE = ToySource(40, 12, layers=(0, 1))
+SOURCE, HELD_OUT = ToySource(40, 12, layers=(0, 1)), ToySource(16, 12, seed=9)
 TRAIN = TrainConfig(tokens=120, batch_size=3, lr=3e-3, aux_k=4, dead_window=30)
 LORSA = lorsa_shape(SITE, 16, 4, 4)
-NOTEBOOK = definitions("09_ablations", "verdict", "effects", "draw_changes")
 SAE = SAEConfig(d_model=D_MODEL, n_features=24, k=4)
+TRIAL = Trial("base", "base", LORSA, TRAIN)
+CPU = torch.device("cpu")
+NOTEBOOK = definitions("09_ablations", "verdict", "effects", "draw_changes")
 
 
 def trials() -> list[Trial]:
-    base = Trial("base", "base", LORSA, TRAIN)
     return [
-        *base.over_seeds(2),
-        replace(base, factor="start", level="random", start="random"),
-        replace(base, factor="D_QK", level="2", module=lorsa_shape(SITE, 16, 4, 4, 2)),
-        replace(base, factor="biases", level="none", biases=False),
-        replace(base, factor="kind", level="SAE", module=SAE),
+        *TRIAL.over_seeds(2),
+        replace(TRIAL, factor="start", level="random", start="random"),
+        replace(TRIAL, factor="D_QK", level="2", module=lorsa_shape(SITE, 16, 4, 4, 2)),
+        replace(TRIAL, factor="biases", level="none", biases=False),
+        replace(TRIAL, factor="kind", level="SAE", module=SAE),
     ]
 
 
 def sweep(file: Path, chosen: list[Trial] | None = None, workers: int = 2) -> Sweep:
-    held_out = HeldTokens(ToySource(16, 12, seed=9), 0, 40)
-    data = HeldTokens(SOURCE, 0, 150)
-    return Sweep(trials() if chosen is None else chosen, SITE, data, held_out, file, workers=workers)
+    made = Sweep(trials() if chosen is None else chosen, SITE, SOURCE, HELD_OUT, 40, file)
+    made.workers = workers
+    return made
 
 
 def without_times(table: pd.DataFrame) -> pd.DataFrame:
@@ -60,52 +60,35 @@ def without_times(table: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    return sweep(tmp_path_factory.mktemp("sweep") / "results.parquet").run(progress=False)
+    return sweep(tmp_path_factory.mktemp("sweep") / "results.parquet").run()
 
 
 # ---- data
 
 
-def test_held_tokens_are_those_of_the_source() -> None:
-    held = HeldTokens(SOURCE, 1, 100)
-    ours, theirs = list(held.batches(5)), list(SOURCE.batches(5, layers=(1,)))
+def test_first_tokens_are_those_of_the_source() -> None:
+    ours, theirs = list(FirstTokens(SOURCE, 1, 100).batches(5)), SOURCE.batches(5, layers=(1,))
     assert sum(int(batch.mask.sum()) for batch in ours) == 100
-    assert held.n_bytes == 2 * held.n_sequences * 12 * D_MODEL * 4
     for mine, other in zip(ours, theirs, strict=False):
-        assert torch.equal(mine.inputs[1], other.inputs[1][: len(mine.mask)])
-        assert torch.equal(mine.outputs[1], other.outputs[1][: len(mine.mask)])
-        assert torch.equal(mine.tokens, other.tokens[: len(mine.mask)])
-        assert not (mine.mask & ~other.mask[: len(mine.mask)]).any()
-
-
-def test_what_does_not_fit_in_memory_is_read_again_and_is_the_same() -> None:
-    held, read = HeldTokens(SOURCE, 0, 100), HeldTokens(SOURCE, 0, 100, memory_share=0.0)
-    assert held.n_bytes
-    assert read.n_bytes == 0
-    for _ in range(2):
-        pairs = zip(*(sweeps.first_tokens(side.batches(4), 70) for side in (held, read)), strict=True)
-        for mine, other in pairs:
-            assert torch.equal(mine.mask, other.mask[: len(mine.mask)])
-            assert not other.mask[len(mine.mask) :].any()
-            assert torch.equal(mine.inputs[0][mine.mask], other.inputs[0][: len(mine.mask)][mine.mask])
+        assert torch.equal(mine.inputs[1], other.inputs[1])
+        assert torch.equal(mine.outputs[1], other.outputs[1])
+        assert torch.equal(mine.tokens, other.tokens)
+        assert not (mine.mask & ~other.mask).any()
 
 
 def test_more_tokens_than_there_are_is_a_sentence() -> None:
     with pytest.raises(UserError, match=r"9,999 tokens are asked for and .* are cached"):
-        HeldTokens(SOURCE, 0, 9_999)
-    with pytest.raises(UserError, match=r"layers \[0, 1\], not 7"):
-        HeldTokens(SOURCE, 7, 10)
-    with pytest.raises(UserError, match="asks for 200 tokens and the sweep holds 150"):
-        sweep(Path("unused"), [Trial("a", "b", LORSA, TRAIN.replace(tokens=200))])
+        sweep(Path("unused"), [replace(TRIAL, train=TRAIN.replace(tokens=9_999))])
+    with pytest.raises(UserError, match=r"9,998 tokens are asked for and .* are cached"):
+        Sweep([TRIAL], SITE, SOURCE, HELD_OUT, 9_998, Path("unused"))
 
 
 # ---- sweep
 
 
 def test_table_has_a_row_for_every_trial_in_order(finished: pd.DataFrame) -> None:
-    assert list(zip(finished["factor"], finished["level"], finished["seed"], strict=True)) == [
-        (trial.factor, trial.level, trial.train.seed) for trial in trials()
-    ]
+    labels = [(trial.factor, trial.level, trial.train.seed) for trial in trials()]
+    assert list(finished[["factor", "level", "seed"]].itertuples(index=False, name=None)) == labels
     assert (finished["status"] == "done").all()
     assert (finished["tokens"] == 120).all()
     assert finished["fvu"].between(0, 2).all()
@@ -118,91 +101,77 @@ def test_a_run_is_what_training_it_alone_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: LorsaConfig | SAEConfig
 ) -> None:
     monkeypatch.setattr(sweeps, "CALIBRATION_SEQUENCES", CALIBRATION_SEQUENCES)
-    table = sweep(tmp_path / "r.parquet", [Trial("a", "b", module, TRAIN)]).run(progress=False)
-    with sweeps.one_thread_each(torch.device("cpu")):
+    table = sweep(tmp_path / "r.parquet", [replace(TRIAL, module=module)]).run()
+    with sweeps.one_thread_each(CPU):
         spec = RunSpec("alone", 0, module, TRAIN, tmp_path / "alone")
-        (run,) = train_runs([spec], HeldTokens(SOURCE, 0, 150), {0: SITE}, progress=False)
-        held_out = HeldTokens(ToySource(16, 12, seed=9), 0, 40)
+        (run,) = train_runs([spec], SOURCE, {0: SITE}, progress=False)
+        held_out: Any = FirstTokens(HELD_OUT, 0, 40)
         alone = metrics.evaluate_activations({"m": (0, run.finished_module())}, held_out)["m"]
     assert table.loc[0, "fvu"] == alone["fvu"]
     assert table.loc[0, "dead_fraction"] == alone["dead_fraction"]
 
 
 def test_runs_at_once_are_the_same_as_one_by_one(tmp_path: Path, finished: pd.DataFrame) -> None:
-    alone = sweep(tmp_path / "results.parquet", workers=1).run(progress=False)
+    alone = sweep(tmp_path / "results.parquet", workers=1).run()
     pd.testing.assert_frame_equal(without_times(alone), without_times(finished), check_exact=True)
 
 
-def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = sweep(tmp_path / "r.parquet", trials()[:4]).run(progress=False)
-    steps: list[str] = []
-    whole = Run.train_step
-
-    def counted(run: Run, batch: Any) -> None:
-        steps.append(run.spec.name)
-        whole(run, batch)
-
-    monkeypatch.setattr(Run, "train_step", counted)
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    first = sweep(tmp_path / "r.parquet", trials()[:4]).run()
     again = sweep(tmp_path / "r.parquet", trials()[:4])
     assert again.plan().startswith("4 runs, 4 of them finished before")
-    pd.testing.assert_frame_equal(again.run(progress=False), first, check_exact=True)
-    assert not steps
-    more = sweep(tmp_path / "r.parquet", trials()[2:5]).run(progress=False)
-    assert set(steps) == {"biases none"}
-    pd.testing.assert_frame_equal(more.iloc[:2], first.iloc[2:].reset_index(drop=True), check_exact=True)
+    pd.testing.assert_frame_equal(again.run(), first, check_exact=True)  # to the seconds it took
+    more = sweep(tmp_path / "r.parquet", trials()[2:5])
+    assert [trial.factor for trial in more.pending().values()] == ["biases"]
+    pd.testing.assert_frame_equal(more.run().iloc[:2], first.iloc[2:].reset_index(drop=True), check_exact=True)
 
 
 def test_labels_do_not_make_another_run(tmp_path: Path) -> None:
-    twice = [Trial("a", "1", LORSA, TRAIN), Trial("b", "2", LORSA, TRAIN.replace(log_every=7, init="random"))]
-    one = sweep(tmp_path / "r.parquet", twice)
-    assert len(one.pending()) == 1
-    table = one.run(progress=False)
-    assert table["level"].tolist() == ["1", "2"]
+    same = Trial("b", "2", LORSA, TRAIN.replace(log_every=7, init="random"))
+    twice = sweep(tmp_path / "r.parquet", [TRIAL, same])
+    assert len(twice.pending()) == 1
+    table = twice.run()
+    assert table["level"].tolist() == ["base", "2"]
     assert table["fvu"].nunique() == 1
 
 
 def test_every_setting_and_other_text_make_another_run() -> None:
-    base = Trial("a", "1", LORSA, TRAIN)
-    chosen = [base, replace(base, train=TRAIN.replace(seed=5)), replace(base, train=TRAIN.replace(lr=1e-4))]
-    chosen += [replace(base, module=LORSA.replace(k=3)), replace(base, start="qk"), replace(base, biases=False)]
+    chosen = [TRIAL, *(replace(TRIAL, train=TRAIN.replace(**change)) for change in ({"seed": 5}, {"lr": 1e-4}))]
+    chosen += [replace(TRIAL, module=LORSA.replace(k=3)), replace(TRIAL, start="qk"), replace(TRIAL, biases=False)]
     keys = sweep(Path("unused"), chosen).keys
-    other = Sweep([base], SITE, HeldTokens(SOURCE, 0, 150), HeldTokens(ToySource(16, 12, seed=2), 0, 40), "unused").keys
+    other = Sweep([TRIAL], SITE, SOURCE, ToySource(16, 12, seed=2), 40, Path("unused")).keys
     assert len({*keys, *other}) == len(chosen) + 1
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+import pandas as pd
 import test_sweeps
-from lorsa_utils.kit import sweeps
 from lorsa_utils.training import Run
 
-writes, write, step = [], sweeps.write_results, Run.train_step
-def counted(*arguments):
-    write(*arguments)
-    writes.append(1)
+file, step = Path(sys.argv[1]), Run.train_step
 def killed(run, batch):
-    if len(writes) == int(sys.argv[2]):
+    if file.exists() and len(pd.read_parquet(file)) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     step(run, batch)
-sweeps.write_results, Run.train_step = counted, killed
-test_sweeps.sweep(Path(sys.argv[1]), workers=1).run(progress=False)
+Run.train_step = killed
+test_sweeps.sweep(file, workers=1).run()
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
 def test_kill_9_and_go_on(tmp_path: Path, finished: pd.DataFrame) -> None:
     file, here = tmp_path / "results.parquet", Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(folder) for folder in (here, here.parent, here.parents[1]))
-    }
-    command = [sys.executable, "-c", KILLED, str(file), "2"]
+    folders = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
+    environment = os.environ | {"PYTHONPATH": folders}
+    command = [sys.executable, "-c", KILLED, str(file)]
     assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
     saved = pd.read_parquet(file)
     assert 2 <= len(saved) < len(trials())
     (tmp_path / ".results.parquet.0123abcd.tmp").touch()  # as a kill in the middle of writing leaves it
     stamp = saved.set_index("key")["seconds"]
-    table = sweep(file).run(progress=False)
+    table = sweep(file).run()
     pd.testing.assert_frame_equal(without_times(table), without_times(finished), check_exact=True)
     whole = pd.read_parquet(file).set_index("key")["seconds"]
     assert whole[stamp.index].tolist() == stamp.tolist(), "what was finished was not run again"
@@ -210,17 +179,16 @@ def test_kill_9_and_go_on(tmp_path: Path, finished: pd.DataFrame) -> None:
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, count = sweeps.write_results, []
+    finished: list[None] = []
 
-    def interrupted(*arguments: Any) -> None:
-        write(*arguments)
-        count.append(1)
-        if len(count) == 3:
+    def interrupted(bar: Any) -> None:
+        finished.append(None)
+        if len(finished) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweeps, "write_results", interrupted)
+    monkeypatch.setattr(sweeps.tqdm, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep(tmp_path / "r.parquet").run(progress=False)
+        sweep(tmp_path / "r.parquet").run()
     assert len(pd.read_parquet(tmp_path / "r.parquet")) == 3
 
 
@@ -234,11 +202,11 @@ def test_a_diverged_run_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         whole(run, batch)
 
     monkeypatch.setattr(Run, "train_step", diverging)
-    wanted = [Trial("lr", "1e-3", LORSA, TRAIN), Trial("lr", "9", LORSA, TRAIN.replace(lr=9.0))]
-    table = sweep(tmp_path / "r.parquet", wanted).run(progress=False)
+    wanted = [TRIAL, Trial("lr", "9", LORSA, TRAIN.replace(lr=9.0))]
+    table = sweep(tmp_path / "r.parquet", wanted).run()
     assert table["status"].tolist() == ["done", "diverged"]
     assert math.isnan(table["fvu"][1])
-    changes = NOTEBOOK.effects(table, table[table["level"] == "1e-3"])
+    changes = NOTEBOOK.effects(table, table[table["level"] == "base"])
     assert changes["verdict"].tolist() == ["no difference shown", "diverged"]
     assert len(sweep(tmp_path / "r.parquet", wanted).pending()) == 0
 
@@ -249,28 +217,23 @@ def test_damaged_data_is_no_divergence(tmp_path: Path) -> None:
 
         def batches(self, *arguments: Any, **options: Any) -> Iterator[ActivationBatch]:
             self.asked += 1
-            if self.asked > 2:  # the first batches were for the size and for the start
+            if self.asked > 1:  # the first batch was for the start
                 raise UserError("a shard is damaged")
             return super().batches(*arguments, **options)
 
-    data = HeldTokens(Damaged(40, 12), 0, 150, memory_share=0.0)
-    one = Sweep(
-        [Trial("a", "b", SAE, TRAIN)], SITE, data, HeldTokens(ToySource(16, 12, seed=9), 0, 40), tmp_path / "r.parquet"
-    )
+    one = Sweep([replace(TRIAL, module=SAE)], SITE, Damaged(40, 12), HELD_OUT, 40, tmp_path / "r.parquet")
     with pytest.raises(UserError, match="a shard is damaged"):
-        one.run(progress=False)
+        one.run()
     assert not (tmp_path / "r.parquet").exists()
 
 
 def test_plan_counts(tmp_path: Path) -> None:
-    chosen = sweep(tmp_path / "r.parquet")
-    assert chosen.plan().startswith("6 runs, 0 of them finished before; 2 at a time, ")
-    assert chosen.plan().endswith("MB of activations in memory")
+    assert sweep(tmp_path / "r.parquet").plan() == "6 runs, 0 of them finished before; 2 at a time"
 
 
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(ValueError, match="x"), sweeps.one_thread_each(torch.device("cpu")):
+    with pytest.raises(ValueError, match="x"), sweeps.one_thread_each(CPU):
         raise ValueError("x")
     assert torch.get_num_threads() == before
 
@@ -278,30 +241,23 @@ def test_threads_are_given_back() -> None:
 # ---- starts
 
 
-def started(trial: Trial) -> Lorsa:
-    run = Run(RunSpec("r", 0, trial.module, trial.train, Path("unused")), {}, torch.device("cpu"))
-    start_run(run, trial, SITE, next(iter(SOURCE.batches(16, layers=(0,)))))
-    assert isinstance(run.module, Lorsa)
-    return run.module
+def started(**changes: Any) -> Run:
+    calibration = next(iter(SOURCE.batches(16, layers=(0,))))
+    return sweeps.start_run(replace(TRIAL, **changes), SITE, calibration, CPU)
 
 
 def test_starts_take_what_they_say() -> None:
-    modules = {start: started(Trial("s", start, LORSA, TRAIN, start=start)) for start in sweeps.STARTS}
-    for name in ("W_Q", "W_K", "b_Q", "b_K"):
+    modules = {start: started(start=start).module for start in sweeps.STARTS}
+    for name in ("W_Q", "W_K", "b_Q", "b_K", "W_O"):
         of = {start: module.get_parameter(name) for start, module in modules.items()}
-        assert torch.equal(of["qk"], of["both"])
-        assert torch.equal(of["ov"], of["random"])
+        copying, other = ("ov", "qk") if name == "W_O" else ("qk", "ov")
+        assert torch.equal(of[copying], of["both"])
+        assert torch.equal(of[other], of["random"])
         assert not torch.equal(of["qk"], of["ov"])
-    writes = {start: module.W_O for start, module in modules.items()}
-    assert torch.equal(writes["ov"], writes["both"])
-    assert torch.equal(writes["qk"], writes["random"])
-    assert not torch.equal(writes["ov"], writes["qk"])
 
 
-def test_without_biases_they_stay_zero(tmp_path: Path) -> None:
-    trial = Trial("biases", "none", LORSA, TRAIN, biases=False)
-    run = Run(RunSpec("r", 0, LORSA, TRAIN, tmp_path), {}, torch.device("cpu"))
-    start_run(run, trial, SITE, next(iter(SOURCE.batches(16, layers=(0,)))))
+def test_without_biases_they_stay_zero() -> None:
+    run = started(biases=False)
     before = run.module.get_parameter("W_V").detach().clone()
     for batch in SOURCE.batches(3, layers=(0,)):
         run.train_step(batch)
@@ -327,8 +283,8 @@ def test_narrow_copies_are_a_part_of_the_scores(rotary: RotaryConfig) -> None:
 
 
 def test_a_narrow_start_copies_a_part_of_the_whole_one() -> None:
-    whole = started(Trial("s", "wide", LORSA, TRAIN))
-    narrow = started(Trial("s", "narrow", lorsa_shape(SITE, 16, 4, 4, D_HEAD // 2), TRAIN))
+    whole = started().module
+    narrow: Any = started(module=lorsa_shape(SITE, 16, 4, 4, D_HEAD // 2)).module
     kept = kept_dimensions(SITE.rotary, D_HEAD, D_HEAD // 2)
     assert torch.equal(narrow.W_Q, whole.W_Q[..., kept])
     assert narrow.attn_scale == pytest.approx(SITE.attn_scale * math.sqrt(2))
@@ -336,37 +292,36 @@ def test_a_narrow_start_copies_a_part_of_the_whole_one() -> None:
 
 def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="start must be one of both, qk, ov, random, not 'copy'"):
-        Trial("a", "b", LORSA, TRAIN, start="copy")  # type: ignore[arg-type]
+        replace(TRIAL, start="copy")
     with pytest.raises(UserError, match="another rotation"):
-        sweep(Path("unused"), [Trial("a", "b", LORSA.replace(rotary=RotaryConfig()), TRAIN)])
+        sweep(Path("unused"), [replace(TRIAL, module=LORSA.replace(rotary=RotaryConfig()))])
     with pytest.raises(UserError, match="width 3 cannot be cut from heads of width 4"):
         lorsa_shape(SITE, 16, 4, 4, 3)
-    (tmp_path / "r.parquet").write_text("something else")
-    with pytest.raises(UserError, match="is not the results file of a sweep"):
-        sweep(tmp_path / "r.parquet")
-    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "r.parquet")
-    with pytest.raises(UserError, match="is not the results file of a sweep"):
-        sweep(tmp_path / "r.parquet")
+    file = tmp_path / "r.parquet"
+    for write in (lambda: file.write_text("something else"), lambda: pd.DataFrame({"a": [1]}).to_parquet(file)):
+        write()
+        with pytest.raises(UserError, match="is not the results file of a sweep"):
+            sweep(file)
 
 
 # ---- intervals
 
 
 def test_mean_interval_by_hand() -> None:
+    half = pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     mean, low, high = t_interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert high - mean == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    assert mean - low == pytest.approx(high - mean)
+    assert [mean, high - mean, mean - low] == [2.0, half, half]
     assert math.isnan(t_interval([1.0])[1])
     assert math.isnan(t_interval([1.0, math.nan])[0])
 
 
 def test_effects_are_paired_by_seed() -> None:
-    base = pd.DataFrame({"factor": "base", "level": "base", "seed": [0, 1, 2], "fvu": [0.30, 0.40, 0.50]})
-    up = pd.DataFrame({"factor": "f", "level": "up", "seed": [2, 1, 0], "fvu": [0.561, 0.46, 0.359]})
-    same = pd.DataFrame({"factor": "f", "level": "same", "seed": [0, 1, 2], "fvu": [0.31, 0.39, 0.50]})
-    down = pd.DataFrame({"factor": "f", "level": "down", "seed": [0, 1, 2], "fvu": [0.299, 0.399, 0.499]})
-    effects = NOTEBOOK.effects(pd.concat([up, same, down]), base).set_index("level")
+    def runs(level: str, *fvu: float) -> pd.DataFrame:
+        return pd.DataFrame({"factor": "f", "level": level, "seed": [0, 1, 2], "fvu": fvu})
+
+    base, up = runs("base", 0.30, 0.40, 0.50), runs("up", 0.359, 0.46, 0.561)[::-1]
+    table = pd.concat([up, runs("same", 0.31, 0.39, 0.50), runs("down", 0.299, 0.399, 0.499)])
+    effects = NOTEBOOK.effects(table, base).set_index("level")
     assert effects["verdict"].to_dict() == {"up": "worse", "same": "no difference shown", "down": "small"}
     assert effects.loc["up", "change"] == pytest.approx(15)  # percent of 0.4
     assert effects.loc["up", "low"] == pytest.approx(15 - 4.303 * 0.25 / math.sqrt(3), rel=1e-3)
@@ -378,9 +333,7 @@ def test_changes_stand_under_their_factor_with_their_intervals() -> None:
     table = {"factor": ["G", "G", "start"], "level": ["32", "128", "random"], "change": [1.0, -2.0, 9.0]}
     effects = pd.DataFrame(table | {"low": [0.5, -4.0, 8.0], "high": [1.5, 0.0, 11.0]})
     figure = NOTEBOOK.draw_changes(effects, "t")
-    assert [[list(side) for side in trace.y] for trace in figure.data] == [
-        [["G", "G"], ["32", "128"]],
-        [["start"], ["random"]],
-    ]
+    places = [[list(side) for side in trace.y] for trace in figure.data]
+    assert places == [[["G", "G"], ["32", "128"]], [["start"], ["random"]]]
     assert list(figure.data[0].error_x.array) == pytest.approx([0.5, 2.0])
     assert list(figure.data[0].error_x.arrayminus) == pytest.approx([0.5, 2.0])
