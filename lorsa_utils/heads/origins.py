@@ -178,7 +178,8 @@ def qk_singular_values(circuits: Lorsa | AttentionSite) -> Tensor:
         W_Q, W_K = W_Q * circuits.q_norm[:, None], W_K * circuits.k_norm[:, None]
     # The product of two small triangles has the singular values of the [d_model, d_model] one.
     triangles = [torch.linalg.qr(side.double(), mode="r").R for side in (W_Q, W_K)]
-    return torch.linalg.svdvals(triangles[0] @ triangles[1].transpose(1, 2))
+    values: Tensor = torch.linalg.svdvals(triangles[0] @ triangles[1].transpose(1, 2))
+    return values
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:

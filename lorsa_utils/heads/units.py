@@ -108,10 +108,15 @@ class SparseActivity(Activity):
     values: Tensor
     y: Tensor
 
+    @property
+    def W_O(self) -> Tensor:
+        """Write directions, [n_units, d_model]."""
+        return self.module.W_O.detach()
+
     @cached_property
     def error(self) -> Tensor:
         """y minus the module's output, [batch, length, d_model]."""
-        return self.y.to(self.module.W_O.dtype) - self.module.decode(self.indices, self.values)
+        return self.y.to(self.W_O.dtype) - self.module.decode(self.indices, self.values)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -127,7 +132,7 @@ class SparseActivity(Activity):
 
     @override
     def along(self, direction: Tensor) -> Tensor:
-        units = self.dense * (direction @ self.module.W_O.detach().T)
+        units = self.dense * (direction @ self.W_O.T)
         return torch.cat([units, (self.error * direction).sum(dim=-1, keepdim=True)], dim=-1)
 
     @override
@@ -139,7 +144,7 @@ class SparseActivity(Activity):
         n, totals = mask.sum().clamp_min(1), self.values.new_zeros(self.module.n_units)
         totals.index_add_(0, self.indices[mask].flatten(), self.values[mask].flatten())
         error = self.error[mask].sum(dim=0, keepdim=True)
-        return ConstantActivity(torch.cat([totals[:, None] / n * self.module.W_O.detach(), error / n]))
+        return ConstantActivity(torch.cat([totals[:, None] / n * self.W_O, error / n]))
 
 
 @dataclass
