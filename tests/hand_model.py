@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from toys import sequences_of
 
 from lorsa_utils import architectures
 from lorsa_utils.config import LorsaConfig, RotaryConfig
-from lorsa_utils.heads.prompts import SERIES, Vocabulary
+from lorsa_utils.heads.prompts import SERIES, Passage, Vocabulary
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import AttentionSite
+from lorsa_utils.text import Sequences
 
 CODE = 96
 D_MODEL = 5 * CODE + 2
@@ -76,6 +78,9 @@ class HandModel:
         self._resumed: Tensor | None = None
         self._site = self._by_hand()
 
+    def module_path(self, layer: int) -> str:
+        return "by hand"
+
     def site(self, layer: int) -> AttentionSite:
         return self._site
 
@@ -85,6 +90,11 @@ class HandModel:
         weights = {"W_Q": lorsa.W_Q, "W_K": lorsa.W_K, "W_V": lorsa.W_V[:, :, None], "W_O": lorsa.W_O[:, None]}
         biases = {"b_Q": lorsa.b_Q, "b_K": torch.zeros_like(lorsa.b_K), "b_V": lorsa.b_V[:, None]}
         return AttentionSite(1.0, RotaryConfig(), **weights, **biases, b_O=torch.zeros(D_MODEL))
+
+    def sequences(self, passages: Sequence[Passage]) -> Sequences:
+        """Passages as text."""
+        tokens = torch.tensor([self.vocabulary.start + list(passage.ids) for passage in passages])
+        return sequences_of(tokens, tokens != self.vocabulary.bos_id)
 
     def stream(self, tokens: Tensor) -> Tensor:
         """What the layer reads, [batch, length, D_MODEL]."""

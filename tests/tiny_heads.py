@@ -11,7 +11,7 @@ from toys import sequences_of
 
 from lorsa_utils.heads import survey, units
 from lorsa_utils.lorsa import Lorsa
-from lorsa_utils.models import LanguageModel, load_model
+from lorsa_utils.models import AttentionSite, LanguageModel, load_model
 from lorsa_utils.text import Sequences
 from lorsa_utils.view.evidence import Evidence
 
@@ -36,16 +36,20 @@ class Tiny(NamedTuple):
         return Evidence(self.model, LAYER, self.lorsa, self.sequences, self.found, progress=False, **options)
 
 
+def random_heads(site: AttentionSite, n_heads: int = 24, n_qk: int = 6, k: int = 4, scale: float = 0.3) -> Lorsa:
+    """A Lorsa for a layer, random in everything."""
+    lorsa, generator = Lorsa(Lorsa.config_for_site(site, n_heads, n_qk, k)), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lorsa.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return lorsa.requires_grad_(False)
+
+
 def tiny_heads(folder: Path, n_heads: int = 24, n_qk: int = 6, k: int = 4) -> Tiny:
     """The last head of the first 24 is dead. One text ends in padding."""
     model = load_model(save_tiny_model(folder, "llama", max_position_embeddings=256))
-    lorsa = Lorsa(Lorsa.config_for_site(model.site(LAYER), n_heads, n_qk, k))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in lorsa.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        lorsa.W_V[DEAD], lorsa.b_V[DEAD] = 0, 0
-    lorsa.requires_grad_(False)
+    lorsa = random_heads(model.site(LAYER), n_heads, n_qk, k)
+    lorsa.W_V[DEAD], lorsa.b_V[DEAD] = 0, 0
     rows = [[256, *model.tokenizer.encode(8 * text)][:LENGTH] for text in TEXTS * 3]
     tokens = torch.tensor(rows)
     mask = tokens != 256

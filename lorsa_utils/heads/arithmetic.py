@@ -11,7 +11,6 @@ explained on the other half, compared with a smooth null: a cubic polynomial in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from lorsa_utils.lorsa import SparseModule
 from lorsa_utils.models import LanguageModel
 
 MODULI = tuple(range(2, 11))
+LEAST_ACTIVE = 0.02
 LEAST_EXPLAINED = 0.5
 """A rule is named when it explains more of the held-out variance than this share and than the smooth null."""
 
@@ -68,11 +68,11 @@ class Activations(NamedTuple):
 
     z: Tensor
     """[n_units, n, n], activation at `=`; rows are op1, columns op2."""
-    correct: Tensor
-    """[n, n] bool, whether the model's first answer token is right (empty when not asked for)."""
-    operator: str
-    low: int
+    operator: str = "+"
+    low: int = 0
     """Smallest operand; the largest is low + n - 1."""
+    correct: Tensor | None = None
+    """[n, n] bool, whether the model's first answer token is right; None if it was not asked."""
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def grid_activations(
 ) -> Activations:
     """Activations of every unit at `=`; with `answers` also where the whole model answers correctly."""
     n = round(len(grid.tokens) ** 0.5)
-    z, correct = torch.zeros(len(grid.tokens), module.n_units), []
+    z, correct = torch.zeros(len(grid.tokens), module.n_units), torch.zeros(len(grid.tokens), dtype=torch.bool)
     for rows in tqdm(torch.arange(len(grid.tokens)).split(batch_size), desc=f"a{grid.operator}b", disable=not progress):
         tokens, ends = grid.tokens[rows], grid.equals[rows].to(model.device)
         x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
@@ -96,9 +96,8 @@ def grid_activations(
         z[rows] = z[rows].scatter(1, indices[place, ends].cpu(), values[place, ends].cpu())
         if answers:
             said = model.logits(tokens[:, : int(ends.max()) + 1])[place, ends].argmax(dim=1)
-            correct.append(said.cpu() == grid.answer[rows])
-    right = torch.cat(correct).view(n, n) if correct else torch.zeros(0, 0, dtype=torch.bool)
-    return Activations(z.T.reshape(-1, n, n), right, grid.operator, grid.low)
+            correct[rows] = said.cpu() == grid.answer[rows]
+    return Activations(z.T.reshape(-1, n, n), grid.operator, grid.low, correct.view(n, n) if answers else None)
 
 
 # ---- rules
@@ -134,6 +133,8 @@ class Fit(NamedTuple):
     rule: Rule
     explained: float
     """Share of variance, on held-out cells."""
+    smooth: float
+    """That of the smooth null."""
     base: float
     height: float
 
@@ -148,53 +149,40 @@ def variables(op1: np.ndarray, op2: np.ndarray, operator: str) -> dict[str, np.n
     return values
 
 
-def fit_rules(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -> list[Fit]:
-    """The best rule of every kind for one unit, the best first; of equally good rules, the simpler first.
+def best_rule(z: np.ndarray, operator: str = "+", low: int = 0) -> Fit | None:
+    """The rule that explains most of one unit, of equally good ones the simplest; None if it is constant on a half.
 
-    z [n, n] is over operands from `low` on; `seed` splits its cells. A unit that is constant on a half has no rule.
+    z [n, n] is over operands from `low` on.
     """
-    cells = _Cells(z, operator, low, seed)
-    if cells.is_constant:
-        return []
-    fits = []
-    for name in cells.variables:
-        for modulus in (0,) if name == "carry" else (0, *MODULI):
-            fits.append(cells.fit(name, modulus))
-    # Rules within a thousandth count as equal.
-    return sorted(fits, key=lambda fit: (-round(fit.explained, 3), fit.rule.modulus))
-
-
-def smooth_explained(z: np.ndarray, operator: str = "+", low: int = 0, seed: int = 0) -> float:
-    """Variance that the smooth null explains on the held-out cells."""
-    cells = _Cells(z, operator, low, seed)
-    if cells.is_constant:
-        return float("nan")
+    cells = _Cells(z, operator, low)
+    if any(np.ptp(cells.z[half]) == 0 for half in (cells.fitted, ~cells.fitted)):
+        return None
     scaled = [(cells.variables[name] - low) / max(1, len(z) - 1) for name in ("op1", "op2")]
     design = np.stack([scaled[0] ** i * scaled[1] ** j for i in range(4) for j in range(4 - i)], axis=1)
     weights, *_ = np.linalg.lstsq(design[cells.fitted], cells.z[cells.fitted], rcond=None)
-    return cells.explained(design @ weights)
+    smooth = cells.explained(design @ weights)
+    kinds = [(name, modulus) for name in cells.variables for modulus in ((0,) if name == "carry" else (0, *MODULI))]
+    # Rules within a thousandth count as equal.
+    return max(
+        (cells.fit(*kind, smooth) for kind in kinds), key=lambda fit: (round(fit.explained, 3), -fit.rule.modulus)
+    )
 
 
 class _Cells:
     """One unit's grid, flattened; rules are fitted on half of the cells."""
 
-    def __init__(self, z: np.ndarray, operator: str, low: int, seed: int) -> None:
-        n = len(z)
-        op1, op2 = (side.ravel() + low for side in np.indices((n, n)))
+    def __init__(self, z: np.ndarray, operator: str, low: int) -> None:
+        op1, op2 = (side.ravel() + low for side in np.indices(z.shape))
         self.z, self.variables = np.asarray(z, dtype=float).ravel(), variables(op1, op2, operator)
-        self.fitted = np.zeros(n * n, dtype=bool)
-        self.fitted[np.random.default_rng(seed).permutation(n * n)[: n * n // 2]] = True
-
-    @property
-    def is_constant(self) -> bool:
-        return bool(np.ptp(self.z[self.fitted]) == 0 or np.ptp(self.z[~self.fitted]) == 0)
+        self.fitted = np.zeros(z.size, dtype=bool)
+        self.fitted[np.random.default_rng(0).permutation(z.size)[: z.size // 2]] = True
 
     def explained(self, predicted: np.ndarray) -> float:
         """1 - squared error / squared deviation from the mean, on held-out cells."""
         z = self.z[~self.fitted]
         return float(1 - np.square(z - predicted[~self.fitted]).sum() / np.square(z - z.mean()).sum())
 
-    def fit(self, name: str, modulus: int) -> Fit:
+    def fit(self, name: str, modulus: int, smooth: float) -> Fit:
         value = self.variables[name] % modulus if modulus else self.variables[name]
         labels, place = np.unique(value, return_inverse=True)
         counts = np.bincount(place[self.fitted], minlength=len(labels)).astype(float)
@@ -202,12 +190,10 @@ class _Cells:
         best = _best_residues if modulus or name == "carry" else _best_range
         chosen = best(counts, sums)
         holds = chosen[place]
-        base, top = (self._mean(self.fitted & side) for side in (~holds, holds))
+        sides = (self.z[self.fitted & side] for side in (~holds, holds))
+        base, top = (float(side.mean()) if len(side) else 0.0 for side in sides)
         rule = Rule(name, modulus, tuple(int(label) for label in labels[chosen]))
-        return Fit(rule, self.explained(np.where(holds, top, base)), base, top - base)
-
-    def _mean(self, cells: np.ndarray) -> float:
-        return float(self.z[cells].mean()) if cells.any() else 0.0
+        return Fit(rule, self.explained(np.where(holds, top, base)), smooth, base, top - base)
 
 
 def _between(counts: np.ndarray, sums: np.ndarray, inside_counts: np.ndarray, inside_sums: np.ndarray) -> np.ndarray:
@@ -235,35 +221,19 @@ def _best_residues(counts: np.ndarray, sums: np.ndarray) -> np.ndarray:
     return np.isin(np.arange(len(counts)), order[:n])
 
 
-def rule_table(
-    grid: Activations, units: Sequence[int] | None = None, least_active: float = 0.02, seed: int = 0
-) -> pd.DataFrame:
-    """The best rule of some units, or of all that are active on at least `least_active` of the cells.
+def rule_table(grid: Activations) -> pd.DataFrame:
+    """The best rule of all units that are active on at least `LEAST_ACTIVE` of the cells.
 
-    Columns: `unit`, `rule` (text), the fields of `Rule` and `Fit`, `smooth` (explained by the smooth null), `active`
-    (share of cells) and `named` (see `LEAST_EXPLAINED`), the best explained first.
+    Columns: `unit`, `rule` (text), the fields of `Rule` and `Fit`, `active` (share of cells) and `named` (see
+    `LEAST_EXPLAINED`), the best explained first.
     """
     active = (grid.z > 0).float().mean(dim=(1, 2))
     rows = []
-    for unit in (active >= least_active).nonzero()[:, 0].tolist() if units is None else units:
-        z = grid.z[unit].numpy()
-        if fits := fit_rules(z, grid.operator, grid.low, seed):
-            rule, explained, base, height = fits[0]
-            smooth = smooth_explained(z, grid.operator, grid.low, seed)
-            named = explained > max(LEAST_EXPLAINED, smooth)
+    for unit in (active >= LEAST_ACTIVE).nonzero()[:, 0].tolist():
+        if fit := best_rule(grid.z[unit].numpy(), grid.operator, grid.low):
+            rule, *numbers = fit
+            named = fit.explained > max(LEAST_EXPLAINED, fit.smooth)
             text = (unit, str(rule), rule.variable, rule.modulus, list(rule.values))
-            rows.append((*text, explained, smooth, base, height, float(active[unit]), named))
-    columns = [
-        "unit",
-        "rule",
-        "variable",
-        "modulus",
-        "values",
-        "explained",
-        "smooth",
-        "base",
-        "height",
-        "active",
-        "named",
-    ]
-    return pd.DataFrame(rows, columns=columns).sort_values("explained", ascending=False, ignore_index=True)
+            rows.append((*text, *numbers, float(active[unit]), named))
+    names = "unit rule variable modulus values explained smooth base height active named"
+    return pd.DataFrame(rows, columns=names.split()).sort_values("explained", ascending=False, ignore_index=True)

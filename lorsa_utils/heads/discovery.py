@@ -22,11 +22,10 @@ Tables show the scores of the confirmation half, on which no unit was chosen.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads.families import FAMILIES
+from lorsa_utils.heads.families import FAMILIES, LEAST_PRECISION
 from lorsa_utils.heads.prompts import PromptSet
 from lorsa_utils.heads.units import Unembedding, Units, by_pair, final_norm
 from lorsa_utils.initialize import initialize
@@ -54,23 +53,54 @@ MIN_SUPPORT = 8
 # ---- responses
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Responses:
     """What units of one kind did on the prompts of one family, [n_labelled, n_units] except for `activation`."""
 
-    prompts: PromptSet = field(repr=False)
-    activation: Tensor = field(repr=False)
+    prompts: PromptSet
+    activation: Tensor
     """[n_queries, n_units]."""
-    at_source: Tensor = field(repr=False)
+    at_source: Tensor
     """Mass on the predicted sources."""
-    at_random: Tensor = field(repr=False)
+    at_random: Tensor
     """Mass on random earlier positions, scaled to the number of predicted sources."""
-    total: Tensor = field(repr=False)
+    total: Tensor
     """Mass on all sources."""
-    logit: Tensor | None = field(repr=False, default=None)
-    """Direct effect on the predicted token's logit; None where the family predicts none."""
-    logit_other: Tensor | None = field(repr=False, default=None)
-    """The same for another prompt's predicted token."""
+    logit: Tensor
+    """Direct effect on the predicted token's logit less that on another prompt's; NaN where none is predicted."""
+
+    def where(self, queries: Tensor) -> Responses:
+        """Some of the queries, [n_queries] bool."""
+        labelled = queries[self.prompts.positive]
+        sides = {name: getattr(self, name)[labelled] for name in ("at_source", "at_random", "total", "logit")}
+        return replace(self, prompts=self.prompts.where(queries), activation=self.activation[queries], **sides)
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """One row per unit.
+
+        Columns: `SCORES` (see the module docstring; NaN where undefined, such as `precision` without controls),
+        `active` (share of labelled queries where it is active), `support` (number of pairs with such a query) and
+        `size` (mean activation at labelled queries).
+        """
+        prompts, at_source, total = self.prompts, self.at_source, self.total
+        labelled, controls = self.activation[prompts.positive], self.activation[~prompts.positive]
+        if prompts.has_controls:
+            means = labelled.mean(dim=0), controls.mean(dim=0)
+            precision, area = means[0] / (means[0] + means[1]), auc(labelled, controls)
+        else:
+            precision, area = torch.full_like(labelled[0], torch.nan), auc(at_source, self.at_random)
+        columns = {
+            "share": at_source.sum(dim=0) / total.sum(dim=0),
+            "precision": precision,
+            "recall": ((labelled > 0) & (at_source > 0.5 * total)).double().mean(dim=0),
+            "auc": area,
+            "logit": self.logit.mean(dim=0),
+            "active": (labelled > 0).double().mean(dim=0),
+            "support": (by_pair(labelled, prompts.pair[prompts.positive]) > 0).sum(dim=0),
+            "size": labelled.double().mean(dim=0),
+        }
+        return pd.DataFrame({name: values.double().numpy() for name, values in columns.items()})
 
 
 @torch.no_grad()
@@ -91,37 +121,27 @@ def read(
     # The scale makes random masses comparable where there were fewer random positions than sources.
     scale = prompts.sources.sum(dim=1) / others.sum(dim=1).clamp_min(1)
     maps = torch.stack([prompts.sources.float(), others.float() * scale[:, None]])
-    tokens = {"logit": prompts.predicted, "logit_other": _exchange(prompts, generator)} if prompts.predicts else {}
+    tokens = [prompts.predicted, _exchange(prompts, generator)] if prompts.predicts else []
     unembedding = Unembedding(model)
-    chunks: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in kinds}
-    order = []
+    sides: dict[str, list[list[Tensor]]] = {name: [] for name in kinds}
     for batch in torch.arange(len(prompts.tokens)).split(batch_size):
         x, y, residual = _layer_and_residual(model, layer, prompts.tokens[batch], prompts.predicts)
         prepared = {name: units.prepare(x, y) for name, units in kinds.items()}
         for place, number in enumerate(batch.tolist()):
-            queries = (prompts.row == number).nonzero()[:, 0]
-            order.append(queries)
+            queries = prompts.row == number
             positions, labelled = prompts.position[queries].to(x.device), prompts.positive[queries].to(x.device)
             asked = positions[labelled]
-            directions = {
-                key: unembedding.directions(residual[place, asked], side[queries].to(x.device)[labelled])
-                for key, side in tokens.items()
-            }
+            directions = [
+                unembedding.directions(residual[place, asked], side[queries].to(x.device)[labelled]) for side in tokens
+            ]
             for name, units in kinds.items():
                 rows = units.rows(prepared[name], place, positions, maps[:, queries].to(x.device))
                 at_source, at_random, total, value = (side[labelled] for side in (*rows.mass, rows.total, rows.value))
-                fields = {"activation": rows.activation, "at_source": at_source, "at_random": at_random, "total": total}
-                for key, direction in directions.items():
-                    fields[key] = units.along(prepared[name], place, asked, value, direction)
-                for key, values in fields.items():
-                    chunks[name][key].append(values.cpu())
-    # Back from the order of prompts into that of the queries.
-    queries = torch.cat(order)
-    places = {True: queries.argsort(), False: queries[prompts.positive[queries]].argsort()}
-    return {
-        name: Responses(prompts, **{key: torch.cat(side)[places[key == "activation"]] for key, side in fields.items()})
-        for name, fields in chunks.items()
-    }
+                effects = [units.along(prepared[name], place, asked, value, direction) for direction in directions]
+                logit = effects[0] - effects[1] if effects else torch.full_like(value, torch.nan)
+                fields = (rows.activation, at_source, at_random, total, logit)
+                sides[name].append([side.cpu() for side in fields])
+    return {name: Responses(prompts, *map(torch.cat, zip(*rows, strict=True))) for name, rows in sides.items()}
 
 
 def _random_sources(prompts: PromptSet, generator: torch.Generator) -> Tensor:
@@ -146,82 +166,35 @@ def _layer_and_residual(model: LanguageModel, layer: int, tokens: Tensor, whole:
     if not whole:
         x, y = (side.float() for side in model.capture(tokens, [layer])[layer])
         return x, y, x[:0]
-    seen: dict[str, Tensor] = {}
+    seen: list[Tensor] = []
 
     def observe(attn_input: Tensor, attn_output: Tensor) -> Tensor:
-        seen["x"], seen["y"] = attn_input, attn_output
+        seen.extend((attn_input, attn_output))
         return attn_output
 
-    def before_norm(module: Any, arguments: tuple[Tensor, ...]) -> None:
-        seen["residual"] = arguments[0]
-
-    hook = final_norm(model).register_forward_pre_hook(before_norm)
+    hook = final_norm(model).register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     try:
         with model.splice({layer: observe}):
             model.logits(tokens, [0])
     finally:
         hook.remove()
-    return seen["x"].float(), seen["y"].float(), seen["residual"].float()
+    x, y, residual = (side.float() for side in seen)
+    return x, y, residual
 
 
-# ---- scores
-
-
-def score(responses: Responses, queries: Tensor | None = None) -> pd.DataFrame:
-    """Scores of every unit on some queries [n_queries] bool or all, one row per unit.
-
-    Columns: `SCORES` (see the module docstring; NaN where undefined, such as `precision` without controls), `active`
-    (share of labelled queries where it is active), `support` (number of pairs with such a query) and `size` (mean
-    activation at labelled queries).
-    """
-    prompts = responses.prompts
-    queries = torch.ones_like(prompts.positive) if queries is None else queries
-    counted, undefined = queries[prompts.positive], torch.full((responses.activation.shape[1],), torch.nan)
-    if not bool(counted.any()):
-        raise UserError(f"No labelled position of family {prompts.family} is left; make more prompts.")
-    labelled = responses.activation[prompts.positive & queries]
-    at_source, at_random, total = (
-        side[counted] for side in (responses.at_source, responses.at_random, responses.total)
-    )
-    if prompts.has_controls:
-        controls = responses.activation[~prompts.positive & queries]
-        means = labelled.mean(dim=0), controls.mean(dim=0)
-        precision, area = means[0] / (means[0] + means[1]), auc(labelled, controls)
-    else:
-        precision, area = undefined, auc(at_source, at_random)
-    logit = undefined
-    if responses.logit is not None and responses.logit_other is not None:
-        logit = (responses.logit[counted] - responses.logit_other[counted]).mean(dim=0)
-    columns = {
-        "share": at_source.sum(dim=0) / total.sum(dim=0),
-        "precision": precision,
-        "recall": ((labelled > 0) & (at_source > 0.5 * total)).double().mean(dim=0),
-        "auc": area,
-        "logit": logit,
-        "active": (labelled > 0).double().mean(dim=0),
-        "support": (by_pair(labelled, prompts.pair[prompts.positive & queries]) > 0).sum(dim=0),
-        "size": labelled.double().mean(dim=0),
-    }
-    return pd.DataFrame({name: values.double().numpy() for name, values in columns.items()})
-
-
-def p_values(
-    responses: Responses, chosen: Sequence[int], sign: int, queries: Tensor | None = None, seed: int = 0
-) -> np.ndarray:
+def p_values(responses: Responses, chosen: Sequence[int], sign: int, seed: int = 0) -> np.ndarray:
     """Largest one-sided p-value of each chosen unit over the differences of the module docstring, [n_chosen].
 
-    Effects on logits count unless `sign` (the family's `logit_sign`) is 0. `queries` are [n_queries] bool or all.
+    Effects on logits count unless `sign` (the family's `logit_sign`) is 0.
     """
     prompts, units = responses.prompts, torch.tensor(list(chosen), dtype=torch.long)
-    queries = torch.ones_like(prompts.positive) if queries is None else queries
-    counted, labelled, controls = queries[prompts.positive], prompts.positive & queries, ~prompts.positive & queries
-    pairs = prompts.pair[labelled]
-    differences = [by_pair((responses.at_source - responses.at_random)[counted][:, units], pairs)]
+    labelled, controls = prompts.positive, ~prompts.positive
+    differences = [by_pair((responses.at_source - responses.at_random)[:, units], prompts.pair[labelled])]
     if prompts.has_controls:
         means = [by_pair(responses.activation[side][:, units], prompts.pair[side]) for side in (labelled, controls)]
         differences.append(means[0] - means[1])
-    if sign and responses.logit is not None and responses.logit_other is not None:
-        differences.append(sign * by_pair((responses.logit - responses.logit_other)[counted][:, units], pairs))
+    if sign:
+        differences.append(sign * by_pair(responses.logit[:, units], prompts.pair[labelled]))
     return np.max([sign_flip_p(difference, seed) for difference in differences], axis=0)
 
 
@@ -233,7 +206,7 @@ class Discovery:
     """Names of units and the scores that they rest on."""
 
     scores: pd.DataFrame
-    """Columns `unit`, `family`, `half` (`discovery` or `confirmation`) and those of `score`."""
+    """Columns `unit`, `family`, `half` (`discovery` or `confirmation`) and those of `Responses.scores`."""
     bars: pd.DataFrame
     """One row per family: `share_floor`, `share` (the bar), `precision`, `n_null` (judged random-init heads, see
     `MIN_SUPPORT`) and `null_rate` (share of them that clear all floors)."""
@@ -281,11 +254,6 @@ def random_lorsa(lorsa: Lorsa, model: LanguageModel, layer: int, tokens: Tensor,
     return null.requires_grad_(False)
 
 
-class _Half(NamedTuple):
-    responses: Responses
-    scores: pd.DataFrame
-
-
 def discover(
     model: LanguageModel,
     layer: int,
@@ -305,26 +273,27 @@ def discover(
     name, are scored in the same pass but not named.
 
     Raises:
-        UserError: a family is unknown.
+        UserError: a family is unknown, or has too few prompts for two halves.
     """
     if unknown := set(sets) - set(FAMILIES):
         raise UserError(f"Family {sorted(unknown)[0]!r} is unknown; known are {', '.join(FAMILIES)}.")
     kinds = {"units": units, **(others or {})}
-    with_null = kinds if null is None else kinds | {"null": null}
     scores: dict[str, list[pd.DataFrame]] = {kind: [] for kind in (*kinds, "null")}
-    bars, candidates = [], []
+    bars, candidates = [], list[pd.DataFrame]()
     for family, prompts in tqdm(sets.items(), desc="families", disable=not progress):
-        judged: dict[str, _Half] = {}
+        halves = []
         for number, (half, part) in enumerate(zip(("discovery", "confirmation"), prompts.halves(), strict=True)):
-            read_kinds = kinds if number else with_null
-            for kind, responses in read(model, layer, read_kinds, part, batch_size, seed + number).items():
-                table = score(responses)
-                scores[kind].append(table.rename_axis("unit").reset_index().assign(family=family, half=half))
-                if kind == "units":
-                    judged[half] = _Half(responses, table)
+            if not len(part.tokens):
+                raise UserError(f"No labelled position of family {family} is left; make more prompts.")
+            judged = kinds if null is None or number else kinds | {"null": null}
+            responses = read(model, layer, judged, part, batch_size, seed + number)
+            halves.append(responses["units"])
+            for kind, side in responses.items():
+                scores[kind].append(side.scores.rename_axis("unit").reset_index().assign(family=family, half=half))
         bars.append({"family": family, **_bars(family, None if null is None else scores["null"][-1])})
-        candidates.append(_candidates(family, judged["discovery"], judged["confirmation"], bars[-1], seed))
-    names = pd.concat(candidates, ignore_index=True)
+        candidates += _candidates(family, halves, bars[-1], seed)
+    dtypes = {"unit": int, "family": str, "series": str, "p": float, "confirmed": bool}
+    names = pd.concat(candidates or [pd.DataFrame(columns=[*dtypes]).astype(dtypes)], ignore_index=True)
     names["named"] = names["confirmed"] & holm(names["p"].to_numpy(), ERROR_RATE)
     tables = {kind: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for kind, parts in scores.items()}
     own, chance = tables.pop("units"), tables.pop("null")
@@ -334,7 +303,7 @@ def discover(
 def _bars(family: str, null: pd.DataFrame | None) -> dict[str, Any]:
     """A row of `Discovery.bars`, from the scores of random heads."""
     entry = FAMILIES[family]
-    bars = {"share_floor": entry.share, "share": entry.share, "precision": entry.precision}
+    bars = {"share_floor": entry.share, "share": entry.share, "precision": LEAST_PRECISION}
     if null is None:
         return bars | {"null_rate": float("nan"), "n_null": 0}
     judged = int((null["support"] >= MIN_SUPPORT).sum())
@@ -354,32 +323,25 @@ def _clears(scores: pd.DataFrame, family: str, bars: Mapping[str, float]) -> np.
     return passed & (sign * scores["logit"].to_numpy() > 0) if sign else passed
 
 
-def _candidates(family: str, first: _Half, second: _Half, bars: Mapping[str, Any], seed: int) -> pd.DataFrame:
+def _candidates(family: str, halves: Sequence[Responses], bars: Mapping[str, Any], seed: int) -> list[pd.DataFrame]:
     """Rows of `Discovery.names` for one family, without `named`."""
-    columns = {"unit": int, "family": str, "series": str, "p": float, "confirmed": bool}
-    tables = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})]
-    masks = _series(first.responses.prompts), _series(second.responses.prompts)
-    for series in (name for name in masks[0] if name in masks[1]):
-        scores, confirmation = (
-            score(half.responses, mask[series]) if series else half.scores
-            for half, mask in zip((first, second), masks, strict=True)
-        )
-        chosen = np.flatnonzero(_clears(scores, family, bars))
+    rows, (first, second) = [], [_by_series(half) for half in halves]
+    for series in (name for name in first if name in second):
+        chosen = np.flatnonzero(_clears(first[series].scores, family, bars))
         if len(chosen):
-            sign = FAMILIES[family].logit_sign
-            p = p_values(second.responses, chosen.tolist(), sign, masks[1][series], seed)
-            cleared = _clears(confirmation, family, bars)[chosen]
+            p = p_values(second[series], chosen.tolist(), FAMILIES[family].logit_sign, seed)
+            cleared = _clears(second[series].scores, family, bars)[chosen]
             row = {"unit": chosen, "family": family, "series": series, "p": p, "confirmed": cleared}
-            tables.append(pd.DataFrame(row))
-    return pd.concat(tables[1:] or tables, ignore_index=True)
+            rows.append(pd.DataFrame(row))
+    return rows
 
 
-def _series(prompts: PromptSet) -> dict[str, Tensor]:
-    """Masks of all queries ("") and, in a family of several series, of each series with its controls."""
-    masks = {"": torch.ones_like(prompts.positive)}
-    kinds = np.array(prompts.kinds())
-    series = sorted(set(kinds[prompts.positive.numpy()]))
+def _by_series(responses: Responses) -> dict[str, Responses]:
+    """All ("") and, in a family of several series, those of each series with its controls."""
+    prompts, parts = responses.prompts, {"": responses}
+    series = sorted(set(prompts.kind[prompts.positive.numpy()]))
     if len(series) > 1:
         for name in series:
-            masks[str(name)] = torch.isin(prompts.pair, prompts.pair[torch.from_numpy(kinds == name)])
-    return masks
+            pairs = prompts.pair[torch.from_numpy(prompts.kind == name)]
+            parts[str(name)] = responses.where(torch.isin(prompts.pair, pairs))
+    return parts

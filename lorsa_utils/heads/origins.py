@@ -8,13 +8,13 @@ and the output o_tm of MHSA head m minus its mean over text (which Lorsa holds i
 MHSA heads that write against the Lorsa head (c_m < 0) get the share 0.
 
 P13. How alike are two patterns? overlap(A, B) = mean over queries of sum_j min(A_ij, B_ij), from 0 (no common source)
-to 1 (equal). Most patterns rest on the first token, so it can be left out. The baseline is another layer's MHSA heads.
+to 1 (equal). Most patterns rest on the first token, so it is left out. The baseline is another layer's MHSA heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from lorsa_utils import ops
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads.prompts import PromptSet
-from lorsa_utils.heads.units import MHSAHeads, by_pair
+from lorsa_utils.heads.units import MHSAHeads, by_pair, replaced_loss, standard_error
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import AttentionSite, LanguageModel
 from lorsa_utils.text import Sequences
@@ -65,18 +64,16 @@ def mhsa_shares(
     if exchanged is not None:
         order = torch.randperm(len(directions), generator=torch.Generator().manual_seed(exchanged))
         directions = directions[order.to(directions.device)]
-    parts = torch.zeros(lorsa.n_units, heads.n, dtype=torch.float64)
-    squares, active = torch.zeros(lorsa.n_units, dtype=torch.float64), torch.zeros(lorsa.n_units, dtype=torch.long)
+    parts, squares = torch.zeros(lorsa.n_units, heads.n).double(), torch.zeros(lorsa.n_units).double()
+    active = torch.zeros(lorsa.n_units, dtype=torch.long)
     n_batches = -(-len(sequences.tokens) // batch_size)
     batches = sequences.batches(batch_size, model.device)
     for tokens, masks in tqdm(batches, total=n_batches, desc="shares", disable=not progress):
         x = model.capture(tokens, [layer])[layer][0].float()
-        indices, values = lorsa.encode(x)
-        outputs = heads.outputs(x)
-        for place, mask in enumerate(masks):
-            # One sequence at a time, because its write directions are [n_tokens, k, d_model].
-            chosen, z = indices[place, mask], values[place, mask] * norms[indices[place, mask]]
-            along = torch.einsum("tmd,tkd->tkm", outputs[place, mask], directions[chosen]) * z[..., None]
+        # One sequence at a time, because its write directions are [n_tokens, k, d_model].
+        for indices, values, outputs, mask in zip(*lorsa.encode(x), heads.outputs(x), masks, strict=True):
+            chosen, z = indices[mask], values[mask] * norms[indices[mask]]
+            along = torch.einsum("tmd,tkd->tkm", outputs[mask], directions[chosen]) * z[..., None]
             parts.index_add_(0, chosen.flatten().cpu(), along.flatten(0, 1).double().cpu())
             squares.index_add_(0, chosen.flatten().cpu(), z.flatten().double().square().cpu())
             active += torch.bincount(chosen[z > 0].cpu(), minlength=lorsa.n_units)
@@ -94,17 +91,6 @@ def heads_needed(shares: Tensor, threshold: float) -> Tensor:
 
 
 # ---- one unit, causally checked
-
-
-def on_labelled(prompts: PromptSet) -> Sequences:
-    """Prompts as sequences in which labelled positions and the token after each (for its loss) count."""
-    mask = torch.zeros(prompts.tokens.shape, dtype=torch.bool)
-    rows, positions = prompts.row[prompts.positive], prompts.position[prompts.positive]
-    mask[rows, positions] = True
-    mask[rows, (positions + 1).clamp_max(mask.shape[1] - 1)] = True
-    labelled = mask.any(dim=1)
-    sources = [prompts.family] * int(labelled.sum())
-    return Sequences(prompts.tokens[labelled].int(), mask[labelled], sources, "prompts", "")
 
 
 @torch.no_grad()
@@ -134,104 +120,47 @@ def unit_effects(
     removals = {f"MHSA {index}": [index] for index in mhsa_heads}
     removals["MHSA " + " + ".join(map(str, mhsa_heads))] = list(mhsa_heads)
     removals |= {"all MHSA heads": list(range(heads.n)), "the Lorsa head": []}
-    changes: dict[str, list[Tensor]] = {name: [] for name in removals}
-    written: dict[str, list[Tensor]] = {name: [] for name in removals}
-    numbers: list[Tensor] = []
+    sides: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in removals}
+    numbers = [torch.zeros(0, dtype=torch.long)]
     for first, (tokens, mask) in enumerate(sequences.batches(batch_size, model.device)):
-        residual = model.residual(tokens, layer)  # blocks before the layer do the same in every pass
-        with model.resume(layer, residual):
-            x = model.capture(tokens, [layer])[layer][0].float()
-        with model.resume(layer, residual):
+        with model.resume(layer, model.residual(tokens, layer)):  # blocks before it do the same in every pass
+            x, y = model.capture(tokens, [layer])[layer]
             untouched, counted = model.loss(tokens, mask)
-        indices, values = lorsa.encode(x)
-        z = (values * (indices == head)).sum(dim=-1) * norm * mask
-        outputs, here = heads.outputs(x), (z > 0)[:, :-1] & counted
-        numbers.append(first * batch_size + here.nonzero()[:, 0].cpu())
-        for name, chosen in removals.items():
-            part = (outputs[:, :, chosen].sum(dim=2) @ direction) * (z > 0) if chosen else z
-            removed = part[..., None] * direction
-
-            def remove(x: Tensor, y: Tensor, removed: Tensor = removed) -> Tensor:
-                return y - removed.to(y.dtype)
-
-            with model.splice({layer: remove}), model.resume(layer, residual):
-                losses, _ = model.loss(tokens, mask)
-            changes[name].append((losses - untouched)[here].double().cpu())
-            written[name].append(part[:, :-1][here].cpu())
-    sequence = torch.cat(numbers) if numbers else torch.zeros(0)
+            indices, values = lorsa.encode(x.float())
+            z = (values * (indices == head)).sum(dim=-1) * norm * mask
+            outputs, here = heads.outputs(x.float()), (z > 0)[:, :-1] & counted
+            numbers.append(first * batch_size + here.nonzero()[:, 0].cpu())
+            for name, chosen in removals.items():
+                part = (outputs[:, :, chosen].sum(dim=2) @ direction) * (z > 0) if chosen else z
+                losses = replaced_loss(model, layer, y - (part[..., None] * direction).to(y.dtype), tokens, mask)
+                sides[name].append(((losses - untouched)[here].double().cpu(), part[:, :-1][here].cpu()))
+    sequence = torch.cat(numbers)
     if not len(sequence):
         raise UserError(f"Lorsa head {head} is not active in this text; give sequences from its top contexts.")
-    rows = [_effect(name, torch.cat(changes[name]), torch.cat(written[name]), sequence) for name in removals]
-    return pd.DataFrame(rows)
-
-
-def _effect(removed: str, change: Tensor, written: Tensor, sequence: Tensor) -> dict[str, Any]:
-    """A row of `unit_effects`, from values at each active token [n]."""
-    means = by_pair(change[:, None], sequence)[:, 0]
-    error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
-    sizes = {"written": float(written.mean()), "effect": float(change.mean()), "error": error}
-    return {"removed": removed, **sizes, "n": len(change)}
+    rows = []
+    for name, parts in sides.items():
+        change, written = map(torch.cat, zip(*parts, strict=True))
+        error = standard_error(by_pair(change[:, None], sequence))
+        rows.append((name, float(written.mean()), float(change.mean()), error, len(change)))
+    return pd.DataFrame(rows, columns=["removed", "written", "effect", "error", "n"])
 
 
 # ---- patterns
 
 
-def overlap(patterns: Tensor, others: Tensor, counted: Tensor, without_first: bool = False) -> Tensor:
-    """Overlap of every pattern [n, length, length] with every one of `others`, mean over counted queries, [n, m].
-
-    `without_first` leaves the first token out and renormalises.
-    """
-    patterns, others = patterns[:, counted], others[:, counted]
-    if without_first:
-        patterns, others = (
-            side[:, :, 1:] / side[:, :, 1:].sum(dim=2, keepdim=True).clamp_min(1e-12) for side in (patterns, others)
-        )
+def overlap(patterns: Tensor, others: Tensor, counted: Tensor) -> Tensor:
+    """Overlap of every pattern [n, length, length] with every one of `others`, mean over counted queries, [n, m]."""
+    sides = (side[:, counted, 1:] for side in (patterns, others))
+    patterns, others = (side / side.sum(dim=2, keepdim=True).clamp_min(1e-12) for side in sides)
     return torch.stack([torch.minimum(patterns, pattern).sum(dim=2).mean(dim=1) for pattern in others], dim=1)
 
 
-@torch.no_grad()
-def pattern_overlaps(
-    model: LanguageModel,
-    layer: int,
-    patterns_of: Lorsa | AttentionSite,
-    against: int,
-    sequences: Sequences,
-    without_first: bool = False,
-) -> Tensor:
-    """Mean overlap of each QK group (or MHSA head) at `layer` with each MHSA head of layer `against`, [n, n_heads].
-
-    Some dozens of sequences are enough.
-    """
-    site = model.site(against)
-    total, weight = torch.zeros(()), 0
-    for tokens, mask in sequences.batches(1, model.device):
-        inputs = {number: sides[0].float() for number, sides in model.capture(tokens, sorted({layer, against})).items()}
-        patterns, others = _patterns(patterns_of, inputs[layer]), site.pattern(inputs[against])[0]
-        n = int(mask.sum())
-        total, weight = total + n * overlap(patterns, others, mask[0], without_first).cpu(), weight + n
-    return total / weight
-
-
-def _patterns(patterns_of: Lorsa | AttentionSite, x: Tensor) -> Tensor:
-    """For one sequence x [1, length, d_model]: [n, length, length]."""
-    if isinstance(patterns_of, Lorsa):
-        q, k = patterns_of.queries_keys(x)
-        return ops.attention_pattern(q[0], k[0], patterns_of.attn_scale)
-    return patterns_of.pattern(x)[0]
-
-
-@torch.no_grad()
-def attention_on_sources(
-    model: LanguageModel, layer: int, patterns_of: Lorsa | AttentionSite, prompts: PromptSet
-) -> Tensor:
-    """Mean attention of each QK group (or MHSA head) from labelled positions to the predicted sources, [n]."""
-    per_query = []
-    for number in prompts.row[prompts.positive].unique().tolist():
-        x = model.capture(prompts.tokens[[number]].to(model.device), [layer])[layer][0].float()
-        queries = prompts.positive & (prompts.row == number)
-        pattern = _patterns(patterns_of, x).cpu()[:, prompts.position[queries]]
-        per_query.append((pattern * prompts.sources[queries]).sum(dim=2).T)
-    return torch.cat(per_query).mean(dim=0)
+def patterns(circuits: Lorsa | AttentionSite, x: Tensor) -> Tensor:
+    """Attention of every QK group (or MHSA head) on one sequence x [1, length, d_model]: [n, length, length]."""
+    if isinstance(circuits, Lorsa):
+        q, k = circuits.queries_keys(x)
+        return ops.attention_pattern(q[0], k[0], circuits.attn_scale)
+    return circuits.pattern(x)[0]
 
 
 @torch.no_grad()

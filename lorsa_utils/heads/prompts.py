@@ -4,19 +4,19 @@ A query is a token position where a behaviour should show (labelled) or should n
 sources, the positions that a head with this behaviour attends to, and the behaviour predicts the token after it.
 Prompts come in pairs with both; the shuffled-label null swaps the labels within a pair.
 
-`families` builds prompts of head families from these parts, `tasks` those of circuits. They raise a `UserError` where
-the tokenizer lacks what they need.
+A `UserError` says what a tokenizer lacks; `families` and `tasks` put the name of the family or task in front.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 import string
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,28 +24,32 @@ from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class PromptSet:
     """Prompts of one family with labelled positions."""
 
-    family: str
-    tokens: Tensor = field(repr=False)
+    tokens: Tensor
     """[n, length] int64, padded on the right with the last token of the row."""
-    row: Tensor = field(repr=False)
-    """[n_queries], prompt of each query."""
-    position: Tensor = field(repr=False)
+    row: Tensor
+    """[n_queries], prompt of each query, ascending."""
+    position: Tensor
     """[n_queries]."""
-    positive: Tensor = field(repr=False)
-    """[n_queries] bool, False on controls."""
-    sources: Tensor = field(repr=False)
+    sources: Tensor
     """[n_queries, length] bool, the predicted sources; all False at controls."""
-    pair: Tensor = field(repr=False)
+    pair: Tensor
     """[n_queries], number of its pair; pairs are independent draws."""
-    kind: tuple[str, ...] = field(repr=False)
-    """[n], such as the series or the kind of control."""
+    kind: np.ndarray
+    """[n_queries], such as the series or the kind of control."""
     predicts: bool = True
     """Whether the family predicts the token after a labelled query."""
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """[n_queries] bool, False on controls."""
+        return self.sources.any(dim=1)
 
     @property
     def has_controls(self) -> bool:
@@ -57,51 +61,36 @@ class PromptSet:
         """[n_queries], the token after each query (its own where nothing follows)."""
         return self.tokens[self.row, (self.position + 1).clamp(max=self.tokens.shape[1] - 1)]
 
-    def kinds(self) -> list[str]:
-        """`kind` of each query's prompt, [n_queries]."""
-        return [self.kind[index] for index in self.row.tolist()]
-
-    def keep_pairs(self, keep: Callable[[Tensor], Tensor]) -> PromptSet:
-        """The pairs for which `keep`, given pair numbers, is True."""
-        queries = keep(self.pair)
+    def where(self, queries: Tensor) -> PromptSet:
+        """Some of the queries, [n_queries] bool, with their prompts."""
         rows, row = torch.unique(self.row[queries], return_inverse=True)
-        kind = tuple(self.kind[index] for index in rows.tolist())
-        columns = {name: getattr(self, name)[queries] for name in ("position", "positive", "sources", "pair")}
-        return replace(self, tokens=self.tokens[rows], row=row, kind=kind, **columns)
+        columns = {name: getattr(self, name)[queries] for name in ("position", "sources", "pair")}
+        return replace(self, tokens=self.tokens[rows], row=row, kind=self.kind[queries.numpy()], **columns)
 
     def halves(self) -> tuple[PromptSet, PromptSet]:
         """Discovery half (even pair numbers) and confirmation half (odd ones)."""
-        return self.keep_pairs(lambda pair: pair % 2 == 0), self.keep_pairs(lambda pair: pair % 2 == 1)
+        return self.where(self.pair % 2 == 0), self.where(self.pair % 2 == 1)
 
 
-Queries = dict[int, Sequence[int]]
-"""Positions of a prompt's queries to their sources; controls have none."""
+class Prompt(NamedTuple):
+    """One prompt of a pair."""
+
+    ids: Sequence[int]
+    queries: Mapping[int, Sequence[int]]
+    """Positions to their sources; controls have none."""
+    kind: str = ""
 
 
-class Builder:
-    """Collects prompts of one family and pads them to a `PromptSet`."""
-
-    def __init__(self, family: str, predicts: bool = True) -> None:
-        self.family, self.predicts = family, predicts
-        self.rows: list[Sequence[int]] = []
-        self.kinds: list[str] = []
-        self.queries: list[tuple[int, int, int, Sequence[int]]] = []
-
-    def add(self, ids: Sequence[int], queries: Queries, pair: int, kind: str = "") -> None:
-        """One prompt."""
-        self.queries += [(len(self.rows), position, pair, sources) for position, sources in queries.items()]
-        self.rows.append(ids)
-        self.kinds.append(kind)
-
-    def build(self) -> PromptSet:
-        """The prompts so far."""
-        tokens = pad(self.rows)
-        sources = torch.zeros(len(self.queries), tokens.shape[1], dtype=torch.bool)
-        for number, (*_, places) in enumerate(self.queries):
-            sources[number, list(places)] = True
-        row, position, pair = (torch.tensor([query[side] for query in self.queries]) for side in range(3))
-        positive, kinds = sources.any(dim=1), tuple(self.kinds)
-        return PromptSet(self.family, tokens, row, position, positive, sources, pair, kinds, self.predicts)
+def prompt_set(pairs: Iterable[Sequence[Prompt]], predicts: bool = True) -> PromptSet:
+    """Pairs of prompts, padded."""
+    rows = [(pair, prompt) for pair, prompts in enumerate(pairs) for prompt in prompts]
+    tokens = pad([prompt.ids for _, prompt in rows])
+    queries = [(row, at, pair, prompt) for row, (pair, prompt) in enumerate(rows) for at in prompt.queries]
+    sources = torch.zeros(len(queries), tokens.shape[1], dtype=torch.bool)
+    for number, (_, at, _, prompt) in enumerate(queries):
+        sources[number, list(prompt.queries[at])] = True
+    row, position, pair = torch.tensor([query[:3] for query in queries]).T
+    return PromptSet(tokens, row, position, sources, pair, np.array([prompt.kind for *_, prompt in queries]), predicts)
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int | None = None) -> Tensor:
@@ -152,21 +141,21 @@ class Vocabulary:
         return {text: index for text, index in ids.items() if index is not None}
 
 
-def require(n: int, items: Collection[Any], what: str, who: str) -> None:
-    """Raise a `UserError` where `who` (a family or task) has fewer than `n` items."""
+def require(n: int, items: list[T], what: str) -> list[T]:
+    """The items; a `UserError` where there are fewer than `n`."""
     if len(items) < n:
-        raise UserError(f"{who} needs {n} {what}, this tokenizer has {len(items)}.")
+        raise UserError(f"needs {n} {what}, this tokenizer has {len(items)}.")
+    return items
 
 
-def draw(rng: np.random.Generator, pool: Sequence[int], n: int) -> list[int]:
+def draw(rng: np.random.Generator, pool: Sequence[T], n: int) -> list[T]:
     """`n` entries of a pool, without replacement."""
-    return [int(index) for index in rng.choice(np.asarray(pool), n, replace=False)]
+    return [pool[int(index)] for index in rng.choice(len(pool), n, replace=False)]
 
 
-def random_pool(vocabulary: Vocabulary, n: int, who: str) -> list[int]:
-    """All of `Vocabulary.texts`, at least `n`."""
-    require(n, vocabulary.texts, "different tokens", who)
-    return list(vocabulary.texts)
+def pick(rng: np.random.Generator, pool: Sequence[T]) -> T:
+    """One entry of a pool."""
+    return pool[int(rng.integers(len(pool)))]
 
 
 # ---- passages of real text
@@ -184,21 +173,20 @@ def passages(
     vocabulary: Vocabulary,
     n: int,
     length: int = 96,
-    per_document: int = 8,
     seed: int = 0,
 ) -> list[Passage]:
-    """Up to `n` passages of `length` tokens (no BOS) from as many documents (id, text) as possible.
+    """Up to `n` passages of `length` tokens (no BOS), at most 8 of one document (id, text), from as many as possible.
 
     Raises:
         UserError: no document is long enough.
     """
     rng = np.random.default_rng(seed)
     special = set(vocabulary.tokenizer.all_special_ids)
-    rounds: list[list[Passage]] = [[] for _ in range(per_document)]
+    rounds: list[list[Passage]] = [[] for _ in range(8)]
     for index in rng.permutation(len(documents)):
         name, text = documents[index]
-        ids = [token for token in vocabulary.encode(text[: 12 * length * per_document]) if token not in special]
-        for number in range(min(per_document, len(ids) // length)):
+        ids = [token for token in vocabulary.encode(text[: 12 * length * len(rounds)]) if token not in special]
+        for number in range(min(len(rounds), len(ids) // length)):
             rounds[number].append(Passage(name, tuple(ids[number * length : (number + 1) * length])))
         if len(rounds[0]) >= n:
             break
@@ -230,11 +218,9 @@ TEMPLATES = (
 )
 
 
-def names(vocabulary: Vocabulary, who: str) -> list[int]:
+def names(vocabulary: Vocabulary) -> list[int]:
     """First names that are single tokens."""
-    tokens = list(vocabulary.singles(NAMES).values())
-    require(8, tokens, "first names that are single tokens", who)
-    return tokens
+    return require(8, list(vocabulary.singles(NAMES).values()), "first names that are single tokens")
 
 
 def fill(template: str, vocabulary: Vocabulary, slots: Mapping[str, int]) -> tuple[list[int], dict[str, int]]:
@@ -272,23 +258,16 @@ class Stretch(NamedTuple):
 
 def stretches(vocabulary: Vocabulary) -> dict[str, Stretch]:
     """The longest stretch of every series, where it has at least five members."""
-    # Tokenizers that cut digits one by one have no " 7"; there the list goes without spaces.
-    by_prefix = {
-        name: [Stretch(_longest_run(vocabulary, members, prefix), prefix) for prefix in (" ", "")]
-        for name, members in SERIES.items()
-    }
-    longest = {name: max(both, key=lambda stretch: len(stretch.tokens)) for name, both in by_prefix.items()}
+    longest = {}
+    for name, members in SERIES.items():
+        runs = []
+        # Tokenizers that cut digits one by one have no " 7"; there the list goes without spaces.
+        for prefix in (" ", ""):
+            tokens = [vocabulary.single(prefix + member) for member in members]
+            for _, run in itertools.groupby(tokens, lambda token: token is None):
+                runs.append(Stretch([token for token in run if token is not None], prefix))
+        longest[name] = max(runs, key=lambda stretch: len(stretch.tokens))
     return {name: stretch for name, stretch in longest.items() if len(stretch.tokens) >= 5}
-
-
-def _longest_run(vocabulary: Vocabulary, members: Sequence[str], prefix: str) -> list[int]:
-    best: list[int] = []
-    run: list[int] = []
-    for member in members:
-        token = vocabulary.single(prefix + member)
-        run = [*run, token] if token is not None else []
-        best = max(best, run, key=len)
-    return best
 
 
 # ---- words in one token and in two
@@ -302,7 +281,7 @@ class SplitWord(NamedTuple):
     second: int
 
 
-def split_words(vocabulary: Vocabulary, who: str) -> list[SplitWord]:
+def split_words(vocabulary: Vocabulary) -> list[SplitWord]:
     """Words such as ` Marion` (one token) that are two tokens without the space (`Mar`, `ion`).
 
     Only capitalised ones where there are 100 of them, because many others are fragments of longer words.
@@ -311,7 +290,7 @@ def split_words(vocabulary: Vocabulary, who: str) -> list[SplitWord]:
     bare = [vocabulary.texts[index][1:] for index in words]
     cut = vocabulary.tokenizer(bare, add_special_tokens=False)["input_ids"] if bare else []
     split = [SplitWord(whole, *ids) for whole, ids in zip(words, cut, strict=True) if len(ids) == 2]
-    require(16, split, "words with and without a space to split", who)
+    require(16, split, "words with and without a space to split")
     capitalised = [word for word in split if vocabulary.texts[word.whole][1].isupper()]
     return capitalised if len(capitalised) >= 100 else split
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +18,17 @@ from tqdm import tqdm
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import discovery, families
 from lorsa_utils.heads.discovery import Discovery
-from lorsa_utils.heads.families import FAMILIES, SCORES, Prompts
+from lorsa_utils.heads.families import FAMILIES, SCORES
 from lorsa_utils.heads.prompts import Passage, PromptSet, Vocabulary, passages
 from lorsa_utils.heads.units import LorsaHeads, Removals, Unembedding, Units
 from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.text import Sequences
 
+N_CONTEXTS, N_SAMPLES = 12, 32
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Survey:
     """What each unit does on running text."""
 
@@ -34,14 +36,14 @@ class Survey:
     """One row per unit: `frequency` (share of counted tokens where it is active), `mean_activation` (where active),
     `max_activation` and, over its mass, `distance` (mean tokens back), `first_share`, `previous_share`, `self_share`.
     For a dead unit `frequency` and `max_activation` are 0 and the rest NaN."""
-    places: Tensor = field(repr=False)
-    """[n_units, n_contexts, 2], sequence and position of its largest activations, one per sequence; -1 for none."""
-    peaks: Tensor = field(repr=False)
-    """[n_units, n_contexts], activations at `places`."""
-    sampled: Tensor = field(repr=False)
-    """[n_units, n_samples, 2], as `places` for randomly drawn active tokens."""
-    samples: Tensor = field(repr=False)
-    """[n_units, n_samples], activations at `sampled`."""
+    places: Tensor
+    """[n_units, N_CONTEXTS, 2], sequence and position of its largest activations, one per sequence; -1 for none."""
+    peaks: Tensor
+    """[n_units, N_CONTEXTS], activations at `places`."""
+    sampled: Tensor
+    """[n_units, N_SAMPLES, 2], as `places` for randomly drawn active tokens."""
+    samples: Tensor
+    """[n_units, N_SAMPLES], activations at `sampled`."""
     n_tokens: int
 
 
@@ -51,10 +53,8 @@ def survey(
     layer: int,
     units: Units,
     sequences: Sequences,
-    n_contexts: int = 12,
     batch_size: int = 8,
     progress: bool = True,
-    n_samples: int = 32,
     seed: int = 0,
 ) -> Survey:
     """One pass over text; memory does not grow with its length.
@@ -64,10 +64,18 @@ def survey(
     """
     if sequences.n_tokens == 0:
         raise UserError("There is not one counted token in this text; give a longer text.")
-    maps = {name: weights.to(model.device) for name, weights in _text_maps(sequences.tokens.shape[1]).items()}
-    stacked = torch.stack([*maps.values()])
+    length = sequences.tokens.shape[1]
+    places = torch.arange(length, device=model.device)
+    back = (places[:, None] - places).clamp_min(0)
+    maps = {
+        "distance": back,
+        "first_share": (places == 0).expand(length, length),
+        "previous_share": back == 1,
+        "self_share": torch.eye(length, device=model.device),
+    }
+    stacked = torch.stack([weights.float() for weights in maps.values()])
     sums = torch.zeros(3 + len(maps), units.n, dtype=torch.float64)
-    top, drawn = _Largest(units.n, n_contexts), _Largest(units.n, n_samples)
+    top, drawn = _Largest(units.n, N_CONTEXTS), _Largest(units.n, N_SAMPLES)
     generator, number = torch.Generator().manual_seed(seed), 0
     bar = tqdm(total=len(sequences.tokens), unit="seq", desc="text", disable=not progress)
     for tokens, mask in sequences.batches(batch_size, model.device):
@@ -93,18 +101,6 @@ def survey(
     facts |= {name: mass / total for name, mass in zip(maps, masses, strict=True)}
     table = pd.DataFrame({name: values.double().numpy() for name, values in facts.items()})
     return Survey(table, top.places, top.values, drawn.places, drawn.values, sequences.n_tokens)
-
-
-def _text_maps(length: int) -> dict[str, Tensor]:
-    """Weights of source tokens, each [queries, sources]."""
-    places = torch.arange(length)
-    back = (places[:, None] - places).clamp_min(0)
-    return {
-        "distance": back.float(),
-        "first_share": (places == 0).float().expand(length, length),
-        "previous_share": (back == 1).float(),
-        "self_share": torch.eye(length),
-    }
 
 
 class _Largest:
@@ -138,8 +134,6 @@ class Description(NamedTuple):
     """That of `table`, with `effect` and `effect_error`: change of loss in nats at labelled queries of its family when
     this head alone is removed (NaN for heads that were not)."""
     discovery: Discovery
-    survey: Survey
-    prompts: Prompts
 
 
 def describe(
@@ -177,8 +171,7 @@ def describe(
     with contextlib.suppress(UserError):  # without passages, families that need them are skipped
         texts = passages(documents, vocabulary, 96, seed=seed)
     made = families.standard(vocabulary, texts, seed, scale)
-    few = slice(0, 16)
-    null = discovery.random_lorsa(lorsa, model, layer, sequences.tokens[few].long(), sequences.mask[few], seed)
+    null = discovery.random_lorsa(lorsa, model, layer, sequences.tokens[:16].long(), sequences.mask[:16], seed)
     options: dict[str, Any] = {"others": others, "batch_size": 2 * batch_size, "seed": seed, "progress": progress}
     names = discovery.discover(model, layer, units, made.sets, LorsaHeads(null), skipped=made.skipped, **options)
     rows = table(names, seen, units, model, sequences)
@@ -189,23 +182,23 @@ def describe(
             removals = Removals(model, layer, _thinned(prompts.halves()[1], REMOVAL_PAIRS), 2 * batch_size)
             effects = removals.effects(units, {str(head): [head] for head in heads})
             rows.loc[heads, ["effect", "effect_error"]] = effects[["labelled", "labelled_error"]].to_numpy()
-    return Description(rows, names, seen, made)
+    return Description(rows, names)
 
 
 def _thinned(prompts: PromptSet, n: int) -> PromptSet:
     """At most `n` pairs, spread evenly because the series of one family follow each other."""
     pairs = prompts.pair.unique()
     chosen = pairs[torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).round().long()]
-    return prompts.keep_pairs(lambda pair: torch.isin(pair, chosen))
+    return prompts.where(torch.isin(prompts.pair, chosen))
 
 
 def table(
-    names: Discovery, seen: Survey, units: LorsaHeads, model: LanguageModel, sequences: Sequences, n_tokens: int = 10
+    names: Discovery, seen: Survey, units: LorsaHeads, model: LanguageModel, sequences: Sequences
 ) -> pd.DataFrame:
     """Everything known about each head of a Lorsa, one row per head, ready for Parquet.
 
     Columns: `head`, `group`, `family` ("" without a name), `families` (all, most specific first), `dead`, those of
-    `Survey.facts`, `top_logits` and `bottom_logits` (the `n_tokens` tokens that w_o raises and lowers most), `contexts`
+    `Survey.facts`, `top_logits` and `bottom_logits` (the ten tokens that w_o raises and lowers most), `contexts`
     (text with the peak in «»), and `<family>_<score>` on the confirmation half.
     """
     rows = pd.DataFrame({"head": np.arange(units.n)})
@@ -217,7 +210,7 @@ def table(
     rows = pd.concat([rows, seen.facts], axis=1)
     unembedding, text = Unembedding(model), functools.cache(lambda token: model.tokenizer.decode([token]))
     for column, largest in (("top_logits", True), ("bottom_logits", False)):
-        tokens = unembedding.top_tokens(units.lorsa.W_O.detach(), n_tokens, largest)
+        tokens = unembedding.top_tokens(units.lorsa.W_O.detach(), 10, largest)
         rows[column] = [[text(token) for token in row] for row in tokens.tolist()]
     rows["contexts"] = [
         [_context(sequences, row, position, model.tokenizer) for row, position in places if row >= 0]
@@ -227,16 +220,14 @@ def table(
     wide = confirmed.pivot(index="unit", columns="family", values=[*SCORES]).reindex(range(units.n))
     wide.columns = [f"{family}_{name}" for name, family in wide.columns]
     order = [f"{family}_{name}" for family in FAMILIES for name in SCORES]
-    return pd.concat([rows, wide[[name for name in order if name in wide and not wide[name].isna().all()]]], axis=1)
+    return pd.concat([rows, wide.reindex(columns=order).dropna(axis=1, how="all")], axis=1)
 
 
 def _context(sequences: Sequences, row: int, position: int, tokenizer: Any) -> str:
     """The text around a token, with the token in «»."""
     ids, counted = sequences.tokens[row], sequences.mask[row]
-    end = min(position + 5, len(ids))
-    spans = (range(max(0, position - 16), position), [position], range(position + 1, end))
-    before, peak, after = (tokenizer.decode([int(ids[i]) for i in span if counted[i]]) for span in spans)
-    return f"{before}«{peak}»{after}"
+    spans = slice(max(0, position - 16), position), slice(position, position + 1), slice(position + 1, position + 5)
+    return "{}«{}»{}".format(*(tokenizer.decode(ids[span][counted[span]].tolist()) for span in spans))
 
 
 def read_table(path: str | Path) -> pd.DataFrame:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,27 +28,27 @@ from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import prompts
-from lorsa_utils.heads.prompts import Vocabulary, draw, fill, listed, pad, require
+from lorsa_utils.heads.prompts import Vocabulary, draw, fill, listed, pad, pick, require
 
 LEAST_ACCURACY = 0.75
 """Share of prompts on which a model that can do the task prefers the right answer; chance is 1/2."""
 METRICS = ("logit_difference", "loss", "kl")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task:
     """Pairs of prompts of one task."""
 
     name: str
-    clean: Tensor = field(repr=False)
+    clean: Tensor
     """[n, length] int64, padded on the right."""
-    corrupted: Tensor = field(repr=False)
+    corrupted: Tensor
     """[n, length]."""
-    position: Tensor = field(repr=False)
+    position: Tensor
     """[n], last token of each prompt before the padding."""
-    answers: Tensor = field(repr=False)
+    answers: Tensor
     """[n, most answers], right tokens after the clean prompt, padded with -1."""
-    wrong: Tensor = field(repr=False)
+    wrong: Tensor
     """[n, most wrong answers], padded with -1."""
 
     def __len__(self) -> int:
@@ -56,8 +56,8 @@ class Task:
 
     def rows(self, rows: slice | Tensor) -> Task:
         """Some of the pairs."""
-        columns = {name: getattr(self, name)[rows] for name in ("clean", "corrupted", "position", "answers", "wrong")}
-        return replace(self, **columns)
+        sides = (self.clean, self.corrupted, self.position, self.answers, self.wrong)
+        return Task(self.name, *(side[rows] for side in sides))
 
     def split(self) -> tuple[Task, Task]:
         """Pairs to discover circuits on (even numbers) and held-out ones (odd)."""
@@ -97,12 +97,12 @@ def accuracy(logits: Tensor, task: Task) -> float:
     return float((metric("logit_difference", logits, task) > 0).double().mean())
 
 
-def require_able(name: str, accuracy: float, least: float = LEAST_ACCURACY) -> None:
+def require_able(name: str, accuracy: float) -> None:
     """Raise a `UserError` for a task that the model cannot do."""
-    if accuracy < least:
+    if accuracy < LEAST_ACCURACY:
         raise UserError(
             f"The model prefers the right answer on only {accuracy:.0%} of the prompts of {name} (chance is 50 %, "
-            f"{least:.0%} are asked for), so there is no circuit to find; choose another task."
+            f"{LEAST_ACCURACY:.0%} are asked for), so there is no circuit to find; choose another task."
         )
 
 
@@ -118,12 +118,11 @@ class Pair(NamedTuple):
     wrong: Sequence[int]
 
 
-def _task(name: str, pairs: Iterable[Pair]) -> Task:
+def _task(name: str, pairs: Sequence[Pair]) -> Task:
     """Pad pairs to a task; a `UserError` for unusable ones."""
-    rows = list(pairs)
-    if not rows:
+    if not pairs:
         raise UserError(f"Task {name} has no prompt; give at least one.")
-    for pair in rows:
+    for pair in pairs:
         if len(pair.clean) != len(pair.corrupted):
             raise UserError(
                 f"A clean prompt of {name} has {len(pair.clean)} tokens and its corrupted one {len(pair.corrupted)}; "
@@ -133,7 +132,7 @@ def _task(name: str, pairs: Iterable[Pair]) -> Task:
             raise UserError(
                 f"A prompt of {name} has a token that is both a right and a wrong answer; give different ones."
             )
-    clean, corrupted, answers, wrong = zip(*rows, strict=True)
+    clean, corrupted, answers, wrong = zip(*pairs, strict=True)
     position = torch.tensor([len(row) - 1 for row in clean])
     return Task(name, pad(clean), pad(corrupted), position, pad(answers, -1), pad(wrong, -1))
 
@@ -170,28 +169,27 @@ def _one_token(vocabulary: Vocabulary, text: str, where: str) -> int:
 # ---- tasks: endless pairs
 
 
-def induction(vocabulary: Vocabulary, rng: Generator, length: int = 10, again: int = 5) -> Iterator[Pair]:
-    """`length` random tokens, then the first `again` of them once more.
+def induction(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
+    """Ten random tokens, then the first five of them once more.
 
     When corrupted, the last token has another follower at another place, so that heads that look up its place matter.
     """
-    pool = prompts.random_pool(vocabulary, length, "Task induction")
+    again, pool = 5, require(10, list(vocabulary.texts), "different tokens")
     while True:
-        first = draw(rng, pool, length)
-        while True:
-            other = [first[int(i)] for i in rng.permutation(length)]
+        first = other = draw(rng, pool, 10)
+        place = again
+        while place in (again, 10) or other[place] == first[again]:
+            other = [first[int(i)] for i in rng.permutation(10)]
             place = other.index(first[again - 1]) + 1
-            if place < length and place != again and other[place] != first[again]:
-                break
         clean, corrupted = (vocabulary.start + half + first[:again] for half in (first, other))
         yield Pair(clean, corrupted, [first[again]], [other[place]])
 
 
 def indirect_object(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
     """Two names, one of them again; asks for the other."""
-    names = prompts.names(vocabulary, "Task indirect_object")
+    names = prompts.names(vocabulary)
     while True:
-        template = prompts.TEMPLATES[int(rng.integers(len(prompts.TEMPLATES)))]
+        template = pick(rng, prompts.TEMPLATES)
         a, b = draw(rng, names, 2)
         giver, receiver = (a, b) if rng.integers(2) else (b, a)
         clean, corrupted = (fill(template, vocabulary, {"A": a, "B": b, "S": name})[0] for name in (giver, receiver))
@@ -202,11 +200,11 @@ def successor(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
     """Three members of a series; asks for the next."""
     comma = vocabulary.encode(",")[0]
     stretches = [stretch.tokens for stretch in prompts.stretches(vocabulary).values()]
-    require(1, stretches, "series (days, letters, ...) of single tokens", "Task successor")
+    require(1, stretches, "series (days, letters, ...) of single tokens")
     while True:
-        stretch = stretches[int(rng.integers(len(stretches)))]
-        begins = rng.choice(len(stretch) - 3, 2, replace=False)
-        opening = vocabulary.start + vocabulary.encode(prompts.OPENINGS[int(rng.integers(1, len(prompts.OPENINGS)))])
+        stretch = pick(rng, stretches)
+        begins = draw(rng, range(len(stretch) - 3), 2)
+        opening = vocabulary.start + vocabulary.encode(pick(rng, prompts.OPENINGS[1:]))
         clean, corrupted = (
             opening + [token for member in stretch[b : b + 3] for token in (member, comma)] for b in begins
         )
@@ -223,9 +221,9 @@ def greater_than(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
     """
     digits = list(vocabulary.singles("0123456789", "").values())
     if len(digits) < 10 or len(vocabulary.encode("1742")) != 4:
-        raise UserError("Task greater_than needs a tokenizer that cuts numbers into single digits.")
+        raise UserError("needs a tokenizer that cuts numbers into single digits.")
     while True:
-        event = _EVENTS[int(rng.integers(len(_EVENTS)))]
+        event = pick(rng, _EVENTS)
         century, third, last = int(rng.integers(11, 19)), int(rng.integers(3, 8)), int(rng.integers(1, 9))
         text = f"The {event} lasted from the year {century}{{}}{last} to the year {century}"
         clean, corrupted = (vocabulary.start + vocabulary.encode(text.format(digit)) for digit in (third, 0))
@@ -242,11 +240,11 @@ def agreement(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
     whole = [numbers for numbers in nouns if len(numbers) == 2]
     verbs = list(vocabulary.singles(("is", "are")).values())
     if len(whole) < 4 or len(verbs) < 2:
-        raise UserError("Task agreement needs nouns whose singular and plural are single tokens, and ` is` and ` are`.")
+        raise UserError("needs nouns whose singular and plural are single tokens, and ` is` and ` are`.")
     while True:
-        subject, middle = (whole[int(i)] for i in rng.choice(len(whole), 2, replace=False))
-        number, template = int(rng.integers(2)), _BETWEEN[int(rng.integers(len(_BETWEEN)))]
-        between = middle[0] if "likes" in template else middle[int(rng.integers(2))]
+        subject, middle = draw(rng, whole, 2)
+        number, template = int(rng.integers(2)), pick(rng, _BETWEEN)
+        between = middle[0] if "likes" in template else pick(rng, middle)
         clean, corrupted = (
             fill("The{S} " + template, vocabulary, {"S": subject[i], "M": between})[0] for i in (number, 1 - number)
         )
@@ -255,9 +253,9 @@ def agreement(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
 
 def subtoken_induction(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]:
     """A word as one token, later its first part; asks for the second."""
-    split = prompts.split_words(vocabulary, "Task subtoken_induction")
+    split = prompts.split_words(vocabulary)
     while True:
-        word, other = (split[int(index)] for index in rng.choice(len(split), 2, replace=False))
+        word, other = draw(rng, split, 2)
         if word.second != other.second and word.first != other.first:
             filler = draw(rng, [index for index in vocabulary.words if index not in (word.whole, other.whole)], 10)
             clean, corrupted = (
@@ -268,12 +266,7 @@ def subtoken_induction(vocabulary: Vocabulary, rng: Generator) -> Iterator[Pair]
 
 
 TASKS: dict[str, Callable[[Vocabulary, Generator], Iterator[Pair]]] = {
-    "induction": induction,
-    "indirect_object": indirect_object,
-    "successor": successor,
-    "greater_than": greater_than,
-    "agreement": agreement,
-    "subtoken_induction": subtoken_induction,
+    task.__name__: task for task in (induction, indirect_object, successor, greater_than, agreement, subtoken_induction)
 }
 
 
@@ -285,7 +278,11 @@ def make(name: str, vocabulary: Vocabulary, n: int = 64, seed: int = 0) -> Task:
     """
     if name not in TASKS:
         raise UserError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
-    return _task(name, itertools.islice(TASKS[name](vocabulary, np.random.default_rng(seed)), n))
+    try:
+        pairs = list(itertools.islice(TASKS[name](vocabulary, np.random.default_rng(seed)), n))
+    except UserError as error:
+        raise UserError(f"Task {name} {error}") from error
+    return _task(name, pairs)
 
 
 def from_file(vocabulary: Vocabulary, path: str | Path) -> Task:

@@ -8,8 +8,8 @@ At every token a unit has an activation, masses on source tokens, and a vector t
 | MHSA head | norm of its output minus its mean output | A_ij norm(v_j W_O): norm-weighted attention | its output |
 | SAE feature | kept activation f, times the norm of w_d | abs(sum_h A^h_ij v^h_j W_O^h w_e): attribution | f w_d |
 
-The attribution is exact: given the patterns, the layer's output is linear in its values. Masses are absolute, so that
-shares of them lie between 0 and 1. Where a Lorsa head or SAE feature was not selected, its activation and masses are 0.
+The attribution is exact: given the patterns, the output is linear in the values. Masses are absolute, so that shares of
+them lie between 0 and 1. Where a Lorsa head or SAE feature was not selected, its activation and masses are 0.
 
 The layer's output is the exact sum of a bias, what every unit writes, and an error (0 for MHSA heads), which is a node
 after the units. `ablate` subtracts what nodes write; removing nothing gives the model's own logits bit for bit. MHSA
@@ -21,6 +21,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -43,8 +44,8 @@ Prepared = dict[str, Tensor]
 """What the queries of one batch share, by name; batch first."""
 
 Chosen = Sequence[int] | Mapping[int, float] | Tensor
-"""Unit numbers; unit to the share of it; or a mask over nodes (shares or bool): [n + 1],
-[batch or 1, n + 1] or [batch or 1, length or 1, n + 1]."""
+"""Unit numbers; unit to its share; or a mask over nodes (shares or bool): [n + 1], [batch or 1, n + 1] or
+[batch or 1, length or 1, n + 1]."""
 
 
 class Rows(NamedTuple):
@@ -79,11 +80,11 @@ class Activity(abc.ABC):
         """The same for some sequences of the batch."""
 
 
+@dataclass
 class ConstantActivity(Activity):
     """Every node writes the same vector everywhere, [n_nodes, d_model]."""
 
-    def __init__(self, vectors: Tensor) -> None:
-        self.vectors = vectors
+    vectors: Tensor
 
     @override
     def written(self, mask: Tensor) -> Tensor:
@@ -98,12 +99,19 @@ class ConstantActivity(Activity):
         return self
 
 
+@dataclass
 class SparseActivity(Activity):
     """Kept units, indices and values [batch, length, k], of a layer that writes y [batch, length, d_model]."""
 
-    def __init__(self, module: SparseModule, indices: Tensor, values: Tensor, y: Tensor) -> None:
-        self.module, self.indices, self.values, self.y = module, indices, values, y
-        self.W_O = module.W_O.detach()
+    module: SparseModule
+    indices: Tensor
+    values: Tensor
+    y: Tensor
+
+    @property
+    def W_O(self) -> Tensor:
+        """Write directions, [n_units, d_model]."""
+        return self.module.W_O.detach()
 
     @cached_property
     def error(self) -> Tensor:
@@ -113,7 +121,7 @@ class SparseActivity(Activity):
     @cached_property
     def dense(self) -> Tensor:
         """[batch, length, n_units], 0 where not kept."""
-        zeros = self.values.new_zeros(*self.indices.shape[:2], len(self.W_O))
+        zeros = self.values.new_zeros(*self.indices.shape[:2], self.module.n_units)
         return zeros.scatter_(2, self.indices, self.values)
 
     @override
@@ -133,20 +141,17 @@ class SparseActivity(Activity):
 
     def mean(self, mask: Tensor) -> ConstantActivity:
         """Mean over counted tokens, mask [batch, length]."""
-        n = mask.sum().clamp_min(1)
-        totals = self.values.new_zeros(len(self.W_O)).index_add_(
-            0, self.indices[mask].flatten(), self.values[mask].flatten()
-        )
-        return ConstantActivity(
-            torch.cat([totals[:, None] / n * self.W_O, self.error[mask].sum(dim=0, keepdim=True) / n])
-        )
+        n, totals = mask.sum().clamp_min(1), self.values.new_zeros(self.module.n_units)
+        totals.index_add_(0, self.indices[mask].flatten(), self.values[mask].flatten())
+        error = self.error[mask].sum(dim=0, keepdim=True)
+        return ConstantActivity(torch.cat([totals[:, None] / n * self.W_O, error / n]))
 
 
+@dataclass
 class HeadActivity(Activity):
     """Outputs of MHSA heads, [batch, length, n_heads, d_model]; the error is 0."""
 
-    def __init__(self, outputs: Tensor) -> None:
-        self.outputs = outputs
+    outputs: Tensor
 
     @override
     def written(self, mask: Tensor) -> Tensor:
@@ -154,8 +159,7 @@ class HeadActivity(Activity):
 
     @override
     def along(self, direction: Tensor) -> Tensor:
-        units = torch.einsum("blhd,bld->blh", self.outputs, direction)
-        return torch.cat([units, torch.zeros_like(units[..., :1])], dim=-1)
+        return nn.functional.pad(torch.einsum("blhd,bld->blh", self.outputs, direction), (0, 1))
 
     @override
     def rows(self, rows: Tensor | slice) -> HeadActivity:
@@ -163,8 +167,7 @@ class HeadActivity(Activity):
 
     def mean(self, mask: Tensor) -> ConstantActivity:
         """Mean over counted tokens, mask [batch, length]."""
-        means = self.outputs[mask].mean(dim=0)
-        return ConstantActivity(torch.cat([means, torch.zeros_like(means[:1])]))
+        return ConstantActivity(nn.functional.pad(self.outputs[mask].mean(dim=0), (0, 0, 0, 1)))
 
 
 # ---- units
@@ -176,7 +179,7 @@ class Units(abc.ABC):
     kind: str
     """`lorsa`, `sae` or `mhsa`."""
     label: str
-    """Human-readable name, plural."""
+    """Plural."""
     n: int
     """Without the error node."""
 
@@ -194,21 +197,15 @@ class Units(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
-        """Read units at positions [n_queries] of sequence `place` of a batch.
-
-        `maps` weight source positions for each query, [n_maps, n_queries, length].
-        """
+        """Units at positions [n_queries] of sequence `place`; maps [n_maps, n_queries, length] weight sources."""
 
     @abc.abstractmethod
     def along(self, batch: Prepared, place: int, positions: Tensor, value: Tensor, directions: Tensor) -> Tensor:
-        """What each unit writes along the direction [n_queries, d_model] of each query, [n_queries, n_units].
-
-        `value` is that of `rows`.
-        """
+        """What each unit writes along the direction [n_queries, d_model] of each query, with the `value` of `rows`."""
 
     def active(self, x: Tensor, y: Tensor) -> Tensor:
         """Where each unit writes anything, [batch, length, n_units] bool."""
-        return torch.ones(*x.shape[:-1], self.n, dtype=torch.bool, device=x.device)
+        return x.new_ones(*x.shape[:-1], self.n, dtype=torch.bool)
 
     def written(self, x: Tensor, y: Tensor, chosen: Chosen) -> Tensor:
         """What the chosen nodes write together, [batch, length, d_model]."""
@@ -224,11 +221,7 @@ class Units(abc.ABC):
         return mask
 
     def check(self, chosen: Sequence[int]) -> Tensor:
-        """Unit numbers as a tensor.
-
-        Raises:
-            UserError: there is no such unit.
-        """
+        """Unit numbers as a tensor; a `UserError` where there is no such unit."""
         if wrong := [index for index in chosen if not 0 <= index < self.n]:
             raise UserError(
                 f"There is no unit {wrong[0]} among {self.n} {self.label}; choose one from 0 to {self.n - 1}."
@@ -274,25 +267,20 @@ class LorsaHeads(SparseUnits):
     @override
     def parameters(self, chosen: Sequence[int]) -> int:
         config = self.lorsa.config
-        groups = {unit // config.group_size for unit in chosen}
-        return 2 * config.d_model * len(chosen) + 2 * config.d_model * config.d_qk * len(groups)
+        n_groups = len({unit // config.group_size for unit in chosen})
+        return 2 * config.d_model * (len(chosen) + config.d_qk * n_groups)
 
     @override
     def prepare(self, x: Tensor, y: Tensor) -> Prepared:
-        q, k, v = self.lorsa.attention_inputs(x.to(self.module.W_O.dtype))
-        return {"q": q, "k": k, "v": v}
+        return dict(zip("qkv", self.lorsa.attention_inputs(x.to(self.module.W_O.dtype)), strict=True))
 
     @override
     def rows(self, batch: Prepared, place: int, positions: Tensor, maps: Tensor) -> Rows:
-        q, k, v = (batch[name][place] for name in "qkv")
-        maps = maps.to(v.dtype)
-        step = max(1, _PATTERN_VALUES_AT_ONCE // q.shape[1] ** 2)
-        parts = []
-        for first in range(0, len(q), step):
-            groups = slice(first, first + step)
-            pattern = ops.attention_pattern(q[groups], k[groups], self.lorsa.attn_scale)[:, positions]
-            sizes = v[groups].abs()
-            sums = [pattern @ v[groups], pattern @ sizes, *((pattern * weights) @ sizes for weights in maps)]
+        step, parts = max(1, _PATTERN_VALUES_AT_ONCE // batch["q"].shape[2] ** 2), []
+        for q, k, v in zip(*(batch[name][place].split(step) for name in "qkv"), strict=True):
+            pattern = ops.attention_pattern(q, k, self.lorsa.attn_scale)[:, positions]
+            sizes = v.abs()
+            sums = [pattern @ v, pattern @ sizes, *((pattern * weights) @ sizes for weights in maps.to(v.dtype))]
             parts.append(torch.stack(sums).permute(0, 2, 1, 3).flatten(2))
         z, total, *mass = torch.cat(parts, dim=2)
         value = self._selected(z)
@@ -426,6 +414,12 @@ def ablate(
         yield
 
 
+def replaced_loss(model: LanguageModel, layer: int, output: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """`model.loss` of each target with the layer's output replaced."""
+    with model.splice({layer: lambda x, y: output}):
+        return model.loss(tokens, mask)[0]
+
+
 # ---- effect on logits
 
 
@@ -492,21 +486,25 @@ class Effect(NamedTuple):
     """Mean at controls (NaN without any)."""
 
 
-def effect(changed: Tensor, untouched: Tensor, prompts: PromptSet, active: Tensor, seed: int = 0) -> Effect:
+def effect(changed: Tensor, untouched: Tensor, prompts: PromptSet, active: Tensor) -> Effect:
     """From two results of `Removals.losses` and where any of the units is active [n_queries]."""
-    difference = (changed - untouched)[:, None]
-    means = by_pair(difference[prompts.positive], prompts.pair[prompts.positive])
-    error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
-    controls = float(difference[~prompts.positive].mean()) if prompts.has_controls else float("nan")
-    there = active[prompts.positive]
-    where = float(difference[prompts.positive][there].mean()) if bool(there.any()) else float("nan")
+    difference, labelled = (changed - untouched)[:, None], prompts.positive
+    means, there = by_pair(difference[labelled], prompts.pair[labelled]), active[labelled]
     return Effect(
-        float(means.mean()), error, float(sign_flip_p(means, seed)[0]), where, float(there.double().mean()), controls
+        labelled=float(means.mean()),
+        labelled_error=standard_error(means),
+        p=float(sign_flip_p(means)[0]),
+        where_active=float(difference[labelled][there].mean()),
+        active=float(there.double().mean()),
+        controls=float(difference[~labelled].mean()),
     )
 
 
 class Removals:
-    """Losses on prompts while units of one layer are removed; blocks before it run only once, on creation."""
+    """Losses on prompts while units of one layer are removed; blocks before it run only once, on creation.
+
+    Methods raise a `UserError` where there is no such unit.
+    """
 
     def __init__(self, model: LanguageModel, layer: int, prompts: PromptSet, batch_size: int = 16) -> None:
         self.model, self.layer, self.prompts, self.batch_size = model, layer, prompts, batch_size
@@ -521,9 +519,6 @@ class Removals:
         """Loss of the token after every query with some units removed together, in nats: [n_queries].
 
         With `queries` [n_queries] bool only their prompts run, and the other queries get NaN.
-
-        Raises:
-            UserError: there is no such unit.
         """
         with ablate(self.model, {self.layer: units}, {self.layer: chosen}):
             return self._losses(queries)
@@ -545,11 +540,7 @@ class Removals:
 
     @torch.no_grad()
     def active(self, units: Units, sets_of_units: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Where any unit of each set is active, [n_prompts, length] bool.
-
-        Raises:
-            UserError: there is no such unit.
-        """
+        """Where any unit of each set is active, [n_prompts, length] bool."""
         indices = {name: units.check(chosen).to(self.model.device) for name, chosen in sets_of_units.items()}
         places: dict[str, list[Tensor]] = {name: [] for name in indices}
         for batch in torch.arange(len(self.prompts.tokens)).split(self.batch_size):
@@ -564,9 +555,6 @@ class Removals:
         """Effects of removing sets of units, one row per set: `removed` (its name), `n`, and the fields of `Effect`.
 
         Only prompts in which one of the units is active run.
-
-        Raises:
-            UserError: there is no such unit.
         """
         rows, where = [], self.active(units, sets_of_units)
         for name, chosen in tqdm(sets_of_units.items(), desc="removals", disable=not progress):
@@ -582,3 +570,8 @@ def by_pair(values: Tensor, pairs: Tensor) -> Tensor:
     names, place = torch.unique(pairs, return_inverse=True)
     sums = torch.zeros(len(names), values.shape[1], dtype=torch.float64).index_add_(0, place, values.double())
     return sums / torch.bincount(place)[:, None]
+
+
+def standard_error(means: Tensor) -> float:
+    """Of the mean of independent values; NaN of a single one."""
+    return float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")

@@ -19,13 +19,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorsa_utils.activations import ActivationSource
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.heads.units import replaced_loss
 from lorsa_utils.lorsa import SparseModule
 from lorsa_utils.models import LanguageModel
 from lorsa_utils.stats import N_DRAWS, Interval, sample_interval
@@ -38,7 +38,6 @@ _TINY = torch.finfo(torch.float64).tiny
 class LayerErrors:
     """Errors of modules at one layer on the same tokens. Made by `collect`."""
 
-    layer: int
     inputs: Tensor
     """What the layer reads, [n_tokens, d_model]."""
     deviations: Tensor
@@ -69,69 +68,63 @@ def collect(
     Raises:
         UserError: there are fewer than two sequences.
     """
-    rows: dict[str, list[Tensor]] = {}
+    parts: list[dict[str, Tensor]] = []
     n_sequences = n_counted = 0
     for batch in source.batches(batch_size, layers=[layer]):
         x, y, mask = batch.inputs[layer], batch.outputs[layer], batch.mask.cpu()
         sides = {"inputs": x, "outputs": y, "tokens": batch.tokens}
         sides |= {name: module_error(module, x, y) for name, module in modules.items()}
-        counted = {name: side.cpu()[mask] for name, side in sides.items()}
         sequence, positions = mask.nonzero().T
-        for name, side in (counted | {"sequence": sequence + n_sequences, "positions": positions}).items():
-            rows.setdefault(name, []).append(side)
+        places = {"sequence": sequence + n_sequences, "positions": positions}
+        parts.append({name: side.cpu()[mask] for name, side in sides.items()} | places)
         n_sequences += len(mask)
         n_counted += len(sequence)
         if n_counted >= n_tokens:
             break
-    whole = {name: torch.cat(pieces) for name, pieces in rows.items()}
-    if not n_counted or whole["sequence"].unique().numel() < 2:
+    if len({int(number) for part in parts for number in part["sequence"].unique()}) < 2:
         raise UserError("Errors are compared over sequences, and this text has fewer than two; give a longer text.")
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     outputs, errors = whole.pop("outputs"), {name: whole.pop(name) for name in modules}
     mean = outputs.mean(dim=0)
-    return LayerErrors(layer, deviations=outputs - mean, mean=mean, errors=errors, **whole)
+    return LayerErrors(deviations=outputs - mean, mean=mean, errors=errors, **whole)
 
 
 # ---- sums and intervals
 
 
-def resampled(
-    columns: Mapping[str, Tensor], sequence: Tensor, seed: int = 0, n_draws: int = N_DRAWS
-) -> dict[str, Tensor]:
+def resampled(columns: Mapping[str, Tensor], sequence: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """Sums of columns [n_tokens] in the sample and in bootstrap draws of sequences.
 
-    Returns name to sums [n_draws + 1], float64; entry 0 is the sample.
+    Name to sums [N_DRAWS + 1], float64; entry 0 is the sample.
     """
     numbers = sequence.unique(return_inverse=True)[1]
     n = int(numbers.max()) + 1
     table = torch.stack([column.double() for column in columns.values()], dim=1)
     sums = torch.zeros(n, table.shape[1], dtype=torch.float64).index_add_(0, numbers, table)
-    drawn = torch.randint(n, (n_draws, n), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(n_draws, n, dtype=torch.float64)
+    drawn = torch.randint(n, (N_DRAWS, n), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(N_DRAWS, n, dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones_like(counts))
     totals = torch.cat([torch.ones(1, n, dtype=torch.float64), counts]) @ sums
     return dict(zip(columns, totals.T, strict=True))
 
 
-def pearson(n: Tensor, x: Tensor, y: Tensor, xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
-    """Correlation from sums of 1, x, y, x^2, y^2 and x y."""
-    covariance, variances = xy - x * y / n, (xx - x * x / n) * (yy - y * y / n)
+def pearson(s: Mapping[str, Tensor], x: str, y: str) -> Tensor:
+    """Correlation of two columns, from sums."""
+    n, covariance = s["one"], s[f"{x}*{y}"] - s[x] * s[y] / s["one"]
+    variances = (s[f"{x}*{x}"] - s[x] * s[x] / n) * (s[f"{y}*{y}"] - s[y] * s[y] / n)
     return covariance / variances.clamp_min(_TINY).sqrt()
 
 
 def _partial(s: Mapping[str, Tensor]) -> Tensor:
-
-    def r(x: str, y: str) -> Tensor:
-        return pearson(s["one"], s[x], s[y], s[f"{x}*{x}"], s[f"{y}*{y}"], s[f"{x}*{y}"])
-
-    with_a, with_b = r("log_a", "log_size"), r("log_b", "log_size")
+    with_a, with_b = pearson(s, "log_a", "log_size"), pearson(s, "log_b", "log_size")
     rest = ((1 - with_a**2) * (1 - with_b**2)).clamp_min(_TINY)
-    return (r("log_a", "log_b") - with_a * with_b) / rest.sqrt()
+    return (pearson(s, "log_a", "log_b") - with_a * with_b) / rest.sqrt()
 
 
 PAIR_STATISTICS: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
     "cosine": lambda s: s["cosine"] / s["one"],
-    "shared_energy": lambda s: s["dot"] / s["aa"],
-    "norm_correlation": lambda s: pearson(s["one"], s["a"], s["b"], s["aa"], s["bb"], s["ab"]),
+    "shared_energy": lambda s: s["dot"] / s["a*a"],
+    "norm_correlation": lambda s: pearson(s, "a", "b"),
     "correlation_at_equal_size": _partial,
 }
 """Statistics of sums of `pair_columns`; formulas in the module's docstring."""
@@ -145,7 +138,7 @@ def pair_columns(a: Tensor, b: Tensor, size: Tensor) -> dict[str, Tensor]:
     logs = {name: value.clamp_min(_TINY).log() for name, value in norms.items()}
     products = {f"{x}*{y}": logs[x] * logs[y] for x, y in itertools.combinations_with_replacement(logs, 2)}
     columns = {"one": torch.ones_like(dot), "dot": dot, "cosine": dot / (norm_a * norm_b).clamp_min(_TINY)}
-    return columns | {"a": norm_a, "b": norm_b, "aa": aa, "bb": bb, "ab": norm_a * norm_b} | logs | products
+    return columns | {"a": norm_a, "b": norm_b, "a*a": aa, "b*b": bb, "a*b": norm_a * norm_b} | logs | products
 
 
 def compare(data: LayerErrors, a: str, b: str, elsewhere: bool = False, seed: int = 0) -> dict[str, Interval]:
@@ -174,15 +167,7 @@ PENALTIES = tuple(10.0**power for power in range(-4, 4))
 """Ridge penalties to try, in units of the inputs' mean variance."""
 
 
-class Prediction(NamedTuple):
-    """How well a ridge regression does."""
-
-    r2: Interval
-    penalty: float
-    """The chosen one of `PENALTIES`."""
-
-
-def predictability(inputs: Tensor, targets: Tensor, sequence: Tensor, seed: int = 0) -> Prediction:
+def predictability(inputs: Tensor, targets: Tensor, sequence: Tensor, seed: int = 0) -> Interval:
     """Ridge regression, fitted on half of the sequences, penalty chosen on a fifth, R^2 on the rest.
 
     Shapes: `inputs` [n_tokens, d], `targets` [n_tokens, d_out] or [n_tokens], `sequence` [n_tokens].
@@ -211,7 +196,7 @@ def predictability(inputs: Tensor, targets: Tensor, sequence: Tensor, seed: int 
     best = min(PENALTIES, key=lambda penalty: float(residual(penalty, choose).sum()))
     deviation = (y[test] - y[test].mean(dim=0)).square().sum(dim=1)
     sums = resampled({"residual": residual(best, test), "deviation": deviation}, sequence[test], seed)
-    return Prediction(sample_interval(1 - sums["residual"] / sums["deviation"]), best)
+    return sample_interval(1 - sums["residual"] / sums["deviation"])
 
 
 # ---- the model's loss
@@ -265,10 +250,8 @@ def replaced_losses(
             x, y = model.capture(tokens, [layer])[layer]
             of_a, of_b = module_error(a, x, y), module_error(b, x, y)
             outputs = {name: variant(y, of_a, of_b, mean.to(y)) for name, variant in VARIANTS.items()}
-            for name, output in ({"original": y} | outputs).items():
-                spliced = torch.where(mask[..., None], output, y)
-                with model.splice({layer: lambda x, y, spliced=spliced: spliced}):  # type: ignore[misc]
-                    losses, counted = model.loss(tokens, mask)
-                rows.setdefault(name, []).append((losses.double() * counted).sum(dim=1).cpu())
-        rows.setdefault("counted", []).append(counted.sum(dim=1).double().cpu())
+            for name, output in {"original": y, **outputs}.items():
+                losses = replaced_loss(model, layer, torch.where(mask[..., None], output, y), tokens, mask)
+                rows.setdefault(name, []).append(losses.double().sum(dim=1).cpu())
+        rows.setdefault("counted", []).append(mask[:, 1:].sum(dim=1).double().cpu())
     return {name: torch.cat(pieces) for name, pieces in rows.items()}

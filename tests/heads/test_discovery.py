@@ -18,8 +18,8 @@ from lorsa_utils.lorsa import Lorsa
 
 
 def random_heads(model: Any, lorsa: Lorsa, texts: list[prompts.Passage]) -> units.LorsaHeads:
-    tokens = torch.tensor([model.vocabulary.start + list(passage.ids) for passage in texts])
-    return units.LorsaHeads(discovery.random_lorsa(lorsa, model, 0, tokens, tokens != model.vocabulary.bos_id))
+    text = model.sequences(texts)
+    return units.LorsaHeads(discovery.random_lorsa(lorsa, model, 0, text.tokens.long(), text.mask))
 
 
 # ---- planted
@@ -68,32 +68,25 @@ def test_a_random_lorsa_scores_as_chance_does(hand_made: Any, texts: list[prompt
 
 def test_removing_a_head_takes_its_effect_away(hand_made: Any, made: Prompts) -> None:
     lorsa = known_lorsa(hand_made)
-    sets = made.sets["successor"]
-    table = (
-        units.Removals(hand_made, 0, sets)
-        .effects(units.LorsaHeads(lorsa), {"successor": [3], "random": [10]})
-        .set_index("removed")
-    )
+    removals = units.Removals(hand_made, 0, made.sets["successor"])
+    table = removals.effects(units.LorsaHeads(lorsa), {"successor": [3], "random": [10]}).set_index("removed")
     assert table.loc["successor", "labelled"] > 10 * abs(table.loc["random", "labelled"])
     assert abs(table.loc["successor", "controls"]) < 1e-3
 
 
-def test_all_heads_dead(hand_made: Any, made: Prompts) -> None:
-    lorsa = known_lorsa(hand_made)
+def test_all_heads_dead_and_sets_that_cannot_be_scored(hand_made: Any, made: Prompts) -> None:
+    lorsa, induction = known_lorsa(hand_made), made.sets["induction"]
     with torch.no_grad():
         lorsa.W_V.zero_()
         lorsa.b_V.zero_()
-    found = discovery.discover(
-        hand_made, 0, units.LorsaHeads(lorsa), {"induction": made.sets["induction"]}, progress=False
-    )
-    assert found.counts() == {"induction": 0}
-
-
-def test_unknown_family(hand_made: Any, made: Prompts) -> None:
+    heads = units.LorsaHeads(lorsa)
+    assert discovery.discover(hand_made, 0, heads, {"induction": induction}, progress=False).counts() == {
+        "induction": 0
+    }
     with pytest.raises(UserError, match="'telepathy' is unknown"):
-        discovery.discover(
-            hand_made, 0, units.LorsaHeads(known_lorsa(hand_made)), {"telepathy": made.sets["induction"]}
-        )
+        discovery.discover(hand_made, 0, heads, {"telepathy": induction})
+    with pytest.raises(UserError, match="No labelled position of family induction is left; make more prompts"):
+        discovery.discover(hand_made, 0, heads, {"induction": induction.where(induction.pair == 0)}, progress=False)
 
 
 # ---- bars and nulls
@@ -114,25 +107,25 @@ def test_the_null_raises_the_bar_until_it_keeps_its_rate() -> None:
 
 
 def test_random_sources(made: Prompts) -> None:
-    for each in made.sets.values():
-        drawn = discovery._random_sources(each, torch.Generator().manual_seed(0))
-        assert not (drawn & each.sources).any()
-        assert not (drawn & (torch.arange(drawn.shape[1]) > each.position[:, None])).any()
-        assert (drawn.sum(dim=1) <= each.sources.sum(dim=1)).all()
+    for sets in made.sets.values():
+        drawn = discovery._random_sources(sets, torch.Generator().manual_seed(0))
+        assert not (drawn & sets.sources).any()
+        assert not (drawn & (torch.arange(drawn.shape[1]) > sets.position[:, None])).any()
+        assert (drawn.sum(dim=1) <= sets.sources.sum(dim=1)).all()
 
 
 def test_kinds_are_scored_together_as_they_are_alone(hand_made: Any, made: Prompts) -> None:
     lorsa = units.LorsaHeads(known_lorsa(hand_made))
     kinds: dict[str | None, Any] = {None: lorsa, "MHSA": units.MHSAHeads(hand_made.site(0)), "again": lorsa}
     few = {name: made.sets[name] for name in ("induction", "previous_token")}
-    sets = {name: prompt_set.keep_pairs(lambda pair: pair < 12) for name, prompt_set in few.items()}
+    sets = {name: prompt_set.where(prompt_set.pair < 12) for name, prompt_set in few.items()}
     others = {name: each for name, each in kinds.items() if name}
     together = discovery.discover(hand_made, 0, lorsa, sets, others=others, progress=False)
     assert list(together.others) == ["MHSA", "again"]
     for name, some in sets.items():
         for number, (half, part) in enumerate(zip(("discovery", "confirmation"), some.halves(), strict=True)):
             for kind, each in kinds.items():
-                alone = discovery.score(discovery.read(hand_made, 0, {"units": each}, part, seed=number)["units"])
+                alone = discovery.read(hand_made, 0, {"units": each}, part, seed=number)["units"].scores
                 pd.testing.assert_frame_equal(together.halves(name, kind)[half], alone, check_names=False)
     apart = discovery.discover(hand_made, 0, lorsa, sets, progress=False)
     pd.testing.assert_frame_equal(apart.names, together.names)

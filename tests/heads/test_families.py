@@ -8,9 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from hand_model import known_lorsa
-from toys import sequences_of
 
 from lorsa_utils.heads import discovery, prompts, survey, units
 from lorsa_utils.heads.families import FAMILIES
@@ -20,8 +18,8 @@ from lorsa_utils.view import evidence, explorer, pages
 
 @pytest.fixture(scope="module")
 def sequences(hand_made: Any, texts: list[prompts.Passage]) -> Sequences:
-    tokens = torch.tensor([hand_made.vocabulary.start + list(passage.ids) for passage in texts[:4]])
-    return sequences_of(tokens, tokens != hand_made.vocabulary.bos_id)
+    sequences: Sequences = hand_made.sequences(texts[:4])
+    return sequences
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,6 @@ def test_prompts_names_tables_and_pages(
     name: str, hand_made: Any, texts: list[prompts.Passage], sequences: Sequences, seen: survey.Survey
 ) -> None:
     made = FAMILIES[name].make(hand_made.vocabulary, texts, scale=0.1)
-    assert made.family == name
     assert made.predicts or not FAMILIES[name].logit_sign, "a sign needs a predicted token"
     heads = units.LorsaHeads(known_lorsa(hand_made))
     found = discovery.discover(hand_made, 0, heads, {name: made}, progress=False)
@@ -52,5 +49,5 @@ def test_prompts_names_tables_and_pages(
 
 
 def test_each_family_has_its_own_draws_and_words() -> None:
-    for field in ("stream", "label", "meaning", "prompts"):
+    for field in ("stream", "label", "meaning", "pairs"):
         assert len({getattr(family, field) for family in FAMILIES.values()}) == len(FAMILIES)

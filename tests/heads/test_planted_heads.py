@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,53 +11,35 @@ import pytest
 import torch
 from hand_model import BEFORE, CODE, D_MODEL, DAY, FIRST, PLACE, PLACE_BEFORE, SHARP, TOKEN, HandModel
 from test_prompts import word_tokenizer
+from toys import sequences_of
 
-from lorsa_utils.activations import ActivationBatch, Part
+from lorsa_utils.activations import ActivationStream
 from lorsa_utils.autointerp import examples, study
 from lorsa_utils.autointerp.examples import Budget, Dictionary
 from lorsa_utils.autointerp.judges import RulesJudge
 from lorsa_utils.config import LorsaConfig
 from lorsa_utils.heads.prompts import Vocabulary
 from lorsa_utils.lorsa import Lorsa
+from lorsa_utils.text import Sequences
 
 LENGTH = 32
-N = 260
 
 
-class Source:
-    """Text with few commas, digits and repetitions, read by the model built by hand."""
-
-    layers, n_sequences, context = (0,), N, LENGTH
-
-    def __init__(self, model: HandModel, digits: Sequence[int], comma: int) -> None:
-        rng = np.random.default_rng(0)
-        words = np.array(model.vocabulary.words)
-        rows = []
-        for _ in range(N):
-            row = rng.choice(words, LENGTH - 1, replace=False)
-            places = rng.permutation(np.arange(3, LENGTH - 2))
-            if rng.random() < 0.5:
-                row[places[0]] = comma
-            if rng.random() < 0.5:
-                row[places[1]] = rng.choice(digits)
-            if rng.random() < 0.5:
-                row[max(places[2:4])] = row[min(places[2:4])]
-            rows.append([model.vocabulary.bos_id, *row.tolist()])
-        self.model, self.tokens = model, torch.tensor(rows)
-        self.mask = torch.ones_like(self.tokens, dtype=torch.bool)
-        self.mask[:, 0] = False
-        self.n_tokens = int(self.mask.sum())
-
-    def batches(
-        self, batch_size: int, start: int = 0, layers: Sequence[int] | None = None, part: Part = (0, 1)
-    ) -> Iterator[ActivationBatch]:
-        for first in range(start, N, batch_size):
-            tokens, mask = self.tokens[first : first + batch_size], self.mask[first : first + batch_size]
-            x, y = self.model.capture(tokens, [0])[0]
-            yield ActivationBatch(tokens, mask, {0: x}, {0: y}, mask)
-
-    def identity(self) -> dict[str, str]:
-        return {}
+def text(model: HandModel, digits: Sequence[int], comma: int) -> Sequences:
+    """Few commas, digits and repetitions."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(260):
+        row = rng.choice(np.array(model.vocabulary.words), LENGTH - 1, replace=False)
+        places = rng.permutation(np.arange(3, LENGTH - 2))
+        if rng.random() < 0.5:
+            row[places[0]] = comma
+        if rng.random() < 0.5:
+            row[places[1]] = rng.choice(digits)
+        if rng.random() < 0.5:
+            row[max(places[2:4])] = row[min(places[2:4])]
+        rows.append([model.vocabulary.bos_id, *row.tolist()])
+    tokens = torch.tensor(rows)
+    return sequences_of(tokens, tokens != model.vocabulary.bos_id)
 
 
 def planted(model: HandModel, comma: int) -> Lorsa:
@@ -87,9 +70,9 @@ def scores() -> pd.DataFrame:
     model.days = torch.tensor(digits)  # what the stream marks
     budget = Budget(units=3, shown=40, contrast=40, scored=20, oversampling=1)
     dictionary = Dictionary("Lorsa", 0, planted(model, comma))
-    firings = examples.record_firings(
-        Source(model, digits, comma), [dictionary], {0: model.site(0)}, tokenizer, budget, 64, progress=False
-    )
+    any_model: Any = model
+    source = ActivationStream(any_model, text(model, digits, comma), [0])
+    firings = examples.record_firings(source, [dictionary], {0: model.site(0)}, tokenizer, budget, 64, progress=False)
     sets = [examples.examples(one, budget) for one in firings]
     return study.study(sets, RulesJudge(), progress=False).set_index("unit")
 

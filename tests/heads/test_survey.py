@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hand_model import KNOWN, known_lorsa
-from toys import sequences_of
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import prompts, survey, units
@@ -21,26 +21,24 @@ def test_survey_and_table(hand_made: Any, found: Discovery, texts: list[prompts.
     with torch.no_grad():
         lorsa.W_V[23], lorsa.b_V[23] = 0, 0
     each = units.LorsaHeads(lorsa)
-    tokens = torch.tensor([hand_made.vocabulary.start + list(passage.ids) for passage in texts[:20]])
-    sequences = sequences_of(tokens, tokens != hand_made.vocabulary.bos_id)
-    seen = survey.survey(hand_made, 0, each, sequences, n_contexts=3, batch_size=3, progress=False)
+    sequences = hand_made.sequences(texts[:20])
+    seen = survey.survey(hand_made, 0, each, sequences, batch_size=3, progress=False)
     facts = seen.facts
     assert facts.loc[1, "distance"] == pytest.approx(1, abs=1e-3)
     assert facts.loc[1, "previous_share"] == pytest.approx(1, abs=1e-3)
     assert facts.loc[2, "first_share"] == pytest.approx(1, abs=1e-3)
     assert facts.loc[23, "frequency"] == 0
-    x = hand_made.stream(tokens)
+    x = hand_made.stream(sequences.tokens.long())
     indices, values = lorsa.encode(x)
     kept = torch.zeros(*x.shape[:2], 24).scatter(2, indices, values)[:, 1:]
     assert np.allclose(facts["frequency"], (kept > 0).double().mean(dim=(0, 1)), atol=1e-6)
     assert np.allclose(facts["max_activation"], kept.amax(dim=(0, 1)), atol=1e-5)
     assert torch.allclose(seen.peaks[:, 0], kept.amax(dim=(0, 1)), atol=1e-5)
-    for unit in range(23):
-        for (row, position), peak in zip(seen.places[unit].tolist(), seen.peaks[unit].tolist(), strict=True):
-            assert row == -1 or kept[row, position - 1, unit] == pytest.approx(peak, abs=1e-5)
-        for (row, position), value in zip(seen.sampled[unit].tolist(), seen.samples[unit].tolist(), strict=True):
-            assert (row == -1) == (value == 0)
-            assert row == -1 or kept[row, position - 1, unit] == pytest.approx(value, abs=1e-5)
+    for places, values in ((seen.places, seen.peaks), (seen.sampled, seen.samples)):
+        assert torch.equal(places[..., 0] == -1, values == 0)
+        unit, number = (values[:23] > 0).nonzero().T
+        row, position = places[unit, number].T
+        assert torch.allclose(kept[row, position - 1, unit], values[unit, number], atol=1e-5)
     assert int((seen.sampled[23, :, 0] >= 0).sum()) == 0, "a dead head has no active token to draw"
     drawn = seen.sampled[0, :, 0][seen.sampled[0, :, 0] >= 0].tolist()
     assert len(set(drawn)) == len(drawn) == int((kept[:, :, 0] > 0).any(dim=1).sum()), (
@@ -62,27 +60,22 @@ def test_survey_and_table(hand_made: Any, found: Discovery, texts: list[prompts.
 
 def test_survey_does_not_depend_on_the_batch_size(hand_made: Any, texts: list[prompts.Passage]) -> None:
     each = units.LorsaHeads(known_lorsa(hand_made, k=6))
-    tokens = torch.tensor([hand_made.vocabulary.start + list(passage.ids) for passage in texts[:5]])
-    sequences = sequences_of(tokens, tokens != hand_made.vocabulary.bos_id)
+    sequences = hand_made.sequences(texts[:5])
     one, other = (survey.survey(hand_made, 0, each, sequences, batch_size=size, progress=False) for size in (1, 4))
     assert np.allclose(one.facts, other.facts, equal_nan=True, atol=1e-5)
     assert torch.equal(one.places, other.places)
-    nothing = sequences_of(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+    nothing = dataclasses.replace(sequences, mask=torch.zeros_like(sequences.mask))
     with pytest.raises(UserError, match="longer text"):
         survey.survey(hand_made, 0, each, nothing)
 
 
-def test_describe_is_the_whole_way(
-    hand_made: Any, texts: list[prompts.Passage], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = torch.tensor([hand_made.vocabulary.start + list(passage.ids) for passage in texts])
-    sequences = sequences_of(tokens, tokens != hand_made.vocabulary.bos_id)
+def test_describe_is_the_whole_way(hand_made: Any, texts: list[prompts.Passage]) -> None:
+    sequences = hand_made.sequences(texts)
     documents = [(passage.document, hand_made.tokenizer.decode(passage.ids)) for passage in texts]
     found = survey.describe(
         hand_made, 0, known_lorsa(hand_made), sequences, documents, removed=2, scale=0.75, progress=False
     )
-    assert found.table["family"].tolist()[0] == "induction"
-    assert found.table["family"].tolist()[3] == "successor"
+    assert found.table["family"].tolist()[:4:3] == ["induction", "successor"]
     assert found.table.loc[3, "effect"] > 0.1
     assert found.table["effect"].notna().sum() == 2, (
         "induction and successor predict a token, previous token and sink do not"

@@ -45,57 +45,51 @@ def test_induction_asks_for_what_followed(words: Vocabulary) -> None:
 
 def test_indirect_object_is_the_other_name(words: Vocabulary) -> None:
     task = tasks.make("indirect_object", words, 20, seed=2)
-    for row, right, wrong, end in zip(
-        task.clean.tolist(), task.answers[:, 0], task.wrong[:, 0], task.position, strict=True
-    ):
-        assert row[: end + 1].count(int(right)) == 1
-        assert row[: end + 1].count(int(wrong)) == 2
+    inside = torch.arange(task.clean.shape[1]) <= task.position[:, None]
+    for answer, times in ((task.answers, 1), (task.wrong, 2)):
+        assert (((task.clean == answer[:, :1]) & inside).sum(dim=1) == times).all()
     assert ((task.clean != task.corrupted).sum(dim=1) == 1).all(), "one name differs"
 
 
 def test_greater_than_splits_the_digits(words: Vocabulary) -> None:
     task = tasks.make("greater_than", words, 8, seed=0)
-    texts = [
-        words.tokenizer.decode(row[: end + 1]) for row, end in zip(task.clean.tolist(), task.position, strict=True)
-    ]
-    for text, right, wrong in zip(texts, task.answers.tolist(), task.wrong.tolist(), strict=True):
-        third = int(text.split("year ")[1][2])
-        assert [words.texts[i] for i in right if i >= 0] == [str(digit) for digit in range(third + 1, 10)]
-        assert [words.texts[i] for i in wrong if i >= 0] == [str(digit) for digit in range(third)]
+    for row, end, right, wrong in zip(task.clean.tolist(), task.position, task.answers, task.wrong, strict=True):
+        third = int(words.tokenizer.decode(row[: end + 1]).split("year ")[1][2])
+        for answers, digits in ((right, range(third + 1, 10)), (wrong, range(third))):
+            assert [words.texts[int(i)] for i in answers if i >= 0] == [str(digit) for digit in digits]
 
 
 @given(seed=st.integers(0, 100), n=st.integers(1, 4))
 def test_metrics_are_their_formulas(seed: int, n: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits, reference = torch.randn(2, n, 9, generator=generator, dtype=torch.float64).unbind()
-    tokens = torch.zeros(n, 2, dtype=torch.long)
-    task = tasks.Task(
-        "t", tokens, tokens, torch.ones(n, dtype=torch.long), torch.tensor([[1, 2]] * n), torch.tensor([[4, -1]] * n)
+    tokens, answers, wrong = (
+        torch.zeros(n, 2, dtype=torch.long),
+        torch.tensor([[1, 2]] * n),
+        torch.tensor([[4, -1]] * n),
     )
-    odds = logits.exp()
-    wanted = ((odds[:, 1] + odds[:, 2]) / odds[:, 4]).log()
-    assert torch.allclose(tasks.metric("logit_difference", logits, task), wanted)
-    assert torch.allclose(tasks.metric("loss", logits, task), ((odds[:, 1] + odds[:, 2]) / odds.sum(dim=1)).log())
-    p = reference.softmax(dim=1)
-    assert torch.allclose(
-        tasks.metric("kl", logits, task, reference), -(p * (p / logits.softmax(dim=1)).log()).sum(dim=1)
-    )
+    task = tasks.Task("t", tokens, tokens, tokens[:, 0] + 1, answers, wrong)
+    odds, p, q = logits.exp(), reference.softmax(dim=1), logits.softmax(dim=1)
+    right = odds[:, 1] + odds[:, 2]
+    assert torch.allclose(tasks.metric("logit_difference", logits, task), (right / odds[:, 4]).log())
+    assert torch.allclose(tasks.metric("loss", logits, task), (right / odds.sum(dim=1)).log())
+    assert torch.allclose(tasks.metric("kl", logits, task, reference), -(p * (p / q).log()).sum(dim=1))
     assert torch.allclose(tasks.metric("kl", logits, task, logits), torch.zeros(n, dtype=torch.float64), atol=1e-12)
-    assert tasks.accuracy(logits, task) == float((wanted > 0).double().mean())
+    assert tasks.accuracy(logits, task) == float((right > odds[:, 4]).double().mean())
 
 
 def test_own_prompts(words: Vocabulary) -> None:
     pair = {"clean": " Mary, John,", "corrupted": " John, Mary,", "answer": " Mary", "wrong": " John"}
     task = tasks.from_texts(words, "mine", [pair])
     assert words.tokenizer.decode(task.clean[0]) == "<bos> Mary, John,"
-    with pytest.raises(UserError, match="' Mary and John' of pair 1 of mine is 3 tokens"):
-        tasks.from_texts(words, "mine", [pair | {"answer": " Mary and John"}])
-    with pytest.raises(UserError, match=r"has \d+ tokens and its corrupted one \d+; .* equal length"):
-        tasks.from_texts(words, "mine", [pair | {"corrupted": " John, Mary, John,"}])
-    with pytest.raises(UserError, match="both a right and a wrong answer"):
-        tasks.from_texts(words, "mine", [pair | {"wrong": " Mary"}])
-    with pytest.raises(UserError, match="no text under 'wrong'"):
-        tasks.from_texts(words, "mine", [{key: value for key, value in pair.items() if key != "wrong"}])
+    for changes, told in (
+        ({"answer": " Mary and John"}, "' Mary and John' of pair 1 of mine is 3 tokens"),
+        ({"corrupted": " John, Mary, John,"}, r"has \d+ tokens and its corrupted one \d+; .* equal length"),
+        ({"wrong": " Mary"}, "both a right and a wrong answer"),
+        ({"wrong": None}, "no text under 'wrong'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            tasks.from_texts(words, "mine", [pair | changes])
     with pytest.raises(UserError, match="has no prompt"):
         tasks.from_texts(words, "mine", [])
 

@@ -30,19 +30,16 @@ def texts(words: Vocabulary) -> list[Passage]:
 
 
 def test_topic_words(words: Vocabulary) -> None:
-    window, river, a = (words.single(text) for text in (" window", " river", "a"))
-    assert window is not None
-    assert river is not None
-    assert a is not None
+    (window,), (river,), (a,) = map(words.encode, (" window", " river", "a"))
     texts = [
         Passage("x", (window, window, river, a, a)),
         Passage("y", (window,)),
         *(Passage(f"z{i}", (river, river)) for i in range(8)),
     ]
-    found = families.topic_words(texts, words, rare=0.2)
+    found = families.topic_words(texts, words)
     assert found[0] == {window}, "river is in most documents and once here, a is no word"
-    assert found[1] == set()
-    assert families.topic_words(texts, words, rare=1.0)[2] == {river}
+    assert found[1:] == 9 * [set()]
+    assert families.topic_words(texts[2:3], words) == [{river}], "in one document alone"
 
 
 @pytest.mark.parametrize("scrambled", [False, True])
@@ -99,7 +96,7 @@ def test_a_planted_anchor(words: Vocabulary, texts: list[Passage]) -> None:
     each, made = units.LorsaHeads(lorsa), families.topic_prompts(texts, words)
     for prompt_set in (made, families.topic_prompts(texts, words, scrambled=True)):
         responses = discovery.read(model, 0, {"heads": each}, prompt_set)["heads"]
-        scores = discovery.score(responses)
+        scores = responses.scores
         assert scores["share"].idxmax() == anchor
         assert scores["share"].max() > 0.5, "near topic words take the rest"
     assert scores["share"].max() > 2 * float((responses.at_random.sum(dim=0) / responses.total.sum(dim=0))[anchor])

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_heads import random_heads
 from tiny_models import byte_tokenizer, random_tokens, save_tiny_model
 from torch import Tensor
 from toys import D_MODEL, random_inputs, random_lorsa, random_sae, toy_site
 
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.heads import families, prompts, units
-from lorsa_utils.lorsa import Lorsa
 from lorsa_utils.models import LanguageModel, load_model
 
 LENGTH = 9
@@ -36,17 +36,16 @@ def kinds() -> dict[str, units.Units]:
 @given(kind=st.sampled_from(sorted(kinds())), seed=st.integers(0, 20))
 def test_masses_split_over_all_sources(kind: str, seed: int) -> None:
     each, x = kinds()[kind], random_inputs(2, LENGTH, seed=seed)
-    batch = each.prepare(x, layer_output(x))
     positions = torch.tensor([0, 3, LENGTH - 1])
     one_by_one = torch.eye(LENGTH)[:, None].expand(-1, 3, -1)
-    rows = each.rows(batch, 1, positions, one_by_one)
+    rows = each.rows(each.prepare(x, layer_output(x)), 1, positions, one_by_one)
     assert torch.allclose(rows.mass.sum(dim=0), rows.total, atol=1e-4)
-    for number, position in enumerate(positions.tolist()):
-        assert float(rows.mass[position + 1 :, number].detach().abs().sum()) == 0, "nothing comes from later tokens"
+    later = torch.arange(LENGTH)[:, None] > positions
+    assert not rows.mass[later].any(), "nothing comes from later tokens"
     assert ((rows.activation > 0) == (rows.total > 0)).all()
 
 
-def test_lorsa_heads_are_the_modules(request: pytest.FixtureRequest) -> None:
+def test_lorsa_heads_are_the_modules() -> None:
     module, x = random_lorsa(), random_inputs(1, LENGTH)
     each = units.LorsaHeads(module)
     batch, positions = each.prepare(x, x), torch.arange(LENGTH)
@@ -136,13 +135,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return load_model(save_tiny_model(tmp_path_factory.mktemp("model"), request.param))
 
 
-def lorsa_for(model: LanguageModel, seed: int = 0) -> Lorsa:
-    lorsa = Lorsa(Lorsa.config_for_site(model.site(1), 24, 6, 4))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lorsa.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return lorsa.requires_grad_(False)
+@pytest.fixture(scope="module")
+def heads(model: LanguageModel) -> units.LorsaHeads:
+    return units.LorsaHeads(random_heads(model.site(1), scale=0.2))
 
 
 def test_direct_effect_on_logits_is_the_models(model: LanguageModel) -> None:
@@ -162,9 +157,9 @@ def test_direct_effect_on_logits_is_the_models(model: LanguageModel) -> None:
     assert torch.allclose(whole, centred.gather(1, tokens[:, None])[:, 0], atol=1e-3)
 
 
-def test_top_tokens(model: LanguageModel) -> None:
+def test_top_tokens(model: LanguageModel, heads: units.LorsaHeads) -> None:
     unembedding = units.Unembedding(model)
-    write = lorsa_for(model).W_O
+    write = heads.lorsa.W_O
     top, bottom = (unembedding.top_tokens(write, 3, largest) for largest in (True, False))
     logits = unembedding.logits(write)
     assert torch.equal(top[:, 0], logits.argmax(dim=1))
@@ -176,59 +171,60 @@ def found() -> prompts.PromptSet:
     return families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
 
 
-def test_ablate_nothing_changes_nothing(model: LanguageModel, found: prompts.PromptSet) -> None:
-    each = units.LorsaHeads(lorsa_for(model))
+def test_ablate_nothing_changes_nothing(
+    model: LanguageModel, heads: units.LorsaHeads, found: prompts.PromptSet
+) -> None:
     logits, untouched = model.logits(found.tokens), model.loss(found.tokens)[0]
-    last = torch.zeros(len(found.tokens), 1, each.n + 1)
+    last = torch.zeros(len(found.tokens), 1, heads.n + 1)
     for nothing in ([], {3: 0.0}, last):
-        with units.ablate(model, {1: each}, {1: nothing}):
+        with units.ablate(model, {1: heads}, {1: nothing}):
             assert torch.equal(model.logits(found.tokens), logits)
     last[-1, :, :-1] = 1
-    with units.ablate(model, {1: each}, {1: last}):
+    with units.ablate(model, {1: heads}, {1: last}):
         changed = model.logits(found.tokens)
     assert torch.equal(changed[:-1], logits[:-1]), "the other sequences keep theirs"
     assert not torch.equal(changed[-1], logits[-1])
     removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
     assert torch.equal(removals.untouched, untouched[found.row, found.position])
-    assert torch.equal(removals.losses(each, []), removals.untouched)
+    assert torch.equal(removals.losses(heads, []), removals.untouched)
 
 
-def test_ablate_takes_shares_the_error_and_another_prompt(model: LanguageModel) -> None:
+def test_ablate_takes_shares_the_error_and_another_prompt(model: LanguageModel, heads: units.LorsaHeads) -> None:
     """With `ablate` a layer's output moves by what is removed and what comes in its place."""
-    each, tokens, other = units.LorsaHeads(lorsa_for(model)), random_tokens(2, 9), random_tokens(2, 9, seed=7)
+    tokens, other = random_tokens(2, 9), random_tokens(2, 9, seed=7)
     (x, y), elsewhere = model.capture(tokens, [1])[1], model.capture(other, [1])[1]
-    written = each.written(x, y, [1, 2])
-    everything = torch.ones(each.n + 1, dtype=torch.bool)
+    written = heads.written(x, y, [1, 2])
+    everything = torch.ones(heads.n + 1, dtype=torch.bool)
     expected: list[tuple[Any, Any, Tensor]] = [
         ([1, 2], None, y - written),
         ({1: -1.0, 2: -1.0}, None, y + written),
-        (~everything.index_fill(0, torch.tensor([each.n]), False), None, each.lorsa(x).y),
-        (everything, {1: each.activity(*elsewhere)}, elsewhere[1]),
+        (~everything.index_fill(0, torch.tensor([heads.n]), False), None, heads.lorsa(x).y),
+        (everything, {1: heads.activity(*elsewhere)}, elsewhere[1]),
     ]
     for chosen, instead, output in expected:
-        with units.ablate(model, {1: each}, {1: chosen}, instead):
+        with units.ablate(model, {1: heads}, {1: chosen}, instead):
             assert torch.allclose(model.capture(tokens, [1])[1][1], output, atol=1e-5)
-    with pytest.raises(UserError, match="choose one from 0 to 23"), units.ablate(model, {1: each}, {1: [3, 24]}):
+    with pytest.raises(UserError, match="choose one from 0 to 23"), units.ablate(model, {1: heads}, {1: [3, 24]}):
         pass
 
 
-def test_removal_is_the_splice_without_those_heads(model: LanguageModel, found: prompts.PromptSet) -> None:
-    lorsa = lorsa_for(model)
-    each = units.LorsaHeads(lorsa)
+def test_removal_is_the_splice_without_those_heads(
+    model: LanguageModel, heads: units.LorsaHeads, found: prompts.PromptSet
+) -> None:
+    lorsa = heads.lorsa
     chosen = [int(unit) for unit in lorsa(model.capture(found.tokens, [1])[1][0]).indices[0, 12]]
 
     def by_hand(x: Tensor, y: Tensor) -> Tensor:
         output = lorsa(x)
-        error = y - output.y
         gone = torch.isin(output.indices, torch.tensor(chosen))
-        return lorsa.decode(output.indices, output.values.masked_fill(gone, 0.0)) + error
+        return lorsa.decode(output.indices, output.values.masked_fill(gone, 0.0)) + y - output.y
 
     with model.splice({1: by_hand}):
         expected, _ = model.loss(found.tokens)
     removals = units.Removals(model, 1, found, batch_size=3)
-    values = removals.losses(each, chosen)
+    values = removals.losses(heads, chosen)
     assert torch.allclose(values, expected[found.row, found.position], atol=1e-4)
-    table = removals.effects(each, {"none": [], "some": chosen})
+    table = removals.effects(heads, {"none": [], "some": chosen})
     assert table["n"].tolist() == [0, len(chosen)]
     assert table.loc[0, ["labelled", "controls"]].tolist() == [0.0, 0.0]
     difference = (values - removals.untouched)[found.positive]
@@ -247,18 +243,17 @@ def test_effect_error_is_over_pairs() -> None:
 
 
 def test_prompts_where_no_removed_unit_is_active_are_not_run(
-    model: LanguageModel, found: prompts.PromptSet, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, heads: units.LorsaHeads, found: prompts.PromptSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    each = units.LorsaHeads(lorsa_for(model))
     removals = units.Removals(model, 1, found)
-    whole = {unit: removals.losses(each, [unit]) for unit in range(each.n)}
-    active = each.active(*model.capture(found.tokens, [1])[1]).any(dim=1)
-    some = [unit for unit in range(each.n) if 0 < int(active[:, unit].sum()) < len(found.tokens)]
+    whole = {unit: removals.losses(heads, [unit]) for unit in range(heads.n)}
+    active = heads.active(*model.capture(found.tokens, [1])[1]).any(dim=1)
+    some = [unit for unit in range(heads.n) if 0 < int(active[:, unit].sum()) < len(found.tokens)]
     ran: list[int] = []
     untouched = removals.untouched
     real = model.loss
     monkeypatch.setattr(model, "loss", lambda tokens, *rest: (ran.append(len(tokens)), real(tokens, *rest))[1])
-    table = removals.effects(each, {str(unit): [unit] for unit in some})
+    table = removals.effects(heads, {str(unit): [unit] for unit in some})
     assert some
     assert sum(ran) == int(active[:, some].sum())
     for unit, measured in zip(some, table["labelled"], strict=True):
@@ -266,17 +261,16 @@ def test_prompts_where_no_removed_unit_is_active_are_not_run(
 
 
 def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(
-    model: LanguageModel, found: prompts.PromptSet
+    model: LanguageModel, heads: units.LorsaHeads, found: prompts.PromptSet
 ) -> None:
-    site = model.site(1)
-    kinds = {"lorsa": units.LorsaHeads(lorsa_for(model)), "mhsa": units.MHSAHeads(site)}
+    kinds = {"lorsa": heads, "mhsa": units.MHSAHeads(model.site(1))}
     passes: list[int] = []
     hook = model.attention_module(0).register_forward_hook(lambda module, args, output: passes.append(1))
     removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
     tables = {name: removals.effects(each, {"first": [0], "all": range(each.n)}) for name, each in kinds.items()}
     hook.remove()
     assert len(passes) == 1
-    with model.splice({1: lambda x, y: y - kinds["mhsa"].written(x, y, torch.arange(site.n_heads))}):
+    with model.splice({1: lambda x, y: y - kinds["mhsa"].written(x, y, torch.arange(4))}):
         changed, _ = model.loss(found.tokens)
     difference = changed - model.loss(found.tokens)[0]
     expected = difference[found.row, found.position][found.positive]

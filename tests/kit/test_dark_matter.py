@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_heads import random_heads
 from tiny_models import save_tiny_model
 from torch import Tensor
-from toys import ToySource, random_sequences
+from toys import ToySource, random_lorsa, random_sae, random_sequences
 
 from lorsa_utils import metrics
-from lorsa_utils.config import LorsaConfig, SAEConfig
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit import dark_matter
 from lorsa_utils.kit.dark_matter import LayerErrors
@@ -33,16 +33,8 @@ def planted(shared: float) -> LayerErrors:
     sequence = torch.arange(N_SEQUENCES).repeat_interleave(LENGTH)
     positions = torch.arange(1, LENGTH + 1).repeat(N_SEQUENCES)
     deviations = size * torch.nn.functional.normalize(normal(n, D, seed=6))
-    return LayerErrors(
-        3,
-        normal(n, D, seed=5),
-        deviations,
-        torch.zeros(D),
-        {"a": a, "b": b},
-        torch.zeros(n).long(),
-        positions,
-        sequence,
-    )
+    errors, tokens = {"a": a, "b": b}, torch.zeros(n).long()
+    return LayerErrors(normal(n, D, seed=5), deviations, torch.zeros(D), errors, tokens, positions, sequence)
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.3, 0.8])
@@ -83,9 +75,8 @@ def test_intervals_are_those_of_sequences() -> None:
     # Every token of a sequence says the same, so 60 sequences are 60 observations, not 6000.
     level = normal(N_SEQUENCES, seed=0)
     sequence = torch.arange(N_SEQUENCES).repeat_interleave(LENGTH)
-    sums = dark_matter.resampled(
-        {"x": level.repeat_interleave(LENGTH), "n": torch.ones(len(sequence))}, sequence, n_draws=4000
-    )
+    columns = {"x": level.repeat_interleave(LENGTH), "n": torch.ones(len(sequence))}
+    sums = dark_matter.resampled(columns, sequence)
     means = sums["x"] / sums["n"]
     assert float(means[0]) == pytest.approx(float(level.mean()), abs=1e-12)
     assert float(means[1:].std()) == pytest.approx(float(level.std()) / math.sqrt(N_SEQUENCES), rel=0.1)
@@ -101,28 +92,17 @@ def test_ridge_finds_a_linear_part_and_nothing_in_noise() -> None:
     data = planted(0.0)
     linear = data.inputs @ normal(D, D, seed=8) / math.sqrt(D)
     found = dark_matter.predictability(data.inputs, linear + normal(len(linear), D, seed=9), data.sequence)
-    assert found.r2.low < 0.5 < found.r2.high + 0.02
-    assert abs(found.r2.value - 0.5) < 0.03
-    assert abs(dark_matter.predictability(data.inputs, normal(len(linear), seed=10), data.sequence).r2.value) < 0.02
-    exact = dark_matter.predictability(data.inputs, linear + 3, data.sequence)
-    assert exact.r2.value > 0.999
-    assert exact.penalty == min(dark_matter.PENALTIES)
+    assert found.low < 0.5 < found.high + 0.02
+    assert abs(found.value - 0.5) < 0.03
+    assert abs(dark_matter.predictability(data.inputs, normal(len(linear), seed=10), data.sequence).value) < 0.02
+    assert dark_matter.predictability(data.inputs, linear + 3, data.sequence).value > 0.999999, "the least penalty"
     with pytest.raises(UserError, match="at least 10 sequences, and there are 3"):
         dark_matter.predictability(data.inputs[:300], linear[:300], data.sequence[:300])
 
 
-def modules(d: int) -> dict[str, Lorsa | SAE]:
-    lorsa = Lorsa(LorsaConfig(d_model=d, n_ov_heads=8, n_qk_heads=2, d_qk=4, k=3))
-    sae = SAE(SAEConfig(d_model=d, n_features=10, k=3))
-    for number, module in enumerate((lorsa, sae)):
-        for parameter in module.parameters():
-            parameter.data = 0.3 * normal(*parameter.shape, seed=number).float()
-    return {"a": lorsa.requires_grad_(False), "b": sae.requires_grad_(False)}
-
-
 def test_collected_errors_are_those_of_the_evaluation() -> None:
     source = ToySource(12, 9, layers=(0, 1))
-    pair = modules(16)
+    pair: dict[str, Lorsa | SAE] = {"a": random_lorsa(), "b": random_sae()}
     data = dark_matter.collect(pair, source, 1, 10**6, batch_size=5)
     whole = metrics.evaluate_activations({name: (1, module) for name, module in pair.items()}, source)
     for name, result in whole.items():
@@ -151,7 +131,7 @@ def test_shared_part_and_its_remainder_split_the_error() -> None:
 def test_replaced_losses_equal_those_of_the_evaluation(tmp_path: Path) -> None:
     model = load_model(str(save_tiny_model(tmp_path / "model")))
     sequences = random_sequences(5, 20)
-    pair = modules(model.d_model)
+    pair = {"a": random_heads(model.site(1)), "b": random_sae(d_model=model.d_model)}
     _, output = model.capture(sequences.tokens, [1])[1]
     mean = output[sequences.mask].mean(dim=0)
     losses = dark_matter.replaced_losses(model, 1, pair["a"], pair["b"], mean, sequences, batch_size=2)
