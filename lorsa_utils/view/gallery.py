@@ -108,7 +108,7 @@ def _heads(folder: Path) -> list[dict[str, Any]]:
 
 def _notebook(folder: Path, name: str, values: Mapping[str, Any], profile: str) -> dict[str, Any]:
     checks = notebook.check_values(values, notebook.expected_values(name, profile))
-    rows = [(check.key, _short(check.value), check.expected, check.word) for check in checks]
+    rows = [(check.key, _short(check.value), check.expected, check.result) for check in checks]
     return {"name": name, "files": _notebook_files(folder, name), "recorded": rows}
 
 
