@@ -120,6 +120,7 @@ class AttentionSite:
     """[d_head], for an RMSNorm before the rotation (Qwen3)."""
     k_norm_weight: Tensor | None = None
     qk_norm_eps: float = 0.0
+    layer: int = 0
 
     def __post_init__(self) -> None:
         self.n_heads, self.d_model, self.d_head = self.W_Q.shape
@@ -273,7 +274,7 @@ class LanguageModel:
         for name, value in weights.items():
             if isinstance(value, Tensor):
                 weights[name] = value.detach().to(torch.float32, copy=True).contiguous()
-        return AttentionSite(rotary=self.rotary, **weights)
+        return AttentionSite(rotary=self.rotary, layer=layer, **weights)
 
     @torch.no_grad()
     def capture(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -29,7 +29,7 @@ FLOORS = (
     *("heads.arithmetic", "heads.tasks"),
     *("autointerp", "autointerp.examples", "autointerp.rules", "autointerp.judges", "autointerp.study"),
     *("circuits", "circuits.nodes", "circuits.graph", "circuits.faithfulness"),
-    *("kit", "kit.bench", "kit.sweeps", "kit.scaling", "kit.formats", "kit.hub", "kit.presets", "kit.dark_matter"),
+    *("kit", "kit.bench", "kit.sweeps", "kit.scaling", "kit.formats", "kit.hub", "kit.dark_matter"),
     *("toys", "toys.sparse_transformer"),
     *("view", "view.evidence", "view.pages", "view.explorer", "view.figures"),
     "layer",

@@ -98,6 +98,7 @@ def toy_site(layer: int = 0) -> AttentionSite:
         rotary=ROTARY,
         W_O=draw(N_HEADS, D_HEAD, D_MODEL),
         b_O=draw(D_MODEL),
+        layer=layer,
         **maps,
         **biases,
     )

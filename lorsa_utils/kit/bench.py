@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,6 @@ class Shape:
         rotary = RotaryConfig(rope_type="default", rotary_dim=self.d_qk)
         return LorsaConfig(self.d_model, self.n_heads, self.n_qk, self.d_qk, self.k, rotary=rotary)
 
-    def small(self) -> Shape:
-        """Same widths and group size, small enough to check a backend in float64."""
-        groups = min(self.n_qk, 4)
-        heads = self.n_heads // self.n_qk * groups
-        return Shape(min(self.d_model, 96), groups, self.d_qk, heads, min(self.k, heads // 4), 2, min(self.length, 200))
-
 
 SHAPES = {
     "A": Shape(576, 18, 64, 1152, 32, 8, 256),
@@ -86,8 +80,8 @@ def visited_pairs(indices: Tensor, shape: Shape) -> tuple[float, int]:
 def count_flops(shape: Shape, pairs: int) -> float:
     """Floating-point operations that no correct step avoids; `pairs` are the keys of `visited_pairs`.
 
-    They are the projections and their weight gradients (the input is frozen), causal attention (backward only for
-    queries with a kept head in the group), and K rows per token in the decode and its two gradients.
+    Projections and their weight gradients (the input is frozen), causal attention (backward only for queries with a
+    kept head in the group), and K rows per token in the decode and its two gradients.
     """
     size = shape.n_heads // shape.n_qk
     width = 2 * shape.n_qk * shape.d_qk + shape.n_heads
@@ -185,7 +179,10 @@ def check(name: str, shape: Shape, device: torch.device) -> None:
     Raises:
         UserError: a gradient is missing, or its error is more than twice that of plain PyTorch in the same precision.
     """
-    small = shape.small()
+    groups = min(shape.n_qk, 4)
+    heads = shape.n_heads // shape.n_qk * groups
+    sizes = {"d_model": min(shape.d_model, 96), "n_qk": groups, "n_heads": heads, "k": min(shape.k, heads // 4)}
+    small = replace(shape, **sizes, batch=2, length=min(shape.length, 200))
     exact = random_lorsa(small, torch.device("cpu")).double()
     x, y = _batch(small, torch.device("cpu"))
     (plain(exact, x.double()) - y.double()).square().mean().backward()
@@ -220,50 +217,46 @@ def _now(device: torch.device) -> float:
     return time.perf_counter() * 1e3
 
 
-class Ceilings:
-    """What the machine can do on matrices of a shape."""
+def ceilings(shape: Shape, device: torch.device) -> Callable[[], dict[str, float]]:
+    """Samples what the machine can do at this moment on matrices of a shape.
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.device, on_gpu = device, device.type == "cuda"
-        rows, width = min(shape.n_tokens, 8192), min(shape.n_heads, 8192)
-        like: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if on_gpu else torch.float32}
-        self.left, self.right = torch.randn(rows, shape.d_model, **like), torch.randn(shape.d_model, width, **like)
-        self.repeats, megabytes = (20, 2048) if on_gpu else (3, 256)  # far more than the caches hold
-        self.source = torch.ones(megabytes << 20, dtype=torch.uint8, device=device)
-        self.target = torch.full_like(self.source, 2)
+    `rate` are operations per second of matrix products, `bandwidth` bytes per second of copies.
+    """
+    on_gpu, rows, width = device.type == "cuda", min(shape.n_tokens, 8192), min(shape.n_heads, 8192)
+    like: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if on_gpu else torch.float32}
+    left, right = torch.randn(rows, shape.d_model, **like), torch.randn(shape.d_model, width, **like)
+    repeats, megabytes = (20, 2048) if on_gpu else (3, 256)  # far more than the caches hold
+    source = torch.ones(megabytes << 20, dtype=torch.uint8, device=device)
+    target = torch.full_like(source, 2)
 
-    def sample(self) -> dict[str, float]:
-        """Matrix products (operations per second) and copies (bytes per second) at this moment."""
-        began = _now(self.device)
-        for _ in range(self.repeats):
-            torch.mm(self.left, self.right)
-        multiplied = _now(self.device)
-        self.target.copy_(self.source)
-        copied = _now(self.device)
-        flops = 2e3 * self.repeats * self.left.numel() * self.right.shape[1]
-        return {"rate": flops / (multiplied - began), "bandwidth": 2e3 * len(self.source) / (copied - multiplied)}
+    def sample() -> dict[str, float]:
+        began = _now(device)
+        for _ in range(repeats):
+            torch.mm(left, right)
+        multiplied = _now(device)
+        target.copy_(source)
+        taken, flops = _now(device) - multiplied, 2e3 * repeats * left.numel() * width
+        return {"rate": flops / (multiplied - began), "bandwidth": 2e3 * len(source) / taken}
+
+    return sample
 
 
-def peak_mb(name: str, shape_name: str, device: torch.device) -> float:
+def peak_mb(name: str, shape_name: str, device: torch.device, here: bool = False) -> float:
     """Peak memory of training steps in MB: weights, optimizer and step, without the program itself.
 
-    On a CPU it is measured in a fresh process, from what Linux reports; NaN elsewhere.
+    On a CPU it is measured in a fresh process, unless `here`, from what Linux reports; NaN elsewhere.
     """
-    if device.type == "cuda":
-        return peak_here(name, shape_name, device)
-    call = f"bench.peak_here({name!r}, {shape_name!r}, bench.torch.device('cpu'))"
-    script = f"from lorsa_utils.kit import bench; print({call})"
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    return float(answer.stdout.split()[-1]) if answer.returncode == 0 else float("nan")
-
-
-def peak_here(name: str, shape_name: str, device: torch.device) -> float:
-    """`peak_mb`, measured in this process."""
-    on_gpu, (x, y) = device.type == "cuda", _batch(SHAPES[shape_name], device)
+    on_gpu, shape = device.type == "cuda", SHAPES[shape_name]
+    if not (on_gpu or here):
+        call = f"bench.peak_mb({name!r}, {shape_name!r}, bench.torch.device('cpu'), here=True)"
+        script = f"from lorsa_utils.kit import bench; print({call})"
+        answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        return float(answer.stdout.split()[-1]) if answer.returncode == 0 else float("nan")
+    x, y = _batch(shape, device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
-    candidate = Candidate(name, SHAPES[shape_name], device)
+    candidate = Candidate(name, shape, device)
     for _ in range(3):
         candidate.step(x, y)
     if on_gpu:
@@ -291,11 +284,11 @@ def measure(
         check(name, shape, place)
     peaks = {name: peak_mb(name, shape_name, place) for name in names}
     x, y = _batch(shape, place)
-    candidates, ceilings, samples = [Candidate(name, shape, place) for name in names], Ceilings(shape, place), []
+    candidates, sample, samples = [Candidate(name, shape, place) for name in names], ceilings(shape, place), []
     for number in tqdm(range(-2, rounds), desc=f"bench {shape_name}", unit="round"):  # two rounds warm up
         turn = number % len(candidates)
         for candidate in candidates[turn:] + candidates[:turn]:
-            samples.append({"round": number, "name": candidate.name, **ceilings.sample(), **candidate.step(x, y)})
+            samples.append({"round": number, "name": candidate.name, **sample(), **candidate.step(x, y)})
     timed = pd.DataFrame(samples).query("round >= 0")
     about = [{"backend": c.name, "shape": shape_name} | _row(c, shape, x, timed, peaks[c.name]) for c in candidates]
     return pd.DataFrame(about)

@@ -12,7 +12,6 @@ data/paper/results.csv keeps one run's numbers, from which README's table is ren
 from __future__ import annotations
 
 import csv
-import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -67,6 +66,7 @@ COLUMNS = ("id", "claim", "source", "trust", "our number", "interval", "profile"
 _BEGIN, _END = "<!-- claims: written by lorsa claims --publish -->", "<!-- end of claims -->"
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+_ARITHMETIC = {"+": operator.add, "-": operator.sub, "/": operator.truediv}
 
 
 class Number(NamedTuple):
@@ -97,8 +97,7 @@ class Claim:
     """Why there is no number or bound, or what else to know about it."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A claim with our number and verdict."""
 
     claim: Claim
@@ -116,14 +115,14 @@ def paper_dir() -> Path:
     return own if (own / "claims.csv").is_file() else store.CHECKOUT / "data" / "paper"
 
 
-def read_claims(file: str | Path | None = None) -> list[Claim]:
+def read_claims() -> list[Claim]:
     """All rows of claims.csv in the order of `ITEMS`.
 
     Raises:
         UserError: a row lacks id, claim or source, has an unknown id or trust or an unreadable bound, or has neither a
             number nor a reason.
     """
-    path = paper_dir() / "claims.csv" if file is None else Path(file)
+    path = paper_dir() / "claims.csv"
     claims = [Claim(**row) for row in _read_csv(path, tuple(Claim.__dataclass_fields__))]
     for number, claim in enumerate(claims, start=2):
         if problem := _problem(claim):
@@ -173,14 +172,20 @@ def _places(at: str) -> list[str]:
 
 def numbers(claims: Sequence[Claim], results: Mapping[str, Mapping[str, Any]], profile: Profile) -> dict[str, Number]:
     """`at` of a claim to its number in `results` (`notebook.read_results`), where all parts were recorded."""
-    recorded = {}
-    for at in {claim.at for claim in claims}:
-        parts = [_recorded(place, results, profile) for place in _places(at)]
-        if parts and None not in parts:
-            number = _combine([part for part in parts if part], re.findall(r" ([-+/]) ", at))
-            if math.isfinite(number.value):
-                recorded[at] = number
-    return recorded
+    recorded = {at: _number(at, results, profile) for at in {claim.at for claim in claims} if at}
+    return {at: number for at, number in recorded.items() if number is not None}
+
+
+def _number(at: str, results: Mapping[str, Mapping[str, Any]], profile: Profile) -> Number | None:
+    """A recorded number; a sum, difference or ratio has no interval."""
+    first, *rest = re.split(r" ([-+/]) ", at)
+    number = _recorded(first, results, profile)
+    for sign, place in zip(rest[::2], rest[1::2], strict=True):
+        other = _recorded(place, results, profile)
+        if number is None or other is None or (sign == "/" and not other.value):
+            return None
+        number = Number(_ARITHMETIC[sign](number.value, other.value))
+    return number
 
 
 def _recorded(place: str, results: Mapping[str, Mapping[str, Any]], profile: Profile) -> Number | None:
@@ -196,18 +201,9 @@ def _recorded(place: str, results: Mapping[str, Mapping[str, Any]], profile: Pro
     return Number(float(value), low, high) if isinstance(value, int | float) else None
 
 
-def _combine(parts: Sequence[Number], signs: Sequence[str]) -> Number:
-    """A sum, difference or ratio, without an interval; a single part keeps its own."""
-    total = parts[0]
-    for sign, (value, *_) in zip(signs, parts[1:], strict=True):
-        ratio = total.value / value if value else math.nan
-        total = Number({"+": total.value + value, "-": total.value - value, "/": ratio}[sign])
-    return total
-
-
 def judge(number: Number, bound: str) -> str | None:
     """`HOLDS`, `FAILS`, or None when the interval crosses the bound."""
-    ends = (number.value if number.low is None else number.low, number.value if number.high is None else number.high)
+    ends = [number.value if end is None else end for end in (number.low, number.high)]
     passed = [[compare(end, limit) for end in ends] for compare, limit in _conditions(bound)]
     if all(all(both) for both in passed):
         return HOLDS
@@ -242,14 +238,14 @@ def of_run(folder: str | Path, profile: str) -> list[Finding]:
 def table(rows: Sequence[Finding], profile: str) -> pd.DataFrame:
     """All claims, every cell filled."""
     lines = []
-    for claim, number, verdict, why in ((row.claim, row.number, row.verdict, row.why) for row in rows):
+    for claim, number, verdict, why in rows:
         ours = interval = "none"
         if number:
             ours = f"{claim.measure}: {short(number.value)}"
             interval = "one value" if number.low is None else f"{short(number.low)} to {short(number.high)}"
         places = ",\n".join(dict.fromkeys(place.split("/")[0] for place in _places(claim.at))) or "none"
-        about = (claim.id, claim.claim, claim.source, claim.trust, ours, interval)
-        lines.append((*about, profile if number else "none", places, verdict, why or "no remark"))
+        about = (claim.id, claim.claim, claim.source, claim.trust, ours, interval, profile if number else "none")
+        lines.append((*about, places, verdict, why or "no remark"))
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
@@ -269,11 +265,11 @@ def count(rows: Sequence[Finding]) -> str:
 
 def as_json(rows: Sequence[Finding]) -> list[dict[str, Any]]:
     """The findings as JSON values."""
-    answer = []
-    for row in rows:
-        number = dict(zip(Number._fields, row.number or (None,) * 3, strict=True))
-        answer.append(asdict(row.claim) | number | {"verdict": row.verdict, "why": row.why})
-    return answer
+    nothing = dict.fromkeys(Number._fields)
+    return [
+        asdict(row.claim) | (row.number._asdict() if row.number else nothing) | {"verdict": row.verdict, "why": row.why}
+        for row in rows
+    ]
 
 
 # ---- publishing
@@ -282,7 +278,7 @@ _PUBLISHED = ("at", "value", "low", "high", "profile", "commit")
 
 
 def publish(folder: str | Path, profile: str, readme: str | Path) -> list[Finding]:
-    """Keep a run's numbers in results.csv and write README's table, between its two marks, from them.
+    """Keep a run's numbers in results.csv and write README's table from them, between its two marks.
 
     Raises:
         UserError: the run recorded nothing for the claims, or the file has no such marks.
@@ -296,8 +292,7 @@ def publish(folder: str | Path, profile: str, readme: str | Path) -> list[Findin
         raise UserError(
             f"{place} has no place for the table; put the lines {_BEGIN!r} and {_END!r} where it shall stand."
         )
-    log = Path(folder) / "reproduce.json"
-    runs = store.read_json(log) if log.is_file() else {}
+    runs = notebook.read_object(Path(folder) / "reproduce.json")
     lines = [
         (at, *number, profile, runs.get(at.split("/")[0], {}).get("commit") or "unknown")
         for at, number in sorted(recorded.items())

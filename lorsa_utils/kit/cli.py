@@ -154,17 +154,16 @@ def command(name: str, *more: inspect.Parameter) -> Callable[[Callable[..., None
 
 def _settings() -> list[inspect.Parameter]:
     types = get_type_hints(TrainConfig)
-    options = {item.name: typer.Option(metavar="X", help=item.metadata["help"]) for item in fields(TrainConfig)}
     return [
-        inspect.Parameter(
-            item.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=item.default,
-            annotation=Annotated[types[item.name], options[item.name]],
-        )
+        _parameter(item.name, item.default, types[item.name], typer.Option(metavar="X", help=item.metadata["help"]))
         for item in fields(TrainConfig)
         if item.name not in OWN_OPTIONS
     ]
+
+
+def _parameter(name: str, default: Any, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 # ---- values
@@ -212,9 +211,9 @@ def _version(asked: bool) -> None:
 def _fill_in(context: typer.Context, preset: str | None) -> str | None:
     """Give `lorsa train` a preset's defaults, except the text, left to `commands.train` as --cache takes its place."""
     if preset:
-        from lorsa_utils.kit.presets import train_options
-
-        context.default_map = train_options(get_preset(preset)) | {"dataset": None}
+        names = ("model", "n_heads", "n_qk", "k", "context", "batch_size")
+        chosen = get_preset(preset)
+        context.default_map = {name: getattr(chosen, name) for name in names} | {"tokens": chosen.train_tokens}
     return preset
 
 
@@ -225,7 +224,7 @@ def _value(metavar: str, help: str, parser: Callable[[str], Any] | None = None) 
     return typer.Option(metavar=metavar, help=help, parser=parser)
 
 
-def _number(metavar: str, help: str) -> Any:
+def _number(help: str, metavar: str = "N") -> Any:
     return typer.Option(metavar=metavar, help=help, parser=_count)
 
 
@@ -241,11 +240,8 @@ def _argument(metavar: str, help: str) -> Any:
     return typer.Argument(metavar=metavar, help=help)
 
 
-AS_JSON = inspect.Parameter(
-    "json",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[bool, _flag("--json", "Print one JSON object on stdout, everything else on stderr.")],
+AS_JSON = _parameter(
+    "json", False, bool, _flag("--json", "Print one JSON object on stdout, everything else on stderr.")
 )
 Profile = Literal["smoke", "laptop", "paper", "pythia-160m", "llama-3.1-8b", "qwen3-1.7b"]
 Preset = Literal["pythia-160m", "llama-3.1-8b", "qwen3-1.7b"]
@@ -258,12 +254,12 @@ TextOfRun = Annotated[
     list[str] | None, _value("FILE...", "Text files or folders; without, the held-out part of the run's own text.")
 ]
 Dataset = Annotated[str | None, _value("HF_ID", "Hugging Face dataset in place of the embedded text.")]
-Context = Annotated[int, _number("N", "Tokens in a sequence, BOS included.")]
+Context = Annotated[int, _number("Tokens in a sequence, BOS included.")]
 Bos = Annotated[Literal["auto", "prepend", "none"], _choice("BOS in front of every sequence.")]
-HeldOut = Annotated[int, _number("N", "Tokens to measure on.")]
-Tokens = Annotated[int, _number("N", "At most N tokens of text.")]
-Batch = Annotated[int, _number("N", "Sequences in one model pass.")]
-Step = Annotated[int, _number("N", "Sequences in one step.")]
+HeldOut = Annotated[int, _number("Tokens to measure on.")]
+Tokens = Annotated[int, _number("At most N tokens of text.")]
+Batch = Annotated[int, _number("Sequences in one model pass.")]
+Step = Annotated[int, _number("Sequences in one step.")]
 Device = Annotated[str, _value("D", "auto, cpu or cuda.")]
 Seed = Annotated[int, _value("S", "Seed of all random draws.")]
 StartSeed = Annotated[int, _value("S", "Order of the text, and start of the module.")]
@@ -299,7 +295,7 @@ def fetch(force: Annotated[bool, _flag("--force", "Rebuild it even if it is ther
 @command("cache")
 def cache(
     layers: Annotated[Sequence[int], _value("9,17", "Layers to cache, in one pass.", _layers)],
-    tokens: Annotated[int, _number("N", "Training tokens.")],
+    tokens: Annotated[int, _number("Training tokens.")],
     out: Annotated[str, _value("DIR", "Cache folder.")],
     model: Model = "smollm2",
     text: Text = None,
@@ -326,9 +322,9 @@ def train(
         ),
     ] = None,
     kind: Annotated[Literal["lorsa", "sae", "transcoder"], _choice("What to train.")] = "lorsa",
-    n_heads: Annotated[int | None, _number("H", "Lorsa heads, or features of an SAE; without, 8 x d_model.")] = None,
-    n_qk: Annotated[int | None, _number("Q", "QK groups; without, as many as n_heads / d_head.")] = None,
-    k: Annotated[int, _number("K", "Heads kept for each token.")] = 64,
+    n_heads: Annotated[int | None, _number("Lorsa heads, or features of an SAE; without, 8 x d_model.", "H")] = None,
+    n_qk: Annotated[int | None, _number("QK groups; without, as many as n_heads / d_head.", "Q")] = None,
+    k: Annotated[int, _number("Heads kept for each token.", "K")] = 64,
     model: Model = "smollm2",
     text: Text = None,
     dataset: Dataset = None,
@@ -337,7 +333,7 @@ def train(
     ] = None,
     context: Context = 256,
     bos: Bos = "auto",
-    tokens: Annotated[int, _number("N", "Training tokens; a shorter text is read again.")] = 250_000,
+    tokens: Annotated[int, _number("Training tokens; a shorter text is read again.")] = 250_000,
     held_out_tokens: HeldOut = 100_000,
     seed: StartSeed = 0,
     batch_size: Step = 4,
@@ -426,17 +422,17 @@ def circuit(
         Literal["logit_difference", "loss", "kl"], _choice("What the circuit must keep up.")
     ] = "logit_difference",
     ablation: Annotated[Literal["resample", "mean", "zero"], _choice("What removed nodes write instead.")] = "resample",
-    pairs: Annotated[int, _number("N", "Pairs of prompts; half of them rank nodes, half measure.")] = 32,
+    pairs: Annotated[int, _number("Pairs of prompts; half of them rank nodes, half measure.")] = 32,
     graph: Annotated[
         str | None, _value("OUT.json", "Trace the first prompt and write its graph for Neuronpedia's viewer.")
     ] = None,
-    traced: Annotated[int, _number("N", "Nodes of the graph whose inputs are traced.")] = 64,
+    traced: Annotated[int, _number("Nodes of the graph whose inputs are traced.")] = 64,
     out: Annotated[str | None, _value("CURVES.csv", "Write the curves as a table as well.")] = None,
     seed: Seed = 0,
     model: Annotated[
         str | None, _value("M", "Where the runs' model is now, when it moved; the model itself, when no DIR is given.")
     ] = None,
-    batch_size: Annotated[int, _number("N", "Prompts in one model pass.")] = 32,
+    batch_size: Annotated[int, _number("Prompts in one model pass.")] = 32,
     device: Device = "auto",
 ) -> None:
     """Find the nodes that a behaviour needs, and measure how much of it they carry."""
@@ -449,7 +445,7 @@ def autointerp(
     ],
     out: Annotated[str, _value("DIR", "Scores, tests and answers; the same folder again goes on there.")],
     backend: Annotated[Literal["rules", "local", "openai", "replay"], _choice("Who explains and judges.")] = "rules",
-    units: Annotated[int, _number("N", "Units of each module, drawn at random.")] = 100,
+    units: Annotated[int, _number("Units of each module, drawn at random.")] = 100,
     judge_model: Annotated[
         str | None, _value("M", "local: as --model (without, the run's own model); openai: the server's name for it.")
     ] = None,
@@ -459,7 +455,7 @@ def autointerp(
     prices: Annotated[
         Any, _value("IN,OUT", "openai: prices of a million tokens to read and to write.", _prices)
     ] = None,
-    concurrency: Annotated[int, _number("N", "openai: questions at a time.")] = 4,
+    concurrency: Annotated[int, _number("openai: questions at a time.")] = 4,
     text: TextOfRun = None,
     tokens: Tokens = 50_000,
     seed: Seed = 0,
@@ -508,7 +504,7 @@ def bench(
     backend: Annotated[
         Sequence[str] | None, _value("NAME", "Only these: torch, triton, plain, plain-compiled.", _names)
     ] = None,
-    rounds: Annotated[int, _number("N", "Timed steps of each backend.")] = 15,
+    rounds: Annotated[int, _number("Timed steps of each backend.")] = 15,
     device: Device = "auto",
     out: Annotated[str | None, _value("CSV", "Where rows are added; without, data/benchmarks.csv.")] = None,
 ) -> None:

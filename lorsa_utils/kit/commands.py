@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace as Options
@@ -21,6 +21,7 @@ from lorsa_utils import activations, store, training
 from lorsa_utils.activations import ActivationCache, ActivationSource, ActivationStream
 from lorsa_utils.config import TrainConfig, get_preset
 from lorsa_utils.exceptions import UserError
+from lorsa_utils.kit import hub
 from lorsa_utils.layer import Layer, documents_of_run, run_config
 from lorsa_utils.lorsa import SAE, Lorsa, read_module_settings
 from lorsa_utils.models import LanguageModel, load_model, resolve_device
@@ -57,14 +58,12 @@ def _records(table: pd.DataFrame) -> list[Answer]:
 
 
 def doctor(options: Options) -> Answer:
-    """What is here and missing, and what a profile or preset would cost."""
     from lorsa_utils.kit import doctor
 
     return doctor.report(options.profile, options.preset)
 
 
 def fetch(options: Options) -> Answer:
-    """The embedded model, checked by its hash."""
     from lorsa_utils.fetch import fetch_embedded_model
 
     folder = fetch_embedded_model(force=options.force)
@@ -76,7 +75,6 @@ def fetch(options: Options) -> Answer:
 
 
 def bench(options: Options) -> Answer:
-    """Timings, appended to a CSV."""
     from lorsa_utils.kit import bench
 
     file = Path(options.out or store.data_dir() / "benchmarks.csv")
@@ -97,20 +95,18 @@ def _run_dir(options: Options) -> Path:
 
 
 def reproduce(options: Options) -> Answer:
-    """The notebooks in order."""
     from lorsa_utils.kit import reproduce
 
     statuses = reproduce.reproduce(options.profile, options.only, options.force, run_dir=options.run_dir)
     return {
         "profile": options.profile,
         "index": str(_run_dir(options) / "index.html"),
-        "notebooks": [status.to_dict() for status in statuses],
+        "notebooks": [vars(status) for status in statuses],
         "exit_code": int(any(status.status == "failed" for status in statuses)),
     }
 
 
 def claims(options: Options) -> Answer:
-    """Claims, numbers, verdicts."""
     from lorsa_utils.kit import claims, notebook
 
     folder = _run_dir(options)
@@ -142,15 +138,13 @@ def _text(options: Options, model: LanguageModel) -> Text:
 
 
 def cache(options: Options) -> Answer:
-    """Cache activations of several layers in one pass."""
     model = load_model(options.model, device=options.device)
     for layer in options.layers:
         model.site(layer)
     folder = store.require_writable(options.out)
     text = _text(options, model)
     note(text.train.shortfall)
-    before = _cached(folder, "n_tokens")
-    began = time.perf_counter()
+    before, began = _cached(folder, "n_tokens"), time.perf_counter()
     how = {"dtype": options.dtype, "batch_size": options.batch_size, "text": text.train.origin}
     activations.build_cache(model, text.splits(), options.layers, folder, **how)
     seconds = time.perf_counter() - began
@@ -166,14 +160,12 @@ def cache(options: Options) -> Answer:
 
 def _cached(folder: Path, key: str) -> int:
     """Sum of `n_tokens` or `bytes` over the shards listed so far."""
-    if not (folder / "manifest.json").is_file():
-        return 0
-    splits = store.read_json(folder / "manifest.json")["splits"]
+    manifest = folder / "manifest.json"
+    splits = store.read_json(manifest)["splits"] if manifest.is_file() else {}
     return sum(shard[key] for entry in splits.values() for shard in entry["shards"])
 
 
 def train(options: Options) -> Answer:
-    """Train, then measure on held-out text."""
     if options.cache and (options.text or options.dataset):
         raise UserError("A cache brings its own text; give either --cache or --text/--dataset.")
     if options.preset and not (options.text or options.cache):
@@ -200,9 +192,8 @@ def _train_layers(options: Options, folders: Mapping[int, Path], world: World) -
     specs = []
     for layer, folder in folders.items():
         shape = module_config(model.site(layer), options.kind, options.n_heads, options.n_qk, options.k)
-        specs.append(RunSpec(f"{options.kind} {layer}", layer, shape, settings, folder))
-    for folder in folders.values():
-        store.require_writable(folder)
+        name = f"{options.kind} {layer}"
+        specs.append(RunSpec(name, layer, shape, settings, store.require_writable(folder)))
     source, held_out = _sources(options, model, list(folders))
     note(None if options.resume else training.cost(specs, source, model))
     logger = make_logger(options.logger, options.out) if world.rank == 0 else None
@@ -236,28 +227,39 @@ def _sources(
 # ---- what a trained module does
 
 
-def _text_for(layer: Layer, options: Options, seed: int | None = None) -> Sequences:
-    """The text of the options, else the held-out part of the module's own."""
-    sequences = layer.text(options.tokens, options.text, seed)
+def _layer(options: Options) -> Layer:
+    return Layer.from_pretrained(options.folder, options.model, options.device)
+
+
+def _text_for(layer: Layer, options: Options) -> Sequences:
+    """The text of the options, else the held-out part of the module's own, in the run's order without a seed."""
+    sequences = layer.text(options.tokens, options.text, getattr(options, "seed", None))
     note(sequences.shortfall)
     return sequences
 
 
-def _tell_passes(model: LanguageModel, sequences: Sequences, batch_size: int, passes: str = "Three passes") -> None:
-    tokens, mask = next(sequences.batches(batch_size, model.device))
+def _tell_minutes(what: str, times: float, call: Callable[[], object]) -> None:
+    """How long a call takes, done that many times."""
     began = time.perf_counter()
-    float(model.loss(tokens, mask)[0].sum())  # reading a value waits for the device
-    seconds = (3 if passes == "Three passes" else 1) * (time.perf_counter() - began)
-    minutes = seconds * len(sequences.tokens) / len(tokens) / 60
+    call()
+    minutes = times * (time.perf_counter() - began) / 60
     if minutes > 1:
-        note(f"{passes} of the model over {sequences.n_tokens:,} tokens: about {minutes:.0f} minutes.")
+        note(f"{what} {minutes:.0f} minutes.")
+
+
+def _tell_passes(model: LanguageModel, sequences: Sequences, batch_size: int, passes: int) -> None:
+    tokens, mask = next(sequences.batches(batch_size, model.device))
+    _tell_minutes(
+        f"{'Three passes' if passes == 3 else 'One pass'} of the model over {sequences.n_tokens:,} tokens: about",
+        passes * len(sequences.tokens) / len(tokens),
+        lambda: float(model.loss(tokens, mask)[0].sum()),  # reading a value waits for the device
+    )
 
 
 def evaluate(options: Options) -> Answer:
-    """Reconstruction and spliced loss."""
-    layer = Layer.from_pretrained(options.folder, options.model, options.device)
+    layer = _layer(options)
     sequences = _text_for(layer, options)
-    _tell_passes(layer.model, sequences, options.batch_size)
+    _tell_passes(layer.model, sequences, options.batch_size, 3)
     result = layer.evaluate(sequences, options.batch_size, progress=True)
     if (result["fvu"] or 0) > 1:
         note(
@@ -268,15 +270,14 @@ def evaluate(options: Options) -> Answer:
 
 
 def heads(options: Options) -> Answer:
-    """Families, scores, logits and contexts of every head."""
     from lorsa_utils.heads import survey
 
     out = Path(options.out)
     if out.suffix != ".parquet":
         raise UserError(f"The table is written as Parquet; give --out a name that ends in .parquet, not {out.name}.")
     store.require_writable(out.parent)
-    layer = Layer.from_pretrained(options.folder, options.model, options.device)
-    lorsa, sequences = layer.lorsa, _text_for(layer, options, options.seed)
+    layer = _layer(options)
+    lorsa, sequences = layer.lorsa, _text_for(layer, options)
     documents = [(document.id, document.text) for document in sequences.documents]
     how = {"removed": options.removed, "seed": options.seed, "batch_size": options.batch_size}
     began = time.perf_counter()
@@ -298,7 +299,6 @@ def heads(options: Options) -> Answer:
 
 
 def show(options: Options) -> Answer:
-    """Pages of heads."""
     from lorsa_utils.autointerp import study
     from lorsa_utils.heads import survey
     from lorsa_utils.view import pages
@@ -311,28 +311,29 @@ def show(options: Options) -> Answer:
         raise UserError(f"For {len(chosen)} page{'s' * (len(chosen) > 1)} give --out {fitting}, not {out.name}.")
     number, usual = run_config(options.folder)["layer"], Path(options.folder) / "heads.parquet"
     table = options.table or (usual if usual.is_file() else None)
-    beside = {
+    how = {
         "sae": _beside(options.sae, "sae", number),
         "transcoder": _beside(options.transcoder, "transcoder", number),
         "table": survey.read_table(table) if table else None,
         "explanations": study.read_explanations(options.explanations, number) if options.explanations else {},
+        "batch_size": options.batch_size,
+        "seed": options.seed,
     }
-    layer = Layer.from_pretrained(options.folder, options.model, options.device)
+    layer = _layer(options)
     lorsa = layer.lorsa
     layer.units.check(chosen)
     store.require_writable(out.parent if is_page else out)
-    sequences = _text_for(layer, options, options.seed)
-    how = {"batch_size": options.batch_size, "seed": options.seed}
+    sequences = _text_for(layer, options)
     began = time.perf_counter()
-    evidence = Evidence.gather(layer.model, number, lorsa, sequences, **beside, **how).heads(chosen)
-    answer: Answer = {"path": str(out)}
+    evidence = Evidence.gather(layer.model, number, lorsa, sequences, **how).heads(chosen)
     if is_page:
         store.write_text(out, pages.head_page(next(evidence)))
         files = [out]
     else:
         files = [*pages.write_pages(evidence, out, chosen).values()]
-        answer["pages"] = [str(file) for file in files]
-    return answer | {"bytes": sum(file.stat().st_size for file in files), "seconds": time.perf_counter() - began}
+    size = sum(file.stat().st_size for file in files)
+    listed = {} if is_page else {"pages": [str(file) for file in files]}
+    return {"path": str(out), **listed, "bytes": size, "seconds": time.perf_counter() - began}
 
 
 def _beside(folder: str | None, kind: str, layer: int) -> SAE | None:
@@ -362,40 +363,47 @@ def _layers(options: Options, shared: Sequence[str]) -> list[Layer]:
 
 
 def autointerp(options: Options) -> Answer:
-    """Explanations, scores, tests."""
     from lorsa_utils.autointerp import examples, judges, study
 
-    began = time.perf_counter()
+    began, seed = time.perf_counter(), options.seed
     study.check_scorers(options.scorers)
     out = store.require_writable(options.out)
-    has_answers = options.backend in ("local", "openai")
-    with contextlib.closing(judges.Answers(out / "answers.jsonl" if has_answers else None)) as answers:
-        judge = _judge(options, answers)
+    asks = options.backend in ("local", "openai")
+    with contextlib.closing(judges.Answers(out / "answers.jsonl" if asks else None)) as answers:
+        judge = _judge(options, answers)  # before the model is loaded, as the judge may complain
         layers = _layers(options, ("model_sha256", "context", "bos_policy"))
         model, dictionaries = layers[0].model, _dictionaries(layers)
         if judge is None:
             own = load_model(options.judge_model, device=options.device) if options.judge_model else model
             judge = judges.LocalJudge(own, answers)
-        sequences = _text_for(layers[0], options, options.seed)
+        sequences = _text_for(layers[0], options)
         budget, sites = examples.Budget(units=options.units), {layer.number: layer.site for layer in layers}
-        _tell_passes(model, sequences, options.batch_size, "One pass")
+        _tell_passes(model, sequences, options.batch_size, 1)
         stream = ActivationStream(model, sequences, sorted(sites))
-        draws = (budget, options.batch_size, options.seed)
-        firings = examples.record_firings(stream, dictionaries, sites, model.tokenizer, *draws)
-        sets = [examples.examples(firing, budget, options.seed) for firing in firings]
+        firings = examples.record_firings(
+            stream, dictionaries, sites, model.tokenizer, budget, options.batch_size, seed
+        )
+        sets = [examples.examples(firing, budget, seed) for firing in firings]
         expected = study.estimate(sets, options.scorers, prices=options.prices)
         study.confirmed(judge, expected, lambda sentence: _agreed(sentence, options.yes))
-        scores = study.study(sets, judge, options.scorers, seed=options.seed)
+        scores = study.study(sets, judge, options.scorers, seed=seed)
     with store.atomic_path(out / "scores.parquet") as temporary:
         scores.to_parquet(temporary, index=False)
+    tests: Answer = {"tests": [], "outcomes": []}
+    names = sorted({item.name for item in dictionaries}, key=lambda name: name != "Lorsa")
+    if len(names) == 2:
+        with contextlib.suppress(UserError):  # no layer has both
+            table = study.compare_dictionaries(scores, names[0], names[1], options.scorers, seed)
+            store.write_text(out / "tests.csv", table.to_csv(index=False))
+            tests = {"tests": _records(table), "outcomes": _records(study.outcomes(table))}
     answer = {
         "path": str(out),
         "judge": judge.name + (" (a proxy: no language model)" if judge.is_proxy else ""),
         "prompts_sha256": judges.prompts_sha256(),
         "unreadable": f"{judge.tally.failed} of {judge.tally.asked} answers",
         "constant": study.constant_answer(sets[0]),
-        "scores": _records(study.summary(scores, seed=options.seed)),
-        **_tests(scores, {item.name for item in dictionaries}, options, out / "tests.csv"),
+        "scores": _records(study.summary(scores, seed=seed)),
+        **tests,
         "left_out": {f"{item.dictionary.name} {item.dictionary.layer}": item.left_out for item in sets},
         "n_tokens": sequences.n_tokens,
         "seconds": time.perf_counter() - began,
@@ -436,19 +444,6 @@ def _dictionaries(layers: Sequence[Layer]) -> list[Any]:
     return dictionaries
 
 
-def _tests(scores: pd.DataFrame, names: set[str], options: Options, file: Path) -> Answer:
-    """Tests of two dictionaries against each other; empty where no layer has both."""
-    from lorsa_utils.autointerp import study
-
-    if len(names) == 2:
-        first, second = sorted(names, key=lambda name: name != "Lorsa")
-        with contextlib.suppress(UserError):
-            tests = study.compare_dictionaries(scores, first, second, options.scorers, options.seed)
-            store.write_text(file, tests.to_csv(index=False))
-            return {"tests": _records(tests), "outcomes": _records(study.outcomes(tests))}
-    return {"tests": [], "outcomes": []}
-
-
 def _agreed(sentence: str, yes: bool) -> bool:
     note(sentence)
     if yes:
@@ -463,7 +458,6 @@ def _agreed(sentence: str, yes: bool) -> bool:
 
 
 def circuit(options: Options) -> Answer:
-    """Accuracy, ranking, faithfulness and completeness, errors, and one prompt's graph."""
     from lorsa_utils.circuits import faithfulness
     from lorsa_utils.circuits.nodes import Experiment, clean_logits
     from lorsa_utils.heads import tasks
@@ -472,13 +466,19 @@ def circuit(options: Options) -> Answer:
     for path in filter(None, (options.graph, options.out)):
         store.require_writable(Path(path).parent)
     sparse, task = _sparse_model(options)
-    batch_size, nodes = options.batch_size, options.nodes
-    accuracy = tasks.accuracy(clean_logits(sparse.model, task, batch_size), task)
+    kind, size = options.nodes, options.batch_size
+    how: dict[str, Any] = {"metric": options.metric, "batch_size": size}
+    accuracy = tasks.accuracy(clean_logits(sparse.model, task, size), task)
     tasks.require_able(task.name, accuracy)
-    _tell_curves(sparse, task, batch_size)
-    how: dict[str, Any] = {"metric": options.metric, "batch_size": batch_size}
+    first, passes = task.rows(slice(0, size)), 3 * len(faithfulness.usual_sizes(sparse.n_nodes)) + 20
+    n_prompts = len(task) // 2
+    _tell_minutes(
+        f"About {passes} passes over {n_prompts} prompts:",
+        passes * n_prompts / len(first),
+        lambda: Experiment(sparse, first, batch_size=size).measure(~sparse.mask([])[None]),
+    )
     curves = faithfulness.compare(
-        {nodes: sparse}, task, options.seed, exact_up_to=FEW_NODES, ablation=options.ablation, **how
+        {kind: sparse}, task, options.seed, exact_up_to=FEW_NODES, ablation=options.ablation, **how
     )
     table = faithfulness.curve_table(curves, options.seed)
     if options.out:
@@ -489,11 +489,11 @@ def circuit(options: Options) -> Answer:
     errors = faithfulness.error_shares(held_out).iloc[-1]
     return {
         "task": task.name,
-        "nodes": nodes,
+        "nodes": kind,
         "layers": list(sparse.layers),
         "accuracy": accuracy,
-        "metric": float(curves[nodes].all.mean()),
-        "metric_without_the_layers": float(curves[nodes].none.mean()),
+        "metric": float(curves[kind].all.mean()),
+        "metric_without_the_layers": float(curves[kind].none.mean()),
         "error_share": float(errors["errors"]),
         "circuit": [
             {"node": str(sparse.node(node)), "effect": effect} for node, effect in zip(order, falls, strict=True)
@@ -534,19 +534,6 @@ def _sparse_model(options: Options) -> tuple[SparseModel, Task]:
     return sparse, tasks.make(options.task, vocabulary, max(4, options.pairs), options.seed)
 
 
-def _tell_curves(sparse: SparseModel, task: Task, batch_size: int) -> None:
-    from lorsa_utils.circuits.faithfulness import usual_sizes
-    from lorsa_utils.circuits.nodes import Experiment
-
-    batch, everything = task.rows(slice(0, batch_size)), torch.ones(1, sparse.n_nodes, dtype=torch.bool)
-    began = time.perf_counter()
-    Experiment(sparse, batch, batch_size=batch_size).measure(everything)
-    passes = 3 * len(usual_sizes(sparse.n_nodes)) + 20
-    seconds = (time.perf_counter() - began) / len(batch) * len(task) / 2 * passes
-    if seconds > 60:
-        note(f"About {passes} passes over {len(task) // 2} prompts: {seconds / 60:.0f} minutes.")
-
-
 def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
     from lorsa_utils.circuits import graph
     from lorsa_utils.circuits.nodes import clean_logits
@@ -565,7 +552,6 @@ def _graph(options: Options, sparse: SparseModel, task: Task) -> Answer:
 
 
 def import_(options: Options) -> Answer:
-    """Make a run folder from published weights; with a model, in the reading that fits its layer best."""
     from lorsa_utils.kit import hub
 
     def stream(context: int, layer: int) -> ActivationStream:
@@ -583,9 +569,6 @@ def import_(options: Options) -> Answer:
 
 
 def export(options: Options) -> Answer:
-    """Published formats, and the Hub."""
-    from lorsa_utils.kit import hub
-
     folder = Path(options.folder)
     read_module_settings(folder)
     if not (folder / "model.safetensors").is_file():

@@ -28,8 +28,7 @@ LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
 def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
     """`train` and `held_out` sequences of the embedded text, sized by the profile."""
     p = run.profile
-    held_out_tokens = p.compare_held_out_tokens
-    text = load_text(model, p.cache_tokens, held_out_tokens=held_out_tokens, context=p.context, seed=run.seed)
+    text = load_text(model, p.cache_tokens, held_out_tokens=p.compare_held_out_tokens, context=p.context, seed=run.seed)
     return text.splits()
 
 
@@ -102,48 +101,46 @@ def shape(run: Context, model: LanguageModel, layer: int, kind: str) -> LorsaCon
 
 def main_lorsa(run: Context, model: LanguageModel, source: ActivationCache) -> Path:
     """Run folder of notebook 02's Lorsa: the profile's layer, trained longest."""
-    layer = run.profile.layer
-    modules = {"lorsa": (layer, shape(run, model, layer, "lorsa"))}
-    return trained(run, model, source, modules, train_config(run, run.profile.train_tokens))["lorsa"]
+    return _lorsa(run, model, source, "lorsa", train_config(run, run.profile.train_tokens))
 
 
 def short_starts(run: Context, model: LanguageModel, source: ActivationCache) -> dict[str, Path]:
     """Run folders of notebook 02's short runs by start, `mhsa` and `random`."""
+    starts = {init: short_config(run).replace(init=init) for init in ("mhsa", "random")}
+    return {init: _lorsa(run, model, source, f"start_{init}", train) for init, train in starts.items()}
+
+
+def _lorsa(run: Context, model: LanguageModel, source: ActivationCache, name: str, train: TrainConfig) -> Path:
     layer = run.profile.layer
-    folders = {}
-    for init in ("mhsa", "random"):
-        name, train = f"start_{init}", short_config(run).replace(init=init)
-        modules = {name: (layer, shape(run, model, layer, "lorsa"))}
-        folders[init] = trained(run, model, source, modules, train)[name]
-    return folders
+    return trained(run, model, source, {name: (layer, shape(run, model, layer, "lorsa"))}, train)[name]
 
 
 def layer_modules(
-    run: Context, model: LanguageModel, source: ActivationCache, kinds: Sequence[str] = LAYER_MODULES
+    run: Context,
+    model: LanguageModel,
+    source: ActivationCache,
+    kinds: Sequence[str] = LAYER_MODULES,
+    second_at: int | None = None,
 ) -> dict[int, dict[str, Path]]:
-    """Run folders of notebook 03's modules, trained on the same tokens: layer to kind to folder."""
-    names = {(layer, kind): f"layer{layer:02d}_{kind}" for layer in run.profile.layers for kind in kinds}
+    """Run folders of notebook 03's modules, trained on the same tokens: layer to kind to folder.
+
+    With `second_at` those of this layer alone, from the next seed's start on the same tokens.
+    """
+    train = train_config(run, compare_tokens(run.profile), 25)
+    layers, ending = run.profile.layers, ""
+    if second_at is not None:
+        layers, ending, train = (second_at,), "_second", train.replace(seed=run.seed + 1)
+    names = {(layer, kind): f"layer{layer:02d}_{kind}{ending}" for layer in layers for kind in kinds}
     modules = {name: (layer, shape(run, model, layer, kind)) for (layer, kind), name in names.items()}
-    folders = trained(run, model, source, modules, train_config(run, compare_tokens(run.profile), 25))
-    return {layer: {kind: folders[names[layer, kind]] for kind in kinds} for layer in run.profile.layers}
-
-
-def second_seed(
-    run: Context, model: LanguageModel, source: ActivationCache, layer: int, kinds: Sequence[str] = ("lorsa",)
-) -> dict[str, Path]:
-    """Run folders of a layer's modules as in `layer_modules`, from the next seed's start on the same tokens."""
-    names = {kind: f"layer{layer:02d}_{kind}_second" for kind in kinds}
-    modules = {name: (layer, shape(run, model, layer, kind)) for kind, name in names.items()}
-    train = train_config(run, compare_tokens(run.profile), 25).replace(seed=run.seed + 1)
     folders = trained(run, model, source, modules, train)
-    return {kind: folders[name] for kind, name in names.items()}
+    return {layer: {kind: folders[names[layer, kind]] for kind in kinds} for layer in layers}
 
 
 def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
     """Run folders of the best `lorsa` and `sae` of the profile's layer.
 
-    The checkpoints in `data/checkpoints` if both are there for this model and layer, so that a notebook opens at once;
-    otherwise the Lorsa of notebook 02 and the SAE of notebook 03.
+    The kit's checkpoints if both are there for this model and layer, so that a notebook opens at once; otherwise the
+    Lorsa of notebook 02 and the SAE of notebook 03.
     """
     if shipped := _shipped_pair(run, model):
         return shipped
@@ -154,9 +151,8 @@ def best_modules(run: Context, model: LanguageModel) -> dict[str, Path]:
 
 def _shipped_pair(run: Context, model: LanguageModel) -> dict[str, Path] | None:
     """None unless both checkpoints are there."""
-    shipped = {kind: hub.find(model, run.profile.layer, kind) for kind in ("lorsa", "sae")}
-    pair = {kind: folder for kind, folder in shipped.items() if folder is not None}
-    return pair if len(pair) == len(shipped) else None
+    lorsa, sae = (hub.find(model, run.profile.layer, kind) for kind in ("lorsa", "sae"))
+    return {"lorsa": lorsa, "sae": sae} if lorsa and sae else None
 
 
 def modules_at_hand(

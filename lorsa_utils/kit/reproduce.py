@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from lorsa_utils.kit.claims import paper_dir
 from lorsa_utils.view.gallery import figure_records, write_index
 
 PACKAGE = store.CHECKOUT / "lorsa_utils"
+LOG_FILE = "reproduce.json"
+"""Of a run folder: hash, seconds and commit of each notebook's last good run."""
 CELL_TIMEOUT_SECONDS = {"smoke": 900, "laptop": 3600}
 """A cell that runs longer fails its notebook; 14 days in larger profiles."""
 
@@ -44,17 +47,13 @@ class NotebookStatus:
     """Of its last good run, or of the failed one."""
     error: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As a JSON-ready dict."""
-        return asdict(self) | {"seconds": round(self.seconds, 1)}
-
 
 def notebooks_dir() -> Path:
     """The folder of the numbered notebooks."""
     return store.CHECKOUT / "notebooks"
 
 
-def find_notebooks(folder: str | Path | None = None, only: Sequence[str] | None = None) -> list[Path]:
+def find_notebooks(only: Sequence[str] | None = None) -> list[Path]:
     """Notebooks `NN_name.ipynb` by number, those that show others' results last.
 
     `only` keeps those of a number or name, such as `02`.
@@ -62,50 +61,43 @@ def find_notebooks(folder: str | Path | None = None, only: Sequence[str] | None 
     Raises:
         UserError: there are none, or one in `only` does not exist.
     """
-    place = notebooks_dir() if folder is None else Path(folder)
-    paths = [path for path in place.glob("*.ipynb") if re.match(r"\d+_", path.name)]
-    paths.sort(key=lambda path: ("reads_run" in _about(path), _number(path.stem), path.stem))
+    paths = [path for path in notebooks_dir().glob("*.ipynb") if re.match(r"\d+_", path.name)]
+    paths.sort(key=lambda path: ("reads_run" in _about(path), path.name))
     if not paths:
-        raise UserError(f"There are no notebooks in {place}; run this in a clone of the repository.")
-    chosen = set(paths if only is None else ())
-    for asked in only or ():
+        raise UserError(f"There are no notebooks in {notebooks_dir()}; run this in a clone of the repository.")
+    if only is None:
+        return paths
+    chosen: set[Path] = set()
+    for asked in only:
         name = asked.strip().removesuffix(".ipynb")
-        fitting = {path for path in paths if path.stem == name or (name.isdigit() and _number(path.stem) == int(name))}
+        fitting = {path for path in paths if name == path.stem or name.zfill(2) == path.stem.split("_")[0]}
         if not fitting:
             raise UserError(f"There is no notebook {asked!r}; choose among {', '.join(path.stem for path in paths)}.")
         chosen |= fitting
     return [path for path in paths if path in chosen]
 
 
-def _number(stem: str) -> int:
-    return int(stem.split("_")[0])
-
-
 def reproduce(
-    profile: str,
-    only: Sequence[str] | None = None,
-    force: bool = False,
-    *,
-    run_dir: str | Path | None = None,
-    source: str | Path | None = None,
+    profile: str, only: Sequence[str] | None = None, force: bool = False, run_dir: str | Path | None = None
 ) -> list[NotebookStatus]:
-    """Run the notebooks, until one fails, and write the page; returns one status per notebook.
+    """Run the notebooks, until one fails, and write the page; one status per notebook.
 
-    `only` holds numbers or names of notebooks; `force` also runs what is up to date. Results go to `run_dir`,
-    data/runs/<profile> by default; `source` is the folder of the notebooks, the checkout's by default.
+    `only` is as in `find_notebooks`; `force` also runs what is up to date. `run_dir` is data/runs/<profile> by default.
 
     Raises:
         UserError: the profile or a notebook does not exist, papermill is missing, or the folder cannot be written.
     """
     settings = get_profile(profile)
-    notebooks = find_notebooks(source, only)
+    notebooks = find_notebooks(only)
     folder = store.require_writable(run_dir or store.data_dir() / "runs" / profile)
-    log = _read_log(folder)
+    log = notebook.read_object(folder / LOG_FILE)
     todo: list[Path] = []
     for path in notebooks:
         # What is about to run will change what a later notebook reads of this run.
-        waits = bool(todo) and _about(path).get("reads_run")
-        if force or waits or not _is_up_to_date(folder, path.stem, _hash(path, settings, folder), log):
+        waits = todo and _about(path).get("reads_run")
+        same = log.get(path.stem, {}).get("hash") == _hash(path, settings, folder)
+        is_there = (folder / path.name).is_file() and path.stem in notebook.read_results(folder)
+        if force or waits or not (same and is_there):
             todo.append(path)
     _tell(_plan(todo, len(notebooks), profile, log))
     statuses = [NotebookStatus(path.stem) for path in notebooks]
@@ -114,13 +106,15 @@ def reproduce(
             status.status, status.seconds = "up to date", log[path.stem]["seconds"]
             continue
         _tell(f"[{todo.index(path) + 1}/{len(todo)}] {path.stem} ...")
-        digest = _hash(path, settings, folder)
-        _run(path, folder, settings, status)
-        if status.status == "failed":
-            _tell(status.error or "")
+        digest, began = _hash(path, settings, folder), time.perf_counter()
+        status.error = _run(path, folder, settings)
+        status.seconds = round(time.perf_counter() - began, 1)
+        status.status = "failed" if status.error else "done"
+        if status.error:
+            _tell(status.error)
             break
-        log[path.stem] = {"hash": digest, "seconds": round(status.seconds, 1), "commit": notebook.git_commit()}
-        store.write_json(folder / "reproduce.json", log)
+        log[path.stem] = {"hash": digest, "seconds": status.seconds, "commit": notebook.git_commit()}
+        store.write_json(folder / LOG_FILE, log)
         _tell(f"    done in {_minutes(status.seconds)}")
     write_index(folder, profile)
     _tell(f"Results: {folder / 'index.html'}")
@@ -139,38 +133,27 @@ def _plan(todo: Sequence[Path], n_all: int, profile: str, log: dict[str, Any]) -
     if not todo:
         return f"All {n_all} notebooks are up to date (profile {profile}); --force runs them again."
     seconds = _expected_seconds(todo, profile, log)
-    estimate = "time not known yet" if seconds is None else f"about {_minutes(seconds)}"
+    estimate = "time not known yet" if math.isnan(seconds) else f"about {_minutes(seconds)}"
     return f"{len(todo)} of {n_all} notebooks to run (profile {profile}): {estimate}."
 
 
-def expected_minutes(profile: str, run_dir: str | Path | None = None) -> float | None:
-    """Minutes of the last runs here, else as the notebooks state; None when one of them has neither.
+def expected_minutes(profile: str) -> float:
+    """Minutes of the last runs here, else as the notebooks state; NaN when one of them has neither.
 
     Raises:
         UserError: there are no notebooks.
     """
-    log = _read_log(Path(run_dir) if run_dir else store.data_dir() / "runs" / profile)
-    seconds = _expected_seconds(find_notebooks(), profile, log)
-    return None if seconds is None else seconds / 60
+    log = notebook.read_object(store.data_dir() / "runs" / profile / LOG_FILE)
+    return _expected_seconds(find_notebooks(), profile, log) / 60
 
 
-def _expected_seconds(paths: Sequence[Path], profile: str, log: dict[str, Any]) -> float | None:
-    """Seconds; notebooks' metadata hold minutes by profile, such as {"minutes": {"smoke": 1}}."""
-    total = 0.0
-    for path in paths:
-        minutes = _about(path).get("minutes", {}).get(profile)
-        if path.stem not in log and minutes is None:
-            return None
-        total += log[path.stem]["seconds"] if path.stem in log else 60 * minutes
-    return total
+def _expected_seconds(paths: Sequence[Path], profile: str, log: dict[str, Any]) -> float:
+    """Notebooks' metadata hold minutes by profile, such as {"minutes": {"smoke": 1}}."""
+    stated = {path.stem: 60 * _about(path).get("minutes", {}).get(profile, math.nan) for path in paths}
+    return sum(log[name]["seconds"] if name in log else seconds for name, seconds in stated.items())
 
 
 # ---- up to date
-
-
-def _read_log(folder: Path) -> dict[str, Any]:
-    file = folder / "reproduce.json"
-    return dict(store.read_json(file)) if file.is_file() else {}
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -246,31 +229,23 @@ def _run_state(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def _is_up_to_date(folder: Path, name: str, digest: str, log: dict[str, Any]) -> bool:
-    same = log.get(name, {}).get("hash") == digest
-    return same and (folder / f"{name}.ipynb").is_file() and name in notebook.read_results(folder)
-
-
 # ---- executing
 
 
-def _run(path: Path, folder: Path, profile: Profile, status: NotebookStatus) -> None:
+def _run(path: Path, folder: Path, profile: Profile) -> str | None:
+    """Why it failed; None when every cell passed."""
     output = folder / f"{path.stem}.failed.ipynb"
     output.unlink(missing_ok=True)
-    began = time.perf_counter()
     try:
         _execute(path, output, folder, profile)
     except UserError:
         raise
     except Exception as error:  # papermill and its kernel raise many types
-        status.status, status.error = "failed", _failure(path.stem, output, error)
-    else:
-        _clean(output)
-        os.replace(output, folder / path.name)
-        _write_page(folder / path.name)
-        status.status = "done"
-    finally:
-        status.seconds = time.perf_counter() - began
+        return _failure(path.stem, output, error)
+    _clean(output)
+    os.replace(output, folder / path.name)
+    _write_page(folder / path.name)
+    return None
 
 
 def _execute(path: Path, output: Path, folder: Path, profile: Profile) -> None:

@@ -101,7 +101,7 @@ def _notebook_files(folder: Path, name: str) -> list[tuple[str, str]]:
 
 def _notebook(folder: Path, name: str, values: Mapping[str, Any], profile: str) -> dict[str, Any]:
     checks = notebook.check_values(values, notebook.expected_values(name, profile))
-    rows = [(check.key, _short(check.value), check.expected, check.word) for check in checks]
+    rows = [(check.key, _short(check.value), check.expected, check.result) for check in checks]
     return {"name": name, "files": _notebook_files(folder, name), "recorded": rows}
 
 

@@ -8,7 +8,7 @@ import pytest
 from lorsa_utils import store
 from lorsa_utils.config import PROFILES
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import claims, notebook, reproduce
+from lorsa_utils.kit import claims, reproduce
 from lorsa_utils.kit.claims import FAILS, HOLDS, UNTESTED, Claim, Number
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,18 +24,10 @@ def test_every_item_has_a_claim_and_numbers_come_from_notebooks_that_are_there()
     rows = claims.read_claims()
     assert list(dict.fromkeys(row.id for row in rows)) == [*claims.ITEMS]
     assert [*claims.ITEMS] == [*(f"P{n}" for n in range(1, 19)), "T1", "T2", "T3"]
-    names = {path.stem for path in reproduce.notebooks_dir().glob("*.ipynb")}
-    assert {place.split("/")[0] for row in rows for place in claims._places(row.at)} <= names
     assert len({(row.id, row.claim) for row in rows}) == len(rows)
-
-
-def test_recorded_keys_of_claims_stand_in_their_notebooks() -> None:
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in reproduce.notebooks_dir().glob("*.ipynb")}
-    for row in claims.read_claims():
-        for place in claims._places(row.at):
-            name, key = place.split("/", 1)
-            first = key.split("_")[0].split("{")[0]
-            assert first in sources[name], f"{name} records nothing like {key}"
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in reproduce.find_notebooks()}
+    for name, key in (place.split("/", 1) for row in rows for place in claims._places(row.at)):
+        assert key.split("_")[0].split("{")[0] in sources[name], f"{name} records nothing like {key}"
 
 
 def test_unverified_statements_are_never_called_the_papers() -> None:
@@ -136,34 +128,28 @@ def test_findings_say_why_there_is_no_verdict() -> None:
     ],
 )
 def test_half_rows_are_refused(tmp_path: Path, line: str, problem: str) -> None:
-    file = tmp_path / "claims.csv"
-    file.write_text(HEADER + line + "\n", encoding="utf-8")
+    store.write_text(tmp_path / "data" / "paper" / "claims.csv", HEADER + line + "\n")
     with pytest.raises(UserError, match=problem):
-        claims.read_claims(file)
-    with pytest.raises(UserError, match="is missing"):
-        claims.read_claims(tmp_path / "nowhere.csv")
+        claims.read_claims()
+    with pytest.raises(UserError, match=r"results.csv is missing"):
+        claims.published()
 
 
 def test_publishing_writes_numbers_and_table_and_nothing_else(tmp_path: Path) -> None:
-    paper = tmp_path / "data" / "paper"
-    paper.mkdir(parents=True)
-    (paper / "claims.csv").write_text(
-        HEADER + "P4,FVU | size,abstract,S,FVU,03_a/fvu,< 0.3,\nP9,sums,Sec. 6,S,,,,no GPU\n", encoding="utf-8"
-    )
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{claims._BEGIN}\nyesterday\n{claims._END}\nafter\n", encoding="utf-8")
-    folder = tmp_path / "run"
+    rows = "P4,FVU | size,abstract,S,FVU,03_a/fvu,< 0.3,\nP9,sums,Sec. 6,S,,,,no GPU\n"
+    store.write_text(tmp_path / "data" / "paper" / "claims.csv", HEADER + rows)
+    readme, folder = tmp_path / "README.md", tmp_path / "run"
+    store.write_text(readme, f"before\n{claims._BEGIN}\nyesterday\n{claims._END}\nafter\n")
     with pytest.raises(UserError, match="run `lorsa reproduce` first"):
         claims.publish(folder, "smoke", readme)
     store.write_json(folder / "results.json", {"03_a": {"fvu": {"value": 0.25, "low": 0.2, "high": 0.27}}})
-    rows = claims.publish(folder, "smoke", readme)
-    assert [row.verdict for row in rows] == [HOLDS, UNTESTED]
+    found = claims.publish(folder, "smoke", readme)
+    assert [row.verdict for row in found] == [HOLDS, UNTESTED]
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
+    assert (text.split(claims._BEGIN)[0], text.split(claims._END)[1]) == ("before\n", "\nafter\n")
     assert "yesterday" not in text
     assert "| P4 | FVU \\| size | abstract (S) | FVU: 0.25 (0.2 to 0.27) | 03 | **holds** | asked: < 0.3 |" in text
-    assert claims.publish(folder, "smoke", readme) == rows
+    assert claims.publish(folder, "smoke", readme) == found
     assert readme.read_text(encoding="utf-8") == text
     readme.write_text("no marks", encoding="utf-8")
     with pytest.raises(UserError, match="has no place for the table"):
@@ -181,11 +167,3 @@ def test_readme_shows_what_the_files_give(monkeypatch: pytest.MonkeyPatch) -> No
     assert known <= {row.at for row in claims.read_claims()}, (
         "results.csv has numbers that no claim asks for; publish again"
     )
-
-
-def test_claims_of_a_run(tmp_path: Path) -> None:
-    run = notebook.start("03_reconstruction", "smoke", tmp_path / "run")
-    run.record("fvu_lorsa_mean", 0.25)
-    found = {row.claim.at: row for row in claims.of_run(run.folder, "smoke")}
-    assert found["03_reconstruction/fvu_lorsa_mean"].verdict == HOLDS
-    assert found["02_train_lorsa/spliced_ce_recovered"].why == "not run in this profile"

@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 import random
 import re
@@ -7,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,62 +34,69 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model"), "llama"))
+class Runs:
+    """What all tests share, made when first asked for."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def made(self, out: str, *words: object) -> Path:
+        assert lorsa(*words, "--out", self.place / out) == 0
+        return self.place / out
+
+    def from_text(self, out: object, *more: object, text: object = None) -> list[object]:
+        """Words of `lorsa train`; later ones of a name win, except of --text."""
+        where = ["--model", self.model, "--text", text or self.text, "--layer", "1", "--out", out]
+        return ["train", *where, *SHAPE, *more]
+
+    def from_cache(self, out: object, *more: object) -> list[object]:
+        return ["train", "--model", self.model, "--cache", self.cached, "--layer", "1", "--out", out, *SHAPE, *more]
+
+    def to_cache(self, out: object, *more: object, text: object = None) -> list[object]:
+        where = ["--model", self.model, "--text", text or self.text, "--layers", "0,1", "--out", out]
+        return ["cache", *where, *BUDGET, *more]
+
+    @cached_property
+    def model(self) -> str:
+        return str(save_tiny_model(self.place / "model", "llama"))
+
+    @cached_property
+    def other_model(self) -> str:
+        return str(save_tiny_model(self.place / "other", "llama", seed=1))
+
+    @cached_property
+    def text(self) -> str:
+        rng = random.Random(0)
+        words = ["attention", "head", "layer", "of", "the", "model", "reads", "writes", "a", "token"]
+        paragraphs = [" ".join(rng.choices(words, k=120)) + "." for _ in range(40)]
+        store.write_text(self.place / "prose.txt", "\n\n".join(paragraphs))
+        return str(self.place / "prose.txt")
+
+    @cached_property
+    def cached(self) -> Path:
+        return self.made("cache", *self.to_cache(""))
+
+    @cached_property
+    def trained(self) -> Path:
+        return self.made("run", *self.from_text(""))
+
+    @cached_property
+    def sae(self) -> Path:
+        return self.made("sae", *self.from_cache("", "--kind", "sae", "--tokens", "600"))
+
+    @cached_property
+    def transcoder(self) -> Path:
+        return self.made("transcoder", *self.from_cache("", "--kind", "transcoder", "--tokens", "600"))
+
+    @cached_property
+    def described(self) -> Path:
+        """The table of heads."""
+        return self.made("new/heads.parquet", "heads", self.trained, "--text", self.text, "--tokens", "600")
 
 
 @pytest.fixture(scope="module")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("other"), "llama", seed=1))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    rng = random.Random(0)
-    words = ["attention", "head", "layer", "of", "the", "model", "reads", "writes", "a", "token"]
-    paragraphs = [" ".join(rng.choices(words, k=120)) + "." for _ in range(40)]
-    file = tmp_path_factory.mktemp("text") / "prose.txt"
-    file.write_text("\n\n".join(paragraphs), encoding="utf-8")
-    return str(file)
-
-
-@pytest.fixture(scope="module")
-def cached(model: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("cache") / "c"
-    assert lorsa("cache", "--model", model, "--text", text, "--layers", "0,1", "--out", out, *BUDGET) == 0
-    return str(out)
-
-
-def train_baseline(kind: str, cached: str, model: str, out: Path) -> str:
-    shape = ["--n-heads", "32", "--k", "4", "--tokens", "600", "--out", out]
-    assert lorsa("train", "--model", model, "--cache", cached, "--layer", "1", "--kind", kind, *shape) == 0
-    return str(out)
-
-
-@pytest.fixture(scope="module")
-def sae(cached: str, model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return train_baseline("sae", cached, model, tmp_path_factory.mktemp("sae") / "run")
-
-
-@pytest.fixture(scope="module")
-def transcoder(cached: str, model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return train_baseline("transcoder", cached, model, tmp_path_factory.mktemp("transcoder") / "run")
-
-
-@pytest.fixture(scope="module")
-def described(trained: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The table of heads."""
-    out = tmp_path_factory.mktemp("tables") / "new" / "heads.parquet"
-    assert lorsa("heads", trained, "--text", text, "--tokens", "600", "--out", out) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def trained(model: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("run") / "r"
-    assert lorsa("train", "--model", model, "--text", text, "--layer", "1", "--out", out, *SHAPE) == 0
-    return str(out)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("shared"))
 
 
 def lorsa(*arguments: object) -> int:
@@ -131,30 +138,20 @@ def test_help_answers_without_torch() -> None:
         "import sys; from lorsa_utils.kit.cli import main; code = main(['train', '--help']); "
         "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules); sys.exit(code)"
     )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "--n-heads" in result.stdout
 
 
 def test_the_package_is_a_command_too() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "lorsa_utils", "--version"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lorsa_utils", "--version"], cwd=ROOT, capture_output=True, text=True
     )
     assert result.stdout.startswith("lorsa 0.")
 
 
 @pytest.mark.parametrize(
-    ("command", "default"),
-    [
-        ("doctor", "--profile"),
-        ("fetch", "--force"),
-        ("cache", "[default: bfloat16]"),
-        ("train", "[default: smollm2]"),
-        ("eval", "[default: 100000]"),
-        ("heads", "[default: 50000]"),
-        ("reproduce", "[default: laptop]"),
-        ("claims", "[default: laptop]"),
-    ],
+    ("command", "default"), [("doctor", "--profile"), ("cache", "[default: bfloat16]"), ("eval", "[default: 100000]")]
 )
 def test_help_shows_defaults(command: str, default: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert lorsa(command, "--help") == 0
@@ -235,75 +232,73 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(
 # ---- the stages
 
 
-def test_cache_shows_size_and_speed_and_goes_on_where_it_was(model: str, text: str, cached: str, answer: Any) -> None:
-    result = answer("cache", "--model", model, "--text", text, "--layers", "0,1", "--out", cached, *BUDGET)
+def test_cache_shows_size_and_speed_and_goes_on_where_it_was(runs: Runs, answer: Any) -> None:
+    result = answer(*runs.to_cache(runs.cached))
     assert result["tokens"] == 3000
     assert result["held_out_tokens"] == 600
-    assert result["bytes"] == sum(file.stat().st_size for file in Path(cached).glob("*.safetensors"))
+    assert result["bytes"] == sum(file.stat().st_size for file in runs.cached.glob("*.safetensors"))
     assert result["tokens_per_s"] == 0, "everything was there already"
-    source = store.read_json(Path(cached) / "manifest.json")["splits"]["train"]["source"]
-    assert source["text"] == [text]
+    source = store.read_json(runs.cached / "manifest.json")["splits"]["train"]["source"]
+    assert source["text"] == [runs.text]
 
 
-def test_train_measures_and_saves_a_run(trained: str, model: str, text: str) -> None:
-    results = store.read_json(Path(trained) / "results.json")
+def test_train_measures_and_saves_a_run(runs: Runs) -> None:
+    results = store.read_json(runs.trained / "results.json")
     assert set(results) >= TRAIN_KEYS
     assert 0 < results["fvu"] < 1
     assert results["n_tokens"] == 600
     assert results["l0"] <= 4
-    config = store.read_json(Path(trained) / "config.json")
-    assert config["source"]["text"] == [text]
-    assert config["source"]["model"] == model
+    config = store.read_json(runs.trained / "config.json")
+    assert config["source"]["text"] == [runs.text]
+    assert config["source"]["model"] == runs.model
     assert config["module"]["n_ov_heads"] == 32
 
 
-def test_resume_of_a_finished_run_measures_the_same(trained: str, model: str, text: str, answer: Any) -> None:
-    before = store.read_json(Path(trained) / "results.json")
-    again = answer("train", "--model", model, "--text", text, "--layer", "1", "--out", trained, *SHAPE, "--resume")
+def test_resume_of_a_finished_run_measures_the_same(runs: Runs, answer: Any) -> None:
+    before = store.read_json(runs.trained / "results.json")
+    again = answer(*runs.from_text(runs.trained, "--resume"))
     assert again["fvu"] == before["fvu"]
     assert again["tokens_per_s"] == 0
 
 
-def test_baselines_train_from_the_cache(sae: str, transcoder: str) -> None:
-    for folder in (sae, transcoder):
+def test_baselines_train_from_the_cache(runs: Runs) -> None:
+    for folder in (runs.sae, runs.transcoder):
         results = store.read_json(Path(folder) / "results.json")
         assert set(results) >= TRAIN_KEYS
         assert 0 < results["fvu"] < 1
 
 
-def test_several_layers_train_together(cached: str, model: str, tmp_path: Path, answer: Any) -> None:
-    result = answer("train", "--model", model, "--cache", cached, "--layer", "0,1", "--out", tmp_path / "run", *SHAPE)
+def test_several_layers_train_together(runs: Runs, tmp_path: Path, answer: Any) -> None:
+    result = answer(*runs.from_cache(tmp_path / "run", "--layer", "0,1"))
     assert set(result["layers"]) == {"0", "1"}
-    alone = answer("train", "--model", model, "--cache", cached, "--layer", "1", "--out", tmp_path / "alone", *SHAPE)
+    alone = answer(*runs.from_cache(tmp_path / "alone"))
     assert alone["fvu"] == result["layers"]["1"]["fvu"]
     assert (tmp_path / "run" / "layer_0" / "model.safetensors").is_file()
 
 
-def test_shape_follows_from_the_layer_when_not_given(model: str, text: str, tmp_path: Path, answer: Any) -> None:
+def test_shape_follows_from_the_layer_when_not_given(runs: Runs, tmp_path: Path, answer: Any) -> None:
     small = ["--context", "32", "--tokens", "600", "--held-out-tokens", "200", "--k", "4"]
-    answer("train", "--model", model, "--text", text, "--layer", "0", "--out", tmp_path / "run", *small)
+    answer("train", "--model", runs.model, "--text", runs.text, "--layer", "0", "--out", tmp_path / "run", *small)
     module = store.read_json(tmp_path / "run" / "config.json")["module"]
     assert (module["n_ov_heads"], module["n_qk_heads"], module["d_qk"]) == (512, 32, 16)
 
 
-def test_eval_measures_on_the_held_out_part_or_on_a_given_text(
-    trained: str, text: str, tmp_path: Path, answer: Any
-) -> None:
-    own = answer("eval", trained, "--tokens", "600")
+def test_eval_measures_on_the_held_out_part_or_on_a_given_text(runs: Runs, tmp_path: Path, answer: Any) -> None:
+    own = answer("eval", runs.trained, "--tokens", "600")
     assert set(own) == set(EVAL_KEYS.split())
-    held_out = store.read_json(Path(trained) / "results.json")
+    held_out = store.read_json(runs.trained / "results.json")
     assert own["fvu"] == pytest.approx(held_out["fvu"], rel=1e-4), "the same sequences as at the end of training"
-    most = answer("eval", trained)["n_tokens"]
+    most = answer("eval", runs.trained)["n_tokens"]
     assert most > 600
-    whole = answer("eval", trained, "--text", text, "--tokens", most + 1000)
+    whole = answer("eval", runs.trained, "--text", runs.text, "--tokens", most + 1000)
     assert whole["n_tokens"] == most + 1000, "with --text nothing is held out"
     short = tmp_path / "short.txt"
     short.write_text("Shorter than one context.")
-    assert answer("eval", trained, "--text", short)["n_tokens"] == len("Shorter than one context.")
+    assert answer("eval", runs.trained, "--text", short)["n_tokens"] == len("Shorter than one context.")
 
 
-def test_eval_warns_when_worse_than_the_mean(trained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = copy_of(trained, tmp_path / "broken")
+def test_eval_warns_when_worse_than_the_mean(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = copy_of(runs.trained, tmp_path / "broken")
     tensors = store.read_tensors(broken / "model.safetensors")
     store.write_tensors(broken / "model.safetensors", tensors | {"b_O": tensors["b_O"] + 10})
     assert lorsa("eval", broken, "--tokens", "300") == 0
@@ -312,14 +307,14 @@ def test_eval_warns_when_worse_than_the_mean(trained: str, tmp_path: Path, capsy
     assert re.search(r"^fvu_token_mean   \d", out, re.MULTILINE), "answers for people are aligned lines"
 
 
-def test_heads_writes_one_row_per_head(trained: str, described: Path, text: str, tmp_path: Path, answer: Any) -> None:
-    table = pd.read_parquet(described)
+def test_heads_writes_one_row_per_head(runs: Runs, tmp_path: Path, answer: Any) -> None:
+    table = pd.read_parquet(runs.described)
     columns = {"head", "family", "frequency", "induction_share", "induction_precision", "top_logits", "contexts"}
     assert columns | {"effect"} <= set(table)
     assert len(table) == 32
     assert len(table.loc[0, "top_logits"]) == 10
-    options = ("--text", text, "--tokens", "300", "--removed", "0", "--out", tmp_path / "few.parquet")
-    seen = answer("heads", trained, *options)
+    options = ("--text", runs.text, "--tokens", "300", "--removed", "0", "--out", tmp_path / "few.parquet")
+    seen = answer("heads", runs.trained, *options)
     assert (seen["heads"], seen["n_tokens"]) == (32, 300)
     assert seen["dead_fraction"] == pd.read_parquet(tmp_path / "few.parquet")["dead"].mean()
     assert set(seen["families"]) & set(seen["skipped"]) == set()
@@ -327,26 +322,24 @@ def test_heads_writes_one_row_per_head(trained: str, described: Path, text: str,
     assert {"name_mover", "subtoken_induction"} <= set(seen["skipped"]), "bytes have no names"
 
 
-def test_heads_of_what_has_none(trained: str, sae: str, other_model: str, tmp_path: Path, complaint: Any) -> None:
+def test_heads_of_what_has_none(runs: Runs, tmp_path: Path, complaint: Any) -> None:
     out, empty = ("--out", tmp_path / "heads.parquet"), tmp_path / "empty.txt"
     assert "is not a run folder" in complaint("heads", tmp_path, *out)
-    assert "other weights" in complaint("heads", trained, *out, "--model", other_model)
-    assert "ends in .parquet" in complaint("heads", trained, "--out", tmp_path / "heads.csv")
-    assert "is a sae; give a Lorsa" in complaint("heads", sae, *out)
+    assert "other weights" in complaint("heads", runs.trained, *out, "--model", runs.other_model)
+    assert "ends in .parquet" in complaint("heads", runs.trained, "--out", tmp_path / "heads.csv")
+    assert "is a sae; give a Lorsa" in complaint("heads", runs.sae, *out)
     empty.write_text(" ")
-    assert "empty" in complaint("heads", trained, *out, "--text", empty)
-    dead = copy_of(trained, tmp_path / "dead")
+    assert "empty" in complaint("heads", runs.trained, *out, "--text", empty)
+    dead = copy_of(runs.trained, tmp_path / "dead")
     weights = store.read_tensors(dead / "model.safetensors")
     store.write_tensors(dead / "model.safetensors", weights | {name: 0 * weights[name] for name in ("W_V", "b_V")})
     assert "all are dead" in complaint("heads", dead, *out)
     assert not (tmp_path / "heads.parquet").exists()
 
 
-def test_show_writes_pages(
-    trained: str, sae: str, transcoder: str, described: Path, text: str, tmp_path: Path, answer: Any, complaint: Any
-) -> None:
-    page, little = tmp_path / "new" / "page.html", ["--text", text, "--tokens", "600"]
-    seen = answer("show", trained, "--head", "5", "--out", page, *little)
+def test_show_writes_pages(runs: Runs, tmp_path: Path, answer: Any, complaint: Any) -> None:
+    page, little = tmp_path / "new" / "page.html", ["--text", runs.text, "--tokens", "600"]
+    seen = answer("show", runs.trained, "--head", "5", "--out", page, *little)
     assert seen["path"] == str(page)
     content = page.read_text(encoding="utf-8")
     assert seen["bytes"] == page.stat().st_size < 2_000_000
@@ -361,8 +354,8 @@ def test_show_writes_pages(
         ("SAE", 1, 3, "wrong kind", 1.0),
     ]
     pd.DataFrame(rows, columns=["dictionary", "layer", "unit", "explanation", "detection"]).to_parquet(scores)
-    beside = ["--explanations", scores, "--table", described, "--sae", sae, "--transcoder", transcoder]
-    seen = answer("show", trained, "--head", "3,5,3", "--out", tmp_path / "pages", *beside, *little)
+    beside = ["--explanations", scores, "--table", runs.described, "--sae", runs.sae, "--transcoder", runs.transcoder]
+    seen = answer("show", runs.trained, "--head", "3,5,3", "--out", tmp_path / "pages", *beside, *little)
     assert [Path(path).name for path in seen["pages"]] == ["layer01_head00003.html", "layer01_head00005.html"]
     first, second = (Path(path).read_text(encoding="utf-8") for path in seen["pages"])
     for content in (first, second):
@@ -374,21 +367,21 @@ def test_show_writes_pages(
     assert "balanced accuracy 0.75" in first
     assert "Only digits." in second
     assert "balanced accuracy" not in second
-    one = ("show", trained, "--head", "5", "--out", page)
-    assert "make it with `lorsa autointerp`" in complaint(*one, "--explanations", described)
-    assert "give a sae of layer 1" in complaint(*one, "--sae", transcoder)
+    one = ("show", runs.trained, "--head", "5", "--out", page)
+    assert "make it with `lorsa autointerp`" in complaint(*one, "--explanations", runs.described)
+    assert "give a sae of layer 1" in complaint(*one, "--sae", runs.transcoder)
 
 
-def test_show_of_what_is_not_there(trained: str, cached: str, tmp_path: Path, complaint: Any) -> None:
+def test_show_of_what_is_not_there(runs: Runs, tmp_path: Path, complaint: Any) -> None:
     out = ("--out", tmp_path / "page.html")
     no_unit = "no unit 32 among 32 Lorsa heads; choose one from 0 to 31"
-    assert no_unit in complaint("show", trained, "--head", "32", *out)
-    assert "give --out a folder" in complaint("show", trained, "--head", "1,2", *out)
-    assert "ends in .html" in complaint("show", trained, "--head", "1", "--out", tmp_path / "page")
-    assert "is not a run folder" in complaint("show", cached, "--head", "1", *out)
+    assert no_unit in complaint("show", runs.trained, "--head", "32", *out)
+    assert "give --out a folder" in complaint("show", runs.trained, "--head", "1,2", *out)
+    assert "ends in .html" in complaint("show", runs.trained, "--head", "1", "--out", tmp_path / "page")
+    assert "is not a run folder" in complaint("show", runs.cached, "--head", "1", *out)
     table = ("--table", tmp_path / "no.parquet")
-    assert "make it with `lorsa heads`" in complaint("show", trained, "--head", "1", *out, *table)
-    half = copy_of(trained, tmp_path / "half")
+    assert "make it with `lorsa heads`" in complaint("show", runs.trained, "--head", "1", *out, *table)
+    half = copy_of(runs.trained, tmp_path / "half")
     weights = half / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "is damaged" in complaint("show", half, "--head", "1", *out)
@@ -398,12 +391,11 @@ def test_show_of_what_is_not_there(trained: str, cached: str, tmp_path: Path, co
 
 
 def test_a_single_short_paragraph_can_be_trained_on(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("One sentence that is shorter than the context.")
-    options = ["--layer", "0", "--out", tmp_path / "run", *SHAPE, "--context", "64", "--tokens", "300"]
-    assert lorsa("train", "--model", model, "--text", short, *options) == 0
+    assert lorsa(*runs.from_text(tmp_path / "run", "--context", "64", "--tokens", "300", text=short)) == 0
     err = capsys.readouterr().err
     assert "so it is read" in err
     assert "too short to hold a part of it out" in err
@@ -440,97 +432,79 @@ BAD_TRAINING = {
 
 
 @pytest.mark.parametrize("case", BAD_TRAINING)
-def test_bad_training_requests(case: str, model: str, text: str, tmp_path: Path, complaint: Any) -> None:
+def test_bad_training_requests(case: str, runs: Runs, tmp_path: Path, complaint: Any) -> None:
     extra, sentence = BAD_TRAINING[case]
     out = tmp_path / "run"
-    assert sentence in complaint(
-        "train", "--model", model, "--text", text, "--layer", "1", "--out", out, *SHAPE, *extra
-    )
+    assert sentence in complaint(*runs.from_text(out, *extra))
     assert not (out / "config.json").exists()
-
-
-TO_TRAIN = ["--layer", "1", *SHAPE]
-TO_CACHE = ["--layers", "1", *BUDGET]
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [(b"", "is empty"), (b"  \n", "is empty"), (b"\x89PNG\xff\x00", "is not UTF-8"), (b"a\0b", "is a binary file")],
 )
-def test_bad_texts(content: bytes, sentence: str, model: str, trained: str, tmp_path: Path, complaint: Any) -> None:
+def test_bad_texts(content: bytes, sentence: str, runs: Runs, tmp_path: Path, complaint: Any) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes(content)
-    where = ["--model", model, "--out", tmp_path / "out", "--text", file]
-    assert sentence in complaint("train", *where, *TO_TRAIN)
-    assert sentence in complaint("cache", *where, *TO_CACHE)
-    assert sentence in complaint("eval", trained, "--text", file)
+    assert sentence in complaint(*runs.from_text(tmp_path / "out", text=file))
+    assert sentence in complaint(*runs.to_cache(tmp_path / "out", text=file))
+    assert sentence in complaint("eval", runs.trained, "--text", file)
 
 
-def test_folders_that_cannot_be_written(model: str, text: str, tmp_path: Path, complaint: Any) -> None:
+def test_folders_that_cannot_be_written(runs: Runs, tmp_path: Path, complaint: Any) -> None:
     (tmp_path / "file").write_text("a regular file")
-    where = ["--model", model, "--text", text, "--out", tmp_path / "file" / "out"]
-    for command, options in (("train", TO_TRAIN), ("cache", TO_CACHE)):
-        sentence = complaint(command, *where, *options)
+    for words in (runs.from_text, runs.to_cache):
+        sentence = complaint(*words(tmp_path / "file" / "out"))
         assert "Cannot write to" in sentence
         assert "choose a folder you can write to" in sentence
 
 
-def copy_of(folder: str, target: Path) -> Path:
+def copy_of(folder: Path, target: Path) -> Path:
     """The files of a run, without its state."""
-    target.mkdir()
-    for file in Path(folder).iterdir():
-        if file.is_file():
-            shutil.copy(file, target)
-    return target
+    return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("state")))
 
 
-def from_cache(model: str, cache: object, out: Path, *extra: object) -> list[object]:
-    return ["train", "--model", model, "--cache", cache, "--layer", "1", "--out", out, *SHAPE, *extra]
-
-
-def test_a_cut_cache_is_named(cached: str, model: str, tmp_path: Path, complaint: Any) -> None:
-    cache = copy_of(cached, tmp_path / "cache")
+def test_a_cut_cache_is_named(runs: Runs, tmp_path: Path, complaint: Any) -> None:
+    cache = copy_of(runs.cached, tmp_path / "cache")
     shard = next(cache.glob("train-*.safetensors"))
-    content = shard.read_bytes()
+    content, train = shard.read_bytes(), runs.from_cache(tmp_path / "run", "--cache", cache)
     shard.write_bytes(content[:-10])
-    assert f"{shard.name} is cut or foreign" in complaint(*from_cache(model, cache, tmp_path / "run"))
+    assert f"{shard.name} is cut or foreign" in complaint(*train)
     shard.write_bytes(content[:-10] + bytes(10 * [7]))
-    assert f"{shard.name} is damaged" in complaint(*from_cache(model, cache, tmp_path / "run"))
+    assert f"{shard.name} is damaged" in complaint(*train)
     shard.unlink()
-    assert f"{shard.name} is missing" in complaint(*from_cache(model, cache, tmp_path / "run"))
+    assert f"{shard.name} is missing" in complaint(*train)
 
 
-def test_caches_of_something_else_are_refused(
-    cached: str, model: str, other_model: str, tmp_path: Path, complaint: Any
-) -> None:
-    assert "was made with another model" in complaint(*from_cache(other_model, cached, tmp_path / "run"))
-    assert "holds layers [0, 1], not 2" in complaint(*from_cache(model, cached, tmp_path / "run", "--layer", "2"))
-    assert "has BOS policy 'prepend'" in complaint(*from_cache(model, cached, tmp_path / "run", "--bos", "none"))
-    assert "is not an activation cache" in complaint(*from_cache(model, tmp_path, tmp_path / "run"))
+def test_caches_of_something_else_are_refused(runs: Runs, tmp_path: Path, complaint: Any) -> None:
+    run = tmp_path / "run"
+    assert "was made with another model" in complaint(*runs.from_cache(run, "--model", runs.other_model))
+    assert "holds layers [0, 1], not 2" in complaint(*runs.from_cache(run, "--layer", "2"))
+    assert "has BOS policy 'prepend'" in complaint(*runs.from_cache(run, "--bos", "none"))
+    assert "is not an activation cache" in complaint(*runs.from_cache(run, "--cache", tmp_path))
 
 
-def test_a_cache_folder_in_use_is_refused(cached: str, model: str, text: str, complaint: Any) -> None:
-    arguments = ["cache", "--model", model, "--text", text, "--layers", "0", "--out", cached, *BUDGET]
-    assert "holds another cache: its layers is [0, 1], asked is [0]" in complaint(*arguments)
+def test_a_cache_folder_in_use_is_refused(runs: Runs, complaint: Any) -> None:
+    assert "holds another cache: its layers is [0, 1], asked is [0]" in complaint(
+        *runs.to_cache(runs.cached, "--layers", "0")
+    )
 
 
-def test_runs_are_not_overwritten_and_not_resumed_with_other_settings(
-    trained: str, model: str, text: str, complaint: Any
-) -> None:
-    again = ["train", "--model", model, "--text", text, "--layer", "1", "--out", trained, *SHAPE]
+def test_runs_are_not_overwritten_and_not_resumed_with_other_settings(runs: Runs, complaint: Any) -> None:
+    again = runs.from_text(runs.trained)
     assert "holds a run already; add --resume" in complaint(*again)
     assert "was started with train.lr = 0.002, not 0.01" in complaint(*again, "--resume", "--lr", "0.01")
     assert "was started with module.k = 4, not 8" in complaint(*again, "--resume", "--k", "8")
     assert "was started with source.text_sha256" in complaint(*again, "--resume", "--tokens", "2000")
 
 
-def test_eval_needs_the_run_and_its_model(trained: str, other_model: str, tmp_path: Path, complaint: Any) -> None:
+def test_eval_needs_the_run_and_its_model(runs: Runs, tmp_path: Path, complaint: Any) -> None:
     assert "is not a run folder" in complaint("eval", tmp_path)
-    assert "other weights" in complaint("eval", trained, "--model", other_model)
-    unfinished = copy_of(trained, tmp_path / "unfinished")
+    assert "other weights" in complaint("eval", runs.trained, "--model", runs.other_model)
+    unfinished = copy_of(runs.trained, tmp_path / "unfinished")
     (unfinished / "model.safetensors").unlink()
     assert "holds an unfinished run" in complaint("eval", unfinished)
-    moved = copy_of(trained, tmp_path / "moved")
+    moved = copy_of(runs.trained, tmp_path / "moved")
     config = store.read_json(moved / "config.json")
     config["source"]["text"] = [str(tmp_path / "gone.txt")]
     store.write_json(moved / "config.json", config)
@@ -541,7 +515,7 @@ def test_eval_needs_the_run_and_its_model(trained: str, other_model: str, tmp_pa
 
 
 def test_interrupted_training_shows_how_to_go_on(
-    model: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lorsa_utils import training
 
@@ -551,8 +525,7 @@ def test_interrupted_training_shows_how_to_go_on(
                 raise KeyboardInterrupt
             super().train_step(batch)
 
-    out = ["--out", tmp_path / "run", "--batch-size", "8"]
-    arguments = ["train", "--model", model, "--text", text, *TO_TRAIN, *out]
+    arguments = runs.from_text(tmp_path / "run", "--batch-size", "8")
     with monkeypatch.context() as patch:
         patch.setattr(training, "Run", Interrupted)
         assert lorsa(*arguments) == 130
@@ -572,7 +545,8 @@ def test_interrupted_training_shows_how_to_go_on(
 def test_errors_become_sentences(
     error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch, complaint: Any
 ) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
+    def fail(force: bool) -> None:
+        print("noise, which does not reach stdout")
         raise error
 
     monkeypatch.setattr("lorsa_utils.fetch.fetch_embedded_model", fail)
@@ -594,10 +568,7 @@ def test_fetch_checks_the_model_again(
 def test_reproduce_shows_every_status_and_fails_when_a_notebook_did(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    statuses = [
-        NotebookStatus("01_first", "done", 3.0),
-        NotebookStatus("02_second", "failed", 1.0, "02_second failed in cell [4]"),
-    ]
+    statuses = [NotebookStatus("01_first", "done", 3.0), NotebookStatus("02_second", "failed", 1.0, "it failed")]
     monkeypatch.setattr("lorsa_utils.kit.reproduce.reproduce", lambda *args, **kwargs: statuses)
     assert lorsa("reproduce", "--json") == 1
     result = json.loads(capsys.readouterr().out)
@@ -620,18 +591,6 @@ def test_claims_are_told_with_numbers_and_verdicts(
     assert "holds (FVU, mean over layers: 0.25)" in capsys.readouterr().out
 
 
-def test_what_commands_print_does_not_reach_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def noisy(force: bool) -> Path:
-        print("noise")
-        raise UserError("stop")
-
-    monkeypatch.setattr("lorsa_utils.fetch.fetch_embedded_model", noisy)
-    out = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    assert lorsa("fetch", "--json") == 1
-    assert out.getvalue() == ""
-
-
 # ---- circuit
 
 
@@ -639,31 +598,25 @@ def test_what_commands_print_does_not_reach_stdout(monkeypatch: pytest.MonkeyPat
 def byte_pairs(tmp_path: Path) -> Path:
     """Own prompts: single bytes as answers, which a random model prefers by chance; the tests lower the bar."""
     rng = random.Random(1)
-    letters = "abcdefgh"
-    rows = [
-        {
-            "clean": "".join(rng.choices(letters, k=6)),
-            "corrupted": "".join(rng.choices(letters, k=6)),
-            "answer": "x",
-            "wrong": "y",
-        }
-        for _ in range(8)
-    ]
-    file = tmp_path / "pairs.jsonl"
+    sides = [{side: "".join(rng.choices("abcdefgh", k=6)) for side in ("clean", "corrupted")} for _ in range(8)]
+    return write_pairs(tmp_path / "pairs.jsonl", [side | {"answer": "x", "wrong": "y"} for side in sides])
+
+
+def write_pairs(file: Path, rows: list[dict[str, str]]) -> Path:
     file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return file
 
 
 @pytest.mark.parametrize("nodes", ["lorsa", "mhsa"])
 def test_circuit_prints_curves(
-    trained: str, byte_pairs: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch, nodes: str
+    runs: Runs, byte_pairs: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch, nodes: str
 ) -> None:
     monkeypatch.setattr("lorsa_utils.heads.tasks.require_able", lambda name, accuracy: None)
     out = tmp_path / "curves.csv"
     options = ["--prompts", byte_pairs, "--nodes", nodes, "--out", out]
     graph_file = tmp_path / "graph.json"
     options += ["--graph", graph_file, "--traced", "4"] if nodes == "lorsa" else []
-    result = answer("circuit", trained, *options)
+    result = answer("circuit", runs.trained, *options)
     assert result["task"] == "pairs"
     assert result["layers"] == [1]
     assert 0 <= result["accuracy"] <= 1
@@ -680,26 +633,24 @@ def test_circuit_prints_curves(
         assert result["error_share"] == pytest.approx(0, abs=1e-6), "MHSA heads leave nothing over"
 
 
-def test_circuit_of_what_has_none(trained: str, byte_pairs: Path, tmp_path: Path, complaint: Any) -> None:
+def test_circuit_of_what_has_none(runs: Runs, byte_pairs: Path, tmp_path: Path, complaint: Any) -> None:
     assert "No run folder was given" in complaint("circuit")
-    assert "is given twice" in complaint("circuit", trained, trained)
-    assert "not a sae" in complaint("circuit", trained, "--nodes", "sae")
-    assert "no task 'juggling'" in complaint("circuit", trained, "--task", "juggling")
-    assert "check the path" in complaint("circuit", trained, "--prompts", tmp_path / "nowhere.jsonl")
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"clean": "ab", "corrupted": "abc", "answer": "x", "wrong": "y"}\n' * 2, encoding="utf-8")
-    assert "equal length" in complaint("circuit", trained, "--prompts", broken)
-    broken.write_text('{"clean": "ab", "corrupted": "cd", "answer": "xx", "wrong": "y"}\n' * 2, encoding="utf-8")
-    assert "is 2 tokens" in complaint("circuit", trained, "--prompts", broken)
+    assert "is given twice" in complaint("circuit", runs.trained, runs.trained)
+    assert "not a sae" in complaint("circuit", runs.trained, "--nodes", "sae")
+    assert "no task 'juggling'" in complaint("circuit", runs.trained, "--task", "juggling")
+    assert "check the path" in complaint("circuit", runs.trained, "--prompts", tmp_path / "nowhere.jsonl")
+    broken, pair = tmp_path / "broken.jsonl", {"clean": "ab", "corrupted": "cd", "answer": "x", "wrong": "y"}
+    for change, sentence in (({"corrupted": "abc"}, "equal length"), ({"answer": "xx"}, "is 2 tokens")):
+        write_pairs(broken, 2 * [pair | change])
+        assert sentence in complaint("circuit", runs.trained, "--prompts", broken)
     broken.write_text("nothing", encoding="utf-8")
-    assert "not JSON lines" in complaint("circuit", trained, "--prompts", broken)
+    assert "not JSON lines" in complaint("circuit", runs.trained, "--prompts", broken)
     cannot = tmp_path / "cannot.jsonl"
     rows = [json.loads(line) for line in byte_pairs.read_text(encoding="utf-8").splitlines()]
     swapped = [row | {"answer": row["wrong"], "wrong": row["answer"]} for row in rows]
     for prompts in (rows, swapped):  # a random model prefers one of the two letters nearly always
-        cannot.write_text("\n".join(json.dumps(row) for row in prompts), encoding="utf-8")
-        code = lorsa("circuit", trained, "--prompts", cannot, "--nodes", "mhsa")
+        code = lorsa("circuit", runs.trained, "--prompts", write_pairs(cannot, prompts), "--nodes", "mhsa")
         if code == 1:
             break
     assert code == 1
-    assert "% of the prompts of cannot" in complaint("circuit", trained, "--prompts", cannot, "--nodes", "mhsa")
+    assert "% of the prompts of cannot" in complaint("circuit", runs.trained, "--prompts", cannot, "--nodes", "mhsa")

@@ -16,8 +16,8 @@ from lorsa_utils.activations import ActivationCache
 from lorsa_utils.config import PRESETS
 from lorsa_utils.corpus import Corpus, Document
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import cli, notebook, presets, recipes
-from lorsa_utils.kit.bench import SHAPES
+from lorsa_utils.kit import cli, doctor, notebook, recipes
+from lorsa_utils.kit.bench import SHAPES, Shape
 from lorsa_utils.lorsa import Lorsa, load
 from lorsa_utils.view import figures, gallery
 
@@ -71,11 +71,15 @@ def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str,
 # ---- shapes
 
 
+def shape_of(preset: config.Preset) -> Shape:
+    return doctor.shape(preset, preset.d_model, preset.d_head)
+
+
 def test_shapes_are_those_that_are_timed() -> None:
-    assert presets.shape(PRESETS["pythia-160m"]) == SHAPES["pythia"]
-    assert presets.shape(PRESETS["llama-3.1-8b"]) == SHAPES["llama"]
-    assert presets.lorsa_parameters(PRESETS["pythia-160m"]) == 18 * 2**20
-    assert presets.lorsa_parameters(PRESETS["llama-3.1-8b"]) == 512 * 2**20
+    assert shape_of(PRESETS["pythia-160m"]) == SHAPES["pythia"]
+    assert shape_of(PRESETS["llama-3.1-8b"]) == SHAPES["llama"]
+    assert SHAPES["pythia"].config().n_parameters == 18 * 2**20
+    assert SHAPES["llama"].config().n_parameters == 512 * 2**20
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
@@ -96,15 +100,15 @@ def test_operations_and_bytes_by_hand() -> None:
     )
     preset = preset.replace(parameters=100.0, multiplied=50.0)
     weights = 2 * 4 * 2 * 2 + 2 * 4 * 6  # W_Q and W_K of two groups, W_V and W_O of six heads
-    assert presets.lorsa_parameters(preset) == weights
+    assert shape_of(preset).config().n_parameters == weights
     # Projections and their weights' gradients over 3 tokens: 2 * 2 operations per weight of W_Q, W_K, W_V; attention
     # forward over 6 causal pairs in 2 groups, backward in one of them (one head is kept); decode and its two gradients
     # read one row per token.
     projections = 2 * 2 * 3 * 4 * (2 * 2 * 2 + 6)
     attention = 2 * (2 + 3) * 6 * 2 + 2 * (3 * 2 + 2 * 3) * 6
     decode = 3 * 2 * 3 * 1 * 4
-    assert presets.step_flops(presets.shape(preset)) == pytest.approx((projections + attention + decode) / 3)
-    found = presets.estimate(preset, rate=1.0, memory=200 + 16 * 1 * 3 * 6 + 2 * 16 * weights)
+    assert doctor.step_flops(shape_of(preset)) == pytest.approx((projections + attention + decode) / 3)
+    found = doctor.estimate(preset, rate=1.0, memory=200 + 16 * 1 * 3 * 6 + 2 * 16 * weights)
     assert found["layers_together"] == 2
     assert found["hours_training"] == pytest.approx(5 * (projections + attention + decode) / 3, abs=0.01)
     assert found["hours_model"] == 3 * 2 * 50  # three groups of layers, a pass each
@@ -116,7 +120,7 @@ def test_readme_prints_what_doctor_computes() -> None:
     for name, preset in PRESETS.items():
         line = next(row for row in readme.splitlines() if row.startswith(f"| `{name}`"))
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        found = presets.estimate(preset)
+        found = doctor.estimate(preset)
         shown = (found["mflop_per_token_and_layer"], found["model_gflop_per_token"], found["layers_together"])
         assert [float(cell.split()[0]) for cell in cells[2:5]] == list(shown)
         assert float(cells[5].split()[0]) == pytest.approx(found["hours"], rel=0.02)
@@ -127,12 +131,12 @@ def test_readme_prints_what_doctor_computes() -> None:
 def test_doctor_estimates_a_preset(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presets, "matmul_rate", lambda: 1e12)
+    monkeypatch.setattr(doctor, "matmul_rate", lambda: 1e12)
     assert cli.main(["doctor", "--preset", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["preset"]
     assert "not measured" in found["how"]
     there, here = (value for key, value in found.items() if key.startswith("at "))
-    assert there["hours_training"] == presets.estimate(PRESETS[name])["hours_training"]
+    assert there["hours_training"] == doctor.estimate(PRESETS[name])["hours_training"]
     assert here["hours_training"] == pytest.approx(400 * there["hours_training"], rel=0.02)
     assert cli.main(["doctor", "--profile", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["estimate"]["memory_gb"] > 1
@@ -141,13 +145,18 @@ def test_doctor_estimates_a_preset(
 # ---- training
 
 
+def trained(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    """config.json of a run."""
+    given = ["--layer", "1", "--out", str(folder), "--held-out-tokens", "300", *options]
+    assert cli.main(["train", "--preset", name, *given]) == 0
+    return dict(store.read_json(folder / "config.json"))
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_train_fills_in_the_preset_and_explicit_options_win(
     name: str, tiny: dict[str, config.Preset], tmp_path: Path
 ) -> None:
-    options = ["--layer", "1", "--out", str(tmp_path / "run"), "--k", "3", "--held-out-tokens", "300"]
-    assert cli.main(["train", "--preset", name, *options]) == 0
-    saved = store.read_json(tmp_path / "run" / "config.json")
+    saved = trained(name, tmp_path / "run", "--k", "3")
     module = saved["module"]
     assert (module["n_ov_heads"], module["n_qk_heads"], module["k"]) == (96, 8, 3)
     assert (saved["train"]["tokens"], saved["train"]["batch_size"], saved["source"]["context"]) == (600, 4, 32)
@@ -162,15 +171,12 @@ def test_train_fills_in_the_preset_and_explicit_options_win(
 
 
 def test_text_of_ones_own_takes_the_place_of_the_presets(tiny: dict[str, config.Preset], tmp_path: Path) -> None:
-    options = ["--layer", "1", "--out", str(tmp_path / "run"), "--held-out-tokens", "300", "--text", "a.txt"]
-    assert cli.main(["train", "--preset", "pythia-160m", *options]) == 0
-    assert store.read_json(tmp_path / "run" / "config.json")["source"]["text"] == ["a.txt"]
+    assert trained("pythia-160m", tmp_path / "run", "--text", "a.txt")["source"]["text"] == ["a.txt"]
 
 
-@pytest.mark.parametrize("name", ["qwen3-1.7b"])
-def test_notebooks_run_in_the_size_of_a_preset(name: str, tiny: dict[str, config.Preset], tmp_path: Path) -> None:
-    run = notebook.start("02_train_lorsa", name, tmp_path / "run")
-    assert run.profile.name == name
+def test_notebooks_run_in_the_size_of_a_preset(tiny: dict[str, config.Preset], tmp_path: Path) -> None:
+    run = notebook.start("02_train_lorsa", "qwen3-1.7b", tmp_path / "run")
+    assert run.profile.name == "qwen3-1.7b"
     assert notebook.banners(run.folder) == []
     model = models.load_model(run.profile.model)
     cache = recipes.activation_cache(run, model, recipes.sequences(run, model))
@@ -188,22 +194,13 @@ class GatedRepoError(Exception):
 def test_gated_weights_leave_a_banner_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    def gated(name: str) -> None:
-        raise GatedRepoError(f"403 Client Error. Cannot access {name}.")
-
-    monkeypatch.setattr("huggingface_hub.auth_check", gated)
+    hub_raises(monkeypatch, GatedRepoError("403 Client Error."))
     run = notebook.start("02_train_lorsa", "llama-3.1-8b", tmp_path / "run")
     told = capsys.readouterr().out
-    for part in (
-        "meta-llama/Llama-3.1-8B is gated: accept its licence",
-        "hf auth login",
-        "goes on with smollm2 in the sizes of the laptop",
-    ):
-        assert part in told
+    assert "meta-llama/Llama-3.1-8B is gated: accept its licence" in told
+    assert "hf auth login" in told
+    assert "goes on with smollm2 in the sizes of the laptop" in told
     assert run.profile == config.PROFILES["laptop"]
-    assert "laptop profile, scaled down" in run.title("A figure")
     page = gallery.write_index(tmp_path / "run", "llama-3.1-8b").read_text(encoding="utf-8")
     assert '<p class="banner" role="alert">meta-llama/Llama-3.1-8B is gated' in page
     assert "results of the laptop profile" in page
@@ -217,20 +214,23 @@ def test_gated_weights_leave_a_banner_and_the_run_goes_on(
 
 def test_the_banner_is_shown_inside_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, Any]] = []
-    monkeypatch.setattr(notebook, "_display_bundle", lambda bundle: not shown.append(bundle))
+    monkeypatch.setattr(notebook, "_display", lambda bundle: not shown.append(bundle))
     notebook.start("04_heads", "paper", tmp_path / "run")
     assert "This run goes on with smollm2" in shown[0]["text/plain"]
     assert 'role="alert"' in shown[0]["text/html"]
 
 
-@pytest.mark.parametrize("error", [ConnectionError("No route to host"), OSError("We couldn't connect")])
-def test_no_network_is_told_in_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    def absent(name: str) -> None:
+def hub_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(name: str) -> None:
         raise error
 
-    monkeypatch.setattr("huggingface_hub.auth_check", absent)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.auth_check", fail)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("No route to host"), OSError("We couldn't connect")])
+def test_no_network_is_told_in_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_raises(monkeypatch, error)
     with pytest.raises(UserError, match="cannot be loaded .*check the name and the network, or use smollm2") as caught:
         models.require_available("EleutherAI/pythia-160m")
     assert "\n" not in str(caught.value)
@@ -242,7 +242,6 @@ def test_weights_that_are_here_need_no_network(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(tmp_path / file))
     models.require_available("EleutherAI/pythia-160m")
     models.require_available("smollm2")
-    monkeypatch.undo()
 
 
 def test_smoke_and_laptop_never_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ import nbformat
 import pytest
 
 from lorsa_utils import store
+from lorsa_utils.config import get_profile
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit import reproduce
-from lorsa_utils.view import figures
 
 
 @pytest.fixture(autouse=True)
@@ -19,21 +19,20 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
 
-def write_notebook(
-    tmp_path: Path, name: str, *cells: str, minutes: float | None = None, reads_run: bool = False, starts: bool = True
-) -> Path:
-    parameters = nbformat.v4.new_code_cell('PROFILE = "laptop"\nRUN_DIR = ""')
-    parameters.metadata["tags"] = ["parameters"]
-    begin = nbformat.v4.new_code_cell(
-        f'from lorsa_utils.kit import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)'
-    )
-    code = [parameters, *[begin] * starts, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A lesson"), *code])
+@pytest.fixture(autouse=True)
+def own_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "notebooks_dir", lambda: tmp_path / "notebooks")
+
+
+def write_notebook(tmp_path: Path, name: str, *cells: str, starts: bool = True, **about: Any) -> Path:
+    """A notebook with these cells; `about` is its metadata for `reproduce`."""
+    begin = f'from lorsa_utils.kit import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)'
+    code = ['PROFILE = "laptop"\nRUN_DIR = ""', *[begin] * starts, *cells]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A lesson")])
+    book.cells += [nbformat.v4.new_code_cell(cell) for cell in code]
+    book.cells[1].metadata["tags"] = ["parameters"]
     book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
-    if minutes is not None:
-        book.metadata["lorsa"] = {"minutes": {"smoke": minutes}}
-    if reads_run:
-        book.metadata["lorsa"] = {"reads_run": True}
+    book.metadata["lorsa"] = about
     path = tmp_path / "notebooks" / f"{name}.ipynb"
     path.parent.mkdir(exist_ok=True)
     nbformat.write(book, path)
@@ -41,7 +40,7 @@ def write_notebook(
 
 
 def run(tmp_path: Path, **options: Any) -> dict[str, str]:
-    statuses = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run", **options)
+    statuses = reproduce.reproduce("smoke", run_dir=tmp_path / "run", **options)
     return {status.name: status.status for status in statuses}
 
 
@@ -50,31 +49,27 @@ def test_notebooks_run_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         write_notebook(tmp_path, name)
     write_notebook(tmp_path, "03_shows_all", reads_run=True)
     (tmp_path / "notebooks" / "draft.ipynb").write_text("{}")
-    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks")] == [
-        "01_first",
-        "02_second",
-        "10_last",
-        "03_shows_all",
-    ]
-    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks", ["10", "1"])] == [
-        "01_first",
-        "10_last",
-    ]
-    assert [path.stem for path in reproduce.find_notebooks(tmp_path / "notebooks", ["02_second"])] == ["02_second"]
+
+    def names(only: list[str] | None = None) -> list[str]:
+        return [path.stem for path in reproduce.find_notebooks(only)]
+
+    assert names() == ["01_first", "02_second", "10_last", "03_shows_all"]
+    assert names(["10", "1"]) == ["01_first", "10_last"]
+    assert names(["02_second"]) == ["02_second"]
 
 
 def test_bad_requests_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no notebooks in"):
-        reproduce.find_notebooks(tmp_path / "nowhere")
+        reproduce.find_notebooks()
     write_notebook(tmp_path, "01_first")
     with pytest.raises(UserError, match="no notebook '07'; choose among 01_first"):
         run(tmp_path, only=["07"])
     with pytest.raises(UserError, match="no profile 'huge'"):
-        reproduce.reproduce("huge", source=tmp_path / "notebooks")
+        reproduce.reproduce("huge")
 
 
 def test_plan_adds_up_what_is_known(tmp_path: Path) -> None:
-    paths = [write_notebook(tmp_path, "01_first", minutes=2), write_notebook(tmp_path, "02_second", minutes=3)]
+    paths = [write_notebook(tmp_path, name, minutes={"smoke": n}) for name, n in (("01_first", 2), ("02_second", 3))]
     assert "2 of 2 notebooks to run (profile smoke): about 5.0 minutes" in reproduce._plan(paths, 2, "smoke", {})
     assert "about 2.5 minutes" in reproduce._plan(paths, 2, "smoke", {"02_second": {"seconds": 30}})
     assert "time not known yet" in reproduce._plan([*paths, write_notebook(tmp_path, "03_third")], 3, "smoke", {})
@@ -162,34 +157,36 @@ def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
 @pytest.mark.slow
 def test_a_cell_that_hangs_or_a_kernel_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(reproduce.CELL_TIMEOUT_SECONDS, "smoke", 5)
-    write_notebook(tmp_path, "01_dies", "import os\nos._exit(3)", starts=False)
-    (status,) = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run")
-    assert status.error
-    assert status.error.startswith("01_dies failed in cell [3] (")
-    write_notebook(tmp_path, "01_dies", "import time\ntime.sleep(600)", starts=False)
-    (status,) = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run")
-    assert status.error
-    assert "in cell [3] (it ran longer than allowed)" in status.error
+    for code, reason in (
+        ("import os\nos._exit(3)", "("),
+        ("import time\ntime.sleep(600)", "(it ran longer than allowed)"),
+    ):
+        write_notebook(tmp_path, "01_dies", code, starts=False)
+        (status,) = reproduce.reproduce("smoke", run_dir=tmp_path / "run")
+        assert status.error
+        assert status.error.startswith(f"01_dies failed in cell [3] {reason}")
+
+
+def digest(path: Path, folder: Path, **changes: Any) -> str:
+    return reproduce._hash(path, get_profile("smoke").replace(**changes), folder)
 
 
 def test_changes_of_profile_tables_or_expected_values_make_a_run_stale(tmp_path: Path) -> None:
-    path = write_notebook(tmp_path, "01_first")
-    smoke, laptop = reproduce.get_profile("smoke"), reproduce.get_profile("laptop")
-    before = reproduce._hash(path, smoke, tmp_path)
-    assert reproduce._hash(path, laptop, tmp_path) != before
-    assert reproduce._hash(path, smoke.replace(k=16), tmp_path) != before
-    store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"laptop": {"fvu": {"max": 1}}})
-    assert reproduce._hash(path, smoke, tmp_path) == before
-    store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"smoke": {"fvu": {"max": 1}}})
-    changed = reproduce._hash(path, smoke, tmp_path)
+    path, expected = write_notebook(tmp_path, "01_first"), tmp_path / "data" / "expected" / "01_first.json"
+    before = digest(path, tmp_path)
+    assert len({before, digest(path, tmp_path, name="laptop"), digest(path, tmp_path, k=16)}) == 3
+    store.write_json(expected, {"laptop": {"fvu": {"max": 1}}})
+    assert digest(path, tmp_path) == before
+    store.write_json(expected, {"smoke": {"fvu": {"max": 1}}})
+    changed = digest(path, tmp_path)
     assert changed != before
     store.write_text(store.data_dir() / "benchmarks.csv", "shape\nA\n")
-    after = reproduce._hash(path, smoke, tmp_path)
+    after = digest(path, tmp_path)
     assert after != changed
     content = json.loads(path.read_text(encoding="utf-8"))
     content["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
     path.write_text(json.dumps(content), encoding="utf-8")
-    assert reproduce._hash(path, smoke, tmp_path) == after, "outputs saved in the source do not matter"
+    assert digest(path, tmp_path) == after, "outputs saved in the source do not matter"
 
 
 @pytest.fixture
@@ -215,16 +212,16 @@ def test_a_notebook_is_stale_when_a_module_that_it_imports_changes_and_not_when_
     tmp_path: Path, package: Path
 ) -> None:
     path = write_notebook(tmp_path, "01_first", "%matplotlib inline\nfrom lorsa_utils import used")
-    before = reproduce._hash(path, reproduce.get_profile("smoke"), tmp_path)
+    before = digest(path, tmp_path)
     for name in ("alone.py", "public.py", "__init__.py"):
         store.write_text(package / name, "changed = True")
-        assert reproduce._hash(path, reproduce.get_profile("smoke"), tmp_path) == before, name
+        assert digest(path, tmp_path) == before, name
     for name in ("used.py", "rooms/deep.py", "rooms/templates/page.html"):
         content = (package / name).read_text(encoding="utf-8")
         store.write_text(package / name, content + "\nchanged = True")
-        assert reproduce._hash(path, reproduce.get_profile("smoke"), tmp_path) != before, name
+        assert digest(path, tmp_path) != before, name
         store.write_text(package / name, content)
-    assert reproduce._hash(path, reproduce.get_profile("smoke"), tmp_path) == before
+    assert digest(path, tmp_path) == before
 
 
 @pytest.mark.parametrize("code", ["import lorsa_utils as lu", "from lorsa_utils import Name"])
@@ -233,7 +230,7 @@ def test_public_names_count_as_their_homes(package: Path, code: str) -> None:
 
 
 def test_modules_of_the_notebooks_are_found() -> None:
-    source = json.loads((reproduce.notebooks_dir() / "08_circuits.ipynb").read_text(encoding="utf-8"))
+    source = json.loads((store.CHECKOUT / "notebooks" / "08_circuits.ipynb").read_text(encoding="utf-8"))
     code = "\n".join("".join(cell["source"]) for cell in source["cells"] if cell["cell_type"] == "code")
     names = {file.relative_to(reproduce.PACKAGE).as_posix() for file in reproduce.imported_files(code)}
     assert {"circuits/graph.py", "kit/notebook.py", "ops.py", "store.py"} <= names
@@ -274,4 +271,3 @@ def test_empty_results_make_a_page_too(tmp_path: Path) -> None:
     page = reproduce.write_index(tmp_path, "paper").read_text(encoding="utf-8")
     assert "paper" in page
     assert "scaled down" not in page
-    assert figures.PALETTE
