@@ -119,8 +119,8 @@ def reproduce(
         if status.status == "failed":
             _tell(status.error or "")
             break
-        log[path.stem] = {"hash": digest, "seconds": round(status.seconds, 1), "commit": notebook.git_commit()}
-        store.write_json(folder / "reproduce.json", log)
+        with notebook.changed_json(folder / "reproduce.json") as log:
+            log[path.stem] = {"hash": digest, "seconds": round(status.seconds, 1), "commit": notebook.git_commit()}
         _tell(f"    done in {_minutes(status.seconds)}")
     write_index(folder, profile)
     _tell(f"Results: {folder / 'index.html'}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import functools
 import html
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,11 +220,39 @@ def draw_png(figure: go.Figure) -> bytes | None:
     if not can_draw_png():
         return None
     try:
-        return figure.to_image(format="png", scale=1.5)
+        return _drawer()(figure)
     except Exception as error:  # a missing image must not end a run
+        _drawer.cache_clear()
         first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
         print(f"No static image could be drawn ({first_line}); the interactive figure is there.", file=sys.stderr)
         return None
+
+
+@functools.cache
+def _drawer() -> Callable[[go.Figure], bytes]:
+    """Draws in one Chromium for all figures of this process: it takes seconds to start and tenths of one to draw."""
+    from kaleido import Kaleido
+
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+
+    def wait(task: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(task, loop).result(120)
+
+    async def start() -> Any:
+        browser = Kaleido()
+        await browser.open()
+        return browser
+
+    browser = wait(start())
+    atexit.register(lambda: wait(browser.close()))
+
+    def draw(figure: go.Figure) -> bytes:
+        layout, default = figure.layout, figure.layout.template.layout
+        size = {"width": layout.width or default.width or 700, "height": layout.height or default.height or 500}
+        return bytes(wait(browser.calc_fig(figure.to_dict(), {"format": "png", "scale": 1.5, **size})))
+
+    return draw
 
 
 @functools.cache

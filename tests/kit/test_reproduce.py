@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 from pathlib import Path
@@ -19,15 +20,26 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
 
+# The second leaves what the first leaves, without the seconds that a kernel needs to load torch.
+START = """from lorsa_utils.kit import notebook
+run = notebook.start({name!r}, PROFILE, RUN_DIR)"""
+QUICK_START = """import json, pathlib
+file = pathlib.Path(RUN_DIR, "results.json")
+file.write_text(json.dumps({{**(json.loads(file.read_text()) if file.exists() else {{}}), {name!r}: {{}}}}))"""
+
+
 def write_notebook(
-    tmp_path: Path, name: str, *cells: str, minutes: float | None = None, reads_run: bool = False, starts: bool = True
+    tmp_path: Path,
+    name: str,
+    *cells: str,
+    minutes: float | None = None,
+    reads_run: bool = False,
+    start: str | None = START,
 ) -> Path:
     parameters = nbformat.v4.new_code_cell('PROFILE = "laptop"\nRUN_DIR = ""')
     parameters.metadata["tags"] = ["parameters"]
-    begin = nbformat.v4.new_code_cell(
-        f'from lorsa_utils.kit import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)'
-    )
-    code = [parameters, *[begin] * starts, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
+    begin = [nbformat.v4.new_code_cell(start.format(name=name))] if start else []
+    code = [parameters, *begin, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A lesson"), *code])
     book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
     if minutes is not None:
@@ -84,7 +96,7 @@ def test_plan_adds_up_what_is_known(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_reproduction_trains_what_a_reader_need_not(tmp_path: Path) -> None:
     path = write_notebook(tmp_path, "01_first", "assert TRAIN", "run.record('train', TRAIN)")
-    write_notebook(tmp_path, "02_second", "assert 'TRAIN' not in globals()", starts=False)
+    write_notebook(tmp_path, "02_second", "assert 'TRAIN' not in globals()", start=None)
     book = nbformat.read(path, as_version=4)
     book.cells[1].source += "\nTRAIN = False"
     nbformat.write(book, path)
@@ -97,9 +109,8 @@ def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(
 ) -> None:
     figure = 'import plotly.graph_objects as go\nrun.show(go.Figure(go.Scatter(y=[3, 4])), "P4_test", "Is <b> & bold?")'
     write_notebook(tmp_path, "01_first", figure, 'run.record("fvu", 0.25)\nrun.record("<script>", 1)', "run.finish()")
-    second = write_notebook(
-        tmp_path, "02_second", 'from pathlib import Path\nassert (Path(RUN_DIR) / "01_first.ipynb").exists()'
-    )
+    exists = 'assert pathlib.Path(RUN_DIR, "01_first.ipynb").exists()'
+    second = write_notebook(tmp_path, "02_second", exists, start=QUICK_START)
     store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"smoke": {"fvu": {"max": 0.3}}})
     folder = tmp_path / "run"
 
@@ -115,7 +126,7 @@ def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(
     assert run(tmp_path) == {"01_first": "up to date", "02_second": "up to date"}
     assert "All 2 notebooks are up to date" in capsys.readouterr().err
 
-    write_notebook(tmp_path, "02_second", "1 + 1")
+    write_notebook(tmp_path, "02_second", "1 + 1", start=QUICK_START)
     assert run(tmp_path) == {"01_first": "up to date", "02_second": "done"}
     (folder / "01_first.ipynb").unlink()
     assert run(tmp_path, only=["01"]) == {"01_first": "done"}
@@ -142,9 +153,10 @@ def check_index(folder: Path) -> None:
 def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_notebook(tmp_path, "01_first", "x = 1")
-    write_notebook(tmp_path, "02_second", "x = 1", 'raise ValueError("the head is dead\\nlong story")', "never = 1")
-    write_notebook(tmp_path, "03_third")
+    write = functools.partial(write_notebook, tmp_path, start=QUICK_START)
+    write("01_first", "x = 1")
+    write("02_second", "x = 1", 'raise ValueError("the head is dead\\nlong story")', "never = 1")
+    write("03_third")
     folder = tmp_path / "run"
     assert run(tmp_path) == {"01_first": "done", "02_second": "failed", "03_third": "not run"}
     # parameters, injected parameters, start, x = 1, then the one that fails
@@ -154,7 +166,7 @@ def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
     assert any("the head is dead" in str(cell.get("outputs")) for cell in partial.cells)
     assert (folder / "index.html").is_file()
     (folder / "02_second.failed.ipynb").write_text('{"cells": [')  # as a killed run leaves it
-    write_notebook(tmp_path, "02_second", "x = 1")
+    write("02_second", "x = 1")
     assert run(tmp_path) == {"01_first": "up to date", "02_second": "done", "03_third": "done"}
     assert not (folder / "02_second.failed.ipynb").exists()
 
@@ -162,11 +174,11 @@ def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
 @pytest.mark.slow
 def test_a_cell_that_hangs_or_a_kernel_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(reproduce.CELL_TIMEOUT_SECONDS, "smoke", 5)
-    write_notebook(tmp_path, "01_dies", "import os\nos._exit(3)", starts=False)
+    write_notebook(tmp_path, "01_dies", "import os\nos._exit(3)", start=None)
     (status,) = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run")
     assert status.error
     assert status.error.startswith("01_dies failed in cell [3] (")
-    write_notebook(tmp_path, "01_dies", "import time\ntime.sleep(600)", starts=False)
+    write_notebook(tmp_path, "01_dies", "import time\ntime.sleep(600)", start=None)
     (status,) = reproduce.reproduce("smoke", source=tmp_path / "notebooks", run_dir=tmp_path / "run")
     assert status.error
     assert "in cell [3] (it ran longer than allowed)" in status.error
