@@ -21,7 +21,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup reproduce test test-fast test-gpu lint format triton browser lock clean
+.PHONY: help setup reproduce test test-fast test-gpu lint format triton browser fetch lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -32,7 +32,7 @@ setup: $(READY)  ## make the environment in .venv (the other targets do it when 
 reproduce: $(READY)  ## run all notebooks and write data/runs/$PROFILE/index.html
 	$(VENV)/bin/lorsa reproduce --profile $(PROFILE)
 
-test: $(READY) triton browser lint  ## run every check and test
+test: $(READY) triton browser fetch lint  ## run every check and test
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY) triton  ## run the tests that take seconds
@@ -62,6 +62,10 @@ $(READY): pyproject.toml constraints.txt
 triton: $(READY)
 	@$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check triton==$(TRITON) 2>/dev/null \
 	  || echo "No Triton $(TRITON) for this system: the tests of the GPU kernels are skipped."
+
+# In the background, while mypy runs; a test that needs the model or the text waits until it is there.
+fetch: $(READY)
+	@$(PY) -c 'from lorsa_utils import corpus, fetch; fetch.fetch_embedded_model(); corpus.embedded_corpus()' >/dev/null 2>&1 &
 
 # Static figures and the page tests draw with a Chromium. Without one, figures fall back and those tests are skipped.
 browser:

@@ -25,5 +25,6 @@ settings.load_profile("kit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks first: they are the longest file, and one worker runs them while the other runs the rest."""
-    items.sort(key=lambda item: "notebooks" not in item.path.parts)
+    """Long files first, the notebooks before all, so that no worker is left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: ("notebooks" not in item.path.parts, item.path not in slow))

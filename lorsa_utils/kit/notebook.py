@@ -10,6 +10,7 @@ run.finish()                                          # asserts data/expected/02
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import html
 import json
@@ -19,7 +20,7 @@ import platform
 import re
 import subprocess
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
+from filelock import FileLock
 
 from lorsa_utils import __version__, store
 from lorsa_utils.config import Profile, get_profile
@@ -197,9 +199,8 @@ class Context:
         Raises:
             UserError: it is not a finite number, a text, a truth value, None or a list or dict of them.
         """
-        results = read_results(self.folder)
-        results.setdefault(self.name, {})[key] = _plain(value, key)
-        store.write_json(self.folder / "results.json", results)
+        with changed_json(self.folder / "results.json") as results:
+            results.setdefault(self.name, {})[key] = _plain(value, key)
 
     def finish(self) -> pd.DataFrame:
         """Check recorded values against `data/expected/<notebook>.json`; columns `key`, `value`, `expected`, `result`.
@@ -233,7 +234,8 @@ def start(name: str, profile: str, run_dir: str | Path = "", seed: int = 0) -> C
     check_versions()
     settings, banner = _within_reach(get_profile(profile))
     folder = store.require_writable(Path(run_dir) if run_dir else store.data_dir() / "runs" / profile)
-    store.write_json(folder / "results.json", read_results(folder) | {name: {}})
+    with changed_json(folder / "results.json") as results:
+        results[name] = {}
     _show_banner(folder, name, banner)
     facts = provenance()
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
@@ -290,6 +292,15 @@ def read_object(file: Path) -> dict[str, Any]:
 def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
     """All recorded values: notebook to key to value."""
     return read_object(Path(folder) / "results.json")
+
+
+@contextlib.contextmanager
+def changed_json(file: Path) -> Iterator[dict[str, Any]]:
+    """Content of a file to change; locked, because notebooks may run side by side in one folder."""
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        content = dict(store.read_json(file)) if file.is_file() else {}
+        yield content
+        store.write_json(file, content)
 
 
 def _plain(value: Any, key: str) -> Any:

@@ -113,8 +113,8 @@ def reproduce(
         if status.error:
             _tell(status.error)
             break
-        log[path.stem] = {"hash": digest, "seconds": status.seconds, "commit": notebook.git_commit()}
-        store.write_json(folder / LOG_FILE, log)
+        with notebook.changed_json(folder / LOG_FILE) as log:
+            log[path.stem] = {"hash": digest, "seconds": status.seconds, "commit": notebook.git_commit()}
         _tell(f"    done in {_minutes(status.seconds)}")
     write_index(folder, profile)
     _tell(f"Results: {folder / 'index.html'}")

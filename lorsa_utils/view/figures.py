@@ -190,9 +190,13 @@ def draw_png(figure: go.Figure) -> bytes | None:
     """A PNG with 1.5 pixels per unit, or None when no browser can draw it. Never fails."""
     if not can_draw_png():
         return None
+    import kaleido
+
     try:
-        return figure.to_image(format="png", scale=1.5)
+        kaleido.start_sync_server(silence_warnings=True)  # one Chromium for all figures: it takes seconds to start
+        return bytes(figure.to_image(format="png", scale=1.5))
     except Exception as error:  # a missing image must not end a run
+        kaleido.stop_sync_server(silence_warnings=True)
         first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
         print(f"No static image could be drawn ({first_line}); the interactive figure is there.", file=sys.stderr)
         return None

@@ -1,31 +1,51 @@
-"""All notebooks in order, in the smoke profile and one run folder, as a reader of `make reproduce` gets them."""
+"""The notebooks that build on each other, in order, in the smoke profile, as a reader of `make reproduce` gets them."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
+import smoke_run
+from browsing import Watched, keep_screenshot, open_browser
+from jupyter_lab import explore, open_lab, run_all
 
-from lorsa_utils.kit import notebook, reproduce
+from lorsa_utils.kit import reproduce
 
-NOTEBOOKS = [path.stem for path in reproduce.find_notebooks()]
+NOTEBOOKS = [name for name in smoke_run.names() if name not in smoke_run.names(smoke_run.INDEPENDENT)]
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("smoke")
+    return smoke_run.folder(tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs_and_meets_its_expected_values(name: str, run_dir: Path) -> None:
-    (status,) = reproduce.reproduce("smoke", [name], run_dir=run_dir)
-    assert status.status == "done", status.error
-    output = nbformat.read(run_dir / f"{name}.ipynb", as_version=4)
-    nbformat.validate(output)
-    recorded = notebook.read_results(run_dir)[name]
-    assert recorded, "a notebook records what it measured"
-    expected = notebook.expected_values(name, "smoke")
-    assert expected, f"data/expected/{name}.json has a section for the smoke profile"
-    assert all(check.result != "FAIL" for check in notebook.check_values(recorded, expected))
-    assert name in (run_dir / "index.html").read_text(encoding="utf-8")
+    if name == NOTEBOOKS[-1]:  # it shows what all others found
+        for other in smoke_run.names(smoke_run.INDEPENDENT):
+            smoke_run.run(other, run_dir)
+    smoke_run.check(name, run_dir)
+
+
+@pytest.mark.browser
+def test_notebook_06_can_be_used_in_jupyterlab(run_dir: Path, tmp_path: Path) -> None:
+    """With what 02 and 03 trained in this run."""
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed; pip install 'lorsa-utils[notebooks]'")
+    book = nbformat.read(reproduce.notebooks_dir() / "06_head_explorer.ipynb", as_version=4)
+    for cell in book.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = f'PROFILE = "smoke"\nRUN_DIR = {str(run_dir)!r}\nSEED = 0'
+    nbformat.write(book, tmp_path / "06_head_explorer.ipynb")
+    with open_browser() as browser, open_lab(tmp_path) as address:
+        tab: Watched = run_all(browser, address, "06_head_explorer.ipynb", 25)
+        page: Any = tab.page
+        assert page.locator(".jp-RenderedPlotly, .js-plotly-plot, .jp-RenderedImage img").count() >= 4, (
+            "pictures beside the widgets"
+        )
+        explore(page)
+        keep_screenshot(page, "notebook_06")
+        assert not [problem for problem in tab.problems if "Error" in problem]

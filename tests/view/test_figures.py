@@ -79,13 +79,14 @@ def test_image_is_written_when_it_can_be_drawn_and_an_old_one_removed(
 def test_a_browser_that_fails_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*args: object, **kwargs: object) -> bytes:
+    def broken(**options: bool) -> None:
         raise RuntimeError("no display\nmore")
 
     monkeypatch.setattr(figures, "can_draw_png", lambda: True)
-    monkeypatch.setattr(go.Figure, "to_image", fail)
-    assert figures.draw_png(drawings()["bars"]) is None
-    assert "no display" in capsys.readouterr().err
+    monkeypatch.setattr("kaleido.start_sync_server", broken)
+    for _ in range(2):
+        assert figures.draw_png(drawings()["bars"]) is None
+        assert "no display" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "P4 a"])
@@ -99,9 +100,14 @@ def test_a_real_browser_draws_a_png(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     if not figures.can_draw_png():
         pytest.skip("no Chrome or Chromium here")
-    image = figures.draw_png(drawings()["lines"])
-    assert image is not None
-    assert image.startswith(b"\x89PNG")
+    small = drawings()["lines"].update_layout(width=300, height=200)
+    for figure in (drawings()["lines"], small):  # the second in the browser of the first
+        image = figures.draw_png(figure)
+        assert image is not None
+        assert image.startswith(b"\x89PNG")
+        width, height = (int.from_bytes(image[at : at + 4]) for at in (16, 20))
+        size = figure.layout.width or figures.WIDTH, figure.layout.height or figures.HEIGHT
+        assert (width, height) == tuple(1.5 * side for side in size)
 
 
 def test_score_intervals_have_a_panel_for_each_score() -> None:

@@ -1,4 +1,4 @@
-"""Notebooks that need no artefact of an earlier one, run straight from their files, in a worker of their own."""
+"""Notebooks that need no artefact of an earlier one, in a worker of their own; one of them straight from its file."""
 
 import os
 import subprocess
@@ -6,15 +6,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import smoke_run
 
 from lorsa_utils.kit import reproduce
-
-SELF_CONTAINED = [path.stem for path in reproduce.find_notebooks(only=["00", "12"])]
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", SELF_CONTAINED)
+@pytest.mark.parametrize("name", smoke_run.names(smoke_run.INDEPENDENT))
+def test_independent_notebook_runs_and_meets_its_expected_values(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    smoke_run.check(name, smoke_run.folder(tmp_path_factory))
+
+
+@pytest.mark.parametrize("name", smoke_run.names(("12",)))
 def test_self_contained_notebook_runs_straight_from_its_file(name: str, tmp_path: Path) -> None:
     # Its parameters are those of a reader; only the run folder must not be theirs.
     source = reproduce.notebooks_dir() / f"{name}.ipynb"
