@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -193,8 +194,9 @@ def draw_png(figure: go.Figure) -> bytes | None:
     import kaleido
 
     try:
-        kaleido.start_sync_server(silence_warnings=True)  # one Chromium for all figures: it takes seconds to start
-        return bytes(figure.to_image(format="png", scale=1.5))
+        kaleido.start_sync_server(mathjax=False, silence_warnings=True)  # one Chromium for all: it takes seconds to start
+        with warnings.catch_warnings(action="ignore"):  # plotly's options, none of which is set, do not reach a server
+            return bytes(figure.to_image(format="png", scale=1.5))
     except Exception as error:  # a missing image must not end a run
         kaleido.stop_sync_server(silence_warnings=True)
         first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
