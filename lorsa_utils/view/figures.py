@@ -194,7 +194,8 @@ def draw_png(figure: go.Figure) -> bytes | None:
     import kaleido
 
     try:
-        kaleido.start_sync_server(mathjax=False, silence_warnings=True)  # one Chromium for all: it takes seconds to start
+        # One Chromium for all figures of a process: it takes seconds to start.
+        kaleido.start_sync_server(mathjax=False, silence_warnings=True)
         with warnings.catch_warnings(action="ignore"):  # plotly's options, none of which is set, do not reach a server
             return bytes(figure.to_image(format="png", scale=1.5))
     except Exception as error:  # a missing image must not end a run
