@@ -39,10 +39,9 @@ class ChatServer:
         self.new_limit = False
         """Whether `max_tokens` is refused in favour of `max_completion_tokens`."""
         self.stop_after: int | None = None
-        """After so many answers the server leaves its callers hanging."""
+        """Answers after which the server leaves its callers hanging."""
         self.released = threading.Event()
         self.content: Callable[[str], str] = answer_for
-        self.delay = 0.0
         self.url = ""
 
     def body(self, prompt: str, **message: Any) -> bytes:
@@ -69,28 +68,20 @@ def chat_server() -> Iterator[ChatServer]:
                 state.prompts.append(prompt)
                 mishap = state.mishaps.pop(0) if state.mishaps else ""
                 hang = state.stop_after is not None and sum(state.answered.values()) >= state.stop_after
-            try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 if hang:
                     state.released.wait(60)
-                    return
-                time.sleep(state.delay)
-                if state.new_limit and "max_tokens" in request:
+                elif state.new_limit and "max_tokens" in request:
                     self.send(400, b'{"error": "use max_completion_tokens"}')
                 else:
                     self.play(mishap, prompt)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
-            finally:
-                with state.lock:
-                    state.now -= 1
+            with state.lock:
+                state.now -= 1
 
         def play(self, mishap: str, prompt: str) -> None:
             kind, _, detail = mishap.partition(" ")
-            whole = (
-                state.body(prompt, refusal="I cannot help with that.", content=None)
-                if kind == "refusal"
-                else state.body(prompt)
-            )
+            refusal = {"refusal": "I cannot help with that.", "content": None} if kind == "refusal" else {}
+            whole = state.body(prompt, **refusal)
             if kind == "status":
                 code, _, header = detail.partition(" ")
                 self.send(int(code), b'{"error": "no"}', {"Retry-After": header} if header else {})

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import string
+import itertools
 
 import numpy as np
 
 from lorsa_utils.autointerp import examples
 from lorsa_utils.autointerp.examples import Budget, Corpus, Examples
 
-LENGTH = 32
-SPECIAL = {0: "<bos>", 1: ",", **{2 + digit: str(digit) for digit in range(10)}}
-FIRST_WORD = 20
+LENGTH, FIRST_WORD = 32, 20
 BUDGET = Budget(units=20, shown=40, contrast=40, scored=20, least=8)
-
-
-def strings(n_words: int = 600) -> dict[int, str]:
-    """Token texts: comma, digits, and words of four letters, each behind a space."""
-    letters = string.ascii_lowercase[:9]
-    words = [f" {a}{b}{c}x" for a in letters for b in letters for c in letters][:n_words]
-    return SPECIAL | {FIRST_WORD + number: word for number, word in enumerate(words)}
+SPECIAL = {0: "<bos>", 1: ",", **{2 + digit: str(digit) for digit in range(10)}}
+WORDS = [f" {''.join(letters)}x" for letters in itertools.product("abcdefghi", repeat=3)][:600]
+STRINGS = SPECIAL | dict(enumerate(WORDS, start=FIRST_WORD))
 
 
 def make_corpus(n: int = 240, seed: int = 0) -> Corpus:
     """Different words in every sequence; in half of them a comma, in half a digit, in half one word comes again."""
     rng = np.random.default_rng(seed)
-    texts = strings()
     tokens = np.zeros((n, LENGTH), dtype=np.int64)
     for row in range(n):
-        tokens[row, 1:] = FIRST_WORD + rng.choice(len(texts) - len(SPECIAL), LENGTH - 1, replace=False)
+        tokens[row, 1:] = FIRST_WORD + rng.choice(len(WORDS), LENGTH - 1, replace=False)
         places = rng.permutation(np.arange(4, LENGTH - 1))
         if rng.random() < 0.5:
             tokens[row, places[0]] = 1
         if rng.random() < 0.5:
             tokens[row, places[1]] = rng.integers(2, 12)
         if rng.random() < 0.5:
-            later, earlier = max(places[2:4]), min(places[2:4])
-            tokens[row, later] = tokens[row, earlier]
+            tokens[row, max(places[2:4])] = tokens[row, min(places[2:4])]
     mask = np.ones_like(tokens, dtype=bool)
     mask[:, 0] = False
-    return Corpus(tokens, mask, texts)
+    return Corpus(tokens, mask, STRINGS)
 
 
 def planted_sets(seed: int = 0, budget: Budget = BUDGET) -> Examples:

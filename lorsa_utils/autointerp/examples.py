@@ -1,12 +1,11 @@
 """Examples of what units do: one pass over text, the same for Lorsa heads and SAE features.
 
 Each activation of a random sample of units is recorded with the three tokens that it came from most: by the z pattern
-of a Lorsa head, by an SAE feature's attribution through the layer's own attention (see `units`). Memory is linear in
-the activations of these units.
+of a Lorsa head, by an SAE feature's attribution through the layer's own attention (see `units`).
 
-A window is `BEFORE` tokens, a token, and `AFTER` tokens. Active windows stand around the strongest activation in each
-block of `BLOCK` tokens, by which they are divided into quantiles. In silent windows the unit is never active; a quarter
-of them is of each kind:
+A window is `BEFORE` tokens, a token, and `AFTER` tokens. Active ones stand around the strongest activation in each
+block of `BLOCK` tokens, by which they are divided into quantiles. In silent ones, a quarter of each kind, the unit is
+never active:
 
 - same token: around a token on which the unit is active elsewhere;
 - same source: around a token that has, at the usual distance, a source that the unit reads elsewhere;
@@ -22,11 +21,12 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -47,12 +47,11 @@ _VALUES_AT_ONCE = 1 << 24
 
 
 class Dictionary(NamedTuple):
-    """A Lorsa or an SAE of one attention layer."""
+    """A Lorsa or an SAE for raw activations of one attention layer."""
 
     name: str
     layer: int
     module: Lorsa | SAE
-    """Takes raw activations."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +73,25 @@ class Budget:
     """Units recorded per explained one: some are dead, too rare or too dense."""
 
 
-DEFAULT_BUDGET = Budget()
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
     """The text of a pass."""
 
-    tokens: np.ndarray = field(repr=False)
-    """Token ids, [n_sequences, length]. A flat place is an index of `tokens.ravel()`."""
-    mask: np.ndarray = field(repr=False)
-    """Counted tokens, bool [n_sequences, length]."""
-    strings: Mapping[int, str] = field(repr=False)
+    tokens: np.ndarray
+    """[n_sequences, length]; a flat place is an index of `tokens.ravel()`."""
+    mask: np.ndarray
+    """Counted tokens."""
+    strings: Mapping[int, str]
 
     @classmethod
     def decoded(cls, tokens: np.ndarray, mask: np.ndarray, tokenizer: Any) -> Corpus:
-        """Take the token texts from a tokenizer."""
+        """With texts from a tokenizer."""
         ids = np.unique(tokens[mask]).tolist()
         return cls(tokens, mask, dict(zip(ids, tokenizer.batch_decode([[index] for index in ids]), strict=True)))
 
     @property
     def length(self) -> int:
-        """Tokens per sequence."""
+        """Of a sequence."""
         return self.tokens.shape[1]
 
     @functools.cached_property
@@ -103,14 +99,9 @@ class Corpus:
         """First counted position of each sequence and the one after its last, [n_sequences, 2]."""
         return np.stack([self.mask.argmax(axis=1), self.length - self.mask[:, ::-1].argmax(axis=1)], axis=1)
 
-    @functools.cached_property
-    def by_token(self) -> dict[int, np.ndarray]:
-        """Flat places of every counted token id."""
-        flat = np.where(self.mask, self.tokens, -1).ravel()
-        order = np.argsort(flat, kind="stable")
-        ids, firsts = np.unique(flat[order], return_index=True)
-        groups = zip(ids.tolist(), np.split(order, firsts[1:]), strict=True)
-        return {token: places for token, places in groups if token >= 0}
+    def places(self, token: int) -> np.ndarray:
+        """Flat places of a token id."""
+        return np.flatnonzero((self.tokens == token) & self.mask)
 
     def span(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First token and end (exclusive) of the windows around flat places."""
@@ -120,22 +111,22 @@ class Corpus:
         return rows * self.length + begin, rows * self.length + end
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Firings:
-    """Activations of one dictionary's recorded units, sorted by unit and place."""
+    """Activations of one dictionary's recorded units, one row each, sorted by unit and place."""
 
-    dictionary: Dictionary = field(repr=False)
-    corpus: Corpus = field(repr=False)
+    dictionary: Dictionary
+    corpus: Corpus
     units: np.ndarray
-    number: np.ndarray = field(repr=False)
+    number: np.ndarray
     """Index in `units`."""
-    place: np.ndarray = field(repr=False)
-    """Flat place in the text."""
-    value: np.ndarray = field(repr=False)
+    place: np.ndarray
+    """Flat place."""
+    value: np.ndarray
     """Activation times the norm of the write direction."""
-    sources: np.ndarray = field(repr=False)
+    sources: np.ndarray
     """Positions of the largest masses, largest first, [n, N_SOURCES]."""
-    shares: np.ndarray = field(repr=False)
+    shares: np.ndarray
     """Their shares of the mass, [n, N_SOURCES]."""
 
     @functools.cached_property
@@ -153,9 +144,9 @@ class Firings:
 # ---- one pass
 
 Rows = tuple[np.ndarray, ...]
-"""Activations: number of the unit, sequence, position, value, sources, shares."""
+"""`number`, `place`, `value`, `sources` and `shares` of `Firings`."""
 Masses = Callable[[Tensor, Tensor], Tensor]
-"""From units [n] and positions [n] to what each source token adds to them, [n, length]."""
+"""From units [n] and positions [n] to what each source token adds, [n, length]."""
 
 
 @torch.no_grad()
@@ -164,19 +155,12 @@ def record_firings(
     dictionaries: Sequence[Dictionary],
     sites: Mapping[int, AttentionSite],
     tokenizer: Any,
-    budget: Budget = DEFAULT_BUDGET,
+    budget: Budget,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
 ) -> list[Firings]:
-    """Record activations of all dictionaries in one pass.
-
-    `source` should be text that no dictionary was trained on; SAE features are traced back through the attention layers
-    in `sites`.
-
-    Raises:
-        UserError: the text is empty, or no dictionary is given.
-    """
+    """One pass of text that no dictionary was trained on; UserError if it is empty, or no dictionary is given."""
     if not dictionaries or source.n_tokens == 0:
         raise UserError("There is nothing to explain: give at least one trained module and a text with counted tokens.")
     drawn = []
@@ -184,27 +168,33 @@ def record_firings(
         order = torch.randperm(dictionary.module.n_units, generator=torch.Generator().manual_seed(seed))
         drawn.append(order[: budget.units * budget.oversampling].sort().values)
     rows: list[list[Rows]] = [[] for _ in dictionaries]
-    tokens: list[Tensor] = []
-    masks: list[Tensor] = []
+    tokens: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    layers = sorted({dictionary.layer for dictionary in dictionaries})
     with tqdm(total=source.n_sequences, unit="seq", desc="examples", disable=not progress) as bar:
-        for batch in source.batches(batch_size, layers=sorted(sites.keys() & {each.layer for each in dictionaries})):
+        for batch in source.batches(batch_size, layers=layers):
             for dictionary, units, recorded in zip(dictionaries, drawn, rows, strict=True):
-                recorded.append(_record(dictionary, sites[dictionary.layer], batch, units, sum(map(len, tokens))))
-            tokens.append(batch.tokens.cpu())
-            masks.append(batch.mask.cpu())
+                recorded.append(_record(dictionary, sites[dictionary.layer], batch, units, len(tokens)))
+            tokens += [*batch.tokens.cpu().numpy()]
+            masks += [*batch.mask.cpu().numpy()]
             bar.update(len(batch.tokens))
-    corpus = Corpus.decoded(torch.cat(tokens).numpy(), torch.cat(masks).numpy(), tokenizer)
-    return [_firings(*parts, corpus) for parts in zip(dictionaries, drawn, rows, strict=True)]
+    corpus, firings = Corpus.decoded(np.stack(tokens), np.stack(masks), tokenizer), []
+    for dictionary, units, recorded in zip(dictionaries, drawn, rows, strict=True):
+        number, place, value, sources, shares = (np.concatenate(side) for side in zip(*recorded, strict=True))
+        order = np.lexsort((place, number))
+        sides = (side[order] for side in (number, place, value, sources.astype(np.int32), shares))
+        firings.append(Firings(dictionary, corpus, units.numpy(), *sides))
+    return firings
 
 
 def _record(dictionary: Dictionary, site: AttentionSite, batch: ActivationBatch, drawn: Tensor, n_before: int) -> Rows:
-    """`n_before` sequences came before this batch."""
+    """Of a batch after `n_before` sequences."""
     module, device = dictionary.module, dictionary.module.W_O.device
     x, y = (side[dictionary.layer].to(device).float() for side in (batch.inputs, batch.outputs))
     number = torch.full((module.n_units,), -1, dtype=torch.long, device=device)
     number[drawn.to(device)] = torch.arange(len(drawn), device=device)
-    norms, mask = module.W_O.norm(dim=1), batch.mask.to(device)
-    size = max(1, _VALUES_AT_ONCE // (x.shape[1] * site.n_heads))
+    norms, mask, length = module.W_O.norm(dim=1), batch.mask.to(device), x.shape[1]
+    size = max(1, _VALUES_AT_ONCE // (length * site.n_heads))
     rows = []
     for row in range(len(x)):
         here = slice(row, row + 1)
@@ -218,24 +208,22 @@ def _record(dictionary: Dictionary, site: AttentionSite, batch: ActivationBatch,
         value = values[position, slot].abs() * norms[unit]
         chunks = zip(unit.split(size), position.split(size), strict=True)
         sources, shares = map(torch.cat, zip(*(_largest(masses(*chunk)) for chunk in chunks), strict=True))
-        rows.append((number[unit], torch.full_like(position, row + n_before), position, value, sources, shares))
+        rows.append((number[unit], (n_before + row) * length + position, value, sources, shares))
     return tuple(torch.cat(side).cpu().numpy() for side in zip(*rows, strict=True))
 
 
 def _largest(mass: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, length] to places and shares of the largest masses, [n, N_SOURCES] each."""
+    """Positions and shares of the largest, [n, length] to [n, N_SOURCES] each."""
     top = mass.abs().topk(N_SOURCES, dim=1)
     return top.indices, top.values / mass.abs().sum(dim=1, keepdim=True).clamp_min(1e-30)
 
 
 def _lorsa_masses(module: Lorsa, x: Tensor) -> tuple[Tensor, Masses]:
     """z of all heads [1, length, n_ov], and their z patterns."""
-    q, k, v = module.attention_inputs(x)
-    step = max(1, _VALUES_AT_ONCE // x.shape[1] ** 2)
-    chunks = zip(q.split(step, dim=1), k.split(step, dim=1), strict=True)
-    pattern = torch.cat([ops.attention_pattern(*chunk, module.attn_scale)[0] for chunk in chunks])
-    z = (pattern @ v[0]).transpose(0, 1).flatten(1)[None]
-    by_head, size = v[0].transpose(1, 2).flatten(0, 1), module.config.group_size
+    q, k, v = (side[0] for side in module.attention_inputs(x))
+    pattern = ops.attention_pattern(q, k, module.attn_scale)
+    z = (pattern @ v).transpose(0, 1).flatten(1)[None]
+    by_head, size = v.transpose(1, 2).flatten(0, 1), module.config.group_size
     return z, lambda heads, positions: pattern[heads // size, positions] * by_head[heads]
 
 
@@ -250,30 +238,17 @@ def _sae_masses(module: SAE, site: AttentionSite, x: Tensor) -> Masses:
     return masses
 
 
-def _firings(dictionary: Dictionary, drawn: Tensor, rows: Sequence[Rows], corpus: Corpus) -> Firings:
-    number, row, position, value, sources, shares = (np.concatenate(side) for side in zip(*rows, strict=True))
-    place = row * corpus.length + position
-    order = np.lexsort((place, number))
-    sides = (number, place, value, sources.astype(np.int32), shares)
-    return Firings(dictionary, corpus, drawn.numpy(), *(side[order] for side in sides))
-
-
 def planted(corpus: Corpus, active: Sequence[np.ndarray], sources_back: Sequence[int]) -> Firings:
-    """Made-up units, to test explanations and scores.
-
-    Each is active in a bool [n_sequences, length], and its source is `sources_back` tokens earlier.
-    """
+    """Made-up units: each is active in a bool [n_sequences, length], its source is `sources_back` tokens earlier."""
     n = len(active)
     dictionary = Dictionary("planted", -1, SAE(SAEConfig(d_model=n, n_features=n, k=1)))
     with torch.no_grad():
         dictionary.module.W_O.copy_(torch.eye(n))
-    rows = []
-    for number, (where, back) in enumerate(zip(active, sources_back, strict=True)):
-        row, position = np.nonzero(where & corpus.mask)
-        sources = np.repeat(np.maximum(position - back, 0)[:, None], N_SOURCES, axis=1)
-        shares = np.tile(np.eye(1, N_SOURCES, dtype=np.float32), (len(row), 1))
-        rows.append((np.full(len(row), number), row, position, np.ones(len(row), dtype=np.float32), sources, shares))
-    return _firings(dictionary, torch.arange(n), rows, corpus)
+    number, place = np.nonzero((np.stack(active) & corpus.mask).reshape(n, -1))
+    source = np.maximum(place % corpus.length - np.asarray(sources_back)[number], 0).astype(np.int32)
+    value = np.ones(len(place), dtype=np.float32)
+    shares = np.tile(np.eye(1, N_SOURCES, dtype=np.float32), (len(place), 1))
+    return Firings(dictionary, corpus, np.arange(n), number, place, value, source[:, None].repeat(N_SOURCES, 1), shares)
 
 
 _ARRAYS = ("units", "number", "place", "value", "sources", "shares")
@@ -287,42 +262,36 @@ def save(path: str | Path, firings: Sequence[Firings]) -> None:
 
 
 def load(path: str | Path, dictionaries: Sequence[Dictionary], tokenizer: Any) -> list[Firings]:
-    """Read what `save` wrote, for the same dictionaries in the same order.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """What `save` wrote, for the same dictionaries; UserError if the file is missing or damaged."""
     arrays = {name: tensor.numpy() for name, tensor in store.read_tensors(path).items()}
     corpus = Corpus.decoded(arrays["tokens"], arrays["mask"], tokenizer)
-    return [
-        Firings(dictionary, corpus, *(arrays[f"{index}.{name}"] for name in _ARRAYS))
-        for index, dictionary in enumerate(dictionaries)
-    ]
+    sides = ([arrays[f"{index}.{name}"] for name in _ARRAYS] for index in range(len(dictionaries)))
+    return [Firings(dictionary, corpus, *side) for dictionary, side in zip(dictionaries, sides, strict=True)]
 
 
 # ---- windows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Windows:
-    """One unit's windows of text and activations, one row each."""
+    """One unit's windows of text, one row each."""
 
-    corpus: Corpus = field(repr=False)
-    tokens: np.ndarray = field(repr=False)
+    corpus: Corpus
+    tokens: np.ndarray
     """[n, WIDTH], -1 where there is no text; text starts at column 0."""
-    values: np.ndarray = field(repr=False)
+    values: np.ndarray
     """Activations, [n, WIDTH]."""
     opens: np.ndarray
-    """Whether it begins where its text begins, bool [n]."""
+    """Whether the window begins where its text begins."""
     kind: np.ndarray
-    """Of `KINDS`, [n]."""
+    """Of `KINDS`."""
     quantile: np.ndarray
-    """[n], 0 for the weakest active windows, -1 for silent ones."""
-    peak: np.ndarray = field(repr=False)
-    """Column of the token it stands around, [n]."""
-    sources: np.ndarray = field(repr=False)
+    """0 for the weakest active windows, -1 for silent ones."""
+    peak: np.ndarray
+    """Column of the token that the window stands around."""
+    sources: np.ndarray
     """Token ids of the peak's main sources or -1, [n, N_SOURCES]."""
-    shares: np.ndarray = field(repr=False)
+    shares: np.ndarray
     """[n, N_SOURCES]."""
 
     @property
@@ -342,14 +311,14 @@ class Windows:
         return [self.corpus.strings[int(token)] for token in self.tokens[row] if token >= 0]
 
     def marked(self, row: int, marks: np.ndarray | None = None) -> str:
-        """The text with marked columns (bool [WIDTH]) in «», after an ellipsis if it was cut off in front."""
+        """The text with marked columns, bool [WIDTH], in «», after an ellipsis if it was cut off in front."""
         pieces = self.pieces(row)
         if marks is not None:
             pieces = [f"«{piece}»" if mark else piece for piece, mark in zip(pieces, marks, strict=False)]
         return ("" if self.opens[row] else "…") + "".join(pieces)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class UnitExamples:
     """One unit and its windows."""
 
@@ -365,12 +334,12 @@ class UnitExamples:
     """For scores."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Examples:
     """Examples of one dictionary's units."""
 
-    dictionary: Dictionary = field(repr=False)
-    units: list[UnitExamples] = field(repr=False)
+    dictionary: Dictionary
+    units: list[UnitExamples]
     """Units to explain, in random order."""
     relatives: list[int]
     """Index of another unit for each: of its QK group if possible, with the most similar write direction."""
@@ -379,43 +348,35 @@ class Examples:
     eligible: int
 
 
-def examples(firings: Firings, budget: Budget = DEFAULT_BUDGET, seed: int = 0) -> Examples:
-    """Windows of randomly drawn units that have enough of them.
-
-    Raises:
-        UserError: there is no such unit.
-    """
+def examples(firings: Firings, budget: Budget, seed: int = 0) -> Examples:
+    """Windows of randomly drawn units that have enough of them; UserError if none has."""
     rng = np.random.default_rng(seed)
     half = rng.permutation(len(firings.corpus.tokens)) % 2
     units: dict[int, UnitExamples] = {}
     left_out = {"dead": 0, "too few active windows": 0, "too few silent windows": 0}
     for number in rng.permutation(len(firings.units)).tolist():
-        try:
-            units[number] = _Sampler(firings, number, half, budget, seed).examples()
-        except _TooFew as reason:
-            left_out[str(reason)] += 1
+        drawn = _Sampler(firings, number, half, budget, seed).examples()
+        if isinstance(drawn, str):
+            left_out[drawn] += 1
+        else:
+            units[number] = drawn
+    dictionary = firings.dictionary
     if not units:
         raise UserError(
-            f"No unit of {firings.dictionary.name} at layer {firings.dictionary.layer} is active "
+            f"No unit of {dictionary.name} at layer {dictionary.layer} is active "
             f"in {budget.least} windows of each half; give a longer text."
         )
     numbers = list(units)[: budget.units]
     chosen = [units[number] for number in numbers]
-    relatives = _relatives(
-        firings.similarity[np.ix_(numbers, numbers)], np.array([examples.group for examples in chosen])
-    )
-    return Examples(firings.dictionary, chosen, relatives, left_out, len(units))
+    relatives = _relatives(firings.similarity[np.ix_(numbers, numbers)], np.array([unit.group for unit in chosen]))
+    return Examples(dictionary, chosen, relatives, left_out, len(units))
 
 
 def _relatives(similarity: np.ndarray, groups: np.ndarray) -> list[int]:
-    """The most similar other unit, of the same group if there is one (-1 is none)."""
+    """The most similar other unit, of the same group if there is one; -1 is no group."""
     nearness = similarity + 3 * ((groups[:, None] == groups) & (groups != -1))
     np.fill_diagonal(nearness, -np.inf)
-    return [int(index) for index in nearness.argmax(axis=1)]
-
-
-class _TooFew(Exception):
-    """The message is the reason."""
+    return nearness.argmax(axis=1).tolist()
 
 
 class _Sampler:
@@ -430,17 +391,17 @@ class _Sampler:
         self.sources, self.shares = firings.sources[rows], firings.shares[rows]
         self.rng = np.random.default_rng([seed, self.unit])
 
-    def examples(self) -> UnitExamples:
-        """Windows of both halves; raises `_TooFew`."""
+    def examples(self) -> UnitExamples | str:
+        """Windows of both halves, or why there are too few."""
         if len(self.places) == 0:
-            raise _TooFew("dead")
+            return "dead"
         budget = self.budget
         peaks = find_peaks(self.places, self.values, self.corpus.length)
         strength = self.values[peaks]
         quantile = np.argsort(np.argsort(strength, kind="stable")) * budget.quantiles // len(peaks)
         first, second = (np.flatnonzero(self.half[self.places[peaks]] == side) for side in (0, 1))
         if min(len(first), len(second)) < budget.least:
-            raise _TooFew("too few active windows")
+            return "too few active windows"
         ranked = first[np.argsort(-strength[first], kind="stable")]
         top = budget.shown // 4
         first = np.concatenate([ranked[:top], spread(quantile, ranked[top:], budget.shown - top, self.rng)])
@@ -449,54 +410,44 @@ class _Sampler:
         for side, (chosen, n_silent) in enumerate(((first, budget.contrast), (second, len(second)))):
             silent = self._silent_places(peaks[first], side, n_silent)
             if sum(map(len, silent.values())) < min(budget.least, n_silent):
-                raise _TooFew("too few silent windows")
+                return "too few silent windows"
             windows.append(self._windows(peaks[chosen], quantile[chosen], silent))
         module = self.firings.dictionary.module
         group = self.unit // module.config.group_size if isinstance(module, Lorsa) else -1
         frequency = len(self.places) / int(self.corpus.mask.sum())
         return UnitExamples(self.unit, group, frequency, float(self.values.max()), *windows)
 
+    def _silent_places(self, peaks: np.ndarray, side: int, n: int) -> dict[str, np.ndarray]:
+        """About `n` places for silent windows in one half, by kind."""
+        candidates = self._hard_places(peaks) | {"random": np.flatnonzero(self.corpus.mask)}
+        silent: dict[str, np.ndarray] = {}
+        for kind, places in candidates.items():
+            size = n // len(candidates) if kind != "random" else n - sum(map(len, silent.values()))
+            places = self.rng.permutation(places[self.half[places] == side])[: 50 * n]
+            n_before_window, n_before_end = (np.searchsorted(self.places, edge) for edge in self.corpus.span(places))
+            silent[kind] = places[n_before_window == n_before_end][:size]
+        return silent
+
     def _hard_places(self, peaks: np.ndarray) -> dict[str, np.ndarray]:
         """Places for windows of each hard kind; `peaks` are of the first half."""
-        firings, flat, counted = self.firings, self.corpus.tokens.ravel(), self.corpus.mask.ravel()
-        length, by_token = self.corpus.length, self.corpus.by_token
-        places = self.places[peaks]
+        firings, corpus, flat = self.firings, self.corpus, self.corpus.tokens.ravel()
+        places, length = self.places[peaks], corpus.length
         nowhere = np.zeros(0, dtype=np.int64)
-        own = [by_token[token] for token, _ in Counter(flat[places].tolist()).most_common(8)]
+        own = [corpus.places(token) for token, _ in Counter(flat[places].tolist()).most_common(8)]
         back = places % length - self.sources[peaks, 0]
-        near = (back > 0) & (back <= BEFORE) & counted[places - back]
+        near = (back > 0) & (back <= BEFORE) & corpus.mask.ravel()[places - back]
         read = []
         for token, _ in Counter(flat[(places - back)[near]].tolist()).most_common(8):
-            around = by_token[token]
+            around = corpus.places(token)
             moved = around + self.rng.choice(back[near & (flat[places - back] == token)], len(around))
-            read.append(moved[(moved // length == around // length) & counted[np.minimum(moved, flat.size - 1)]])
+            inside = moved // length == around // length
+            read.append(moved[inside & corpus.mask.ravel()[np.minimum(moved, flat.size - 1)]])
         neighbour = firings.of(int(firings.similarity[self.number].argmax())) if len(firings.units) > 1 else slice(0)
         return {
             "same token": np.concatenate([nowhere, *own]),
             "same source": np.concatenate([nowhere, *read]),
             "neighbour": firings.place[neighbour],
         }
-
-    def _silent_places(self, peaks: np.ndarray, side: int, n: int) -> dict[str, np.ndarray]:
-        """About `n` places for silent windows in one half, by kind."""
-        candidates = self._hard_places(peaks) | {"random": np.flatnonzero(self.corpus.mask.ravel())}
-        silent: dict[str, np.ndarray] = {}
-        for kind, places in candidates.items():
-            size = n // len(candidates) if kind != "random" else n - sum(map(len, silent.values()))
-            places = self.rng.permutation(places[self.half[places] == side])[: 50 * n]
-            silent[kind] = places[self._is_silent(places)][:size]
-        return silent
-
-    @functools.cached_property
-    def _n_before(self) -> np.ndarray:
-        """Activations before each flat place, [n_places + 1]."""
-        count = np.zeros(self.corpus.tokens.size + 1, dtype=np.int32)
-        count[self.places + 1] = 1
-        return count.cumsum()
-
-    def _is_silent(self, places: np.ndarray) -> np.ndarray:
-        begin, end = self.corpus.span(places)
-        return self._n_before[end] == self._n_before[begin]
 
     def _windows(self, peaks: np.ndarray, quantile: np.ndarray, silent: Mapping[str, np.ndarray]) -> Windows:
         corpus, places = self.corpus, self.places
@@ -506,7 +457,7 @@ class _Sampler:
         columns = begin[:, None] + np.arange(WIDTH)
         inside = columns < end[:, None]
         columns = np.minimum(columns, corpus.tokens.size - 1)
-        nearest = np.minimum(np.searchsorted(places, columns), len(places) - 1)
+        nearest = np.searchsorted(places, columns).clip(max=len(places) - 1)
         row, sources = places[peaks, None] // corpus.length, self.sources[peaks]
         source_tokens = np.where(corpus.mask[row, sources], corpus.tokens[row, sources], -1)
         return Windows(
@@ -535,8 +486,5 @@ def find_peaks(places: np.ndarray, values: np.ndarray, length: int) -> np.ndarra
 def spread(quantile: np.ndarray, among: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """At most `n` of the indices `among`, spread equally over the quantiles."""
     among = rng.permutation(among)
-    turn = np.zeros(len(among), dtype=int)
-    for value in np.unique(quantile[among]):
-        members = quantile[among] == value
-        turn[members] = np.arange(members.sum())
+    turn = pd.Series(among).groupby(quantile[among]).cumcount()
     return among[np.lexsort((rng.random(len(among)), turn))[:n]]

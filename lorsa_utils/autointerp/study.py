@@ -6,8 +6,8 @@ Scorers:
 - fuzzing: are the marked tokens those where it is active? (each active window once, rightly or wrongly marked)
 - simulation: how active is it at each token? (correlation with true activations; Bills et al. 2023)
 
-Detection and fuzzing are balanced accuracies, so a constant answer gets 0.5. Baselines of detection: the explanation of
-a random other unit (`shuffled`) or of one of the same QK group or the most similar write direction (`relative`).
+Detection and fuzzing are balanced accuracies, so a constant answer gets 0.5. Baselines of detection are explanations of
+other units: a random one (`shuffled`), one of the same QK group or the most similar write direction (`relative`).
 
 Two dictionaries have different units, so scores are compared by an unpaired two-sided permutation test of the
 difference of means, also with Holm's correction over the table. Since what is rarer may be easier, scores are also
@@ -20,16 +20,17 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
+from typing_extensions import override
 
 from lorsa_utils.autointerp import judges
 from lorsa_utils.autointerp.examples import KINDS, Examples, UnitExamples, Windows
-from lorsa_utils.autointerp.judges import SCORERS, Explanation, Judge, OpenAIJudge
+from lorsa_utils.autointerp.judges import SCORERS, Answers, Explanation, Judge, Request, TextJudge
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.stats import Interval, auc, bootstrap_mean, holm, paired_p, percentile_interval, permutation_p
 
@@ -50,7 +51,7 @@ Result = TypeVar("Result")
 
 
 def balanced_accuracy(truth: np.ndarray, verdicts: np.ndarray, seed: int = 0) -> Interval:
-    """Mean of the shares of right verdicts in both classes, of truth (bool [n]) and verdicts [n] from 0 to 1.
+    """Mean of the shares of right verdicts [n] in both classes of truth, bool [n].
 
     Verdicts above 0.5 mean yes, 0.5 is half right, NaN is left out. The bootstrap draws windows within each class.
     """
@@ -98,26 +99,24 @@ def fuzzing_marks(windows: Windows, rng: np.random.Generator) -> tuple[np.ndarra
 def score_unit(
     judge: Judge, explanation: Explanation, unit: UnitExamples, scorers: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """All scores of one explanation of one unit."""
+    """Columns of `study`."""
     rng = np.random.default_rng([seed, unit.unit])
     windows = unit.second[rng.permutation(len(unit.second))]
     active = windows[windows.active]
     row: dict[str, Any] = {}
     if "detection" in scorers:
         verdicts = judge.verdicts(explanation, windows)
-        right, known = (verdicts > 0.5) == windows.active, ~np.isnan(verdicts)
         weak = windows.active & (windows.quantile < 0.8 * (windows.quantile.max() + 1))
-        row |= _columns("detection", balanced_accuracy(windows.active, verdicts, seed))
+        row |= _columns("detection", windows.active, verdicts, seed)
         row["detection_strong"] = balanced_accuracy(windows.active, np.where(weak, math.nan, verdicts)).value
         row["detection_auc"] = verdict_auc(windows.active, verdicts)
-        for kind in KINDS:
-            among = known & (windows.kind == kind)
-            row[f"right_{kind}"] = float(right[among].mean()) if among.any() else math.nan
+        right = pd.Series((verdicts > 0.5) == windows.active, dtype=float).mask(np.isnan(verdicts))
+        row |= right.groupby(windows.kind).mean().reindex(KINDS).add_prefix("right_").to_dict()
         row["n_windows"] = len(windows)
     if "fuzzing" in scorers:
         marks, correct = fuzzing_marks(active, rng)
         verdicts = judge.verdicts(explanation, active, marks)
-        row |= _columns("fuzzing", balanced_accuracy(correct, verdicts, seed))
+        row |= _columns("fuzzing", correct, verdicts, seed)
         row["fuzzing_auc"] = verdict_auc(correct, verdicts)
     if "simulation" in scorers:
         half = N_SIMULATED // 2
@@ -129,58 +128,63 @@ def score_unit(
     return row
 
 
-def _columns(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+def _columns(name: str, truth: np.ndarray, verdicts: np.ndarray, seed: int) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), balanced_accuracy(truth, verdicts, seed), strict=True))
 
 
 # ---- a study
 
 
-class Subject(NamedTuple):
-    """`baselines` are other units' explanations."""
-
-    unit: UnitExamples
-    explanation: Explanation | None
-    relative_unit: int
-    baselines: dict[str, Explanation | None]
-
-
 def study(
-    sets: Sequence[Examples],
-    judge: Judge,
-    scorers: Sequence[str] = SCORERS,
-    baselines: bool = True,
-    seed: int = 0,
-    progress: bool = True,
+    sets: Sequence[Examples], judge: Judge, scorers: Sequence[str] = SCORERS, seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
     """Explain and score all units, one row each; all sets have the same budget.
 
     Columns `dictionary`, `layer`, `unit`, `group`, `frequency`, `maximum`, `explanation` (None when unreadable; then
     there are no scores), `detection` and `fuzzing` (each with `_low`, `_high`, `_auc`), `simulation`,
     `detection_strong` (active windows of the upper fifth alone), `right_<kind>` (share of right verdicts on each kind
-    of window), `shuffled` and `relative` (detection by these baselines), `relative_unit`, `n_windows`.
-
-    Raises:
-        UserError: more than `judges.MAX_FAILED` of the answers cannot be read, or a scorer is unknown.
+    of window), `shuffled` and `relative` (detection by these baselines), `relative_unit`, `n_windows`. UserError if a
+    scorer is unknown, or more than `judges.MAX_FAILED` of the answers cannot be read.
     """
     check_scorers(scorers)
-    rows: list[dict[str, Any]] = []
-    for examples in sets:
-        name, layer = examples.dictionary.name, examples.dictionary.layer
-        explanations = _for_all(judge, judge.explain, examples.units, f"{name} {layer} explain", progress)
-        subjects = _subjects(examples, explanations, baselines, seed)
-        scores = _for_all(
-            judge, lambda subject: _score(judge, subject, scorers, seed), subjects, f"{name} {layer} score", progress
-        )
-        rows += [{"dictionary": name, "layer": layer} | row for row in scores]
+    rows = [row for examples in sets for row in _rows(examples, judge, scorers, seed, progress)]
     judge.tally.check(final=True)
     return pd.DataFrame(rows)
 
 
 def check_scorers(scorers: Sequence[str]) -> None:
-    """Raise a UserError that names the first unknown scorer."""
+    """UserError that names the first unknown scorer."""
     if unknown := sorted(set(scorers) - set(SCORERS)):
         raise UserError(f"Scorer {unknown[0]!r} is unknown; known are {', '.join(SCORERS)}.")
+
+
+def _rows(examples: Examples, judge: Judge, scorers: Sequence[str], seed: int, progress: bool) -> list[dict[str, Any]]:
+    (name, layer, _), units = examples.dictionary, examples.units
+    explanations = _for_all(judge, judge.explain, units, f"{name} {layer} explain", progress)
+    baselines = {"shuffled": strangers(explanations, seed), "relative": examples.relatives}
+
+    def score(index: int) -> dict[str, Any]:
+        unit, explanation, relative = units[index], explanations[index], units[examples.relatives[index]]
+        row: dict[str, Any] = {"dictionary": name, "layer": layer, "unit": unit.unit, "group": unit.group}
+        row |= {"frequency": unit.frequency, "maximum": unit.maximum}
+        row |= {"explanation": explanation and explanation.text, "relative_unit": relative.unit}
+        if explanation is not None:
+            row |= score_unit(judge, explanation, unit, scorers, seed)
+            for baseline, others in baselines.items():
+                other = explanations[others[index]]
+                if others[index] != index and other is not None:
+                    row[baseline] = score_unit(judge, other, unit, ("detection",), seed)["detection"]
+        return row
+
+    return _for_all(judge, score, range(len(units)), f"{name} {layer} score", progress)
+
+
+def strangers(explanations: Sequence[Explanation | None], seed: int) -> list[int]:
+    """For each unit another one, each once; the unit itself where there is no explanation."""
+    explained = [index for index, explanation in enumerate(explanations) if explanation is not None]
+    order = np.random.default_rng(seed).permutation(np.asarray(explained, dtype=int)).tolist()
+    others = dict(zip(order, order[-1:] + order[:-1], strict=True))
+    return [others.get(index, index) for index in range(len(explanations))]
 
 
 def _for_all(
@@ -198,32 +202,6 @@ def _for_all(
         return list(tqdm(results, title, len(items), disable=not progress))
 
 
-def _subjects(
-    examples: Examples, explanations: Sequence[Explanation | None], baselines: bool, seed: int
-) -> list[Subject]:
-    explained = [index for index, explanation in enumerate(explanations) if explanation is not None]
-    order = np.random.default_rng(seed).permutation(np.asarray(explained, dtype=int)).tolist()
-    stranger = dict(zip(order, order[-1:] + order[:-1], strict=True))  # everybody's explanation once, nobody's own
-    subjects = []
-    for index, relative in enumerate(examples.relatives):
-        others = {"shuffled": stranger.get(index, index), "relative": relative} if baselines else {}
-        theirs = {name: explanations[other] for name, other in others.items() if other != index}
-        subjects.append(Subject(examples.units[index], explanations[index], examples.units[relative].unit, theirs))
-    return subjects
-
-
-def _score(judge: Judge, subject: Subject, scorers: Sequence[str], seed: int) -> dict[str, Any]:
-    unit, explanation = subject.unit, subject.explanation
-    row: dict[str, Any] = {"unit": unit.unit, "group": unit.group, "frequency": unit.frequency, "maximum": unit.maximum}
-    row |= {"explanation": explanation and explanation.text, "relative_unit": subject.relative_unit}
-    if explanation is not None:
-        row |= score_unit(judge, explanation, unit, scorers, seed)
-        for name, other in subject.baselines.items():
-            if other is not None:
-                row[name] = score_unit(judge, other, unit, ("detection",), seed)["detection"]
-    return row
-
-
 def constant_answer(examples: Examples) -> float:
     """Mean detection score of always answering yes (0.5)."""
     scores = [balanced_accuracy(unit.second.active, np.ones(len(unit.second))).value for unit in examples.units]
@@ -233,71 +211,36 @@ def constant_answer(examples: Examples) -> float:
 # ---- cost
 
 
-class Estimate(NamedTuple):
-    """What a study asks of a language model at most: stored answers are not asked for again."""
+class _DryRun(TextJudge):
+    """Collects a study's questions; every explanation is another one of 25 words."""
 
-    calls: int
-    prompt_tokens: int
-    answer_tokens: int
-    cost: float | None
-    """In the currency of the prices, None without them."""
+    def __init__(self) -> None:
+        super().__init__("", Answers(None))
+        self.requests: list[Request] = []
 
-    def sentence(self) -> str:
-        """Human-readable."""
-        money = "" if self.cost is None else f", about {self.cost:.2f} at the given prices"
-        return (
-            f"At most {self.calls:,} questions, {self.prompt_tokens:,} tokens to read "
-            f"and {self.answer_tokens:,} to write{money}."
-        )
+    @override
+    def complete(self, requests: Sequence[Request]) -> list[str]:
+        self.requests += requests
+        return [f"EXPLANATION: {'explanation ' * 24}{len(self.requests)}"] * len(requests)
+
+    @override
+    def numbers(self, answer: str, n: int, highest: int) -> list[float]:
+        return [0.0] * n
 
 
 def estimate(
-    sets: Sequence[Examples],
-    scorers: Sequence[str] = SCORERS,
-    baselines: bool = True,
-    prices: tuple[float, float] | None = None,
-) -> Estimate:
-    """Count the questions of `study`, for explanations of 25 words and four characters per token.
+    sets: Sequence[Examples], scorers: Sequence[str] = SCORERS, prices: tuple[float, float] | None = None, seed: int = 0
+) -> str:
+    """What `study` asks of a chat endpoint at most, in a sentence; stored answers are not asked for again.
 
-    `prices` are per million tokens to read, and to write.
+    `prices` are per million tokens (of four characters) to read, and to write.
     """
-    calls = read = written = 0
-    for unit in (unit for examples in sets for unit in examples.units):
-        requests = _requests(unit, scorers, baselines)
-        calls += len(requests)
-        read += sum(len(text) for request in requests for _, text in request.messages) // 4 + 8 * len(requests)
-        written += sum(request.max_tokens for request in requests)
-    cost = None if prices is None else (read * prices[0] + written * prices[1]) / 1e6
-    return Estimate(calls, read, written, cost)
-
-
-def _requests(unit: UnitExamples, scorers: Sequence[str], baselines: bool) -> list[judges.Request]:
-    words, second = " ".join(["explanation"] * 25), unit.second
-    texts = [second.marked(row) for row in range(len(second))]
-    requests = [judges.explain_request(unit)]
-    for kind, asked, times in (
-        ("detection", texts, 3 if baselines else 1),
-        ("fuzzing", texts[: second.active.sum()], 1),
-    ):
-        if kind in scorers:
-            starts = range(0, len(asked), judges.PER_CALL)
-            requests += times * [
-                judges.verdict_request(kind, words, asked[first : first + judges.PER_CALL]) for first in starts
-            ]
-    if "simulation" in scorers:
-        n = N_SIMULATED // 2 + min(N_SIMULATED // 2, int((second.kind == "random").sum()))
-        requests += [judges.simulation_request(words, second.pieces(row)) for row in range(min(n, len(second)))]
-    return requests
-
-
-def confirmed(judge: Judge, expected: Estimate, confirm: Callable[[str], bool]) -> None:
-    """Ask before the first question to an endpoint that may cost money.
-
-    Raises:
-        UserError: the answer is no.
-    """
-    if isinstance(judge, OpenAIJudge) and not confirm(expected.sentence()):
-        raise UserError("Nothing was asked; confirm the estimate, or ask for fewer units.")
+    judge = _DryRun()
+    study(sets, judge, scorers, seed, progress=False)
+    calls, texts = len(judge.requests), [text for request in judge.requests for _, text in request.messages]
+    read, written = sum(map(len, texts)) // 4 + 8 * calls, sum(request.max_tokens for request in judge.requests)
+    money = f", about {(read * prices[0] + written * prices[1]) / 1e6:.2f} at the given prices" if prices else ""
+    return f"At most {calls:,} questions, {read:,} tokens to read and {written:,} to write{money}."
 
 
 # ---- statistics
@@ -323,10 +266,7 @@ def compare_dictionaries(
     Columns `layer`, `scorer`, `n_first`, `n_second`, `mean_first`, `mean_second`; `difference` with `low`, `high` (95 %
     bootstrap over units); `effect` (Cohen's d) with `effect_low`, `effect_high`; `p`; `outcome` (`win`, `loss` or `tie`
     of `first` at `ALPHA`) and `outcome_holm` (corrected); `matched_difference` and `matched_p` (paired by rank of
-    frequency); `spread` (pooled standard deviation).
-
-    Raises:
-        UserError: no layer has both dictionaries with two scored units or more.
+    frequency); `spread` (pooled standard deviation). UserError if no layer has two scored units of both.
     """
     rows = []
     for layer, units in scores.groupby("layer"):
@@ -358,8 +298,8 @@ def _comparison(sides: Sequence[pd.DataFrame], scorer: str, seed: int) -> dict[s
     matched = np.subtract(*(side[np.linspace(0, len(side) - 1, n).round().astype(int)] for side in by_frequency))
     return {
         **{"n_first": len(a), "n_second": len(b), "mean_first": float(a.mean()), "mean_second": float(b.mean())},
-        **{"difference": difference.value, "low": difference.low, "high": difference.high},
-        **{"effect": effect.value, "effect_low": effect.low, "effect_high": effect.high},
+        **dict(zip(("difference", "low", "high"), difference, strict=True)),
+        **dict(zip(("effect", "effect_low", "effect_high"), effect, strict=True)),
         "p": permutation_p(a, b, seed),
         **{"matched_difference": float(matched.mean()), "matched_p": paired_p(matched, seed)},
         "spread": spread,
@@ -375,20 +315,16 @@ def outcomes(comparison: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_explanations(path: str | Path, layer: int) -> dict[int, tuple[str | None, float | None]]:
-    """Explanations of a layer's Lorsa heads in the table of `study`, each with its detection score if any.
-
-    Raises:
-        UserError: the file is missing, or is something else.
-    """
+    """Explanations of a layer's Lorsa heads, and detection scores if any; UserError if it is no table of `study`."""
     try:
         scores = pd.read_parquet(path)
         own = scores[(scores["dictionary"] == "Lorsa") & (scores["layer"] == layer) & scores["explanation"].notna()]
-        rows = own.assign(detection=own.get("detection", math.nan)).to_dict("records")
+        rows = own.assign(detection=own.get("detection", math.nan))[["unit", "explanation", "detection"]]
+        return {
+            int(unit): (text, None if math.isnan(score) else float(score))
+            for unit, text, score in rows.itertuples(index=False)
+        }
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} cannot be read as a table of explanations; make it with `lorsa autointerp`."
         ) from error
-    return {
-        int(row["unit"]): (row["explanation"], None if math.isnan(row["detection"]) else float(row["detection"]))
-        for row in rows
-    }

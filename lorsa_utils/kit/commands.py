@@ -384,8 +384,8 @@ def autointerp(options: Options) -> Answer:
             stream, dictionaries, sites, model.tokenizer, budget, options.batch_size, seed
         )
         sets = [examples.examples(firing, budget, seed) for firing in firings]
-        expected = study.estimate(sets, options.scorers, prices=options.prices)
-        study.confirmed(judge, expected, lambda sentence: _agreed(sentence, options.yes))
+        if isinstance(judge, judges.OpenAIJudge):
+            _confirm(study.estimate(sets, options.scorers, options.prices, seed), options.yes)
         scores = study.study(sets, judge, options.scorers, seed=seed)
     with store.atomic_path(out / "scores.parquet") as temporary:
         scores.to_parquet(temporary, index=False)
@@ -444,14 +444,15 @@ def _dictionaries(layers: Sequence[Layer]) -> list[Any]:
     return dictionaries
 
 
-def _agreed(sentence: str, yes: bool) -> bool:
+def _confirm(sentence: str, yes: bool) -> None:
     note(sentence)
     if yes:
-        return True
+        return
     if not sys.stdin.isatty():
         raise UserError("Nobody is there to confirm the estimate; add --yes to go on without being asked.")
     note("Go on? [y/N]")
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UserError("Nothing was asked; confirm the estimate, or ask for fewer units.")
 
 
 # ---- circuits

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -29,13 +29,16 @@ from tiny_models import save_tiny_model
 from lorsa_utils import models
 from lorsa_utils.autointerp import judges, study
 from lorsa_utils.autointerp.examples import Budget
-from lorsa_utils.autointerp.judges import Answers, Explanation, LocalJudge, OpenAIJudge, ReplayJudge, Request, Retries
+from lorsa_utils.autointerp.judges import Answers, Explanation, LocalJudge, OpenAIJudge, ReplayJudge, Request
 from lorsa_utils.exceptions import UserError
 
 KEY = "sk-very-secret-0123456789"
-FAST = Retries(attempts=4, first_delay=0.01, longest_delay=0.05, timeout=5.0)
 QUESTION = judges.verdict_request("detection", "digits", ["a 1", "b", "c"])
 OTHER_QUESTION = judges.verdict_request("detection", "digits", ["d", "e"])
+
+
+class FastJudge(OpenAIJudge):
+    attempts, first_delay, longest_delay, timeout = 4, 0.01, 0.05, 5.0
 
 
 @pytest.fixture
@@ -46,8 +49,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
         yield state
 
 
-def asked(answers: Answers | None = None, retries: Retries = FAST, concurrency: int = 2) -> OpenAIJudge:
-    return OpenAIJudge("test-model", Answers(None) if answers is None else answers, concurrency, retries)
+def asked(path: Path | None = None, concurrency: int = 2) -> FastJudge:
+    return FastJudge("test-model", Answers(path), concurrency)
 
 
 # ---- parsing
@@ -56,7 +59,6 @@ def asked(answers: Answers | None = None, retries: Retries = FAST, concurrency: 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("[1, 0, 1]", [1, 0, 1]),
         (" [1,0,1]\n", [1, 0, 1]),
         ("```json\n[1, 0, 1]\n```", [1, 0, 1]),
         ("```\n[true, false, true]\n```", [1, 0, 1]),
@@ -119,48 +121,35 @@ def test_the_explainer_sees_marks_sources_and_silent_texts_of_the_first_half_alo
 
 def test_answers_are_found_again_and_half_a_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    first = Answers(path)
-    first.put("a", "one\ntwo", kind="k", model="m")
-    first.put("b", "«x»", kind="k", model="m")
-    first.close()
+    with closing(Answers(path)) as answers:
+        answers.put("a", "one\ntwo", kind="k", model="m")
+        answers.put("b", "«x»", kind="k", model="m")
+        with pytest.raises(UserError, match="Another run is writing"):
+            Answers(path)
     path.write_bytes(path.read_bytes() + b'{"key": "c", "ans')
-    again = Answers(path)
-    assert (again.get("a"), again.get("b"), again.get("c")) == ("one\ntwo", "«x»", None)
-    again.put("c", "three")
-    again.close()
+    with closing(Answers(path)) as again:
+        assert {key: record["answer"] for key, record in again.records.items()} == {"a": "one\ntwo", "b": "«x»"}
+        again.put("c", "three")
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
-
-
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    first = Answers(tmp_path / "answers.jsonl")
-    with pytest.raises(UserError, match="Another run is writing"):
-        Answers(tmp_path / "answers.jsonl")
-    first.close()
-    Answers(tmp_path / "answers.jsonl").close()
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text('{"key": "a", "answer": "x"}\nnonsense\n')
     with pytest.raises(UserError, match="Line 2 of .* is damaged"):
-        Answers(tmp_path / "answers.jsonl", read_only=True)
+        ReplayJudge(tmp_path / "answers.jsonl")
 
 
 # ---- chat endpoint
 
 
-def test_a_plain_answer(server: ChatServer) -> None:
-    assert asked().ask([QUESTION]) == ["[1, 0, 0]"]
-    assert server.keys == {f"Bearer {KEY}"}
-
-
-@pytest.mark.parametrize("mishaps", [["status 503", "status 408", "status 429"], ["cut", "status 500", "hangup"]])
+@pytest.mark.parametrize("mishaps", [[], ["status 503", "status 408", "status 429"], ["cut", "status 500", "hangup"]])
 def test_mishaps_are_asked_again(server: ChatServer, mishaps: list[str]) -> None:
     server.mishaps = list(mishaps)
     judge = asked()
     assert judge.ask([QUESTION]) == ["[1, 0, 0]"]
-    assert sum(server.answered.values()) == 1
-    assert len(server.prompts) == 4
-    assert judge.tally.calls == 1
+    assert sum(server.answered.values()) == judge.tally.calls == 1
+    assert len(server.prompts) == 1 + len(mishaps)
+    assert server.keys == {f"Bearer {KEY}"}
 
 
 def test_one_retry_after_holds_all_threads(server: ChatServer) -> None:
@@ -179,8 +168,8 @@ def test_one_retry_after_holds_all_threads(server: ChatServer) -> None:
 
 def test_retry_after_is_a_number_or_a_date() -> None:
     when = datetime.now(UTC) + timedelta(seconds=100)
-    assert 98 < judges.retry_after_seconds(format_datetime(when, usegmt=True)) <= 100  # type: ignore[operator]
-    assert [judges.retry_after_seconds(text) for text in ("7", "-3", "soon", None)] == [7, 0, None, None]
+    assert 98 < judges.retry_after_seconds(format_datetime(when, usegmt=True)) <= 100
+    assert [judges.retry_after_seconds(text) for text in ("7", "-3", "soon", "")] == [7, 0, 0, 0]
 
 
 def test_a_server_that_wants_max_completion_tokens_gets_it(server: ChatServer) -> None:
@@ -189,31 +178,28 @@ def test_a_server_that_wants_max_completion_tokens_gets_it(server: ChatServer) -
     assert len(server.prompts) == 3
 
 
-def test_a_server_that_asks_for_hours_is_given_up(server: ChatServer) -> None:
-    server.mishaps = ["status 429 7200"]
-    with pytest.raises(UserError, match="asks to wait 7200 seconds; answers so far are kept"):
-        asked().ask([QUESTION])
-
-
-def test_a_slow_answer_times_out_and_is_asked_again(server: ChatServer) -> None:
+def test_a_slow_answer_times_out_and_is_asked_again(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FastJudge, "timeout", 0.5)
     server.mishaps = ["slow 1.5"]
-    assert asked(retries=Retries(attempts=3, first_delay=0.01, timeout=0.5)).ask([QUESTION]) == ["[1, 0, 0]"]
+    assert asked().ask([QUESTION]) == ["[1, 0, 0]"]
     assert len(server.prompts) == 2
 
 
 @pytest.mark.parametrize(
-    ("mishap", "sentence"),
+    ("mishap", "n", "sentence"),
     [
-        ("status 401", "refuses the key"),
-        ("status 404", "does not know this address or model"),
-        ("status 400", "does not accept the request"),
+        ("status 401", 1, "refuses the key"),
+        ("status 404", 1, "does not know this address or model"),
+        ("status 400", 1, "does not accept the request"),
+        ("status 429 7200", 1, "asks to wait 7200 seconds; answers so far are kept"),
+        ("status 500", 4, "HTTP status 500 4 times; answers so far are kept"),
     ],
 )
-def test_what_cannot_succeed_is_not_repeated(server: ChatServer, mishap: str, sentence: str) -> None:
-    server.mishaps = [mishap] * 3
+def test_what_cannot_succeed_is_not_repeated(server: ChatServer, mishap: str, n: int, sentence: str) -> None:
+    server.mishaps = [mishap] * 10
     with pytest.raises(UserError, match=sentence) as caught:
         asked().ask([QUESTION])
-    assert len(server.prompts) == 1
+    assert len(server.prompts) == n
     assert KEY not in str(caught.value)
     assert server.url not in str(caught.value)
 
@@ -226,12 +212,6 @@ def test_the_key_follows_no_redirect(server: ChatServer) -> None:
         assert elsewhere.prompts == []
 
 
-def test_a_server_that_never_answers_is_given_up(server: ChatServer) -> None:
-    server.mishaps = ["status 500"] * 10
-    with pytest.raises(UserError, match="HTTP status 500 4 times; answers so far are kept"):
-        asked().ask([QUESTION])
-
-
 @pytest.mark.parametrize("missing", ["OPENAI_API_KEY", "OPENAI_BASE_URL"])
 def test_a_missing_variable_is_named(server: ChatServer, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.delenv(missing)
@@ -241,24 +221,21 @@ def test_a_missing_variable_is_named(server: ChatServer, monkeypatch: pytest.Mon
 
 def test_unreadable_answers_and_refusals_are_left_out_not_wrong(server: ChatServer) -> None:
     server.mishaps = ["refusal"]
-    judge = asked()
-    assert np.isnan(judge.verdicts_on("detection", "digits", ["a 1"])).all()
-    assert judge.verdicts_on("detection", "digits", ["a 1", "b", "c"]).tolist() == [1, 0, 0]
+    judge, digits, windows = asked(), Explanation("digits"), planted_sets().units[0].second
+    assert np.isnan(judge.verdicts(digits, windows[:1])).all()
+    assert judge.verdicts(digits, windows[:3]).tolist() == [1, 0, 0]
     server.content = lambda prompt: "[1, 0"
-    assert np.isnan(judge.verdicts_on("fuzzing", "digits", ["a 1", "b", "c"])).all()
+    assert np.isnan(judge.verdicts(digits, windows[:3], windows.values[:3] > 0)).all()
     assert (judge.tally.failed, judge.tally.asked) == (2, 3)
 
 
 FEW = Budget(units=3, shown=12, contrast=12, scored=8, least=8)
 
 
-def study_once(folder: Path, concurrency: int = 3) -> tuple[OpenAIJudge, pd.DataFrame]:
-    answers = Answers(folder / "answers.jsonl")
-    judge = asked(answers, concurrency=concurrency)
-    try:
+def study_once(folder: Path) -> tuple[OpenAIJudge, pd.DataFrame]:
+    judge = asked(folder / "answers.jsonl", concurrency=3)
+    with closing(judge.answers):
         return judge, study.study([planted_sets(budget=FEW)], judge, progress=False)
-    finally:
-        answers.close()
 
 
 def test_a_second_run_asks_nothing_and_a_recording_repeats_it(server: ChatServer, tmp_path: Path) -> None:
@@ -295,18 +272,13 @@ def test_killed_in_the_middle_nothing_is_lost_or_repeated(server: ChatServer, tm
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).parents[:3])}
     server.stop_after = 11
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment)
-    try:
-        deadline = time.monotonic() + 60
-        # The process has written what was answered, and hangs on what is not.
-        while time.monotonic() < deadline:
-            path = tmp_path / "answers.jsonl"
-            written = path.read_text().count("\n") if path.is_file() else 0
-            if written >= server.stop_after and written == sum(server.answered.values()):
-                break
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    deadline, path, written = time.monotonic() + 60, tmp_path / "answers.jsonl", 0
+    # Until the process has written what was answered, and hangs on what is not.
+    while time.monotonic() < deadline and not server.stop_after <= written == sum(server.answered.values()):
+        time.sleep(0.05)
+        written = path.read_text().count("\n") if path.is_file() else 0
+    process.kill()
+    process.wait()
     before = dict(server.answered)
     assert sum(before.values()) >= 11
     server.stop_after = None
@@ -350,18 +322,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> models.LanguageModel:
 class SingleLetters(LocalJudge):
     """The byte tokenizer has no token for whole words, so these stand in for yes and no."""
 
-    def _single(self, words: object) -> list[int]:
-        return {"Y": [10], "N": [20]}.get(str(list(words)[0])[:1].upper(), [30])  # type: ignore[call-overload]
+    def _single(self, *words: str) -> list[int]:
+        return {"Y": [10], "N": [20]}.get(words[0][0], [30])
 
 
 def test_verdicts_are_read_from_the_logits_of_the_last_token(tiny: models.LanguageModel) -> None:
     judge = SingleLetters(tiny, Answers(None), batch_size=3)
-    requests = [
-        judges.render("detection_one", 1, explanation="digits", text=text)
-        for text in ("a", "some longer text", "b 1", "c" * 40)
-    ]
-    answers = judge.ask(requests)
-    for request, answer in zip(requests, answers, strict=True):
+    texts = ("a", "some longer text", "b 1", "c" * 40)
+    requests = [judges.render("detection_one", 1, explanation="digits", text=text) for text in texts]
+    for request, answer in zip(requests, judge.ask(requests), strict=True):
         ids = torch.tensor([tiny.tokenizer.encode(judge.prompt(request), add_special_tokens=False)])
         logits = tiny.logits(ids)[0, -1]
         assert float(answer) == pytest.approx(float((logits[10] - logits[20]).sigmoid()), abs=1e-5)
@@ -369,17 +338,16 @@ def test_verdicts_are_read_from_the_logits_of_the_last_token(tiny: models.Langua
 
 def test_local_answers_are_stored_and_replayed(tiny: models.LanguageModel, tmp_path: Path) -> None:
     sets = [planted_sets(budget=Budget(units=2, shown=8, contrast=8, scored=8, least=8))]
-    answers = Answers(tmp_path / "answers.jsonl")
-    judge = SingleLetters(tiny, answers)
-    table = study.study(sets, judge, ("detection", "simulation"), progress=False)
-    calls = judge.tally.calls
-    again = study.study(sets, judge, ("detection", "simulation"), progress=False)
-    answers.close()
+    judge = SingleLetters(tiny, Answers(tmp_path / "answers.jsonl"))
+    with closing(judge.answers):
+        table = study.study(sets, judge, ("detection", "simulation"), progress=False)
+        calls = judge.tally.calls
+        again = study.study(sets, judge, ("detection", "simulation"), progress=False)
     assert judge.tally.calls == calls > 0
     assert judge.tally.failed <= 0.05 * judge.tally.asked
     replay = ReplayJudge(tmp_path / "answers.jsonl")
-    assert again.equals(table)
-    assert study.study(sets, replay, ("detection", "simulation"), progress=False).equals(table)
+    for same in (again, study.study(sets, replay, ("detection", "simulation"), progress=False)):
+        assert same.equals(table)
 
 
 def test_a_model_without_yes_and_no_is_refused(tiny: models.LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from chat_server import chat_server
+from chat_server import answer_for, chat_server
 from hypothesis import given
 from hypothesis import strategies as st
 from judged_text import BUDGET, FIRST_WORD, make_corpus, planted_sets
@@ -18,16 +19,23 @@ from tiny_models import save_tiny_model
 from lorsa_utils import stats
 from lorsa_utils.autointerp import examples, study
 from lorsa_utils.autointerp.examples import Budget, UnitExamples, Windows
-from lorsa_utils.autointerp.judges import Answers, Explanation, Judge, OpenAIJudge, RulesJudge
+from lorsa_utils.autointerp.judges import Answers, Explanation, Judge, OpenAIJudge
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.kit.cli import main
 from lorsa_utils.stats import Interval
 
 
-def test_balanced_accuracy_by_hand() -> None:
+def test_scores_by_hand() -> None:
     truth = np.array([True, True, True, True, False, False])
     verdicts = np.array([1.0, 1.0, 0.9, 0.0, 1.0, 0.2])
     assert study.balanced_accuracy(truth, verdicts).value == pytest.approx((3 / 4 + 1 / 2) / 2)
+    truth = np.array([True, True, False, False])
+    assert study.verdict_auc(truth, np.array([0.9, 0.4, 0.4, 0.1])) == pytest.approx(3.5 / 4)
+    assert study.balanced_accuracy(truth, np.array([1.0, math.nan, 0.0, math.nan])).value == 1, "NaN is left out"
+    assert math.isnan(study.balanced_accuracy(truth, np.array([1.0, 1.0, math.nan, math.nan])).value)
+    assert study.correlation(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 5.0])) == pytest.approx(1)
+    assert study.correlation(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == 0
+    assert math.isnan(study.correlation(np.array([0.0, 1.0]), np.array([math.nan, 1.0])))
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=40), st.floats(0, 1))
@@ -43,25 +51,6 @@ def test_the_interval_holds_the_score(pairs: list[tuple[bool, bool]]) -> None:
     if not math.isnan(score.value):
         assert 0 <= score.low <= score.value + 1e-9
         assert score.value - 1e-9 <= score.high <= 1
-
-
-def test_unreadable_verdicts_are_left_out() -> None:
-    truth = np.array([True, True, False, False])
-    whole = study.balanced_accuracy(truth, np.array([1.0, math.nan, 0.0, math.nan]))
-    assert whole.value == 1.0
-    assert math.isnan(study.balanced_accuracy(truth, np.array([1.0, 1.0, math.nan, math.nan])).value)
-
-
-def test_auc_by_hand() -> None:
-    assert study.verdict_auc(np.array([True, True, False, False]), np.array([0.9, 0.4, 0.4, 0.1])) == pytest.approx(
-        3.5 / 4
-    )
-
-
-def test_correlation_by_hand() -> None:
-    assert study.correlation(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 5.0])) == pytest.approx(1)
-    assert study.correlation(np.array([0.0, 1.0]), np.array([1.0, 1.0])) == 0
-    assert math.isnan(study.correlation(np.array([0.0, 1.0]), np.array([math.nan, 1.0])))
 
 
 def test_half_of_the_marks_are_right_and_as_many_tokens_are_marked() -> None:
@@ -112,35 +101,29 @@ def test_a_perfect_explanation_scores_one_and_a_shuffled_one_a_half() -> None:
 
 
 def test_shuffled_explanations_are_everybodys_once_and_nobodys_own() -> None:
-    words = word_sets(6)
-    own = [Explanation(str(unit.unit)) for unit in words.units]
-    dealt = [subject.baselines["shuffled"] for subject in study._subjects(words, own, True, 0)]
-    assert sorted(dealt) == sorted(own)  # type: ignore[type-var]
-    assert all(explanation != other for explanation, other in zip(own, dealt, strict=True))
+    explanations = [Explanation("x") if index != 3 else None for index in range(7)]
+    dealt = study.strangers(explanations, 0)
+    assert sorted(dealt) == list(range(7))
+    assert [index for index, other in enumerate(dealt) if index == other] == [3]
 
 
-def test_rules_on_planted_units_against_their_baselines() -> None:
-    scores = study.study([planted_sets()], RulesJudge(), progress=False)
-    assert (scores["detection"] > 0.9).all()
-    assert (scores["shuffled"] < 0.7).all()
-
-
-def test_unknown_scorer_is_named() -> None:
+def test_what_cannot_be_scored_or_compared_is_refused() -> None:
     with pytest.raises(UserError, match="'recall' is unknown; known are detection, fuzzing, simulation"):
-        study.check_scorers(("recall",))
+        study.study([], KnowsAll(), ("recall",))
+    with pytest.raises(UserError, match="No layer has scores of both"):
+        study.compare_dictionaries(table_of(0.1).query("dictionary == 'SAE'"))
 
 
 # ---- statistics
 
 
-def table_of(gap: float, n: int = 100, seed: int = 0, layers: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
+def table_of(gap: float) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
     parts = []
-    for layer in layers:
+    for layer in (0, 1):
         for name, mean in (("Lorsa", 0.6 + gap), ("SAE", 0.6)):
-            frequency = rng.random(n)
-            values = {"dictionary": name, "layer": layer, "detection": rng.normal(mean, 0.1, n), "frequency": frequency}
-            parts.append(pd.DataFrame({**values, "fuzzing": 0.5 + 0.3 * frequency}))
+            values = {"frequency": rng.random(100), "detection": rng.normal(mean, 0.1, 100)}
+            parts.append(pd.DataFrame({"dictionary": name, "layer": layer, **values}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -170,11 +153,6 @@ def test_permutation_p_by_hand() -> None:
     assert stats.permutation_p(np.ones(5), np.ones(4)) == 1
 
 
-def test_nothing_to_compare_is_refused() -> None:
-    with pytest.raises(UserError, match="No layer has scores of both"):
-        study.compare_dictionaries(table_of(0.1).query("dictionary == 'SAE'"))
-
-
 def test_mean_interval_leaves_nan_out() -> None:
     assert stats.bootstrap_mean(np.array([1.0, math.nan, 1.0])) == Interval(1.0, 1.0, 1.0)
     assert math.isnan(stats.bootstrap_mean(np.array([math.nan])).value)
@@ -184,29 +162,21 @@ def test_mean_interval_leaves_nan_out() -> None:
 
 
 def test_the_estimate_is_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def content(prompt: str) -> str:
+        words = f"EXPLANATION: {'explanation ' * 24}{len(server.prompts)}"
+        return words if "EXPLANATION:" in prompt else answer_for(prompt)
+
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9")
     sets = [planted_sets(budget=Budget(units=3, shown=12, contrast=12, scored=10, least=8))]
-    expected = study.estimate(sets, prices=(1.0, 2.0))
-    asked: list[str] = []
-
-    class Forgetful(Answers):
-        def get(self, key: str) -> None:
-            """Units may share their shuffled and relative explanations; the estimate does not count on it."""
-
-    class Counting(OpenAIJudge):
-        def complete(self, request):  # type: ignore[no-untyped-def]
-            asked.append(request.kind)
-            n = len(asked)
-            zeros = json.dumps([0] * ((request.max_tokens - 12) // 4))
-            return f"EXPLANATION: {n}" if request.kind == "explain" else zeros
-
-    study.study(sets, Counting("m", Forgetful(None), concurrency=1), progress=False)
-    assert len(asked) == expected.calls
-    assert expected.cost == pytest.approx((expected.prompt_tokens + 2 * expected.answer_tokens) / 1e6)
-    with pytest.raises(UserError, match="Nothing was asked"):
-        study.confirmed(Counting("m", Answers(None)), expected, lambda sentence: False)
-    study.confirmed(RulesJudge(), expected, lambda sentence: pytest.fail("rules cost nothing"))
+    with chat_server() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        server.content = content
+        study.study(sets, OpenAIJudge("m", Answers(None), concurrency=1), progress=False)
+    calls, read = len(server.prompts), sum(len(prompt) - 1 for prompt in server.prompts) // 4
+    sentence = study.estimate(sets, prices=(1000.0, 2000.0))
+    assert sentence.startswith(f"At most {calls} questions, {read + 8 * calls:,} tokens to read and ")
+    written = int(sentence.split()[-9].replace(",", ""))
+    assert sentence.endswith(f", about {(read + 8 * calls + 2 * written) / 1000:.2f} at the given prices.")
 
 
 # ---- command
@@ -218,7 +188,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     save_tiny_model(folder / "model", "llama")
     rng = np.random.default_rng(0)
-    words = ["river", "stone", "light", "paper", "garden", "winter", "market", "number 7", "street,", "cloud."]
+    words = ["river", "stone", "light", "paper", "garden", "winter", "market", "7", "street,", "cloud."]
     for number in range(6):
         (folder / f"text{number}.txt").write_text(" ".join(rng.choice(words, 1500)) + "\n")
     common = ["--model", str(folder / "model"), "--text", *(str(path) for path in sorted(folder.glob("*.txt")))]
@@ -278,6 +248,10 @@ def test_command_asks_an_endpoint_only_after_a_yes(
         options = ("--backend", "openai", "--judge-model", "m", "--scorers", "detection", "--prices", "0.15,0.60")
         assert main(command(runs, tmp_path / "out", *options)) == 1
         assert "add --yes" in capsys.readouterr().err
+        monkeypatch.setattr("sys.stdin", io.StringIO("no\n"))
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+        assert main(command(runs, tmp_path / "out", *options)) == 1
+        assert "Nothing was asked" in capsys.readouterr().err
         assert server.prompts == []
         assert main(command(runs, tmp_path / "out", *options, "--yes")) == 0
         assert "at the given prices" in capsys.readouterr().err
