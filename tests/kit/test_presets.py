@@ -205,7 +205,7 @@ def test_gated_weights_leave_a_banner_and_the_run_goes_on(
 
 def test_the_banner_is_shown_inside_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, Any]] = []
-    monkeypatch.setattr(notebook, "_display_bundle", lambda bundle: not shown.append(bundle))
+    monkeypatch.setattr(notebook, "_display", lambda bundle: not shown.append(bundle))
     notebook.start("04_heads", "paper", tmp_path / "run")
     assert "This run goes on with smollm2" in shown[0]["text/plain"]
     assert 'role="alert"' in shown[0]["text/html"]
