@@ -393,7 +393,7 @@ def autointerp(options: Options) -> Answer:
     names = sorted({item.name for item in dictionaries}, key=lambda name: name != "Lorsa")
     if len(names) == 2:
         with contextlib.suppress(UserError):  # no layer has both
-            table = study.compare_dictionaries(scores, *names, options.scorers, seed)
+            table = study.compare_dictionaries(scores, names[0], names[1], options.scorers, seed)
             store.write_text(out / "tests.csv", table.to_csv(index=False))
             tests = {"tests": _records(table), "outcomes": _records(study.outcomes(table))}
     answer = {

@@ -28,8 +28,9 @@ LAYER_MODULES = ("lorsa", "sae_equal_features", "sae_equal_parameters")
 def sequences(run: Context, model: LanguageModel) -> dict[str, Sequences]:
     """`train` and `held_out` sequences of the embedded text, sized by the profile."""
     p = run.profile
-    how = {"held_out_tokens": p.compare_held_out_tokens, "context": p.context, "seed": run.seed}
-    return load_text(model, p.cache_tokens, **how).splits()
+    held_out_tokens = p.compare_held_out_tokens
+    text = load_text(model, p.cache_tokens, held_out_tokens=held_out_tokens, context=p.context, seed=run.seed)
+    return text.splits()
 
 
 def activation_cache(run: Context, model: LanguageModel, splits: Mapping[str, Sequences]) -> Path:
