@@ -181,8 +181,8 @@ def record_firings(
     corpus, firings = Corpus.decoded(np.stack(tokens), np.stack(masks), tokenizer), []
     for dictionary, units, recorded in zip(dictionaries, drawn, rows, strict=True):
         number, place, value, sources, shares = (np.concatenate(side) for side in zip(*recorded, strict=True))
-        order = np.lexsort((place, number))
-        sides = (side[order] for side in (number, place, value, sources.astype(np.int32), shares))
+        by_unit = np.lexsort((place, number))
+        sides = (side[by_unit] for side in (number, place, value, sources.astype(np.int32), shares))
         firings.append(Firings(dictionary, corpus, units.numpy(), *sides))
     return firings
 
