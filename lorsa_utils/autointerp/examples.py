@@ -165,8 +165,8 @@ def record_firings(
         raise UserError("There is nothing to explain: give at least one trained module and a text with counted tokens.")
     drawn = []
     for dictionary in dictionaries:
-        order = torch.randperm(dictionary.module.n_units, generator=torch.Generator().manual_seed(seed))
-        drawn.append(order[: budget.units * budget.oversampling].sort().values)
+        shuffled = torch.randperm(dictionary.module.n_units, generator=torch.Generator().manual_seed(seed))
+        drawn.append(shuffled[: budget.units * budget.oversampling].sort().values)
     rows: list[list[Rows]] = [[] for _ in dictionaries]
     tokens: list[np.ndarray] = []
     masks: list[np.ndarray] = []
