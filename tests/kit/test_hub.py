@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import calling
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +25,7 @@ from lorsa_utils import store
 from lorsa_utils.activations import ActivationStream
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.initialize import initialize
-from lorsa_utils.kit import cli, formats, hub
+from lorsa_utils.kit import formats, hub
 from lorsa_utils.lorsa import Lorsa, Scaling, load
 from lorsa_utils.models import LanguageModel, load_model
 
@@ -166,6 +166,16 @@ def as_here(folder: Path) -> Lorsa:
     return published.as_read(published.reading).double()
 
 
+def computes_the_same(
+    write: Callable[..., Path], tensors: Mapping[str, Tensor], config: dict[str, Any], seed: int = 0
+) -> Lorsa:
+    x = random_inputs(1, LENGTH, D, seed + 1, torch.float64)
+    with tempfile.TemporaryDirectory() as place:
+        lorsa = as_here(write(Path(place), tensors, **config))
+    assert (lorsa(x).y[0] - forward(x[0], tensors, config)).abs().max() < 1e-5
+    return lorsa
+
+
 # ---- same outputs
 
 
@@ -193,10 +203,7 @@ def test_llamascopium_weights_compute_the_same(seed: int, options: dict[str, Any
     config |= {"NTK_by_parts_factor": 8.0, "NTK_by_parts_low_freq_factor": 1.0, "NTK_by_parts_high_freq_factor": 4.0}
     config["old_context_len"] = 24
     tensors = llamascopium_weights(config, seed, stored_groups)
-    x = random_inputs(1, LENGTH, D, seed + 1, torch.float64)
-    with tempfile.TemporaryDirectory() as place:
-        lorsa = as_here(write_llamascopium(Path(place), tensors, **config))
-    assert (lorsa(x).y[0] - forward(x[0], tensors, config)).abs().max() < 1e-5
+    lorsa = computes_the_same(write_llamascopium, tensors, config, seed)
     if options["positional_embedding_type"] == "rotary":
         assert lorsa.config.rotary.adjacent_pairs == options["rotary_adjacent_pairs"]
 
@@ -215,11 +222,7 @@ def test_llamascopium_weights_compute_the_same(seed: int, options: dict[str, Any
     ),
 )
 def test_openmoss_weights_compute_the_same(seed: int, options: dict[str, Any]) -> None:
-    config, tensors = openmoss(**options), openmoss_weights(seed)
-    x = random_inputs(1, LENGTH, D, seed + 1, torch.float64)
-    with tempfile.TemporaryDirectory() as place:
-        lorsa = as_here(write_openmoss(Path(place), tensors, **config))
-    assert (lorsa(x).y[0] - forward(x[0], tensors, config)).abs().max() < 1e-5
+    computes_the_same(write_openmoss, openmoss_weights(seed), openmoss(**options), seed)
 
 
 def test_the_reference_rotates_by_position() -> None:
@@ -284,54 +287,46 @@ def test_the_expansion_factor_gives_back_the_number_of_heads() -> None:
 # ---- refusals
 
 
-REFUSED = {
-    "sae_type 'sae'": {"sae_type": "sae"},
-    "act_fn 'jumprelu'": {"act_fn": "jumprelu"},
-    "act_fn 'batchtopk'": {"act_fn": "batchtopk"},
-    "norm_activation 'token-wise'": {"norm_activation": "token-wise"},
-    "sparsity_include_decoder_norm false": {"sparsity_include_decoder_norm": False},
-    "normalization_type": {"use_post_qk_ln": True, "normalization_type": "LN"},
-    "rotary_scale 2": {"rotary_scale": 2},
-    "NTK_by_parts_low_freq_factor": {"use_NTK_by_parts_rope": True, "NTK_by_parts_factor": 8.0},
-    "expansion_factor 4": {"expansion_factor": 4},
-    "size mismatch for W_Q": {"d_qk_head": 8},
-    "n_heads": {"n_qk_heads": 4},
-    "must not exceed the number of heads": {"top_k": 99},
-}
-
-
-@pytest.mark.parametrize("sentence", REFUSED)
-def test_options_that_lorsa_lacks_are_refused_by_name(sentence: str, tmp_path: Path) -> None:
-    write_llamascopium(tmp_path, **REFUSED[sentence])
+def refused(folder: Path, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
-        formats.read(tmp_path)
+        formats.read(folder)
     assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
 
 
-def test_selection_without_lengths_is_the_same_where_all_lengths_are_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sentence", "settings"),
+    [
+        ("sae_type 'sae'", {"sae_type": "sae"}),
+        ("act_fn 'jumprelu'", {"act_fn": "jumprelu"}),
+        ("act_fn 'batchtopk'", {"act_fn": "batchtopk"}),
+        ("norm_activation 'token-wise'", {"norm_activation": "token-wise"}),
+        ("sparsity_include_decoder_norm false", {"sparsity_include_decoder_norm": False}),
+        ("normalization_type", {"use_post_qk_ln": True, "normalization_type": "LN"}),
+        ("rotary_scale 2", {"rotary_scale": 2}),
+        ("NTK_by_parts_low_freq_factor", {"use_NTK_by_parts_rope": True, "NTK_by_parts_factor": 8.0}),
+        ("expansion_factor 4", {"expansion_factor": 4}),
+        ("size mismatch for W_Q", {"d_qk_head": 8}),
+        ("n_heads", {"n_qk_heads": 4}),
+        ("must not exceed the number of heads", {"top_k": 99}),
+    ],
+)
+def test_options_that_lorsa_lacks_are_refused_by_name(sentence: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    refused(write_llamascopium(tmp_path, **settings), sentence)
+
+
+def test_selection_without_lengths_is_the_same_where_all_lengths_are_equal() -> None:
     config = llamascopium(sparsity_include_decoder_norm=False)
     tensors = llamascopium_weights(config)
     tensors["W_O"] /= tensors["W_O"].norm(dim=1, keepdim=True)
-    x = random_inputs(1, LENGTH, D, 1, torch.float64)
-    lorsa = as_here(write_llamascopium(tmp_path, tensors, **config))
-    assert (lorsa(x).y[0] - forward(x[0], tensors, config)).abs().max() < 1e-5
+    computes_the_same(write_llamascopium, tensors, config)
 
 
-@pytest.mark.parametrize(
-    ("sentence", "settings", "tensors"),
-    [
-        ("virtual_kv_num 4", {"virtual_kv_num": 4}, {}),
-        ("virtual_k, which", {}, {"virtual_k": torch.zeros(1, N_QK, D_QK)}),
-        ("size mismatch for W_V", {}, {"W_V": torch.zeros(N_OV, D, 2)}),
-        ("mode top_k but no top_k", {"top_k": None}, {}),
-    ],
-)
-def test_older_options_that_lorsa_lacks_are_refused(
-    sentence: str, settings: dict[str, Any], tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=sentence):
-        formats.read(write_openmoss(tmp_path, tensors, **settings))
+def test_older_options_that_lorsa_lacks_are_refused(tmp_path: Path) -> None:
+    refused(write_openmoss(tmp_path, virtual_kv_num=4), "virtual_kv_num 4")
+    refused(write_openmoss(tmp_path, top_k=None), "mode top_k but no top_k")
+    refused(write_openmoss(tmp_path, {"virtual_k": torch.zeros(1, N_QK, D_QK)}), "virtual_k, which")
+    refused(write_openmoss(tmp_path, {"W_V": torch.zeros(N_OV, D, 2)}), "size mismatch for W_V")
 
 
 class Malicious:
@@ -346,9 +341,7 @@ class Malicious:
 
 def test_a_pickle_that_wants_to_run_code_is_refused_and_not_run(tmp_path: Path) -> None:
     folder = write_openmoss(tmp_path / "bad", {"x": Malicious(tmp_path / "was_run")})
-    with pytest.raises(UserError, match="wants to run code when it is read, which is refused") as caught:
-        formats.read(folder)
-    assert "\n" not in str(caught.value)
+    refused(folder, "wants to run code when it is read, which is refused")
     assert not (tmp_path / "was_run").exists()
 
 
@@ -358,17 +351,13 @@ def test_cut_files_are_refused(file: str, share: float, tmp_path: Path) -> None:
     folder = (write_openmoss if file == "final.pth" else write_llamascopium)(tmp_path)
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match="is damaged") as caught:
-        formats.read(folder)
-    assert "\n" not in str(caught.value)
+    refused(folder, "is damaged")
 
 
 def test_other_folders_and_tensors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config.json"):
-        formats.read(tmp_path)
+    refused(tmp_path, "has no config.json")
     store.write_json(tmp_path / "config.json", llamascopium())
-    with pytest.raises(UserError, match="neither sae_weights.safetensors nor final.pth"):
-        formats.read(tmp_path)
+    refused(tmp_path, "neither sae_weights.safetensors nor final.pth")
     tensors = llamascopium_weights(llamascopium())
     for change, sentence in (
         ({"W_X": torch.zeros(2)}, "holds W_X, which Lorsa here does not have"),
@@ -376,11 +365,9 @@ def test_other_folders_and_tensors_are_refused(tmp_path: Path) -> None:
         ({"b_V": torch.zeros(N_OV + 1)}, "size mismatch for b_V"),
         ({"W_V": torch.full((N_OV, D), torch.nan)}, "values that are not finite"),
     ):
-        with pytest.raises(UserError, match=sentence):
-            formats.read(write_llamascopium(tmp_path, tensors | change))
+        refused(write_llamascopium(tmp_path, tensors | change), sentence)
     del tensors["W_K"]
-    with pytest.raises(UserError, match="has no W_K"):
-        formats.read(write_llamascopium(tmp_path, tensors))
+    refused(write_llamascopium(tmp_path, tensors), "has no W_K")
 
 
 # ---- readings
@@ -438,16 +425,13 @@ def imported(folder: Path, model: LanguageModel) -> dict[str, Any]:
 
 def test_an_exported_lorsa_comes_back_without_a_word(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
     answer = imported(exported(tmp_path, good), model)
-    assert answer["warning"] is None
-    assert answer["reading"] == "raw activations"
+    assert (answer["reading"], answer["warning"]) == ("raw activations", None)
     assert answer["fvu"]["raw activations"] < 0.9
     back = load(tmp_path / "here")
-    for name, weight in good.state_dict().items():
-        assert torch.allclose(back.state_dict()[name], weight, rtol=1e-6)
+    torch.testing.assert_close(back.state_dict(), good.state_dict(), rtol=1e-6, atol=1e-8)
     config = store.read_json(tmp_path / "here" / "config.json")
-    assert config["layer"] == 1
+    assert (config["layer"], config["imported"]["format"]) == (1, "llamascopium")
     assert config["source"]["model_sha256"] == model.fingerprint
-    assert config["imported"]["format"] == "llamascopium"
 
 
 def test_folded_weights_whose_config_says_otherwise_are_found_out(
@@ -462,8 +446,8 @@ def test_folded_weights_whose_config_says_otherwise_are_found_out(
 def test_weights_for_normalised_activations_are_folded(tmp_path: Path, model: LanguageModel, good: Lorsa) -> None:
     answer = imported(for_normalised(tmp_path, good, folded=False), model)
     assert (answer["reading"], answer["warning"]) == ("normalised activations", None)
-    back = load(tmp_path / "here")
-    assert torch.allclose(back.state_dict()["W_Q"], good.W_Q, rtol=1e-5)
+    back: Any = load(tmp_path / "here")
+    assert torch.allclose(back.W_Q, good.W_Q, rtol=1e-5)
     assert torch.allclose(back.b_O, good.b_O, rtol=1e-5)
 
 
@@ -519,30 +503,25 @@ def test_a_model_of_another_width_or_an_unknown_layer_is_refused(
 # ---- commands and the Hub
 
 
-def lorsa_command(*arguments: object) -> int:
-    return cli.main([str(argument) for argument in arguments])
-
-
 def test_commands_export_and_import(
-    tmp_path: Path, model: LanguageModel, good: Lorsa, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    model: LanguageModel,
+    good: Lorsa,
+    capsys: pytest.CaptureFixture[str],
+    answer: Any,
+    complaint: Any,
 ) -> None:
-    saved(tmp_path, good)
-    assert lorsa_command("export", tmp_path / "run", tmp_path / "out", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["keys"]["W_V"] == "W_V"
+    run, out, bare = saved(tmp_path, good), tmp_path / "out", tmp_path / "bare"
+    assert answer("export", run, out)["keys"]["W_V"] == "W_V"
     text = tmp_path / "text.txt"
-    paragraph = "Paragraph {} of a text that is long enough to be cut into sequences."
-    text.write_text("\n\n".join(paragraph.format(i) for i in range(60)))
-    options = ("--model", model.name, "--text", text, "--tokens", 500, "--json")
-    assert lorsa_command("import", tmp_path / "out", tmp_path / "here", *options) == 0
-    assert json.loads(capsys.readouterr().out)["keys"]["b_D"] == "b_O"
-    assert lorsa_command("eval", tmp_path / "here", "--text", text, "--tokens", 500, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["n_tokens"] > 400
-    assert lorsa_command("import", tmp_path / "out", tmp_path / "bare") == 0
+    text.write_text("\n\n".join(f"Paragraph {i} of a text, long enough to be cut into sequences." for i in range(60)))
+    options = ("--text", text, "--tokens", 500)
+    assert answer("import", out, tmp_path / "here", "--model", model.name, *options)["keys"]["b_D"] == "b_O"
+    assert answer("eval", tmp_path / "here", *options)["n_tokens"] > 400
+    assert calling.lorsa("import", out, bare) == 0
     assert "Nothing was measured" in capsys.readouterr().err
-    assert lorsa_command("eval", tmp_path / "bare") == 1
-    assert "does not say which model and layer it is for; import it again with --model" in capsys.readouterr().err
-    assert lorsa_command("import", tmp_path / "nowhere", tmp_path / "x") == 1
-    assert "There is no checkpoint at" in capsys.readouterr().err
+    assert "does not say which model and layer it is for; import it again with --model" in complaint("eval", bare)
+    assert "There is no checkpoint at" in complaint("import", tmp_path / "nowhere", tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -601,24 +580,22 @@ class FakeHub:
 
 
 def test_push_uploads_the_folder_with_its_card_and_no_token(
-    tmp_path: Path, good: Lorsa, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, good: Lorsa, monkeypatch: pytest.MonkeyPatch, answer: Any
 ) -> None:
     fake = FakeHub(tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: fake)
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
-    saved(tmp_path, good)
-    (tmp_path / "run" / "state").mkdir()
-    (tmp_path / "run" / "state" / "state.safetensors").write_bytes(b"large")
-    options = ("--push", "someone/lorsas", "--path-in-repo", "layer_1", "--private", "--json")
-    assert lorsa_command("export", tmp_path / "run", tmp_path / "out", *options) == 0
-    assert json.loads(capsys.readouterr().out)["url"] == "https://hub.example/someone/lorsas"
-    uploaded = tmp_path / "hub" / "someone" / "lorsas" / "layer_1"
+    run, repos = saved(tmp_path, good), tmp_path / "hub" / "someone"
+    store.write_text(run / "state" / "state.safetensors", "large")
+    options = ("--push", "someone/lorsas", "--path-in-repo", "layer_1", "--private")
+    assert answer("export", run, tmp_path / "out", *options)["url"] == "https://hub.example/someone/lorsas"
+    uploaded = repos / "lorsas" / "layer_1"
     assert {file.name for file in uploaded.iterdir()} == {"config.json", "sae_weights.safetensors", "README.md"}
     assert fake.private
     assert formats.read(uploaded).layer == 1
-    hub.push_to_hub(tmp_path / "run", "someone/runs")
-    assert "# Lorsa for layer 1" in (tmp_path / "hub" / "someone" / "runs" / "README.md").read_text()
-    assert not (tmp_path / "hub" / "someone" / "runs" / "state").exists()
+    hub.push_to_hub(run, "someone/runs")
+    assert "# Lorsa for layer 1" in (repos / "runs" / "README.md").read_text()
+    assert not (repos / "runs" / "state").exists()
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or b"hf_secretsecret" not in file.read_bytes()
 
@@ -642,12 +619,10 @@ def test_a_refused_upload_says_what_to_do(
         hub.push_to_hub(tmp_path / "run", "lorsas")
 
 
-def test_a_small_checkpoint_is_written_and_imported_by_command(
-    tmp_path: Path, good: Lorsa, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saved(tmp_path, good)
-    assert lorsa_command("export", tmp_path / "run", tmp_path / "small", "--format", "small", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["bytes"] < 0.5 * (tmp_path / "run" / "model.safetensors").stat().st_size
-    assert lorsa_command("import", tmp_path / "small", tmp_path / "full", "--json") == 0
+def test_a_small_checkpoint_is_written_and_imported_by_command(tmp_path: Path, good: Lorsa, answer: Any) -> None:
+    run, small = saved(tmp_path, good), tmp_path / "small"
+    written = answer("export", run, small, "--format", "small")
+    assert written["bytes"] < 0.5 * (run / "model.safetensors").stat().st_size
+    answer("import", small, tmp_path / "full")
     assert torch.allclose(load(tmp_path / "full").W_O, good.W_O, atol=float(good.W_O.abs().max()) / 127)
-    assert store.read_json(tmp_path / "small" / "checkpoint.json")["kit"]
+    assert store.read_json(small / "checkpoint.json")["kit"]
