@@ -13,18 +13,13 @@ from lorsa_utils.kit import reproduce
 
 
 @pytest.fixture(autouse=True)
-def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
+def own_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORSA_STATIC_IMAGES", "0")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-
-
-@pytest.fixture(autouse=True)
-def own_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "notebooks_dir", lambda: tmp_path / "notebooks")
 
 
-def write_notebook(tmp_path: Path, name: str, *cells: str, starts: bool = True, **about: Any) -> Path:
+def write_notebook(name: str, *cells: str, starts: bool = True, **about: Any) -> Path:
     """A notebook with these cells; `about` is its metadata for `reproduce`."""
     begin = f'from lorsa_utils.kit import notebook\nrun = notebook.start("{name}", PROFILE, RUN_DIR)'
     code = ['PROFILE = "laptop"\nRUN_DIR = ""', *[begin] * starts, *cells]
@@ -33,21 +28,21 @@ def write_notebook(tmp_path: Path, name: str, *cells: str, starts: bool = True, 
     book.cells[1].metadata["tags"] = ["parameters"]
     book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
     book.metadata["lorsa"] = about
-    path = tmp_path / "notebooks" / f"{name}.ipynb"
+    path = reproduce.notebooks_dir() / f"{name}.ipynb"
     path.parent.mkdir(exist_ok=True)
     nbformat.write(book, path)
     return path
 
 
-def run(tmp_path: Path, **options: Any) -> dict[str, str]:
-    statuses = reproduce.reproduce("smoke", run_dir=tmp_path / "run", **options)
-    return {status.name: status.status for status in statuses}
+def run(**options: Any) -> str:
+    """Number and status of each notebook."""
+    return ", ".join(f"{book.name[:2]} {book.status}" for book in reproduce.reproduce("smoke", **options))
 
 
 def test_notebooks_run_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in ("10_last", "02_second", "01_first"):
-        write_notebook(tmp_path, name)
-    write_notebook(tmp_path, "03_shows_all", reads_run=True)
+        write_notebook(name)
+    write_notebook("03_shows_all", reads_run=True)
     (tmp_path / "notebooks" / "draft.ipynb").write_text("{}")
 
     def names(only: list[str] | None = None) -> list[str]:
@@ -58,32 +53,32 @@ def test_notebooks_run_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert names(["02_second"]) == ["02_second"]
 
 
-def test_bad_requests_are_named(tmp_path: Path) -> None:
+def test_bad_requests_are_named() -> None:
     with pytest.raises(UserError, match="no notebooks in"):
         reproduce.find_notebooks()
-    write_notebook(tmp_path, "01_first")
+    write_notebook("01_first")
     with pytest.raises(UserError, match="no notebook '07'; choose among 01_first"):
-        run(tmp_path, only=["07"])
+        run(only=["07"])
     with pytest.raises(UserError, match="no profile 'huge'"):
         reproduce.reproduce("huge")
 
 
-def test_plan_adds_up_what_is_known(tmp_path: Path) -> None:
-    paths = [write_notebook(tmp_path, name, minutes={"smoke": n}) for name, n in (("01_first", 2), ("02_second", 3))]
+def test_plan_adds_up_what_is_known() -> None:
+    paths = [write_notebook(name, minutes={"smoke": n}) for name, n in (("01_first", 2), ("02_second", 3))]
     assert "2 of 2 notebooks to run (profile smoke): about 5.0 minutes" in reproduce._plan(paths, 2, "smoke", {})
     assert "about 2.5 minutes" in reproduce._plan(paths, 2, "smoke", {"02_second": {"seconds": 30}})
-    assert "time not known yet" in reproduce._plan([*paths, write_notebook(tmp_path, "03_third")], 3, "smoke", {})
+    assert "time not known yet" in reproduce._plan([*paths, write_notebook("03_third")], 3, "smoke", {})
     assert "up to date" in reproduce._plan([], 3, "smoke", {})
 
 
 @pytest.mark.slow
-def test_a_reproduction_trains_what_a_reader_need_not(tmp_path: Path) -> None:
-    path = write_notebook(tmp_path, "01_first", "assert TRAIN", "run.record('train', TRAIN)")
-    write_notebook(tmp_path, "02_second", "assert 'TRAIN' not in globals()", starts=False)
+def test_a_reproduction_trains_what_a_reader_need_not() -> None:
+    path = write_notebook("01_first", "assert TRAIN", "run.record('train', TRAIN)")
+    write_notebook("02_second", "assert 'TRAIN' not in globals()", starts=False)
     book = nbformat.read(path, as_version=4)
     book.cells[1].source += "\nTRAIN = False"
     nbformat.write(book, path)
-    assert run(tmp_path) == {"01_first": "done", "02_second": "done"}
+    assert run() == "01 done, 02 done"
 
 
 @pytest.mark.slow
@@ -91,14 +86,12 @@ def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figure = 'import plotly.graph_objects as go\nrun.show(go.Figure(go.Scatter(y=[3, 4])), "P4_test", "Is <b> & bold?")'
-    write_notebook(tmp_path, "01_first", figure, 'run.record("fvu", 0.25)\nrun.record("<script>", 1)', "run.finish()")
-    second = write_notebook(
-        tmp_path, "02_second", 'from pathlib import Path\nassert (Path(RUN_DIR) / "01_first.ipynb").exists()'
-    )
+    write_notebook("01_first", figure, 'run.record("fvu", 0.25)\nrun.record("<script>", 1)', "run.finish()")
+    write_notebook("02_second", 'from pathlib import Path\nassert (Path(RUN_DIR) / "01_first.ipynb").exists()')
     store.write_json(tmp_path / "data" / "expected" / "01_first.json", {"smoke": {"fvu": {"max": 0.3}}})
-    folder = tmp_path / "run"
+    folder = tmp_path / "data" / "runs" / "smoke"
 
-    assert run(tmp_path) == {"01_first": "done", "02_second": "done"}
+    assert run() == "01 done, 02 done"
     output = nbformat.read(folder / "01_first.ipynb", as_version=4)
     nbformat.validate(output)
     assert "widgets" not in output.metadata
@@ -107,19 +100,15 @@ def test_a_run_is_skipped_while_nothing_changed_and_repeated_when_something_did(
     assert not re.search(r'src="https?:', page)
     assert not list(folder.glob("*.failed.ipynb"))
 
-    assert run(tmp_path) == {"01_first": "up to date", "02_second": "up to date"}
+    assert run() == "01 up to date, 02 up to date"
     assert "All 2 notebooks are up to date" in capsys.readouterr().err
 
-    write_notebook(tmp_path, "02_second", "1 + 1")
-    assert run(tmp_path) == {"01_first": "up to date", "02_second": "done"}
+    write_notebook("02_second", "1 + 1")
+    assert run() == "01 up to date, 02 done"
     (folder / "01_first.ipynb").unlink()
-    assert run(tmp_path, only=["01"]) == {"01_first": "done"}
-    assert run(tmp_path, only=["02"], force=True) == {"02_second": "done"}
-    assert second.is_file()
-    check_index(folder)
+    assert run(only=["01"]) == "01 done"
+    assert run(only=["02"], force=True) == "02 done"
 
-
-def check_index(folder: Path) -> None:
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert "Is &lt;b&gt; &amp; bold?" in page
     assert "&lt;script&gt;" in page
@@ -137,11 +126,11 @@ def check_index(folder: Path) -> None:
 def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_notebook(tmp_path, "01_first", "x = 1")
-    write_notebook(tmp_path, "02_second", "x = 1", 'raise ValueError("the head is dead\\nlong story")', "never = 1")
-    write_notebook(tmp_path, "03_third")
-    folder = tmp_path / "run"
-    assert run(tmp_path) == {"01_first": "done", "02_second": "failed", "03_third": "not run"}
+    write_notebook("01_first", "x = 1")
+    write_notebook("02_second", "x = 1", 'raise ValueError("the head is dead\\nlong story")', "never = 1")
+    write_notebook("03_third")
+    folder = tmp_path / "data" / "runs" / "smoke"
+    assert run() == "01 done, 02 failed, 03 not run"
     # parameters, injected parameters, start, x = 1, then the one that fails
     assert "02_second failed in cell [5] (ValueError: the head is dead); see" in capsys.readouterr().err
     assert not (folder / "02_second.ipynb").exists()
@@ -149,20 +138,20 @@ def test_a_failing_notebook_is_named_with_its_cell_and_stops_the_run(
     assert any("the head is dead" in str(cell.get("outputs")) for cell in partial.cells)
     assert (folder / "index.html").is_file()
     (folder / "02_second.failed.ipynb").write_text('{"cells": [')  # as a killed run leaves it
-    write_notebook(tmp_path, "02_second", "x = 1")
-    assert run(tmp_path) == {"01_first": "up to date", "02_second": "done", "03_third": "done"}
+    write_notebook("02_second", "x = 1")
+    assert run() == "01 up to date, 02 done, 03 done"
     assert not (folder / "02_second.failed.ipynb").exists()
 
 
 @pytest.mark.slow
-def test_a_cell_that_hangs_or_a_kernel_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_hangs_or_a_kernel_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(reproduce.CELL_TIMEOUT_SECONDS, "smoke", 5)
     for code, reason in (
         ("import os\nos._exit(3)", "("),
         ("import time\ntime.sleep(600)", "(it ran longer than allowed)"),
     ):
-        write_notebook(tmp_path, "01_dies", code, starts=False)
-        (status,) = reproduce.reproduce("smoke", run_dir=tmp_path / "run")
+        write_notebook("01_dies", code, starts=False)
+        (status,) = reproduce.reproduce("smoke")
         assert status.error
         assert status.error.startswith(f"01_dies failed in cell [3] {reason}")
 
@@ -172,7 +161,7 @@ def digest(path: Path, folder: Path, **changes: Any) -> str:
 
 
 def test_changes_of_profile_tables_or_expected_values_make_a_run_stale(tmp_path: Path) -> None:
-    path, expected = write_notebook(tmp_path, "01_first"), tmp_path / "data" / "expected" / "01_first.json"
+    path, expected = write_notebook("01_first"), tmp_path / "data" / "expected" / "01_first.json"
     before = digest(path, tmp_path)
     assert len({before, digest(path, tmp_path, name="laptop"), digest(path, tmp_path, k=16)}) == 3
     store.write_json(expected, {"laptop": {"fvu": {"max": 1}}})
@@ -211,13 +200,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_notebook_is_stale_when_a_module_that_it_imports_changes_and_not_when_another_does(
     tmp_path: Path, package: Path
 ) -> None:
-    path = write_notebook(tmp_path, "01_first", "%matplotlib inline\nfrom lorsa_utils import used")
+    path = write_notebook("01_first", "%matplotlib inline\nfrom lorsa_utils import used")
     before = digest(path, tmp_path)
     for name in ("alone.py", "public.py", "__init__.py"):
         store.write_text(package / name, "changed = True")
         assert digest(path, tmp_path) == before, name
     for name in ("used.py", "rooms/deep.py", "rooms/templates/page.html"):
-        content = (package / name).read_text(encoding="utf-8")
+        content = (package / name).read_text()
         store.write_text(package / name, content + "\nchanged = True")
         assert digest(path, tmp_path) != before, name
         store.write_text(package / name, content)
@@ -229,9 +218,12 @@ def test_public_names_count_as_their_homes(package: Path, code: str) -> None:
     assert reproduce.imported_files(code) == {package / "__init__.py", package / "public.py"}
 
 
+def code_of(book: Any) -> str:
+    return "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
+
+
 def test_modules_of_the_notebooks_are_found() -> None:
-    source = json.loads((store.CHECKOUT / "notebooks" / "08_circuits.ipynb").read_text(encoding="utf-8"))
-    code = "\n".join("".join(cell["source"]) for cell in source["cells"] if cell["cell_type"] == "code")
+    code = code_of(nbformat.read(store.CHECKOUT / "notebooks" / "08_circuits.ipynb", as_version=4))
     names = {file.relative_to(reproduce.PACKAGE).as_posix() for file in reproduce.imported_files(code)}
     assert {"circuits/graph.py", "kit/notebook.py", "ops.py", "store.py"} <= names
     assert not {"kit/cli.py", "autointerp/study.py", "kit/bench.py"} & names
@@ -243,28 +235,26 @@ def test_a_notebook_that_shows_the_run_follows_what_the_others_made(
     def execute(path: Path, output: Path, folder: Path, profile: Any) -> None:
         """In this process, without a kernel."""
         book = nbformat.read(path, as_version=4)
-        code = "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
-        exec(code.replace('RUN_DIR = ""', f"RUN_DIR = {str(folder)!r}").replace('"laptop"', '"smoke"'), {})
+        exec(code_of(book).replace('RUN_DIR = ""', f"RUN_DIR = {str(folder)!r}").replace('"laptop"', '"smoke"'), {})
         nbformat.write(book, output)
 
     monkeypatch.setattr(reproduce, "_execute", execute)
-    folder = tmp_path / "run"
-    write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.25)')
-    write_notebook(tmp_path, "02_book", reads_run=True)
-    assert run(tmp_path) == {"01_first": "done", "02_book": "done"}
-    assert run(tmp_path) == {"01_first": "up to date", "02_book": "up to date"}
-    assert run(tmp_path, only=["01"], force=True) == {"01_first": "done"}
-    assert run(tmp_path) == {"01_first": "up to date", "02_book": "up to date"}, "the same numbers came out"
-    write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.3)')
-    assert run(tmp_path, only=["01"]) == {"01_first": "done"}
-    assert run(tmp_path) == {"01_first": "up to date", "02_book": "done"}
-    write_notebook(tmp_path, "01_first", 'run.record("fvu", 0.3)', "1")
-    assert run(tmp_path) == {"01_first": "done", "02_book": "done"}, "one run brings both up to date"
-    store.write_json(
-        folder / "figures" / "P4_x.json", {"label": "P4_x", "notebook": "01_first", "caption": "", "profile": "smoke"}
-    )
-    (folder / "figures" / "P4_x.html").write_text("x")
-    assert run(tmp_path) == {"01_first": "up to date", "02_book": "done"}
+    folder = tmp_path / "data" / "runs" / "smoke"
+    write_notebook("01_first", 'run.record("fvu", 0.25)')
+    write_notebook("02_book", reads_run=True)
+    assert run() == "01 done, 02 done"
+    assert run() == "01 up to date, 02 up to date"
+    assert run(only=["01"], force=True) == "01 done"
+    assert run() == "01 up to date, 02 up to date", "the same numbers came out"
+    write_notebook("01_first", 'run.record("fvu", 0.3)')
+    assert run(only=["01"]) == "01 done"
+    assert run() == "01 up to date, 02 done"
+    write_notebook("01_first", 'run.record("fvu", 0.3)', "1")
+    assert run() == "01 done, 02 done", "one run brings both up to date"
+    about = {"label": "P4_x", "notebook": "01_first", "caption": "", "profile": "smoke"}
+    store.write_json(folder / "figures" / "P4_x.json", about)
+    store.write_text(folder / "figures" / "P4_x.html", "x")
+    assert run() == "01 up to date, 02 done"
 
 
 def test_empty_results_make_a_page_too(tmp_path: Path) -> None:
