@@ -5,9 +5,9 @@ No test looks at how long anything took.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import bench, cli
+from lorsa_utils.kit import bench
 from lorsa_utils.kit.bench import Shape
 from lorsa_utils.lorsa import Lorsa
 
@@ -84,17 +84,15 @@ def test_a_backend_that_errs_is_not_timed(monkeypatch: pytest.MonkeyPatch, mine:
         bench.measure("tiny", CPU, ["mine"], rounds=1)
 
 
-def test_rows_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_a_run(tmp_path: Path, answer: Any) -> None:
     file = tmp_path / "benchmarks.csv"
-    command = ["bench", "--shape", "tiny", "--backend", "torch,plain", "--rounds", "2", "--out", str(file), "--json"]
     for _ in range(2):
-        assert cli.main(command) == 0
-    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+        told = answer("bench", "--shape", "tiny", "--backend", "torch,plain", "--rounds", "2", "--out", file)["rows"]
     rows = pd.read_csv(file)
     assert list(rows.backend) == ["torch", "plain"] * 2
-    assert [row["backend"] for row in answer["rows"]] == ["torch", "plain"]
+    assert [row["backend"] for row in told] == ["torch", "plain"]
     asked = {"device", "step_ms_p20", "step_ms_p50", "step_ms_p80", "step_over_floor", "tokens_per_s", "peak_mb"}
-    assert asked <= set(rows.columns) == set(answer["rows"][0])
+    assert asked <= set(rows.columns) == set(told[0])
     assert (rows.step_ms_p20 <= rows.step_ms_p50).all()
     assert (rows.step_ms_p50 <= rows.step_ms_p80).all()
     assert rows.tokens_per_s.to_numpy() == pytest.approx(1e3 * TINY.n_tokens / rows.step_ms_p50.to_numpy(), rel=1e-3)
@@ -108,8 +106,5 @@ def test_rows_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--shape", "tiny", "--backend", "cuda"], "no backend 'cuda' on cpu; choose from torch, plain"),
     ],
 )
-def test_unknown_names_are_refused(
-    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["bench", *options, "--device", "cpu", "--out", str(tmp_path / "b.csv")]) == 1
-    assert words in capsys.readouterr().err
+def test_unknown_names_are_refused(options: list[str], words: str, tmp_path: Path, complaint: Any) -> None:
+    assert words in complaint("bench", *options, "--device", "cpu", "--out", tmp_path / "b.csv")
