@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from calling import lorsa
 from tiny_models import save_tiny_model
 
 from lorsa_utils import config, models, store
@@ -16,38 +17,22 @@ from lorsa_utils.activations import ActivationCache
 from lorsa_utils.config import PRESETS
 from lorsa_utils.corpus import Corpus, Document
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.kit import cli, doctor, notebook, recipes
+from lorsa_utils.kit import doctor, notebook, recipes
 from lorsa_utils.kit.bench import SHAPES, Shape
-from lorsa_utils.lorsa import Lorsa, load
-from lorsa_utils.view import figures, gallery
+from lorsa_utils.lorsa import load
+from lorsa_utils.view import gallery
 
 KINDS = {"pythia-160m": "gpt_neox", "llama-3.1-8b": "llama", "qwen3-1.7b": "qwen3"}
-TINY = {
-    "n_heads": 96,
-    "n_qk": 8,
-    "k": 4,
-    "context": 32,
-    "train_tokens": 600,
-    "batch_size": 4,
-    "layer": 1,
-    "layers": (0, 1),
-}
+TINY: dict[str, Any] = {"n_heads": 96, "n_qk": 8, "k": 4, "context": 32, "train_tokens": 600, "batch_size": 4}
+TINY |= {"layer": 1, "layers": (0, 1)}
 PROSE = [
     Document(f"doc {i}", "prose", f"Paragraph {i}: attention reads many tokens and writes a few, {i * i}. " * 4)
     for i in range(40)
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(figures, "can_draw_png", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model of every preset's architecture."""
     return {name: save_tiny_model(tmp_path_factory.mktemp(kind) / "model", kind) for name, kind in KINDS.items()}
 
 
@@ -128,18 +113,14 @@ def test_readme_prints_what_doctor_computes() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_doctor_estimates_a_preset(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_estimates_a_preset(name: str, answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "matmul_rate", lambda: 1e12)
-    assert cli.main(["doctor", "--preset", name, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["preset"]
+    found = answer("doctor", "--preset", name)["preset"]
     assert "not measured" in found["how"]
     there, here = (value for key, value in found.items() if key.startswith("at "))
     assert there["hours_training"] == doctor.estimate(PRESETS[name])["hours_training"]
     assert here["hours_training"] == pytest.approx(400 * there["hours_training"], rel=0.02)
-    assert cli.main(["doctor", "--profile", name, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["estimate"]["memory_gb"] > 1
+    assert answer("doctor", "--profile", name)["estimate"]["memory_gb"] > 1
 
 
 # ---- training
@@ -147,8 +128,8 @@ def test_doctor_estimates_a_preset(
 
 def trained(name: str, folder: Path, *options: str) -> dict[str, Any]:
     """config.json of a run."""
-    given = ["--layer", "1", "--out", str(folder), "--held-out-tokens", "300", *options]
-    assert cli.main(["train", "--preset", name, *given]) == 0
+    given = ("--layer", 1, "--out", folder, "--held-out-tokens", 300, *options)
+    assert lorsa("train", "--preset", name, *given) == 0
     return dict(store.read_json(folder / "config.json"))
 
 
@@ -162,26 +143,25 @@ def test_train_fills_in_the_preset_and_explicit_options_win(
     assert (saved["train"]["tokens"], saved["train"]["batch_size"], saved["source"]["context"]) == (600, 4, 32)
     assert saved["source"]["model"] == tiny[name].model
     assert saved["source"]["text"] == PRESETS[name].dataset
-    lorsa = load(tmp_path / "run")
-    assert isinstance(lorsa, Lorsa)
-    model = models.load_model(tiny[name].model)
-    assert lorsa.config.rotary == model.site(1).rotary
-    assert lorsa.config.qk_norm == (name == "qwen3-1.7b")
-    assert torch.isfinite(lorsa(torch.randn(1, 8, lorsa.config.d_model)).y).all()
+    opened: Any = load(tmp_path / "run")
+    assert opened.config.rotary == models.load_model(tiny[name].model).site(1).rotary
+    assert opened.config.qk_norm == (name == "qwen3-1.7b")
+    assert torch.isfinite(opened(torch.randn(1, 8, opened.config.d_model)).y).all()
 
 
-def test_text_of_ones_own_takes_the_place_of_the_presets(tiny: dict[str, config.Preset], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("tiny")
+def test_text_of_ones_own_takes_the_place_of_the_presets(tmp_path: Path) -> None:
     assert trained("pythia-160m", tmp_path / "run", "--text", "a.txt")["source"]["text"] == ["a.txt"]
 
 
-def test_notebooks_run_in_the_size_of_a_preset(tiny: dict[str, config.Preset], tmp_path: Path) -> None:
-    run = notebook.start("02_train_lorsa", "qwen3-1.7b", tmp_path / "run")
+@pytest.mark.usefixtures("tiny")
+def test_notebooks_run_in_the_size_of_a_preset() -> None:
+    run = notebook.start("02_train_lorsa", "qwen3-1.7b")
     assert run.profile.name == "qwen3-1.7b"
     assert notebook.banners(run.folder) == []
     model = models.load_model(run.profile.model)
     cache = recipes.activation_cache(run, model, recipes.sequences(run, model))
-    lorsa = load(recipes.main_lorsa(run, model, ActivationCache(cache, "train", model=model)))
-    assert lorsa.n_units == 96
+    assert load(recipes.main_lorsa(run, model, ActivationCache(cache, "train", model=model))).n_units == 96
 
 
 # ---- out of reach
@@ -192,40 +172,40 @@ class GatedRepoError(Exception):
 
 
 def test_gated_weights_leave_a_banner_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def started() -> tuple[notebook.Context, str]:
+        run = notebook.start("02_train_lorsa", "llama-3.1-8b")
+        return run, gallery.write_index(run.folder, "llama-3.1-8b").read_text(encoding="utf-8")
+
     hub_raises(monkeypatch, GatedRepoError("403 Client Error."))
-    run = notebook.start("02_train_lorsa", "llama-3.1-8b", tmp_path / "run")
+    run, page = started()
     told = capsys.readouterr().out
     assert "meta-llama/Llama-3.1-8B is gated: accept its licence" in told
     assert "hf auth login" in told
     assert "goes on with smollm2 in the sizes of the laptop" in told
     assert run.profile == config.PROFILES["laptop"]
-    page = gallery.write_index(tmp_path / "run", "llama-3.1-8b").read_text(encoding="utf-8")
     assert '<p class="banner" role="alert">meta-llama/Llama-3.1-8B is gated' in page
     assert "results of the laptop profile" in page
-    assert notebook.profile_of_run(tmp_path / "run", "llama-3.1-8b") == "laptop"
+    assert notebook.profile_of_run(run.folder, "llama-3.1-8b") == "laptop"
 
     monkeypatch.setattr("huggingface_hub.auth_check", lambda name: None)
-    again = notebook.start("02_train_lorsa", "llama-3.1-8b", tmp_path / "run")
-    assert again.profile.name == "llama-3.1-8b"
-    assert 'role="alert"' not in gallery.write_index(tmp_path / "run", "llama-3.1-8b").read_text(encoding="utf-8")
+    run, page = started()
+    assert run.profile.name == "llama-3.1-8b"
+    assert 'role="alert"' not in page
 
 
-def test_the_banner_is_shown_inside_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_banner_is_shown_inside_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, Any]] = []
     monkeypatch.setattr(notebook, "_display", lambda bundle: not shown.append(bundle))
-    notebook.start("04_heads", "paper", tmp_path / "run")
+    notebook.start("04_heads", "paper")
     assert "This run goes on with smollm2" in shown[0]["text/plain"]
     assert 'role="alert"' in shown[0]["text/html"]
 
 
 def hub_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(name: str) -> None:
-        raise error
-
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.auth_check", fail)
+    monkeypatch.setattr("huggingface_hub.auth_check", Mock(side_effect=error))
 
 
 @pytest.mark.parametrize("error", [ConnectionError("No route to host"), OSError("We couldn't connect")])
@@ -244,11 +224,9 @@ def test_weights_that_are_here_need_no_network(tmp_path: Path, monkeypatch: pyte
     models.require_available("smollm2")
 
 
-def test_smoke_and_laptop_never_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked(name: str) -> None:
-        raise AssertionError(name)
-
-    monkeypatch.setattr(models, "require_available", asked)
+def test_smoke_and_laptop_never_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "require_available", None)
     for profile in ("smoke", "laptop"):
-        assert notebook.start("00_test", profile, tmp_path / profile).profile.name == profile
-        assert not (tmp_path / profile / notebook.BANNERS_FILE).exists()
+        run = notebook.start("00_test", profile)
+        assert run.profile.name == profile
+        assert not (run.folder / notebook.BANNERS_FILE).exists()
