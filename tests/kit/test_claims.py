@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,11 +14,6 @@ from lorsa_utils.kit.claims import FAILS, HOLDS, UNTESTED, Claim, Number
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = "id,claim,source,trust,measure,at,bound,why\n"
-
-
-@pytest.fixture(autouse=True)
-def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORSA_DATA", str(tmp_path / "data"))
 
 
 def test_every_item_has_a_claim_and_numbers_come_from_notebooks_that_are_there() -> None:
@@ -38,65 +34,56 @@ def test_unverified_statements_are_never_called_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "bound", "verdict"),
+    ("bound", "verdict", "numbers"),
     [
-        (Number(0.2), "> 0.1", HOLDS),
-        (Number(0.1), "> 0.1", FAILS),
-        (Number(0.1), ">= 0.1", HOLDS),
-        (Number(3), "< 4", HOLDS),
-        (Number(4), "<= 4", HOLDS),
-        (Number(4), "< 4", FAILS),
-        (Number(0.2, 0.15, 0.3), "> 0.1", HOLDS),
-        (Number(0.2, 0.05, 0.3), "> 0.1", None),
-        (Number(0.02, -0.05, 0.1), "> 0.1", FAILS),
-        (Number(0.02, -0.05, 0.11), "> 0.1", None),
-        (Number(0.2), "0.1 .. 0.3", HOLDS),
-        (Number(0.3), "0.1 .. 0.3", HOLDS),
-        (Number(0.31), "0.1 .. 0.3", FAILS),
-        (Number(0.2, 0.05, 0.25), "0.1 .. 0.3", None),
-        (Number(0.2, 0.05, 0.35), "0.1 .. 0.3", None),
-        (Number(0.5, 0.4, 0.6), "0.1 .. 0.3", FAILS),
-        (Number(-0.1), "-0.2 .. 1e-3", HOLDS),
+        ("> 0.1", HOLDS, [(0.2,), (0.2, 0.15, 0.3)]),
+        ("> 0.1", FAILS, [(0.1,), (0.02, -0.05, 0.1)]),
+        ("> 0.1", None, [(0.2, 0.05, 0.3), (0.02, -0.05, 0.11)]),
+        (">= 0.1", HOLDS, [(0.1,)]),
+        ("< 4", HOLDS, [(3,)]),
+        ("< 4", FAILS, [(4,)]),
+        ("<= 4", HOLDS, [(4,)]),
+        ("0.1 .. 0.3", HOLDS, [(0.2,), (0.3,)]),
+        ("0.1 .. 0.3", FAILS, [(0.31,), (0.5, 0.4, 0.6)]),
+        ("0.1 .. 0.3", None, [(0.2, 0.05, 0.25), (0.2, 0.05, 0.35)]),
+        ("-0.2 .. 1e-3", HOLDS, [(-0.1,)]),
     ],
 )
-def test_verdicts_follow_the_rule(number: Number, bound: str, verdict: str | None) -> None:
-    assert claims.judge(number, bound) == verdict
+def test_verdicts_follow_the_rule(bound: str, verdict: str | None, numbers: list[tuple[float, ...]]) -> None:
+    for number in numbers:
+        assert claims.judge(Number(*number), bound) == verdict, number
 
 
 def test_numbers_are_read_with_intervals_layers_and_sums() -> None:
     results = {
-        "03_a": {
-            "fvu_layer17_x": 0.4,
-            "fvu_layer01_x": 0.1,
-            "r": {"r": 0.9, "low": 0.8, "high": 0.95, "n": 4},
-            "words": "none",
-            "yes": True,
-        },
+        "03_a": {"fvu_layer17_x": 0.4, "fvu_layer01_x": 0.1, "words": "none", "yes": True}
+        | {"r": {"r": 0.9, "low": 0.8, "high": 0.95, "n": 4}},
         "04_b": {"zero": 0, "effect": 3, "effect_low": 1.5, "effect_high": 4, "ratio_k64": 1.1},
     }
-    places = {
+    last, first = "03_a/fvu_layer{layer}_x", "03_a/fvu_layer{first}_x"
+    places: dict[str, Any] = {
         "03_a/r": Number(0.9, 0.8, 0.95),
         "03_a/yes": Number(1.0),
         "04_b/effect": Number(3.0, 1.5, 4),
         "04_b/ratio_k{k}": Number(1.1),
-        "03_a/fvu_layer{layer}_x": Number(0.4),
-        "03_a/fvu_layer{layer}_x - 03_a/fvu_layer{first}_x": Number(pytest.approx(0.3)),  # type: ignore[arg-type]
-        "03_a/fvu_layer{layer}_x + 03_a/fvu_layer{first}_x": Number(pytest.approx(0.5)),  # type: ignore[arg-type]
-        "03_a/fvu_layer{layer}_x / 03_a/fvu_layer{first}_x": Number(pytest.approx(4)),  # type: ignore[arg-type]
+        last: Number(0.4),
     }
-    absent = ["03_a/words", "03_a/gone", "05_c/x", "03_a/fvu_layer{layer}_x / 04_b/zero", "03_a/r - 03_a/gone"]
+    for sign, value in (("-", 0.3), ("+", 0.5), ("/", 4)):
+        places[f"{last} {sign} {first}"] = Number(pytest.approx(value))  # type: ignore[arg-type]
+    absent = ["03_a/words", "03_a/gone", "05_c/x", f"{last} / 04_b/zero", "03_a/r - 03_a/gone"]
     rows = [Claim("P4", at, "abstract", "S", "x", at, "> 0", "") for at in [*places, *absent]]
     assert claims.numbers(rows, results, PROFILES["laptop"]) == places
 
 
 def test_findings_say_why_there_is_no_verdict() -> None:
-    rows = [
-        Claim("P1", "one", "abstract", "S", "x", "00_a/x", "> 0", "our bar"),
-        Claim("P1", "two", "abstract", "S", "x", "00_a/y", "> 0", ""),
-        Claim("P1", "three", "abstract", "S", "x", "00_a/z", "> 0", ""),
-        Claim("P1", "four", "abstract", "S", "", "", "", "no GPU"),
-        Claim("P1", "five", "abstract", "S", "x", "00_a/x", "", "another device"),
+    asked = [
+        ("x", "00_a/x", "> 0", "our bar"),
+        ("x", "00_a/y", "> 0", ""),
+        ("x", "00_a/z", "> 0", ""),
+        ("", "", "", "no GPU"),
+        ("x", "00_a/x", "", "another device"),
     ]
+    rows = [Claim("P1", "a claim", "abstract", "S", *row) for row in asked]
     found = claims.findings(rows, {"00_a/x": Number(1.0), "00_a/y": Number(0.1, -0.1, 0.2)})
     assert [(row.verdict, row.why) for row in found] == [
         (HOLDS, "asked: > 0; our bar"),
@@ -164,6 +151,4 @@ def test_readme_shows_what_the_files_give(monkeypatch: pytest.MonkeyPatch) -> No
     assert "| |" not in shown
     with open(ROOT / "data" / "paper" / "results.csv", encoding="utf-8") as handle:
         known = {row["at"] for row in csv.DictReader(handle)}
-    assert known <= {row.at for row in claims.read_claims()}, (
-        "results.csv has numbers that no claim asks for; publish again"
-    )
+    assert known <= {row.at for row in claims.read_claims()}, "numbers that no claim asks for; publish again"

@@ -8,6 +8,7 @@ import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -289,16 +290,9 @@ def test_heads_writes_one_row_per_head(runs: Runs, tmp_path: Path, answer: Any) 
 
 
 def test_heads_of_what_has_none(runs: Runs, tmp_path: Path, complaint: Any) -> None:
-    out = ("--out", tmp_path / "heads.parquet")
-    assert "is not a run folder" in complaint("heads", tmp_path, *out)
-    assert "other weights" in complaint("heads", runs.trained, *out, "--model", runs.other_model)
     assert "ends in .parquet" in complaint("heads", runs.trained, "--out", tmp_path / "heads.csv")
-    assert "is a sae; give a Lorsa" in complaint("heads", runs.sae, *out)
-    dead = copy_of(runs.trained, tmp_path / "dead")
-    weights = store.read_tensors(dead / "model.safetensors")
-    store.write_tensors(dead / "model.safetensors", weights | {name: 0 * weights[name] for name in ("W_V", "b_V")})
-    assert "all are dead" in complaint("heads", dead, *out)
-    assert not (tmp_path / "heads.parquet").exists()
+    assert "is a sae; give a Lorsa" in complaint("heads", runs.sae, "--out", tmp_path / "heads.parquet")
+    assert not list(tmp_path.glob("heads.*"))
 
 
 def test_show_writes_pages(runs: Runs, tmp_path: Path, answer: Any) -> None:
@@ -334,7 +328,7 @@ def test_show_writes_pages(runs: Runs, tmp_path: Path, answer: Any) -> None:
 
 
 def test_show_of_what_is_not_there(runs: Runs, tmp_path: Path, complaint: Any) -> None:
-    page, half = tmp_path / "page.html", copy_of(runs.trained, tmp_path / "half")
+    page = tmp_path / "page.html"
 
     def about(*more: object, run: Path = runs.trained) -> str:
         return str(complaint("show", run, "--head", "1", "--out", page, *more))
@@ -346,11 +340,6 @@ def test_show_of_what_is_not_there(runs: Runs, tmp_path: Path, complaint: Any) -
     assert "make it with `lorsa heads`" in about("--table", tmp_path / "no.parquet")
     assert "make it with `lorsa autointerp`" in about("--explanations", runs.described)
     assert "give a sae of layer 1" in about("--sae", runs.transcoder)
-    weights = half / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert "is damaged" in about(run=half)
-    weights.unlink()
-    assert "unfinished run" in about(run=half)
     assert not page.exists()
 
 
@@ -386,12 +375,9 @@ def test_doctor_shows_what_is_here_and_what_a_profile_costs(answer: Any) -> None
         (["--model", "nobody/nothing"], "nobody/nothing cannot be loaded (HF_HUB_OFFLINE is set"),
         (["--layer", "3"], "Layer 3 does not exist in"),
         (["--k", "33"], "k (33) must not exceed the number of heads (32)"),
-        (["--kind", "sae", "--k", "33"], "k (33) must not exceed the number of features (32)"),
-        (["--n-qk", "5"], "n_heads (32) must be a multiple of n_qk (5)"),
         (["--text", "nowhere.txt"], "There is no file or folder nowhere.txt"),
         (["--dataset", "x/y"], "either text files or a dataset"),
         (["--cache", "somewhere"], "either --cache or --text/--dataset"),
-        (["--warmup", "0.9"], "warmup (0.9) and decay (0.8) together exceed"),
         (["--context", "1"], "context must be at least 2"),
         (["--device", "quantum"], "Device 'quantum' is not available"),
     ],
@@ -402,17 +388,12 @@ def test_bad_training_requests(extra: list[str], sentence: str, runs: Runs, tmp_
     assert not (out / "config.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [(b"", "is empty"), (b"  \n", "is empty"), (b"\x89PNG\xff\x00", "is not UTF-8"), (b"a\0b", "is a binary file")],
-)
-def test_bad_texts(content: bytes, sentence: str, runs: Runs, tmp_path: Path, complaint: Any) -> None:
-    file = tmp_path / "text.txt"
-    file.write_bytes(content)
-    assert sentence in complaint(*runs.from_text(tmp_path / "out", text=file))
-    assert sentence in complaint(*runs.to_cache(tmp_path / "out", text=file))
-    assert sentence in complaint("eval", runs.trained, "--text", file)
-    assert sentence in complaint("heads", runs.trained, "--out", tmp_path / "heads.parquet", "--text", file)
+def test_an_empty_text_is_refused_by_every_command(runs: Runs, tmp_path: Path, complaint: Any) -> None:
+    file, out = tmp_path / "text.txt", tmp_path / "out.parquet"
+    file.write_text("  \n")
+    others = (["eval", runs.trained, "--text", file], ["heads", runs.trained, "--out", out, "--text", file])
+    for command in (runs.from_text(out, text=file), runs.to_cache(out, text=file), *others):
+        assert "is empty" in complaint(*command)
 
 
 def test_folders_that_cannot_be_written(runs: Runs, tmp_path: Path, complaint: Any) -> None:
@@ -427,24 +408,11 @@ def copy_of(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("state")))
 
 
-def test_a_cut_cache_is_named(runs: Runs, tmp_path: Path, complaint: Any) -> None:
-    cache = copy_of(runs.cached, tmp_path / "cache")
-    shard = next(cache.glob("train-*.safetensors"))
-    content, train = shard.read_bytes(), runs.from_cache(tmp_path / "run", "--cache", cache)
-    shard.write_bytes(content[:-10])
-    assert f"{shard.name} is cut or foreign" in complaint(*train)
-    shard.write_bytes(content[:-10] + bytes(10 * [7]))
-    assert f"{shard.name} is damaged" in complaint(*train)
-    shard.unlink()
-    assert f"{shard.name} is missing" in complaint(*train)
-
-
 def test_caches_of_something_else_are_refused(runs: Runs, tmp_path: Path, complaint: Any) -> None:
     run = tmp_path / "run"
     assert "was made with another model" in complaint(*runs.from_cache(run, "--model", runs.other_model))
     assert "holds layers [0, 1], not 2" in complaint(*runs.from_cache(run, "--layer", "2"))
     assert "has BOS policy 'prepend'" in complaint(*runs.from_cache(run, "--bos", "none"))
-    assert "is not an activation cache" in complaint(*runs.from_cache(run, "--cache", tmp_path))
     in_use = "holds another cache: its layers is [0, 1], asked is [0]"
     assert in_use in complaint(*runs.to_cache(runs.cached, "--layers", "0"))
 
@@ -454,7 +422,6 @@ def test_runs_are_not_overwritten_and_not_resumed_with_other_settings(runs: Runs
     assert "holds a run already; add --resume" in complaint(*again)
     again.append("--resume")
     assert "was started with train.lr = 0.002, not 0.01" in complaint(*again, "--lr", "0.01")
-    assert "was started with module.k = 4, not 8" in complaint(*again, "--k", "8")
     assert "was started with source.text_sha256" in complaint(*again, "--tokens", "2000")
 
 
@@ -557,27 +524,27 @@ def test_claims_are_told_with_numbers_and_verdicts(
 
 @pytest.fixture
 def byte_pairs(tmp_path: Path) -> Path:
-    """Own prompts: single bytes as answers, which a random model prefers by chance; the tests lower the bar."""
-    rng = random.Random(1)
-    sides = [{side: "".join(rng.choices("abcdefgh", k=6)) for side in ("clean", "corrupted")} for _ in range(8)]
-    return write_pairs(tmp_path / "pairs.jsonl", [side | {"answer": "x", "wrong": "y"} for side in sides])
-
-
-def write_pairs(file: Path, rows: list[dict[str, str]]) -> Path:
-    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return file
+    """Own prompts: single bytes as answers."""
+    rng, rows = random.Random(1), []
+    for _ in range(8):
+        sides = {side: "".join(rng.choices("abcdefgh", k=6)) for side in ("clean", "corrupted")}
+        rows.append(json.dumps(sides | {"answer": "x", "wrong": "y"}))
+    store.write_text(tmp_path / "pairs.jsonl", "\n".join(rows))
+    return tmp_path / "pairs.jsonl"
 
 
 @pytest.mark.parametrize("nodes", ["lorsa", "mhsa"])
 def test_circuit_prints_curves(
     runs: Runs, byte_pairs: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch, nodes: str
 ) -> None:
-    monkeypatch.setattr("lorsa_utils.heads.tasks.require_able", lambda name, accuracy: None)
+    asked = Mock()  # a random model is not able
+    monkeypatch.setattr("lorsa_utils.heads.tasks.require_able", asked)
     out, graph = tmp_path / "curves.csv", tmp_path / "graph.json"
     options = ["--graph", graph, "--traced", "4"] if nodes == "lorsa" else []
     result = answer("circuit", runs.trained, "--prompts", byte_pairs, "--nodes", nodes, "--out", out, *options)
     assert (result["task"], result["layers"]) == ("pairs", [1])
     assert 0 <= result["accuracy"] <= 1
+    asked.assert_called_once_with("pairs", pytest.approx(result["accuracy"], abs=1e-3))
     curves = pd.DataFrame(result["curves"])
     assert set(curves["nodes"]) == {nodes, f"random {nodes}"}
     assert {"size", "parameters", "faithfulness", "low", "high", "completeness"} <= set(curves)
@@ -590,26 +557,13 @@ def test_circuit_prints_curves(
         assert result["error_share"] == pytest.approx(0, abs=1e-6), "MHSA heads leave nothing over"
 
 
-def test_circuit_of_what_has_none(runs: Runs, byte_pairs: Path, tmp_path: Path, complaint: Any) -> None:
+def test_circuit_of_what_has_none(runs: Runs, tmp_path: Path, complaint: Any) -> None:
     def about(*more: object) -> str:
         return str(complaint("circuit", runs.trained, *more))
 
     assert "No run folder was given" in complaint("circuit")
     assert "is given twice" in about(runs.trained)
     assert "not a sae" in about("--nodes", "sae")
-    assert "no task 'juggling'" in about("--task", "juggling")
     assert "check the path" in about("--prompts", tmp_path / "nowhere.jsonl")
-    broken, pair = tmp_path / "broken.jsonl", {"clean": "ab", "corrupted": "cd", "answer": "x", "wrong": "y"}
-    for change, sentence in (({"corrupted": "abc"}, "equal length"), ({"answer": "xx"}, "is 2 tokens")):
-        assert sentence in about("--prompts", write_pairs(broken, 2 * [pair | change]))
-    broken.write_text("nothing")
-    assert "not JSON lines" in about("--prompts", broken)
-    cannot = ("--prompts", tmp_path / "cannot.jsonl", "--nodes", "mhsa")
-    rows = [json.loads(line) for line in byte_pairs.read_text(encoding="utf-8").splitlines()]
-    swapped = [row | {"answer": row["wrong"], "wrong": row["answer"]} for row in rows]
-    for prompts in (rows, swapped):  # a random model prefers one of the two letters nearly always
-        write_pairs(tmp_path / "cannot.jsonl", prompts)
-        code = lorsa("circuit", runs.trained, *cannot)
-        if code == 1:
-            break
-    assert "% of the prompts of cannot" in about(*cannot)
+    (tmp_path / "broken.jsonl").write_text("nothing")
+    assert "not JSON lines" in about("--prompts", tmp_path / "broken.jsonl")

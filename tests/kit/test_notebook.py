@@ -95,18 +95,6 @@ def test_modules_at_hand_are_the_checkpoint_alone_until_notebook_03_has_run(
     assert opened(False, 0.9) == all_of_them
 
 
-def test_a_stage_is_done_again_when_its_code_changes(tmp_path: Path) -> None:
-    run, module = begin(), tmp_path / "counting.py"
-    made: list[Path] = []
-    code = [cast(Any, SimpleNamespace(__file__=str(module)))]
-    for source in ("n = 1", "n = 1", "n = 2"):
-        module.write_text(source)
-        run.stage("count", {"layer": 1}, made.append, code)
-    assert len(made) == len(set(made)) == 2
-    run.stage("count", {"layer": 1}, made.append)
-    assert len(made) == 3
-
-
 @pytest.mark.parametrize(
     ("package", "version"), [("torch", "2.7.1"), ("torch", "3.0"), ("transformers", "4.55.0"), ("transformers", "6.1")]
 )
@@ -205,7 +193,7 @@ def test_finish_returns_the_table_or_names_what_failed_and_what_is_missing(capsy
     assert "PASS" in capsys.readouterr().out
 
 
-def test_a_stage_is_made_once_and_again_only_when_its_files_or_its_key_change() -> None:
+def test_a_stage_is_made_once_and_again_only_when_its_files_its_key_or_its_code_change(tmp_path: Path) -> None:
     made: list[Path] = []
 
     def make(folder: Path) -> None:
@@ -222,6 +210,12 @@ def test_a_stage_is_made_once_and_again_only_when_its_files_or_its_key_change() 
     assert made == [*folders, folders[1]]
     assert set(pipeline(tokens=20)).isdisjoint(folders)
     assert len(made) == 7
+    module = tmp_path / "counting.py"
+    code = [cast(Any, SimpleNamespace(__file__=str(module)))]
+    for n, given in ((8, code), (8, code), (9, code), (10, [])):
+        module.write_text(f"n = {n}")
+        begin().stage("count", {}, make, given)
+        assert len(made) == len(set(made[4:])) + 4 == n
 
 
 def test_a_half_made_stage_goes_on_from_what_is_there() -> None:

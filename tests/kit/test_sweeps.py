@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 import torch
 from definitions import definitions
+from scripts import run_script
 from toys import D_HEAD, D_MODEL, ROTARY, ToySource, toy_site
 
 from lorsa_utils import metrics, ops
@@ -54,8 +53,8 @@ def sweep(file: Path, chosen: list[Trial] | None = None, workers: int = 2) -> Sw
     return made
 
 
-def without_times(table: pd.DataFrame) -> pd.DataFrame:
-    return table.drop(columns="seconds")
+def same_but_for_times(one: pd.DataFrame, two: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(one.drop(columns="seconds"), two.drop(columns="seconds"), check_exact=True)
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +111,17 @@ def test_a_run_is_what_training_it_alone_gives(
 
 
 def test_runs_at_once_are_the_same_as_one_by_one(tmp_path: Path, finished: pd.DataFrame) -> None:
-    alone = sweep(tmp_path / "results.parquet", workers=1).run()
-    pd.testing.assert_frame_equal(without_times(alone), without_times(finished), check_exact=True)
+    same_but_for_times(sweep(tmp_path / "results.parquet", workers=1).run(), finished)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
-    first = sweep(tmp_path / "r.parquet", trials()[:4]).run()
-    again = sweep(tmp_path / "r.parquet", trials()[:4])
-    assert again.plan().startswith("4 runs, 4 of them finished before")
+    file = tmp_path / "r.parquet"
+    begun = sweep(file, trials()[:4])
+    assert begun.plan() == "4 runs, 0 of them finished before; 2 at a time"
+    first = begun.run()
+    again, more = sweep(file, trials()[:4]), sweep(file, trials()[2:5])
+    assert again.plan() == "4 runs, 4 of them finished before; 2 at a time"
     pd.testing.assert_frame_equal(again.run(), first, check_exact=True)  # to the seconds it took
-    more = sweep(tmp_path / "r.parquet", trials()[2:5])
     assert [trial.factor for trial in more.pending().values()] == ["biases"]
     pd.testing.assert_frame_equal(more.run().iloc[:2], first.iloc[2:].reset_index(drop=True), check_exact=True)
 
@@ -147,7 +147,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import pandas as pd
-import test_sweeps
+from kit import test_sweeps
 from lorsa_utils.training import Run
 
 file, step = Path(sys.argv[1]), Run.train_step
@@ -162,31 +162,19 @@ test_sweeps.sweep(file, workers=1).run()
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
 def test_kill_9_and_go_on(tmp_path: Path, finished: pd.DataFrame) -> None:
-    file, here = tmp_path / "results.parquet", Path(__file__).parent
-    folders = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
-    environment = os.environ | {"PYTHONPATH": folders}
-    command = [sys.executable, "-c", KILLED, str(file)]
-    assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
+    file = tmp_path / "results.parquet"
+    assert run_script(KILLED, file).returncode == -signal.SIGKILL
     saved = pd.read_parquet(file)
     assert 2 <= len(saved) < len(trials())
     (tmp_path / ".results.parquet.0123abcd.tmp").touch()  # as a kill in the middle of writing leaves it
-    stamp = saved.set_index("key")["seconds"]
-    table = sweep(file).run()
-    pd.testing.assert_frame_equal(without_times(table), without_times(finished), check_exact=True)
-    whole = pd.read_parquet(file).set_index("key")["seconds"]
-    assert whole[stamp.index].tolist() == stamp.tolist(), "what was finished was not run again"
+    same_but_for_times(sweep(file).run(), finished)
+    before, after = (table.set_index("key")["seconds"] for table in (saved, pd.read_parquet(file)))
+    assert after[before.index].equals(before), "what was finished was not run again"
     assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finished: list[None] = []
-
-    def interrupted(bar: Any) -> None:
-        finished.append(None)
-        if len(finished) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(sweeps.tqdm, "update", interrupted)
+    monkeypatch.setattr(sweeps.tqdm, "update", Mock(side_effect=[None, None, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
         sweep(tmp_path / "r.parquet").run()
     assert len(pd.read_parquet(tmp_path / "r.parquet")) == 3
@@ -227,10 +215,6 @@ def test_damaged_data_is_no_divergence(tmp_path: Path) -> None:
     assert not (tmp_path / "r.parquet").exists()
 
 
-def test_plan_counts(tmp_path: Path) -> None:
-    assert sweep(tmp_path / "r.parquet").plan() == "6 runs, 0 of them finished before; 2 at a time"
-
-
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
     with pytest.raises(ValueError, match="x"), sweeps.one_thread_each(CPU):
@@ -258,28 +242,27 @@ def test_starts_take_what_they_say() -> None:
 
 def test_without_biases_they_stay_zero() -> None:
     run = started(biases=False)
-    before = run.module.get_parameter("W_V").detach().clone()
+    module: Any = run.module
+    before = module.W_V.detach().clone()
     for batch in SOURCE.batches(3, layers=(0,)):
         run.train_step(batch)
-    for name in ("b_Q", "b_K", "b_V"):
-        assert not run.module.get_parameter(name).any()
-    assert not torch.equal(before, run.module.get_parameter("W_V"))
-    assert run.module.b_O.any()
+    assert not any(bias.any() for bias in (module.b_Q, module.b_K, module.b_V))
+    assert not torch.equal(before, module.W_V)
+    assert module.b_O.any()
 
 
 @pytest.mark.parametrize(
     "rotary", [ROTARY, ROTARY.replace(adjacent_pairs=True), ROTARY.replace(rope_type="linear", factor=3.0)]
 )
 def test_narrow_copies_are_a_part_of_the_scores(rotary: RotaryConfig) -> None:
-    rotary, wide, narrow = rotary.replace(rotary_dim=16), 24, 12
-    thin = rotary.replace(rotary_dim=8)
-    kept = kept_dimensions(rotary, wide, narrow)
-    assert sorted(set(kept.tolist())) == sorted(kept.tolist())
-    assert len(kept) == narrow
-    x = torch.randn(1, 1, 6, wide, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole = ops.apply_rotary(x, *ops.rotary_tables(rotary, 6, dtype=torch.float64), rotary.adjacent_pairs)
-    part = ops.apply_rotary(x[..., kept], *ops.rotary_tables(thin, 6, dtype=torch.float64), rotary.adjacent_pairs)
-    torch.testing.assert_close(part, whole[..., kept])
+    def rotated(x: torch.Tensor, width: int) -> torch.Tensor:
+        tables = ops.rotary_tables(rotary.replace(rotary_dim=width), 6, dtype=torch.float64)
+        return ops.apply_rotary(x, *tables, rotary.adjacent_pairs)
+
+    kept = kept_dimensions(rotary.replace(rotary_dim=16), 24, 12)
+    assert len(kept) == len(set(kept.tolist())) == 12
+    x = torch.randn(1, 1, 6, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(rotated(x[..., kept], 8), rotated(x, 16)[..., kept])
 
 
 def test_a_narrow_start_copies_a_part_of_the_whole_one() -> None:
