@@ -1,7 +1,5 @@
 """Lorsa and SAE equal loops in value and gradient; patterns are exact splits; saved modules come back bit for bit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,19 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from tiny_models import save_tiny_model
+from torch import Tensor
 from toys import ROTARY, lorsa_configs, random_inputs, random_lorsa, random_sae, randomized
 
 from lorsa_utils import reference, store
 from lorsa_utils.config import LorsaConfig, SAEConfig
-from lorsa_utils.exceptions import UserError
 from lorsa_utils.lorsa import SAE, Lorsa, Scaling, load
 from lorsa_utils.models import load_model
 
 LLAMA3 = ROTARY.replace(rope_type="llama3", rotary_dim=2, factor=8.0, original_context=8, adjacent_pairs=True)
 
 
-def keeps_clear_of_ties(module: Lorsa | SAE, x: torch.Tensor, gap: float = 1e-3) -> bool:
+def keeps_clear_of_ties(module: Lorsa | SAE, x: Tensor, gap: float = 1e-3) -> bool:
     """Whether no score at the boundary of the selection, and no kept z at the kink of relu, is near another."""
     z, k = module.pre_activations(x), module.k
     scores = module.selection().scores(z).sort(dim=-1, descending=True).values
@@ -85,18 +84,14 @@ def test_selection_with_another_k() -> None:
 def test_gradients_of_the_whole_layer(changes: dict[str, Any]) -> None:
     make: Callable[..., Lorsa | SAE] = random_lorsa if "n_features" not in changes else random_sae
     small = {"n_ov_heads": 6, "n_qk_heads": 2} if make is random_lorsa else {}
-    for seed in range(100):
-        module = make(seed, torch.float64, **{"d_model": 5, "k": 3} | small | changes)
-        x = random_inputs(1, 3, 5, seed, torch.float64)
-        if keeps_clear_of_ties(module, x):
-            break
-    else:
-        pytest.fail("no draw without ties")
+    sizes = {"d_model": 5, "k": 3} | small | changes
+    draws = ((make(n, torch.float64, **sizes), random_inputs(1, 3, 5, n, torch.float64)) for n in range(100))
+    module, x = next(draw for draw in draws if keeps_clear_of_ties(*draw))
     names = [name for name, _ in module.named_parameters()]
     tensors = [parameter.detach().clone().requires_grad_() for parameter in module.parameters()]
 
-    def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,)).y
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,)).y
         return result
 
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), *tensors))
@@ -133,10 +128,10 @@ def test_patterns_are_an_exact_split_of_z(qk_norm: bool) -> None:
 @pytest.mark.parametrize("index", [-1, 3, 24])
 def test_a_head_or_group_that_does_not_exist(index: int) -> None:
     module, x = random_lorsa(), random_inputs(1, 3)
-    with pytest.raises(UserError, match=rf"no QK group {index}; choose one from 0 to 2\."):
+    with refused(rf"no QK group {index}; choose one from 0 to 2\."):
         module.attention_pattern(x, index)
     if index != 3:
-        with pytest.raises(UserError, match=rf"no head {index}; choose one from 0 to 23\."):
+        with refused(rf"no head {index}; choose one from 0 to 23\."):
             module.z_pattern(x, index)
 
 
@@ -228,15 +223,18 @@ def test_the_sae_reads_the_output_and_the_others_the_input() -> None:
 # ---- saving and loading
 
 
+Saved = tuple[Lorsa | SAE, Path]
+
+
 @pytest.fixture(params=["lorsa", "sae"])
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Lorsa | SAE, Path]:
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Saved:
     module = MODULES[request.param]()
     module.save(tmp_path / "run")
     return module, tmp_path / "run"
 
 
 @pytest.mark.parametrize("saved", MODULES, indirect=True)
-def test_a_loaded_module_is_the_saved_one(saved: tuple[Lorsa | SAE, Path]) -> None:
+def test_a_loaded_module_is_the_saved_one(saved: Saved) -> None:
     module, folder = saved
     loaded = load(folder)
     assert type(loaded) is type(module)
@@ -247,32 +245,24 @@ def test_a_loaded_module_is_the_saved_one(saved: tuple[Lorsa | SAE, Path]) -> No
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.999, None])
-def test_a_cut_file_and_one_of_noise_are_refused(saved: tuple[Lorsa | SAE, Path], share: float | None) -> None:
+def test_wrong_tensors_are_refused(saved: Saved) -> None:
     file = saved[1] / "model.safetensors"
-    content = file.read_bytes()
-    noise = bytes(255 - byte for byte in content)
-    file.write_bytes(noise if share is None else content[: int(share * len(content))])
-    with pytest.raises(UserError, match=r"model.safetensors is damaged"):
-        load(saved[1])
-
-
-def test_wrong_tensors_are_refused(saved: tuple[Lorsa | SAE, Path]) -> None:
-    changes: list[tuple[Callable[[dict[str, torch.Tensor]], object], str]] = [
+    for change, sentence in (
         (lambda tensors: tensors["W_O"][3, 2].fill_(float("nan")), r"W_O holds values that are not finite"),
         (lambda tensors: tensors["W_O"][3, 2].fill_(float("inf")), r"W_O holds values that are not finite"),
         (lambda tensors: tensors.update(W_O=tensors["W_O"][:-1]), r"W_O is of shape \[23, 16\], not \[24, 16\]"),
         (lambda tensors: tensors.pop("W_O"), r"W_O is missing"),
-    ]
-    file = saved[1] / "model.safetensors"
-    for change, sentence in changes:
+    ):
         tensors = store.read_tensors(file)
         change(tensors)
         store.write_tensors(file, tensors)
-        with pytest.raises(UserError, match=sentence):
+        with refused(sentence):
             load(saved[1])
+    file.write_bytes(file.read_bytes()[:-7])
+    with refused(r"model.safetensors is damaged"):
+        load(saved[1])
     file.unlink()
-    with pytest.raises(UserError, match=r"model.safetensors does not exist"):
+    with refused(r"model.safetensors does not exist"):
         load(saved[1])
 
 
@@ -289,49 +279,23 @@ def test_wrong_tensors_are_refused(saved: tuple[Lorsa | SAE, Path]) -> None:
         (lambda config: config.update(module=[1, 2]), "config.json"),
     ],
 )
-def test_a_wrong_config_is_refused_in_a_sentence(
-    saved: tuple[Lorsa | SAE, Path], change: Callable[[Any], Any], sentence: str
-) -> None:
+def test_a_wrong_config_is_refused_in_a_sentence(saved: Saved, change: Callable[[Any], Any], sentence: str) -> None:
     config = store.read_json(saved[1] / "config.json")
     change(config)
     store.write_json(saved[1] / "config.json", config)
-    with pytest.raises(UserError, match=sentence):
+    with refused(sentence):
         load(saved[1])
 
 
-def test_no_run_folder_and_a_broken_config(tmp_path: Path, saved: tuple[Lorsa | SAE, Path]) -> None:
-    with pytest.raises(UserError, match=r"is not a run folder \(config.json is missing\)"):
+def test_no_run_folder_and_a_broken_config(tmp_path: Path, saved: Saved) -> None:
+    with refused(r"is not a run folder \(config.json is missing\)"):
         load(tmp_path)
     (saved[1] / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"does not say what kind of module"):
-        load(saved[1])
-    (saved[1] / "config.json").write_text('{"schema_version": 1,')
-    with pytest.raises(UserError, match=r"is not valid JSON"):
+    with refused(r"does not say what kind of module"):
         load(saved[1])
 
 
-def test_loading_as_the_other_kind_names_both(saved: tuple[Lorsa | SAE, Path]) -> None:
+def test_loading_as_the_other_kind_names_both(saved: Saved) -> None:
     other = SAE if isinstance(saved[0], Lorsa) else Lorsa
-    with pytest.raises(UserError, match=r"load it with lorsa_utils.load"):
+    with refused(r"load it with lorsa_utils.load"):
         other.load(saved[1])
-
-
-def test_saving_over_a_run_leaves_the_old_one_when_it_fails(
-    saved: tuple[Lorsa | SAE, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, folder = saved
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-
-    def full_disk(*arguments: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store, "save_file", full_disk)
-    with pytest.raises(UserError, match=r"disk is full"):
-        module.save(folder)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-
-
-def test_saving_into_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"Cannot write to"):
-        random_lorsa().save(tmp_path / "file")

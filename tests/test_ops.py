@@ -1,25 +1,24 @@
 """The vectorised operations equal the reference loops, keep exactly K, break ties one way, and have exact gradients."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
+from torch import Tensor
 from toys import rotaries
 
 from lorsa_utils import ops, reference
 from lorsa_utils.config import RotaryConfig
-from lorsa_utils.exceptions import UserError
 from lorsa_utils.selection import SCORES, Selection
 
 seeds = st.integers(0, 2**20)
 sizes = st.integers(1, 6)
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
@@ -59,7 +58,7 @@ def test_scores_of_rotated_vectors_depend_on_the_distance_alone() -> None:
 # ---- selection
 
 
-def check_top_k(scores: torch.Tensor, k: int, floor: float | None = None) -> None:
+def check_top_k(scores: Tensor, k: int, floor: float | None = None) -> None:
     before, floored = scores.clone(), scores if floor is None else scores.clamp_min(floor)
     found = ops.select_top_k(scores, k, floor=floor)
     assert found.dtype == torch.int64
@@ -100,7 +99,7 @@ def test_selection_among_some_units(score: str, k: int) -> None:
 # ---- decode
 
 
-def chosen(rows: int, n: int, k: int, seed: int = 0) -> torch.Tensor:
+def chosen(rows: int, n: int, k: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(rows)])
 
@@ -131,11 +130,11 @@ def test_gradients_of_decode(rows: int, n: int, k: int, d: int, learning: str) -
 class Layer(NamedTuple):
     """Inputs of `sparse_attention`."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    norms: torch.Tensor
-    dead: torch.Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    norms: Tensor
+    dead: Tensor
 
 
 def layer(batch: int, groups: int, length: int, d_qk: int, size: int, seed: int = 0) -> Layer:
@@ -146,7 +145,7 @@ def layer(batch: int, groups: int, length: int, d_qk: int, size: int, seed: int 
     return Layer(sides[0], sides[1], sides[2], draw(groups * size, seed=seed + 3).abs() + 0.1, dead)
 
 
-def gradients(found: ops.KeptHeads, inputs: Layer) -> list[torch.Tensor]:
+def gradients(found: ops.KeptHeads, inputs: Layer) -> list[Tensor]:
     upstream = [draw(*side.shape, seed=9) for side in (found.values, found.aux_values)]
     total = (found.values * upstream[0]).sum() + (found.aux_values * upstream[1]).sum()
     return list(torch.autograd.grad(total, inputs[:3]))
@@ -203,7 +202,7 @@ def test_gradients_of_sparse_encode(score: str) -> None:
     x, weight, bias = (draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(7, 5), (12, 5), (12,)]))
     selection = Selection(4, draw(12, seed=3).abs() + 0.1, score, torch.arange(12) % 3 == 0, 2)
 
-    def encode(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         kept = ops.sparse_encode(*inputs, selection)
         return kept.values, kept.aux_values
 
@@ -214,6 +213,6 @@ def test_gradients_of_sparse_encode(score: str) -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(UserError, match="no backend 'cuda'; choose one of auto, torch, triton, reference"):
+    with refused("no backend 'cuda'; choose one of auto, torch, triton, reference"):
         ops.sparse_decode(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), torch.ones(2, 3), backend="cuda")
     assert ops.choose_backend("auto", torch.ones(1)) == "torch"

@@ -1,7 +1,5 @@
 """The loops agree with a second form of the equations: dense matrices, complex rotations, masks for the top K."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
