@@ -1,7 +1,5 @@
 """Nodes sum to the layer, removing nothing changes nothing, planted circuits are found whole and alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import planted
@@ -30,6 +28,11 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return load_model(save_tiny_model(tmp_path_factory.mktemp(request.param), request.param), device="cpu")
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def sparse(request: pytest.FixtureRequest, tiny: LanguageModel) -> SparseModel:
+    return SparseModel(tiny, {layer: random_units(tiny, layer, request.param) for layer in LAYERS})
+
+
 def random_units(model: LanguageModel, layer: int, kind: str) -> Units:
     site = model.site(layer)
     if kind == "mhsa":
@@ -45,10 +48,6 @@ def random_units(model: LanguageModel, layer: int, kind: str) -> Units:
     return SAEFeatures(sae.requires_grad_(False), site)
 
 
-def sparse_model(model: LanguageModel, kind: str) -> SparseModel:
-    return SparseModel(model, {layer: random_units(model, layer, kind) for layer in LAYERS})
-
-
 def random_task(n: int = 5, length: int = 9) -> tasks.Task:
     tokens = random_tokens(2 * n, length)
     position = torch.tensor([length - 1] * (n - 1) + [length - 3])
@@ -57,57 +56,58 @@ def random_task(n: int = 5, length: int = 9) -> tasks.Task:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-class TestAnyModel:
-    def test_nodes_sum_to_the_layer(self, tiny: LanguageModel, kind: str) -> None:
-        sparse, tokens = sparse_model(tiny, kind), random_tokens(3, 10)
-        for layer, activity in sparse.read(tokens).items():
-            y, units = tiny.capture(tokens, [layer])[layer][1], sparse.layers[layer]
-            every, single = (torch.zeros(1, 1, units.n + 1, dtype=torch.bool) for _ in range(2))
-            every[:], single[..., 2] = True, True
-            bias = units.site.b_O if isinstance(units, MHSAHeads) else units.module.b_O  # type: ignore[attr-defined]
-            assert torch.allclose(activity.written(every) + bias, y, atol=1e-4)
-            direction = torch.randn(tiny.d_model, generator=torch.Generator().manual_seed(0)).expand_as(y)
-            one_by_one = activity.along(direction)
-            for mask, parts in ((every, one_by_one.sum(dim=-1)), (single, one_by_one[..., 2])):
-                assert torch.allclose(parts, (activity.written(mask) * direction).sum(dim=-1), atol=1e-3)
+def test_nodes_sum_to_the_layer(sparse: SparseModel) -> None:
+    tokens = random_tokens(3, 10)
+    for layer, activity in sparse.read(tokens).items():
+        y, units = sparse.model.capture(tokens, [layer])[layer][1], sparse.layers[layer]
+        every, single = (torch.zeros(1, 1, units.n + 1, dtype=torch.bool) for _ in range(2))
+        every[:], single[..., 2] = True, True
+        bias = units.site.b_O if isinstance(units, MHSAHeads) else units.module.b_O  # type: ignore[attr-defined]
+        assert torch.allclose(activity.written(every) + bias, y, atol=1e-4)
+        direction = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0)).expand_as(y)
+        one_by_one = activity.along(direction)
+        for mask, parts in ((every, one_by_one.sum(dim=-1)), (single, one_by_one[..., 2])):
+            assert torch.allclose(parts, (activity.written(mask) * direction).sum(dim=-1), atol=1e-3)
 
-    def test_removing_nothing_is_bit_equal_and_all_is_the_corrupted_layer(self, tiny: LanguageModel, kind: str) -> None:
-        sparse, task = sparse_model(tiny, kind), random_task()
-        experiment, untouched = Experiment(sparse, task), clean_logits(tiny, task)
-        with torch.no_grad(), sparse.removed(sparse.mask([])[None], experiment.instead):
-            assert torch.equal(last_logits(tiny, task), untouched)
-        outputs = {layer: y for layer, (_, y) in tiny.capture(task.corrupted, LAYERS).items()}
-        every = torch.ones(1, sparse.n_nodes, dtype=torch.bool)
-        with torch.no_grad(), tiny.splice({layer: lambda x, y, layer=layer: outputs[layer] for layer in LAYERS}):
-            wanted = tasks.metric("logit_difference", last_logits(tiny, task), task)
-        assert torch.allclose(experiment.measure(every)[0], wanted, atol=1e-3)
 
-    @pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
-    def test_batched_sets_are_the_single_ones(self, tiny: LanguageModel, kind: str, ablation: str) -> None:
-        sparse, task = sparse_model(tiny, kind), random_task()
-        experiment = Experiment(sparse, task, ablation)
-        sets = torch.rand(3, sparse.n_nodes, generator=torch.Generator().manual_seed(1)) < 0.5
-        together = Experiment(sparse, task, ablation, batch_size=2).measure(sets)
-        for row, nodes in zip(together, sets, strict=True):
-            assert torch.allclose(row, experiment.measure(nodes[None])[0], atol=1e-4)
-        # Position by position: the same set everywhere is the set.
-        with torch.no_grad(), sparse.removed(sets[:1, None].expand(1, 9, -1), experiment.instead):
-            logits = last_logits(tiny, task)
-        assert torch.allclose(tasks.metric("logit_difference", logits, task), together[0], atol=1e-4)
+def test_removing_nothing_is_bit_equal_and_all_is_the_corrupted_layer(sparse: SparseModel) -> None:
+    tiny, task = sparse.model, random_task()
+    experiment, untouched = Experiment(sparse, task), clean_logits(tiny, task)
+    with torch.no_grad(), sparse.removed(sparse.mask([])[None], experiment.instead):
+        assert torch.equal(last_logits(tiny, task), untouched)
+    outputs = {layer: y for layer, (_, y) in tiny.capture(task.corrupted, LAYERS).items()}
+    every = torch.ones(1, sparse.n_nodes, dtype=torch.bool)
+    with torch.no_grad(), tiny.splice({layer: lambda x, y, layer=layer: outputs[layer] for layer in LAYERS}):
+        wanted = tasks.metric("logit_difference", last_logits(tiny, task), task)
+    assert torch.allclose(experiment.measure(every)[0], wanted, atol=1e-3)
 
-    def test_attribution_agrees_with_a_small_step(self, tiny: LanguageModel, kind: str) -> None:
-        # Of a node that changes little, effect and attribution are nearly the same.
-        sparse, task = sparse_model(tiny, kind), random_task()
-        near = {layer: Shrunk(activity, 1e-3) for layer, activity in sparse.read(task.clean).items()}
-        experiment, few = Experiment(sparse, task, near), [0, 1, 2, sparse.n_nodes - 2]
-        assert torch.allclose(experiment.attribute()[:, few].T, experiment.effects(few), atol=3e-4, rtol=0.1)
 
-    def test_attribution_of_a_batch_does_not_mix_prompts(self, tiny: LanguageModel, kind: str) -> None:
-        sparse, task = sparse_model(tiny, kind), random_task()
-        for steps in (1, 3):
-            together, apart = (Experiment(sparse, task, batch_size=n).attribute(steps) for n in (32, 1))
-            assert torch.allclose(together, apart, atol=1e-3)
+@pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
+def test_batched_sets_are_the_single_ones(sparse: SparseModel, ablation: str) -> None:
+    task = random_task()
+    experiment = Experiment(sparse, task, ablation)
+    sets = torch.rand(3, sparse.n_nodes, generator=torch.Generator().manual_seed(1)) < 0.5
+    together = Experiment(sparse, task, ablation, batch_size=2).measure(sets)
+    for row, nodes in zip(together, sets, strict=True):
+        assert torch.allclose(row, experiment.measure(nodes[None])[0], atol=1e-4)
+    # Position by position: the same set everywhere is the set.
+    with torch.no_grad(), sparse.removed(sets[:1, None].expand(1, 9, -1), experiment.instead):
+        logits = last_logits(sparse.model, task)
+    assert torch.allclose(tasks.metric("logit_difference", logits, task), together[0], atol=1e-4)
+
+
+def test_attribution_agrees_with_a_small_step(sparse: SparseModel) -> None:
+    # Of a node that changes little, effect and attribution are nearly the same.
+    task = random_task()
+    near = {layer: Shrunk(activity, 1e-3) for layer, activity in sparse.read(task.clean).items()}
+    experiment, few = Experiment(sparse, task, near), [0, 1, 2, sparse.n_nodes - 2]
+    assert torch.allclose(experiment.attribute()[:, few].T, experiment.effects(few), atol=3e-4, rtol=0.1)
+
+
+def test_attribution_of_a_batch_does_not_mix_prompts(sparse: SparseModel) -> None:
+    for steps in (1, 3):
+        together, apart = (Experiment(sparse, random_task(), batch_size=n).attribute(steps) for n in (32, 1))
+        assert torch.allclose(together, apart, atol=1e-3)
 
 
 class Shrunk(Activity):
@@ -122,7 +122,7 @@ class Shrunk(Activity):
     def along(self, direction: Tensor) -> Tensor:
         return (1 - self.share) * self.activity.along(direction)
 
-    def rows(self, rows: Tensor | slice) -> Shrunk:
+    def rows(self, rows: Tensor | slice) -> Activity:
         return Shrunk(self.activity.rows(rows), self.share)
 
 
@@ -137,21 +137,12 @@ def test_integrated_gradients_of_a_whole_layer_add_up(tiny: LanguageModel) -> No
 # ---- planted circuits
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    with torch.no_grad():
-        return planted.planted_model()
-
-
 def planted_sparse(model: LanguageModel, kind: str) -> SparseModel:
-    def units(layer: int) -> Units:
-        if kind == "lorsa":
-            return LorsaHeads(planted.planted_lorsa(model, layer).requires_grad_(False))
-        sae = planted.planted_sae(layer).requires_grad_(False)
-        return SAEFeatures(sae, model.site(layer)) if kind == "sae" else MHSAHeads(model.site(layer))
-
+    make = {"lorsa": lambda layer: planted.planted_lorsa(model, layer), "sae": planted.planted_sae}
     with torch.no_grad():
-        return SparseModel(model, {layer: units(layer) for layer in (0, 1)})
+        if kind == "mhsa":
+            return decompose(model, (0, 1))
+        return decompose(model, {layer: make[kind](layer).requires_grad_(False) for layer in (0, 1)})
 
 
 def test_planted_model_does_induction(model: LanguageModel) -> None:
