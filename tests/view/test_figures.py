@@ -54,14 +54,12 @@ def test_saved_figure_opens_offline_and_shares_one_plotly(tmp_path: Path) -> Non
 
 
 def test_csv_holds_the_given_numbers_or_those_of_the_traces(tmp_path: Path) -> None:
-    for data in (None, LAYERS):
-        figures.save_figure(drawings()["lines"], "P4", tmp_path, data)
-        table = pd.read_csv(tmp_path / "P4.csv")
-        if data is None:
-            assert list(table["trace"]) == list(LAYERS["module"])
-            assert np.allclose(table["y"], LAYERS["fvu"])
-        else:
-            pd.testing.assert_frame_equal(table, data)
+    figures.save_figure(drawings()["lines"], "P4", tmp_path)
+    table = pd.read_csv(tmp_path / "P4.csv")
+    assert list(table["trace"]) == list(LAYERS["module"])
+    assert np.allclose(table["y"], LAYERS["fvu"])
+    figures.save_figure(drawings()["lines"], "P4", tmp_path, LAYERS)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "P4.csv"), LAYERS)
     table = figures.figure_data(drawings()["map"])
     assert table["z"].tolist() == [1, 2, 3, 4, 5, 6], "a map has one row per entry"
     assert table["y"].tolist() == [0, 0, 1, 1, 2, 2]
