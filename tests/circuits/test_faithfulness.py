@@ -44,6 +44,9 @@ def changed(sparse: SparseModel, layer: int, change: str) -> SparseModel:
     return SparseModel(sparse.model, {**sparse.layers, layer: LorsaHeads(lorsa)})
 
 
+TASK = planted.planted_task(n=8)
+
+
 def test_planted_circuit_is_faithful_and_complete(sparse: SparseModel) -> None:
     experiment = Experiment(sparse, planted.planted_task(n=2, repeat=True))
     table = faithfulness.curve_table({"Lorsa heads": curve_of(experiment, [1, 2, 3, 4])})
@@ -54,7 +57,7 @@ def test_planted_circuit_is_faithful_and_complete(sparse: SparseModel) -> None:
 
 
 def test_random_sets_are_worse(sparse: SparseModel) -> None:
-    experiment, sizes = Experiment(sparse, planted.planted_task(n=8)), [1, 4, 8, 16]
+    experiment, sizes = Experiment(sparse, TASK), [1, 4, 8, 16]
     curves = {"Lorsa heads": curve_of(experiment, sizes), "random": curve_of(experiment, sizes, seed=0)}
     table = NOTEBOOK.area_table(curves).set_index("nodes")
     ours, other = table.loc["Lorsa heads"], table.loc["random"]
@@ -64,11 +67,10 @@ def test_random_sets_are_worse(sparse: SparseModel) -> None:
 
 
 def test_errors_are_nodes(sparse: SparseModel) -> None:
-    task = planted.planted_task(n=8)
-    shares = faithfulness.error_shares(Experiment(changed(sparse, 1, "half"), task)).set_index("layers")
+    shares = faithfulness.error_shares(Experiment(changed(sparse, 1, "half"), TASK)).set_index("layers")
     assert shares.loc[1, "errors"] == pytest.approx(0.5, abs=0.1)
     assert list(shares["first"]) == [1, 0]
-    good = faithfulness.error_shares(Experiment(sparse, task))
+    good = faithfulness.error_shares(Experiment(sparse, TASK))
     assert good["errors"].abs().max() < 0.02
     assert good["units"].min() > 0.9
 
@@ -122,7 +124,7 @@ def test_heads_of_a_relabelled_lorsa_are_matched(sparse: SparseModel) -> None:
 
 def test_comparison_of_kinds(model: LanguageModel) -> None:
     kinds = {kind: planted_sparse(model, kind) for kind in KINDS}
-    curves = faithfulness.compare(kinds, planted.planted_task(n=8), seed=1)
+    curves = faithfulness.compare(kinds, TASK, seed=1)
     assert list(curves) == ["lorsa", "random lorsa", "sae", "random sae", "mhsa", "random mhsa"]
     assert curves["mhsa"].sizes[:4] == (1, 2, 4, 8)
     assert len(curves["mhsa"].all) == 4, "half of the prompts are held out"
@@ -155,9 +157,8 @@ def test_circuits_of_single_prompts_are_small(sparse: SparseModel) -> None:
 
 
 def test_bad_input_is_refused_in_one_sentence(sparse: SparseModel) -> None:
-    task = planted.planted_task(n=2)
     with pytest.raises(UserError, match="The ranking has 2 nodes; ask for circuits of at most 2"):
-        faithfulness.measure_curve(Experiment(sparse, task), [[1, 2]], [5])
-    same = dataclasses.replace(task, corrupted=task.clean)
+        faithfulness.measure_curve(Experiment(sparse, TASK), [[1, 2]], [5])
+    same = dataclasses.replace(TASK, corrupted=TASK.clean)
     with pytest.raises(UserError, match="does not change the metric"):
         faithfulness.measure_curve(Experiment(sparse, same), [[1, 2]], [1])

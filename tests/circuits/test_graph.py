@@ -13,7 +13,7 @@ from tiny_models import KINDS, random_tokens, save_tiny_model
 
 from lorsa_utils import store
 from lorsa_utils.circuits import graph
-from lorsa_utils.circuits.graph import Source, Trace
+from lorsa_utils.circuits.graph import Trace
 from lorsa_utils.circuits.nodes import SparseModel
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import LanguageModel, load_model
@@ -31,10 +31,6 @@ def random_trace(model: LanguageModel, kind: str = "lorsa", length: int = 7) -> 
     return Trace(sparse, random_tokens(1, length, seed=5)[0], [3], [9])
 
 
-def a_unit(trace: Trace, layer: int) -> Source:
-    return next(source for source in reversed(trace.sources) if source.kind == "unit" and source.layer == layer)
-
-
 def test_frozen_model_has_the_same_logits(tiny: LanguageModel) -> None:
     tokens = random_tokens(2, 8)
     with torch.no_grad():
@@ -48,8 +44,9 @@ def test_frozen_model_has_the_same_logits(tiny: LanguageModel) -> None:
 @pytest.mark.parametrize("kind", ["lorsa", "sae"])
 def test_edges_are_linear_and_their_values_are_the_models(tiny: LanguageModel, kind: str) -> None:
     trace = random_trace(tiny, kind)
-    early = next(s for s in trace.sources if s.kind == "unit" and s.layer == 2 and s.position == 3)
-    units = [*(a_unit(trace, layer) for layer in LAYERS), early]
+    every = [source for source in trace.sources if source.kind == "unit"]
+    units = [next(unit for unit in reversed(every) if unit.layer == layer) for layer in LAYERS]
+    units.append(next(unit for unit in every if unit.layer == 2 and unit.position == 3))
     edges, values, constants = trace.edges([trace.logit, *units])
     with torch.no_grad():
         logits = tiny.logits(trace.tokens[None])[0, -1]
@@ -61,7 +58,7 @@ def test_edges_are_linear_and_their_values_are_the_models(tiny: LanguageModel, k
         assert torch.allclose(edges.sum(dim=1) + constants, values, atol=1e-4)
     for target, row in zip(units, edges[1:], strict=True):
         later = [source.layer >= target.layer or source.position > target.position for source in trace.sources]
-        assert not row[torch.tensor(later)].any(), "edges come from earlier layers and from no later position"
+        assert not row[torch.tensor(later)].any(), "from earlier layers and no later position"
 
 
 def test_edge_is_the_slope_of_the_frozen_model(tiny: LanguageModel) -> None:
@@ -116,7 +113,7 @@ def test_planted_circuit_is_read_off_graph_and_scores(trace: Trace, traced: dict
     assert strongest["node_id"] == f"1_{after}_8"
     into = [link for link in traced["links"] if link["target"] == strongest["node_id"]]
     sources = {link["source"] for link in into if abs(link["weight"]) > 0.5 * strongest["activation"]}
-    assert sources == {f"E_{after}_3"}, "what it writes comes from the token after the one like the last"
+    assert sources == {f"E_{after}_3"}, "the token after the one like the last"
     pairs, queries, keys, score = trace.qk(1, after, 8, 3)
     query, key = divmod(int(pairs.argmax()), len(keys))
     assert queries[query] == "embedding"
