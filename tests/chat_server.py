@@ -1,7 +1,5 @@
 """A local HTTP server that plays a chat endpoint and answers every question after a script of mishaps."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

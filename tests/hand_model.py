@@ -6,8 +6,6 @@ are random unit vectors, so that keys and queries match sharply. The layer reads
 unembedding reads the written block.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -150,7 +148,6 @@ def known_lorsa(model: HandModel, n_random: int = 20, seed: int = 0, k: int | No
     with torch.no_grad():
         for parameter in (lorsa.W_Q, lorsa.W_K, lorsa.W_V, lorsa.W_O):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * D_MODEL**-0.5)
-        for parameter in (lorsa.W_Q, lorsa.W_K, lorsa.W_V, lorsa.W_O):
             parameter[: len(KNOWN)] = 0
         for head in range(len(KNOWN)):
             # The last dimension of keys is the first token's; where nothing matches, heads rest there.

@@ -7,8 +7,6 @@ Head 2 of the second layer looks at the token after the one like mine and writes
 random and write nothing that anything reads.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,7 +1,5 @@
 """Examples: what the pass records is what modules and units say; windows keep what they promise."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +107,8 @@ def test_same_token_windows_hold_a_token_the_unit_fires_on_elsewhere() -> None:
 def test_halves_share_no_sequence() -> None:
     for unit in planted_sets().units:
         # Sequences of the made text share no run of four words but where one word was repeated.
-        firsts, seconds = (
-            {tuple(row[4:8]) for row in windows.tokens if row[7] >= 0} for windows in (unit.first, unit.second)
-        )
-        assert not firsts & seconds
+        first, second = ({tuple(row[4:8]) for row in half.tokens if row[7] >= 0} for half in (unit.first, unit.second))
+        assert not first & second
 
 
 def test_quantiles_are_equally_represented() -> None:
@@ -129,6 +125,8 @@ def test_units_without_enough_examples_are_counted_by_reason() -> None:
     assert few.eligible + sum(few.left_out.values()) == 24
     with pytest.raises(UserError, match="give a longer text"):
         examples.examples(firings, Budget(least=500))
+    with pytest.raises(UserError, match="at least one trained module"):
+        recorded([])
 
 
 def test_relatives_are_of_the_same_group_first() -> None:
@@ -141,8 +139,3 @@ def test_near_peaks_are_one_example() -> None:
     places = np.array([0, 5, 30, 33, 64, 100])
     values = np.array([1.0, 2.0, 5.0, 4.0, 1.0, 1.0])
     assert places[examples.find_peaks(places, values, 128)].tolist() == [30, 64, 100]
-
-
-def test_nothing_to_explain_is_refused() -> None:
-    with pytest.raises(UserError, match="at least one trained module"):
-        recorded([])

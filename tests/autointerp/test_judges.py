@@ -1,7 +1,5 @@
 """Judges: prompts, parsing, the file of answers, a local model's logits, and a chat endpoint that misbehaves."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -29,12 +27,12 @@ from tiny_models import save_tiny_model
 from lorsa_utils import models
 from lorsa_utils.autointerp import judges, study
 from lorsa_utils.autointerp.examples import Budget
-from lorsa_utils.autointerp.judges import Answers, Explanation, LocalJudge, OpenAIJudge, ReplayJudge, Request
+from lorsa_utils.autointerp.judges import Answers, Explanation, LocalJudge, OpenAIJudge, ReplayJudge
 from lorsa_utils.exceptions import UserError
 
 KEY = "sk-very-secret-0123456789"
 QUESTION = judges.verdict_request("detection", "digits", ["a 1", "b", "c"])
-OTHER_QUESTION = judges.verdict_request("detection", "digits", ["d", "e"])
+OTHER = judges.verdict_request("detection", "digits", ["d", "e"])
 
 
 class FastJudge(OpenAIJudge):
@@ -56,27 +54,17 @@ def asked(path: Path | None = None, concurrency: int = 2) -> FastJudge:
 # ---- parsing
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        (" [1,0,1]\n", [1, 0, 1]),
-        ("```json\n[1, 0, 1]\n```", [1, 0, 1]),
-        ("```\n[true, false, true]\n```", [1, 0, 1]),
-        ("[1, 0", None),
-        ("[1, 0]", None),
-        ("[1, 0, 1, 1]", None),
-        ("[1, 0, 2]", None),
-        ("[1, 0, -1]", None),
-        ('[1, 0, "1"]', None),
-        ("[1, 0, null]", None),
-        ("[1, 0, NaN]", None),
-        ("I'm sorry, I can't do that.", None),
-        ("The answer is [1, 0, 1], since [2] is so.", None),
-        ("", None),
-    ],
-)
-def test_lists_are_read_or_nothing_is(answer: str, expected: list[float] | None) -> None:
-    assert judges.parse_numbers(answer, 3, 1) == expected
+@pytest.mark.parametrize("answer", [" [1,0,1]\n", "```json\n[1, 0, 1]\n```", "```\n[true, false, true]\n```"])
+def test_lists_are_read(answer: str) -> None:
+    assert judges.parse_numbers(answer, 3, 1) == [1, 0, 1]
+
+
+STRANGE = ("[1, 0", "[1, 0]", "[1, 0, 1, 1]", "[1, 0, 2]", "[1, 0, -1]", '[1, 0, "1"]', "[1, 0, null]", "[1, 0, NaN]")
+
+
+@pytest.mark.parametrize("answer", ["", *STRANGE, "I can't do that.", "The answer is [1, 0, 1], since [2] is so."])
+def test_other_answers_are_no_lists(answer: str) -> None:
+    assert judges.parse_numbers(answer, 3, 1) is None
 
 
 @settings(max_examples=30)
@@ -86,18 +74,10 @@ def test_no_answer_breaks_the_parser(answer: str) -> None:
     judges.parse_explanation(answer)
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("EXPLANATION: digits", "digits"),
-        ("Let me think.\nEXPLANATION: **digits**\n", "digits"),
-        ("EXPLANATION:", None),
-        ("digits", None),
-        ("", None),
-    ],
-)
-def test_explanations_are_read_or_nothing_is(answer: str, expected: str | None) -> None:
-    assert judges.parse_explanation(answer) == expected
+def test_explanations_are_read_or_nothing_is() -> None:
+    for answer in ("EXPLANATION: digits", "Let me think.\nEXPLANATION: **digits**\n"):
+        assert judges.parse_explanation(answer) == "digits"
+    assert not any(judges.parse_explanation(answer) is not None for answer in ("EXPLANATION:", "digits", ""))
 
 
 def test_texts_cannot_change_a_prompt() -> None:
@@ -147,7 +127,7 @@ def test_mishaps_are_asked_again(server: ChatServer, mishaps: list[str]) -> None
     server.mishaps = list(mishaps)
     judge = asked()
     assert judge.ask([QUESTION]) == ["[1, 0, 0]"]
-    assert sum(server.answered.values()) == judge.tally.calls == 1
+    assert server.answered.total() == judge.tally.calls == 1
     assert len(server.prompts) == 1 + len(mishaps)
     assert server.keys == {f"Bearer {KEY}"}
 
@@ -161,7 +141,7 @@ def test_one_retry_after_holds_all_threads(server: ChatServer) -> None:
             time.sleep(0.01)
         time.sleep(0.1)
         began = time.monotonic()
-        assert judge.ask([OTHER_QUESTION]) == ["[1, 0]"]
+        assert judge.ask([OTHER]) == ["[1, 0]"]
         assert 0.3 < time.monotonic() - began < 3
         assert held.result() == ["[1, 0, 0]"]
 
@@ -174,7 +154,7 @@ def test_retry_after_is_a_number_or_a_date() -> None:
 
 def test_a_server_that_wants_max_completion_tokens_gets_it(server: ChatServer) -> None:
     server.new_limit = True
-    assert asked().ask([QUESTION, OTHER_QUESTION]) == ["[1, 0, 0]", "[1, 0]"]
+    assert asked().ask([QUESTION, OTHER]) == ["[1, 0, 0]", "[1, 0]"]
     assert len(server.prompts) == 3
 
 
@@ -240,12 +220,12 @@ def study_once(folder: Path) -> tuple[OpenAIJudge, pd.DataFrame]:
 
 def test_a_second_run_asks_nothing_and_a_recording_repeats_it(server: ChatServer, tmp_path: Path) -> None:
     first, table = study_once(tmp_path)
-    assert first.tally.calls == sum(server.answered.values()) > 0
+    assert first.tally.calls == server.answered.total() > 0
     assert max(server.answered.values()) == 1
     assert 1 < server.most <= 3
     again, same = study_once(tmp_path)
     assert again.tally.calls == 0
-    assert sum(server.answered.values()) == first.tally.calls
+    assert server.answered.total() == first.tally.calls
     assert same.equals(table)
     replay = ReplayJudge(tmp_path / "answers.jsonl")
     assert study.study([planted_sets(budget=FEW)], replay, progress=False).equals(table)
@@ -260,21 +240,14 @@ def test_too_many_unreadable_answers_stop_a_study(server: ChatServer, tmp_path: 
         study_once(tmp_path)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from test_judges import study_once
-study_once(Path(sys.argv[1]))
-"""
-
-
 def test_killed_in_the_middle_nothing_is_lost_or_repeated(server: ChatServer, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).parents[:3])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:3]))}
+    script = f"import pathlib, test_judges\ntest_judges.study_once(pathlib.Path({str(tmp_path)!r}))"
     server.stop_after = 11
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     deadline, path, written = time.monotonic() + 60, tmp_path / "answers.jsonl", 0
     # Until the process has written what was answered, and hangs on what is not.
-    while time.monotonic() < deadline and not server.stop_after <= written == sum(server.answered.values()):
+    while time.monotonic() < deadline and not server.stop_after <= written == server.answered.total():
         time.sleep(0.05)
         written = path.read_text().count("\n") if path.is_file() else 0
     process.kill()
@@ -298,12 +271,11 @@ def test_the_key_is_in_no_file_and_no_log(
     judge, _ = study_once(tmp_path)
     server.mishaps = ["status 403"]
     with pytest.raises(UserError) as caught:
-        judge.ask([Request("detection", (("user", "something new"),), 5)])
+        judge.ask([OTHER])
     server.mishaps = ["hangup"] * 4
     with pytest.raises(UserError, match="no connection") as lost:
-        judge.ask([Request("detection", (("user", "something new"),), 5)])
-    out, err = capfd.readouterr()
-    said = [out, err, caplog.text, repr(judge)]
+        judge.ask([OTHER])
+    said = [*capfd.readouterr(), caplog.text, repr(judge)]
     said += ["".join(traceback.format_exception(error.value)) for error in (caught, lost)]
     said += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(list(tmp_path.rglob("*"))) >= 1
@@ -338,23 +310,21 @@ def test_verdicts_are_read_from_the_logits_of_the_last_token(tiny: models.Langua
 
 def test_local_answers_are_stored_and_replayed(tiny: models.LanguageModel, tmp_path: Path) -> None:
     sets = [planted_sets(budget=Budget(units=2, shown=8, contrast=8, scored=8, least=8))]
+    scorers = ("detection", "simulation")
     judge = SingleLetters(tiny, Answers(tmp_path / "answers.jsonl"))
     with closing(judge.answers):
-        table = study.study(sets, judge, ("detection", "simulation"), progress=False)
+        table = study.study(sets, judge, scorers, progress=False)
         calls = judge.tally.calls
-        again = study.study(sets, judge, ("detection", "simulation"), progress=False)
+        again = study.study(sets, judge, scorers, progress=False)
     assert judge.tally.calls == calls > 0
     assert judge.tally.failed <= 0.05 * judge.tally.asked
     replay = ReplayJudge(tmp_path / "answers.jsonl")
-    for same in (again, study.study(sets, replay, ("detection", "simulation"), progress=False)):
+    for same in (again, study.study(sets, replay, scorers, progress=False)):
         assert same.equals(table)
 
 
-def test_a_model_without_yes_and_no_is_refused(tiny: models.LanguageModel) -> None:
+def test_what_a_judge_cannot_do_is_refused(tiny: models.LanguageModel) -> None:
     with pytest.raises(UserError, match="no single token for 'Yes'"):
         LocalJudge(tiny, Answers(None))
-
-
-def test_rules_apply_only_to_rules() -> None:
     with pytest.raises(UserError, match="only apply explanations that it made itself"):
         judges.RulesJudge().verdicts(Explanation("digits"), planted_sets().units[0].second)

@@ -1,14 +1,12 @@
 """Rules: planted units are explained in the right words; conditions hold where they should."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judged_text import FIRST_WORD, planted_sets
+from judged_text import FIRST_WORD, SAID, planted_sets
 
 from lorsa_utils.autointerp import rules, study
 from lorsa_utils.autointerp.examples import N_SOURCES, WIDTH, Corpus, Windows
@@ -25,6 +23,11 @@ def windows_of(row: list[int], opens: bool = True) -> Windows:
     nothing, one = np.full((1, N_SOURCES), -1), np.zeros(1, dtype=int)
     values, kind = np.zeros((1, WIDTH)), np.array(["random"])
     return Windows(CORPUS, tokens, values, np.array([opens]), kind, one - 1, one, nothing, nothing * 0.0)
+
+
+def firing_in(windows: Windows, active: np.ndarray, values: np.ndarray) -> Windows:
+    kind, quantile = np.where(active, "active", "random"), np.where(active, 0, -1)
+    return dataclasses.replace(windows, kind=kind, values=values, quantile=quantile)
 
 
 def where(condition: Condition, row: list[int], opens: bool = True) -> list[int]:
@@ -81,11 +84,7 @@ def test_planted_units_are_explained_and_score_above_nine_tenths() -> None:
     scores = study.study([planted_sets()], RulesJudge(), progress=False).set_index("unit")
     assert (scores[["detection", "fuzzing", "simulation"]] > 0.9).all(axis=None)
     assert (scores["shuffled"] < 0.7).all()
-    assert scores["explanation"].to_dict() == {
-        0: "Active on a digit.",
-        1: 'Active on a token right after ",".',
-        2: "Active on a token that occurred earlier.",
-    }
+    assert scores["explanation"].to_dict() == dict(enumerate(SAID))
 
 
 def test_learning_ignores_the_order_of_windows() -> None:
@@ -101,13 +100,13 @@ def test_noise_gets_no_score() -> None:
     for unit in planted_sets().units:
         for _ in range(4):
             # Active windows are dealt out at random: there is nothing to find.
-            halves = []
-            for half in (unit.first, unit.second):
-                kind, values = rng.permutation(half.kind), np.zeros_like(half.values)
-                values[kind == "active", half.peak[kind == "active"]] = 1.0
-                quantile = np.where(kind == "active", 0, -1)
-                halves.append(dataclasses.replace(half, kind=kind, values=values, quantile=quantile))
-            noise = dataclasses.replace(unit, first=halves[0], second=halves[1])
+            halves = {}
+            for name in ("first", "second"):
+                half = getattr(unit, name)
+                active, values = rng.permutation(half.active), np.zeros_like(half.values)
+                values[active, half.peak[active]] = 1.0
+                halves[name] = firing_in(half, active, values)
+            noise = dataclasses.replace(unit, **halves)
             scores.append(study.score_unit(judge, judge.explain(noise), noise, ("detection",), 0)["detection"])
     assert 0.4 < np.mean(scores) < 0.6
 
@@ -116,11 +115,8 @@ def test_words_of_a_set_are_found() -> None:
     windows = planted_sets().units[0].first
     values = np.isin(windows.tokens, FIRST_WORD + np.arange(40)).astype(float)
     active = values.any(axis=1)
-    changed = dataclasses.replace(
-        windows, values=values, kind=np.where(active, "active", "random"), quantile=np.where(active, 0, -1)
-    )
-    rule = rules.learn(changed)
-    holds = rules.predict(rule, changed).any(axis=1)
+    changed = firing_in(windows, active, values)
+    holds = rules.predict(rules.learn(changed), changed).any(axis=1)
     assert np.mean(holds[active]) > 0.2
     assert not holds[~active].all()
 

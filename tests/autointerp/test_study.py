@@ -1,7 +1,5 @@
 """Scores, baselines, tests and the command: by hand, by property, and on planted units."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -86,8 +84,7 @@ class KnowsAll(Judge):
         return (fires if marks is None else fires & marks).any(axis=1).astype(float)
 
     def simulate(self, explanation: Explanation, windows: Windows) -> np.ndarray:
-        fires = (windows.tokens >= FIRST_WORD) & (windows.tokens % 60 == int(explanation.text))
-        return fires.astype(float)
+        return ((windows.tokens >= FIRST_WORD) & (windows.tokens % 60 == int(explanation.text))).astype(float)
 
 
 def test_a_perfect_explanation_scores_one_and_a_shuffled_one_a_half() -> None:
@@ -128,11 +125,10 @@ def table_of(gap: float) -> pd.DataFrame:
 
 
 def test_a_true_difference_wins_and_no_difference_ties() -> None:
-    wins = study.compare_dictionaries(table_of(0.1), scorers=("detection",))
+    wins, losses = (study.compare_dictionaries(table_of(gap), scorers=("detection",)) for gap in (0.1, -0.1))
     assert wins["outcome"].tolist() == wins["outcome_holm"].tolist() == ["win", "win"]
     assert ((wins["low"] < 0.1) & (wins["high"] > 0.1)).all()
     assert np.allclose(wins["effect"], 1, atol=0.4)
-    losses = study.compare_dictionaries(table_of(-0.1), scorers=("detection",))
     assert losses["outcome"].tolist() == ["loss", "loss"]
     counts = study.outcomes(losses).set_index("where")
     assert counts.loc["here", "loss"] == 2
@@ -219,23 +215,18 @@ def test_command_compares_two_runs(runs: list[Path], tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        (("--scorers", "recall"), "'recall' is unknown"),
-        (("--backend", "openai"), "--judge-model"),
-        (("--backend", "openai", "--judge-model", "m"), "$OPENAI_API_KEY is not set"),
-        (("--backend", "replay"), "--answers"),
-        (("--backend", "replay", "--answers", "nowhere.jsonl"), "no recorded answers"),
+        ("--scorers recall", "'recall' is unknown"),
+        ("--backend openai", "--judge-model"),
+        ("--backend openai --judge-model m", "$OPENAI_API_KEY is not set"),
+        ("--backend replay", "--answers"),
+        ("--backend replay --answers nowhere.jsonl", "no recorded answers"),
     ],
 )
 def test_command_refuses_with_one_sentence(
-    runs: list[Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    extra: tuple[str, ...],
-    sentence: str,
+    runs: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, extra: str, sentence: str
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert main(command(runs, tmp_path / "out", *extra)) == 1
+    assert main(command(runs, runs[0].parent / "out", *extra.split())) == 1
     assert sentence in capsys.readouterr().err
 
 
@@ -246,14 +237,15 @@ def test_command_asks_an_endpoint_only_after_a_yes(
         monkeypatch.setenv("OPENAI_API_KEY", "k")
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         options = ("--backend", "openai", "--judge-model", "m", "--scorers", "detection", "--prices", "0.15,0.60")
-        assert main(command(runs, tmp_path / "out", *options)) == 1
+        asked = command(runs, tmp_path / "out", *options)
+        assert main(asked) == 1
         assert "add --yes" in capsys.readouterr().err
         monkeypatch.setattr("sys.stdin", io.StringIO("no\n"))
         monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-        assert main(command(runs, tmp_path / "out", *options)) == 1
+        assert main(asked) == 1
         assert "Nothing was asked" in capsys.readouterr().err
         assert server.prompts == []
-        assert main(command(runs, tmp_path / "out", *options, "--yes")) == 0
+        assert main([*asked, "--yes"]) == 0
         assert "at the given prices" in capsys.readouterr().err
         assert len(server.prompts) > 0
         again = ("--backend", "replay", "--answers", str(tmp_path / "out" / "answers.jsonl"), "--scorers", "detection")

@@ -1,7 +1,5 @@
 """Figures as a browser lays them out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The gallery in a real browser: every picture is drawn, every link leads somewhere, nothing leaves the disk."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Head pages in a real browser: what the pointer shows and the keyboard says is what the module computes."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

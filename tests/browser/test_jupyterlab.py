@@ -3,8 +3,6 @@
 Notebook 06 in JupyterLab is tested with the other notebooks, in whose run folder it finds what they trained.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

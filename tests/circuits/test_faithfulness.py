@@ -1,7 +1,5 @@
 """Curves of planted circuits, shares and areas by hand, stability of a relabelled module."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 
@@ -25,9 +23,8 @@ NOTEBOOK = definitions("08_circuits", "area_table", "match_units", "write_direct
 
 
 @pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    with torch.no_grad():
-        return planted.planted_model()
+def sparse(model: LanguageModel) -> SparseModel:
+    return planted_sparse(model, "lorsa")
 
 
 def curve_of(experiment: Experiment, sizes: list[int], seed: int | None = None) -> Curve:
@@ -47,8 +44,11 @@ def changed(sparse: SparseModel, layer: int, change: str) -> SparseModel:
     return SparseModel(sparse.model, {**sparse.layers, layer: LorsaHeads(lorsa)})
 
 
-def test_planted_circuit_is_faithful_and_complete(model: LanguageModel) -> None:
-    experiment = Experiment(planted_sparse(model, "lorsa"), planted.planted_task(n=2, repeat=True))
+TASK = planted.planted_task(n=8)
+
+
+def test_planted_circuit_is_faithful_and_complete(sparse: SparseModel) -> None:
+    experiment = Experiment(sparse, planted.planted_task(n=2, repeat=True))
     table = faithfulness.curve_table({"Lorsa heads": curve_of(experiment, [1, 2, 3, 4])})
     # Two heads do it, and two more (of the corrupted prompt) must not get in their way.
     assert table["faithfulness"].iloc[-1] == pytest.approx(1, abs=0.03)
@@ -56,8 +56,8 @@ def test_planted_circuit_is_faithful_and_complete(model: LanguageModel) -> None:
     assert table["faithfulness"].iloc[0] < 0.9
 
 
-def test_random_sets_are_worse(model: LanguageModel) -> None:
-    experiment, sizes = Experiment(planted_sparse(model, "lorsa"), planted.planted_task(n=8)), [1, 4, 8, 16]
+def test_random_sets_are_worse(sparse: SparseModel) -> None:
+    experiment, sizes = Experiment(sparse, TASK), [1, 4, 8, 16]
     curves = {"Lorsa heads": curve_of(experiment, sizes), "random": curve_of(experiment, sizes, seed=0)}
     table = NOTEBOOK.area_table(curves).set_index("nodes")
     ours, other = table.loc["Lorsa heads"], table.loc["random"]
@@ -66,12 +66,11 @@ def test_random_sets_are_worse(model: LanguageModel) -> None:
     assert table["area"].between(table["low"], table["high"]).all()
 
 
-def test_errors_are_nodes(model: LanguageModel) -> None:
-    sparse, task = planted_sparse(model, "lorsa"), planted.planted_task(n=8)
-    shares = faithfulness.error_shares(Experiment(changed(sparse, 1, "half"), task)).set_index("layers")
+def test_errors_are_nodes(sparse: SparseModel) -> None:
+    shares = faithfulness.error_shares(Experiment(changed(sparse, 1, "half"), TASK)).set_index("layers")
     assert shares.loc[1, "errors"] == pytest.approx(0.5, abs=0.1)
     assert list(shares["first"]) == [1, 0]
-    good = faithfulness.error_shares(Experiment(sparse, task))
+    good = faithfulness.error_shares(Experiment(sparse, TASK))
     assert good["errors"].abs().max() < 0.02
     assert good["units"].min() > 0.9
 
@@ -113,21 +112,19 @@ def test_pooled_curves_hold_all_prompts() -> None:
     assert len(both.all) == 5
 
 
-def test_heads_of_a_relabelled_lorsa_are_matched(model: LanguageModel) -> None:
-    match_units = NOTEBOOK.match_units
-    own = planted_sparse(model, "lorsa")
-    other = changed(changed(own, 0, "relabelled"), 1, "relabelled")
-    match, cosine = match_units(own, other)
+def test_heads_of_a_relabelled_lorsa_are_matched(sparse: SparseModel) -> None:
+    other = changed(changed(sparse, 0, "relabelled"), 1, "relabelled")
+    match, cosine = NOTEBOOK.match_units(sparse, other)
     assert match[:3].tolist() == [31, 30, 29]
-    assert match[own.error_nodes].tolist() == other.error_nodes
+    assert match[sparse.error_nodes].tolist() == other.error_nodes
     assert float(cosine[: planted.N].min()) > 0.999
     few = other.mask([3, *other.error_nodes, other.columns[1].start])
-    assert match_units(own, other, few)[0][:3].tolist() == [3, 3, 3], "only these may be matched"
+    assert NOTEBOOK.match_units(sparse, other, few)[0][:3].tolist() == [3, 3, 3], "only these may be matched"
 
 
 def test_comparison_of_kinds(model: LanguageModel) -> None:
     kinds = {kind: planted_sparse(model, kind) for kind in KINDS}
-    curves = faithfulness.compare(kinds, planted.planted_task(n=8), seed=1)
+    curves = faithfulness.compare(kinds, TASK, seed=1)
     assert list(curves) == ["lorsa", "random lorsa", "sae", "random sae", "mhsa", "random mhsa"]
     assert curves["mhsa"].sizes[:4] == (1, 2, 4, 8)
     assert len(curves["mhsa"].all) == 4, "half of the prompts are held out"
@@ -145,8 +142,7 @@ def test_few_nodes_are_ranked_by_removing_each(model: LanguageModel) -> None:
     assert {str(sparse.node(i)) for i in faithfulness.ranking(exact, sparse.error_nodes)[:3]} == {"0.0", "0.1", "1.2"}
 
 
-def test_circuits_of_single_prompts_are_small(model: LanguageModel) -> None:
-    sparse = planted_sparse(model, "lorsa")
+def test_circuits_of_single_prompts_are_small(sparse: SparseModel) -> None:
     experiment = Experiment(sparse, planted.planted_task(n=6))
     orders = [faithfulness.ranking(row[None], sparse.error_nodes) for row in experiment.attribute()]
     local = faithfulness.measure_curve(experiment, orders, [1, 2, 4, 8], completeness=False)
@@ -160,10 +156,9 @@ def test_circuits_of_single_prompts_are_small(model: LanguageModel) -> None:
     assert faithfulness.measure_curve(experiment, orders, [4], ends=local).none is local.none
 
 
-def test_bad_input_is_refused_in_one_sentence(model: LanguageModel) -> None:
-    sparse, task = planted_sparse(model, "lorsa"), planted.planted_task(n=2)
+def test_bad_input_is_refused_in_one_sentence(sparse: SparseModel) -> None:
     with pytest.raises(UserError, match="The ranking has 2 nodes; ask for circuits of at most 2"):
-        faithfulness.measure_curve(Experiment(sparse, task), [[1, 2]], [5])
-    same = dataclasses.replace(task, corrupted=task.clean)
+        faithfulness.measure_curve(Experiment(sparse, TASK), [[1, 2]], [5])
+    same = dataclasses.replace(TASK, corrupted=TASK.clean)
     with pytest.raises(UserError, match="does not change the metric"):
         faithfulness.measure_curve(Experiment(sparse, same), [[1, 2]], [1])

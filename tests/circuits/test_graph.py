@@ -1,8 +1,7 @@
 """Edges sum to what they explain, pairs sum to scores, pruning keeps what matters, and files hold what viewers need."""
 
-from __future__ import annotations
-
 from pathlib import Path
+from typing import Any
 
 import planted
 import pytest
@@ -14,7 +13,7 @@ from tiny_models import KINDS, random_tokens, save_tiny_model
 
 from lorsa_utils import store
 from lorsa_utils.circuits import graph
-from lorsa_utils.circuits.graph import Source, Trace
+from lorsa_utils.circuits.graph import Trace
 from lorsa_utils.circuits.nodes import SparseModel
 from lorsa_utils.exceptions import UserError
 from lorsa_utils.models import LanguageModel, load_model
@@ -32,10 +31,6 @@ def random_trace(model: LanguageModel, kind: str = "lorsa", length: int = 7) -> 
     return Trace(sparse, random_tokens(1, length, seed=5)[0], [3], [9])
 
 
-def a_unit(trace: Trace, layer: int) -> Source:
-    return next(source for source in reversed(trace.sources) if source.kind == "unit" and source.layer == layer)
-
-
 def test_frozen_model_has_the_same_logits(tiny: LanguageModel) -> None:
     tokens = random_tokens(2, 8)
     with torch.no_grad():
@@ -49,18 +44,21 @@ def test_frozen_model_has_the_same_logits(tiny: LanguageModel) -> None:
 @pytest.mark.parametrize("kind", ["lorsa", "sae"])
 def test_edges_are_linear_and_their_values_are_the_models(tiny: LanguageModel, kind: str) -> None:
     trace = random_trace(tiny, kind)
-    early = next(s for s in trace.sources if s.kind == "unit" and s.layer == 2 and s.position == 3)
-    units = [*(a_unit(trace, layer) for layer in LAYERS), early]
+    every = [source for source in trace.sources if source.kind == "unit"]
+    units = [next(unit for unit in reversed(every) if unit.layer == layer) for layer in LAYERS]
+    units.append(next(unit for unit in every if unit.layer == 2 and unit.position == 3))
     edges, values, constants = trace.edges([trace.logit, *units])
     with torch.no_grad():
         logits = tiny.logits(trace.tokens[None])[0, -1]
-    assert float(values[0]) == trace.logit.value == pytest.approx(float(logits[3] - logits[9]), abs=1e-4)
+    difference = pytest.approx(float(logits[3] - logits[9]), abs=1e-4)
+    assert float(values[0]) == trace.logit.value == difference
+    assert sum(value for _, value in trace.logit_parts()) == difference, "its direct parts sum to it"
     assert values[1:].tolist() == pytest.approx([unit.value for unit in units], abs=1e-4)
     if tiny.config.model_type == "qwen3":  # the one kind here without other biases
         assert torch.allclose(edges.sum(dim=1) + constants, values, atol=1e-4)
     for target, row in zip(units, edges[1:], strict=True):
         later = [source.layer >= target.layer or source.position > target.position for source in trace.sources]
-        assert not row[torch.tensor(later)].any(), "edges come from earlier layers and from no later position"
+        assert not row[torch.tensor(later)].any(), "from earlier layers and no later position"
 
 
 def test_edge_is_the_slope_of_the_frozen_model(tiny: LanguageModel) -> None:
@@ -78,14 +76,6 @@ def test_edge_is_the_slope_of_the_frozen_model(tiny: LanguageModel) -> None:
     assert float((slope * shift).sum()) == pytest.approx(-0.5 * float(edges[0, number]), abs=1e-4)
 
 
-def test_direct_parts_sum_to_the_logit_difference(tiny: LanguageModel) -> None:
-    trace = random_trace(tiny)
-    with torch.no_grad():
-        logits = tiny.logits(trace.tokens[None])[0, -1]
-    parts = trace.logit_parts()
-    assert sum(value for _, value in parts) == pytest.approx(float(logits[3] - logits[9]), abs=1e-4)
-
-
 def test_pairs_sum_to_the_score(tiny: LanguageModel) -> None:
     trace = random_trace(tiny)
     for layer, unit, query, key in ((0, 5, 6, 2), (2, 17, 4, 0), (2, 40, 3, 3)):
@@ -98,27 +88,32 @@ def test_pairs_sum_to_the_score(tiny: LanguageModel) -> None:
         assert torch.allclose(scores.softmax(dim=0), pattern[: query + 1], atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def by_hand() -> LanguageModel:
-    with torch.no_grad():
-        return planted.planted_model()
+TASK = planted.planted_task(n=1)
 
 
 def planted_trace(model: LanguageModel, kind: str = "lorsa") -> Trace:
-    task = planted.planted_task(n=1)
-    return Trace(planted_sparse(model, kind), task.clean[0], task.answers[0].tolist(), task.wrong[0].tolist())
+    return Trace(planted_sparse(model, kind), TASK.clean[0], TASK.answers[0].tolist(), TASK.wrong[0].tolist())
 
 
-def test_planted_circuit_is_read_off_graph_and_scores(by_hand: LanguageModel) -> None:
-    task, trace = planted.planted_task(n=1), planted_trace(by_hand)
-    traced = graph.trace_graph(trace, "planted", n_traced=8)
-    before, after = int(task.clean[0, 2]), int(task.answers[0, 0])
+@pytest.fixture(scope="module")
+def trace(model: LanguageModel) -> Trace:
+    return planted_trace(model)
+
+
+@pytest.fixture(scope="module")
+def traced(trace: Trace) -> dict[str, Any]:
+    page = "heads/{layer}_{unit}.html"
+    return graph.trace_graph(trace, "planted", n_traced=8, probability=0.4, page=page)
+
+
+def test_planted_circuit_is_read_off_graph_and_scores(trace: Trace, traced: dict[str, Any]) -> None:
+    before, after = int(TASK.clean[0, 2]), int(TASK.answers[0, 0])
     units = [node for node in traced["nodes"] if node["kind"] == "unit"]
     strongest = max(units, key=lambda node: node["influence"])
     assert strongest["node_id"] == f"1_{after}_8"
     into = [link for link in traced["links"] if link["target"] == strongest["node_id"]]
     sources = {link["source"] for link in into if abs(link["weight"]) > 0.5 * strongest["activation"]}
-    assert sources == {f"E_{after}_3"}, "what it writes comes from the token after the one like the last"
+    assert sources == {f"E_{after}_3"}, "the token after the one like the last"
     pairs, queries, keys, score = trace.qk(1, after, 8, 3)
     query, key = divmod(int(pairs.argmax()), len(keys))
     assert queries[query] == "embedding"
@@ -126,9 +121,7 @@ def test_planted_circuit_is_read_off_graph_and_scores(by_hand: LanguageModel) ->
     assert float(pairs.max()) > 0.8 * score
 
 
-def test_graph_facts(by_hand: LanguageModel) -> None:
-    trace = planted_trace(by_hand)
-    traced = graph.trace_graph(trace, "planted", n_traced=8)
+def test_graph_facts(trace: Trace, traced: dict[str, Any]) -> None:
     facts, ids = traced["metadata"]["facts"], {node["node_id"] for node in traced["nodes"]}
     assert facts["edge_sum"] == pytest.approx(facts["logit_difference"], abs=1e-3)
     assert sum(facts[f"{kind}_share"] for kind in ("error", "embedding", "untraced", "bias")) == pytest.approx(1)
@@ -137,7 +130,7 @@ def test_graph_facts(by_hand: LanguageModel) -> None:
     assert len(smaller["nodes"]) < len(ids)
 
 
-def test_influence_follows_paths_by_hand() -> None:
+def test_influence_follows_paths_model() -> None:
     # 0 and 1 feed 2; 0 (with weight 1) and 2 (with weight 3) feed the last.
     inputs = {3: torch.tensor([1.0, 0.0, 3.0]), 2: torch.tensor([2.0, -2.0, 0.0])}
     expected = torch.tensor([0.25 + 0.75 * 0.5, 0.75 * 0.5, 0.75, 1.0])
@@ -154,20 +147,18 @@ def test_kept_scores_are_the_fewest_that_hold_the_share(scores: list[float], sha
     assert len(kept) <= 1 or float(kept[:-1].sum()) < wanted
 
 
-def test_file_has_what_viewers_ask_for(by_hand: LanguageModel, tmp_path: Path) -> None:
-    page = "heads/{layer}_{unit}.html"
-    traced = graph.trace_graph(planted_trace(by_hand), "planted", n_traced=8, probability=0.4, page=page)
+def test_file_has_what_viewers_ask_for(traced: dict[str, Any], tmp_path: Path) -> None:
     store.write_json(tmp_path / "g.json", traced)
-    content = graph.read_graph(tmp_path / "g.json")
-    assert content == traced
-    assert {node["kind"] for node in content["nodes"]} == {"embedding", "unit", "logit"}
-    assert set(content) == {"metadata", "qParams", "nodes", "links"}
+    assert graph.read_graph(tmp_path / "g.json") == traced
+    nodes = traced["nodes"]
+    assert {node["kind"] for node in nodes} == {"embedding", "unit", "logit"}
+    assert set(traced) == {"metadata", "qParams", "nodes", "links"}
     needed = {"slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold", "schema_version"}
-    assert needed <= set(content["metadata"])
-    assert set(content["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
+    assert needed <= set(traced["metadata"])
+    assert set(traced["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
     needed = {"node_id", "feature", "layer", "ctx_idx", "feature_type", "token_prob", "is_target_logit", "run_idx"}
     needed |= {"reverse_ctx_idx", "jsNodeId", "clerp", "influence", "activation"}
-    for node in content["nodes"]:
+    for node in nodes:
         assert needed <= set(node)
         assert isinstance(node["feature"], int)
         assert node["feature_type"] in {"embedding", "cross layer transcoder", "mlp reconstruction error", "logit"}
@@ -177,14 +168,14 @@ def test_file_has_what_viewers_ask_for(by_hand: LanguageModel, tmp_path: Path) -
             assert node["page"] == f"heads/{layer}_{feature}.html"
             total = int(layer) + int(feature)
             assert node["feature"] == total * (total + 1) // 2 + int(feature)
-    assert [node["token_prob"] for node in content["nodes"] if node["is_target_logit"]] == [0.4]
-    assert len({node["node_id"] for node in content["nodes"]}) == len(content["nodes"])
+    assert [node["token_prob"] for node in nodes if node["is_target_logit"]] == [0.4]
+    assert len({node["node_id"] for node in nodes}) == len(nodes)
 
 
-def test_bad_input_is_refused_in_one_sentence(by_hand: LanguageModel, tmp_path: Path) -> None:
-    trace, path = planted_trace(by_hand), tmp_path / "g.json"
+def test_bad_input_is_refused_in_one_sentence(trace: Trace, tmp_path: Path) -> None:
+    path = tmp_path / "g.json"
     with pytest.raises(UserError, match="MHSA head has no single activation"):
-        planted_trace(by_hand, "mhsa")
+        planted_trace(trace.sparse.model, "mhsa")
     with pytest.raises(UserError, match="at most 5,000"):
         graph.trace_graph(trace, "g", n_traced=6_000)
     with pytest.raises(UserError, match=r"200 tokens, about .* GB .* cut it to 128"):

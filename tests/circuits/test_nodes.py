@@ -1,7 +1,5 @@
 """Nodes sum to the layer, removing nothing changes nothing, planted circuits are found whole and alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import planted
@@ -30,6 +28,11 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return load_model(save_tiny_model(tmp_path_factory.mktemp(request.param), request.param), device="cpu")
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def sparse(request: pytest.FixtureRequest, tiny: LanguageModel) -> SparseModel:
+    return SparseModel(tiny, {layer: random_units(tiny, layer, request.param) for layer in LAYERS})
+
+
 def random_units(model: LanguageModel, layer: int, kind: str) -> Units:
     site = model.site(layer)
     if kind == "mhsa":
@@ -45,69 +48,61 @@ def random_units(model: LanguageModel, layer: int, kind: str) -> Units:
     return SAEFeatures(sae.requires_grad_(False), site)
 
 
-def sparse_model(model: LanguageModel, kind: str) -> SparseModel:
-    return SparseModel(model, {layer: random_units(model, layer, kind) for layer in LAYERS})
+SIDES, NUMBERS = random_tokens(10, 9).chunk(2), torch.arange(10)[:, None].chunk(2)
+TASK = tasks.Task("random", *SIDES, torch.tensor([8, 8, 8, 8, 6]), *NUMBERS)
+ONE_PAIR = planted.planted_task(n=2, repeat=True)
 
 
-def random_task(n: int = 5, length: int = 9) -> tasks.Task:
-    tokens = random_tokens(2 * n, length)
-    position = torch.tensor([length - 1] * (n - 1) + [length - 3])
-    return tasks.Task(
-        "random", tokens[:n], tokens[n:], position, torch.arange(n)[:, None], torch.arange(n, 2 * n)[:, None]
-    )
+def test_nodes_sum_to_the_layer(sparse: SparseModel) -> None:
+    tokens = random_tokens(3, 10)
+    for layer, activity in sparse.read(tokens).items():
+        y, units = sparse.model.capture(tokens, [layer])[layer][1], sparse.layers[layer]
+        every, single = (torch.zeros(1, 1, units.n + 1, dtype=torch.bool) for _ in range(2))
+        every[:], single[..., 2] = True, True
+        bias = units.site.b_O if isinstance(units, MHSAHeads) else units.module.b_O  # type: ignore[attr-defined]
+        assert torch.allclose(activity.written(every) + bias, y, atol=1e-4)
+        direction = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0)).expand_as(y)
+        one_by_one = activity.along(direction)
+        for mask, parts in ((every, one_by_one.sum(dim=-1)), (single, one_by_one[..., 2])):
+            assert torch.allclose(parts, (activity.written(mask) * direction).sum(dim=-1), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-class TestAnyModel:
-    def test_nodes_sum_to_the_layer(self, tiny: LanguageModel, kind: str) -> None:
-        sparse, tokens = sparse_model(tiny, kind), random_tokens(3, 10)
-        for layer, activity in sparse.read(tokens).items():
-            y, units = tiny.capture(tokens, [layer])[layer][1], sparse.layers[layer]
-            every, single = (torch.zeros(1, 1, units.n + 1, dtype=torch.bool) for _ in range(2))
-            every[:], single[..., 2] = True, True
-            bias = units.site.b_O if isinstance(units, MHSAHeads) else units.module.b_O  # type: ignore[attr-defined]
-            assert torch.allclose(activity.written(every) + bias, y, atol=1e-4)
-            direction = torch.randn(tiny.d_model, generator=torch.Generator().manual_seed(0)).expand_as(y)
-            one_by_one = activity.along(direction)
-            for mask, parts in ((every, one_by_one.sum(dim=-1)), (single, one_by_one[..., 2])):
-                assert torch.allclose(parts, (activity.written(mask) * direction).sum(dim=-1), atol=1e-3)
+def test_removing_nothing_is_bit_equal_and_all_is_the_corrupted_layer(sparse: SparseModel) -> None:
+    tiny, experiment = sparse.model, Experiment(sparse, TASK)
+    untouched = clean_logits(tiny, TASK)
+    with torch.no_grad(), sparse.removed(sparse.mask([])[None], experiment.instead):
+        assert torch.equal(last_logits(tiny, TASK), untouched)
+    outputs = {layer: y for layer, (_, y) in tiny.capture(TASK.corrupted, LAYERS).items()}
+    every = torch.ones(1, sparse.n_nodes, dtype=torch.bool)
+    with torch.no_grad(), tiny.splice({layer: lambda x, y, layer=layer: outputs[layer] for layer in LAYERS}):
+        wanted = tasks.metric("logit_difference", last_logits(tiny, TASK), TASK)
+    assert torch.allclose(experiment.measure(every)[0], wanted, atol=1e-3)
 
-    def test_removing_nothing_is_bit_equal_and_all_is_the_corrupted_layer(self, tiny: LanguageModel, kind: str) -> None:
-        sparse, task = sparse_model(tiny, kind), random_task()
-        experiment, untouched = Experiment(sparse, task), clean_logits(tiny, task)
-        with torch.no_grad(), sparse.removed(sparse.mask([])[None], experiment.instead):
-            assert torch.equal(last_logits(tiny, task), untouched)
-        outputs = {layer: y for layer, (_, y) in tiny.capture(task.corrupted, LAYERS).items()}
-        every = torch.ones(1, sparse.n_nodes, dtype=torch.bool)
-        with torch.no_grad(), tiny.splice({layer: lambda x, y, layer=layer: outputs[layer] for layer in LAYERS}):
-            wanted = tasks.metric("logit_difference", last_logits(tiny, task), task)
-        assert torch.allclose(experiment.measure(every)[0], wanted, atol=1e-3)
 
-    @pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
-    def test_batched_sets_are_the_single_ones(self, tiny: LanguageModel, kind: str, ablation: str) -> None:
-        sparse, task = sparse_model(tiny, kind), random_task()
-        experiment = Experiment(sparse, task, ablation)
-        sets = torch.rand(3, sparse.n_nodes, generator=torch.Generator().manual_seed(1)) < 0.5
-        together = Experiment(sparse, task, ablation, batch_size=2).measure(sets)
-        for row, nodes in zip(together, sets, strict=True):
-            assert torch.allclose(row, experiment.measure(nodes[None])[0], atol=1e-4)
-        # Position by position: the same set everywhere is the set.
-        with torch.no_grad(), sparse.removed(sets[:1, None].expand(1, 9, -1), experiment.instead):
-            logits = last_logits(tiny, task)
-        assert torch.allclose(tasks.metric("logit_difference", logits, task), together[0], atol=1e-4)
+@pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
+def test_batched_sets_are_the_single_ones(sparse: SparseModel, ablation: str) -> None:
+    experiment = Experiment(sparse, TASK, ablation)
+    sets = torch.rand(3, sparse.n_nodes, generator=torch.Generator().manual_seed(1)) < 0.5
+    together = Experiment(sparse, TASK, ablation, batch_size=2).measure(sets)
+    for row, nodes in zip(together, sets, strict=True):
+        assert torch.allclose(row, experiment.measure(nodes[None])[0], atol=1e-4)
+    # Position by position: the same set everywhere is the set.
+    with torch.no_grad(), sparse.removed(sets[:1, None].expand(1, 9, -1), experiment.instead):
+        logits = last_logits(sparse.model, TASK)
+    assert torch.allclose(tasks.metric("logit_difference", logits, TASK), together[0], atol=1e-4)
 
-    def test_attribution_agrees_with_a_small_step(self, tiny: LanguageModel, kind: str) -> None:
-        # Of a node that changes little, effect and attribution are nearly the same.
-        sparse, task = sparse_model(tiny, kind), random_task()
-        near = {layer: Shrunk(activity, 1e-3) for layer, activity in sparse.read(task.clean).items()}
-        experiment, few = Experiment(sparse, task, near), [0, 1, 2, sparse.n_nodes - 2]
-        assert torch.allclose(experiment.attribute()[:, few].T, experiment.effects(few), atol=3e-4, rtol=0.1)
 
-    def test_attribution_of_a_batch_does_not_mix_prompts(self, tiny: LanguageModel, kind: str) -> None:
-        sparse, task = sparse_model(tiny, kind), random_task()
-        for steps in (1, 3):
-            together, apart = (Experiment(sparse, task, batch_size=n).attribute(steps) for n in (32, 1))
-            assert torch.allclose(together, apart, atol=1e-3)
+def test_attribution_agrees_with_a_small_step(sparse: SparseModel) -> None:
+    # Of a node that changes little, effect and attribution are nearly the same.
+    near = {layer: Shrunk(activity, 1e-3) for layer, activity in sparse.read(TASK.clean).items()}
+    experiment, few = Experiment(sparse, TASK, near), [0, 1, 2, sparse.n_nodes - 2]
+    assert torch.allclose(experiment.attribute()[:, few].T, experiment.effects(few), atol=3e-4, rtol=0.1)
+
+
+def test_attribution_of_a_batch_does_not_mix_prompts(sparse: SparseModel) -> None:
+    for steps in (1, 3):
+        together, apart = (Experiment(sparse, TASK, batch_size=n).attribute(steps) for n in (32, 1))
+        assert torch.allclose(together, apart, atol=1e-3)
 
 
 class Shrunk(Activity):
@@ -122,13 +117,13 @@ class Shrunk(Activity):
     def along(self, direction: Tensor) -> Tensor:
         return (1 - self.share) * self.activity.along(direction)
 
-    def rows(self, rows: Tensor | slice) -> Shrunk:
+    def rows(self, rows: Tensor | slice) -> Activity:
         return Shrunk(self.activity.rows(rows), self.share)
 
 
 def test_integrated_gradients_of_a_whole_layer_add_up(tiny: LanguageModel) -> None:
     sparse = SparseModel(tiny, {1: random_units(tiny, 1, "lorsa")})
-    experiment, every = Experiment(sparse, random_task()), torch.ones(sparse.n_nodes, dtype=torch.bool)
+    experiment, every = Experiment(sparse, TASK), torch.ones(sparse.n_nodes, dtype=torch.bool)
     untouched, removed = experiment.measure(torch.stack([~every, every]))
     estimates = experiment.attribute(steps=40).sum(dim=1)
     assert torch.allclose(estimates, untouched - removed, atol=0.02 * float((untouched - removed).abs().max()))
@@ -137,21 +132,12 @@ def test_integrated_gradients_of_a_whole_layer_add_up(tiny: LanguageModel) -> No
 # ---- planted circuits
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    with torch.no_grad():
-        return planted.planted_model()
-
-
 def planted_sparse(model: LanguageModel, kind: str) -> SparseModel:
-    def units(layer: int) -> Units:
-        if kind == "lorsa":
-            return LorsaHeads(planted.planted_lorsa(model, layer).requires_grad_(False))
-        sae = planted.planted_sae(layer).requires_grad_(False)
-        return SAEFeatures(sae, model.site(layer)) if kind == "sae" else MHSAHeads(model.site(layer))
-
+    make = {"lorsa": lambda layer: planted.planted_lorsa(model, layer), "sae": planted.planted_sae}
     with torch.no_grad():
-        return SparseModel(model, {layer: units(layer) for layer in (0, 1)})
+        if kind == "mhsa":
+            return decompose(model, (0, 1))
+        return decompose(model, {layer: make[kind](layer).requires_grad_(False) for layer in (0, 1)})
 
 
 def test_planted_model_does_induction(model: LanguageModel) -> None:
@@ -161,28 +147,26 @@ def test_planted_model_does_induction(model: LanguageModel) -> None:
     assert (logits.argmax(dim=1) == task.answers[:, 0]).all()
 
 
-def found_nodes(sparse: SparseModel, task: tasks.Task, ablation: str) -> set[str]:
+def found_nodes(sparse: SparseModel, ablation: str) -> set[str]:
     """Nodes whose exact effect is more than 5 % of the metric."""
-    exact = Experiment(sparse, task, ablation).effects(range(sparse.n_nodes)).mean(dim=1)
-    size = float(tasks.metric("logit_difference", clean_logits(sparse.model, task), task).mean())
+    exact = Experiment(sparse, ONE_PAIR, ablation).effects(range(sparse.n_nodes)).mean(dim=1)
+    size = float(tasks.metric("logit_difference", clean_logits(sparse.model, ONE_PAIR), ONE_PAIR).mean())
     return {str(sparse.node(number)) for number in (exact.abs() > 0.05 * size).nonzero()[:, 0].tolist()}
 
 
 @pytest.mark.parametrize("ablation", ["zero", "resample"])
 def test_planted_induction_is_found_whole_and_alone(model: LanguageModel, ablation: str) -> None:
-    task = planted.planted_task(n=2, repeat=True)
-    before, after, wrong = int(task.clean[0, 2]), int(task.answers[0, 0]), int(task.wrong[0, 0])
+    before, after, wrong = int(ONE_PAIR.clean[0, 2]), int(ONE_PAIR.answers[0, 0]), int(ONE_PAIR.wrong[0, 0])
     if ablation == "zero":
-        assert found_nodes(planted_sparse(model, "sae"), task, ablation) == {f"0.{before}", f"1.{after}"}
+        assert found_nodes(planted_sparse(model, "sae"), ablation) == {f"0.{before}", f"1.{after}"}
     others = {f"1.{wrong}"} if ablation == "resample" else set()
-    assert found_nodes(planted_sparse(model, "lorsa"), task, ablation) - others == {f"0.{before}", f"1.{after}"}
+    assert found_nodes(planted_sparse(model, "lorsa"), ablation) - others == {f"0.{before}", f"1.{after}"}
 
 
 def test_the_same_circuit_takes_one_more_mhsa_head(model: LanguageModel) -> None:
     # Under zero ablation half of a feature is nearly as good as all of it: neither head looks needed.
-    task = planted.planted_task(n=2, repeat=True)
-    assert found_nodes(planted_sparse(model, "mhsa"), task, "resample") == {"0.0", "0.1", "1.2"}
-    assert found_nodes(planted_sparse(model, "mhsa"), task, "zero") == {"1.2"}
+    assert found_nodes(planted_sparse(model, "mhsa"), "resample") == {"0.0", "0.1", "1.2"}
+    assert found_nodes(planted_sparse(model, "mhsa"), "zero") == {"1.2"}
 
 
 def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageModel) -> None:
@@ -201,10 +185,9 @@ def test_training_finds_the_feature_of_two_heads_as_one_unit(model: LanguageMode
     for _ in range(200):
         run.train_step(batch(32))
     sparse = decompose(model, {0: run.finished_module().requires_grad_(False)})
-    task = planted.planted_task(n=2, repeat=True)
-    exact = Experiment(sparse, task).effects(range(sparse.n_nodes)).mean(dim=1)
-    size = float(tasks.metric("logit_difference", clean_logits(model, task), task).mean())
-    assert int((exact.abs() > 0.05 * size).sum()) == 1, "what two MHSA heads write together is one Lorsa head"
+    exact = Experiment(sparse, ONE_PAIR).effects(range(sparse.n_nodes)).mean(dim=1)
+    size = float(tasks.metric("logit_difference", clean_logits(model, ONE_PAIR), ONE_PAIR).mean())
+    assert int((exact.abs() > 0.05 * size).sum()) == 1, "two MHSA heads are one Lorsa head"
     assert float(exact.max()) > 0.9 * size
     assert int(exact.argmax()) not in sparse.error_nodes
 
@@ -223,7 +206,7 @@ def test_path_goes_through_the_second_head_alone(model: LanguageModel) -> None:
 def test_parameters_touched(model: LanguageModel) -> None:
     lorsa, mhsa, sae = (planted_sparse(model, kind) for kind in ("lorsa", "mhsa", "sae"))
     d, n = planted.D_MODEL, planted.N
-    assert lorsa.parameters([0, 1]) == 2 * 2 * d + 2 * d * n, "two heads of one group share its queries and keys"
+    assert lorsa.parameters([0, 1]) == 2 * 2 * d + 2 * d * n, "a group shares queries and keys"
     assert lorsa.parameters([0, n]) == 2 * 2 * d + 2 * 2 * d * n
     assert mhsa.parameters([0, 1]) == 8 * d * n
     assert sae.parameters([0, 1]) == 4 * d + 16 * d * n

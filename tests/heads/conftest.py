@@ -1,7 +1,5 @@
 """The layer built by hand, and what head discovery finds in it: read once for all tests of heads."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 
@@ -9,10 +7,11 @@ import pytest
 from hand_model import HandModel, known_lorsa
 from test_prompts import word_tokenizer
 
-from lorsa_utils.heads import discovery, families, prompts, units
+from lorsa_utils.heads import discovery, families, prompts
 from lorsa_utils.heads.discovery import Discovery
 from lorsa_utils.heads.families import Prompts
 from lorsa_utils.heads.prompts import Vocabulary
+from lorsa_utils.heads.units import LorsaHeads
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +39,12 @@ def made(words: Vocabulary, texts: list[prompts.Passage]) -> Prompts:
 
 
 @pytest.fixture(scope="session")
-def found(hand_made: Any, texts: list[prompts.Passage], made: Prompts) -> Discovery:
-    from test_discovery import random_heads
+def known(hand_made: HandModel) -> LorsaHeads:
+    return LorsaHeads(known_lorsa(hand_made))
 
-    lorsa = known_lorsa(hand_made)
-    null = random_heads(hand_made, lorsa, texts)
-    heads = units.LorsaHeads(lorsa)
-    return discovery.discover(hand_made, 0, heads, made.sets, null, skipped=made.skipped, progress=False)
+
+@pytest.fixture(scope="session")
+def found(hand_made: Any, known: LorsaHeads, texts: list[prompts.Passage], made: Prompts) -> Discovery:
+    text = hand_made.sequences(texts)
+    null = LorsaHeads(discovery.random_lorsa(known.lorsa, hand_made, 0, text.tokens.long(), text.mask))
+    return discovery.discover(hand_made, 0, known, made.sets, null, skipped=made.skipped, progress=False)

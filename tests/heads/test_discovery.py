@@ -1,7 +1,5 @@
 """A layer built by hand: its known heads are found and named, nothing else is; scores and nulls by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -11,16 +9,11 @@ import torch
 from hand_model import KNOWN, known_lorsa
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import discovery, families, prompts, units
+from lorsa_utils.heads import discovery, families, prompts
 from lorsa_utils.heads.discovery import Discovery
 from lorsa_utils.heads.families import Prompts
+from lorsa_utils.heads.units import LorsaHeads, MHSAHeads, Removals
 from lorsa_utils.lorsa import Lorsa
-
-
-def random_heads(model: Any, lorsa: Lorsa, texts: list[prompts.Passage]) -> units.LorsaHeads:
-    text = model.sequences(texts)
-    return units.LorsaHeads(discovery.random_lorsa(lorsa, model, 0, text.tokens.long(), text.mask))
-
 
 # ---- planted
 
@@ -48,17 +41,19 @@ def test_what_a_name_rests_on(found: Discovery) -> None:
 
 
 def test_the_same_layer_as_mhsa(hand_made: Any, made: Prompts) -> None:
-    found = discovery.discover(hand_made, 0, units.MHSAHeads(hand_made.site(0)), made.sets, progress=False)
+    found = discovery.discover(hand_made, 0, MHSAHeads(hand_made.site(0)), made.sets, progress=False)
     assert [found.families(unit)[0] for unit in range(4)] == list(KNOWN)
     assert found.null.empty
     assert (found.bars["n_null"] == 0).all()
     assert (found.bars["share"] == found.bars["share_floor"]).all()
 
 
-def test_a_random_lorsa_scores_as_chance_does(hand_made: Any, texts: list[prompts.Passage], made: Prompts) -> None:
-    config = known_lorsa(hand_made).config.replace(n_ov_heads=300, n_qk_heads=30, k=30)
-    null = random_heads(hand_made, Lorsa(config), texts)
-    found = discovery.discover(hand_made, 0, null, made.sets, progress=False)
+def test_a_random_lorsa_scores_as_chance_does(
+    hand_made: Any, known: LorsaHeads, texts: list[prompts.Passage], made: Prompts
+) -> None:
+    text, lorsa = hand_made.sequences(texts), Lorsa(known.lorsa.config.replace(n_ov_heads=300, n_qk_heads=30, k=30))
+    null = discovery.random_lorsa(lorsa, hand_made, 0, text.tokens.long(), text.mask)
+    found = discovery.discover(hand_made, 0, LorsaHeads(null), made.sets, progress=False)
     means = found.scores.groupby("family")["auc"].mean()
     assert set(means.index) == set(families.FAMILIES)
     assert means.between(0.45, 0.55).all(), means
@@ -66,10 +61,9 @@ def test_a_random_lorsa_scores_as_chance_does(hand_made: Any, texts: list[prompt
     assert set(named["family"]) <= {"attention_sink", "local"}, "names that only describe a place"
 
 
-def test_removing_a_head_takes_its_effect_away(hand_made: Any, made: Prompts) -> None:
-    lorsa = known_lorsa(hand_made)
-    removals = units.Removals(hand_made, 0, made.sets["successor"])
-    table = removals.effects(units.LorsaHeads(lorsa), {"successor": [3], "random": [10]}).set_index("removed")
+def test_removing_a_head_takes_its_effect_away(hand_made: Any, known: LorsaHeads, made: Prompts) -> None:
+    removals = Removals(hand_made, 0, made.sets["successor"])
+    table = removals.effects(known, {"successor": [3], "random": [10]}).set_index("removed")
     assert table.loc["successor", "labelled"] > 10 * abs(table.loc["random", "labelled"])
     assert abs(table.loc["successor", "controls"]) < 1e-3
 
@@ -79,10 +73,9 @@ def test_all_heads_dead_and_sets_that_cannot_be_scored(hand_made: Any, made: Pro
     with torch.no_grad():
         lorsa.W_V.zero_()
         lorsa.b_V.zero_()
-    heads = units.LorsaHeads(lorsa)
-    assert discovery.discover(hand_made, 0, heads, {"induction": induction}, progress=False).counts() == {
-        "induction": 0
-    }
+    heads = LorsaHeads(lorsa)
+    found = discovery.discover(hand_made, 0, heads, {"induction": induction}, progress=False)
+    assert found.counts() == {"induction": 0}
     with pytest.raises(UserError, match="'telepathy' is unknown"):
         discovery.discover(hand_made, 0, heads, {"telepathy": induction})
     with pytest.raises(UserError, match="No labelled position of family induction is left; make more prompts"):
@@ -114,20 +107,18 @@ def test_random_sources(made: Prompts) -> None:
         assert (drawn.sum(dim=1) <= sets.sources.sum(dim=1)).all()
 
 
-def test_kinds_are_scored_together_as_they_are_alone(hand_made: Any, made: Prompts) -> None:
-    lorsa = units.LorsaHeads(known_lorsa(hand_made))
-    kinds: dict[str | None, Any] = {None: lorsa, "MHSA": units.MHSAHeads(hand_made.site(0)), "again": lorsa}
+def test_kinds_are_scored_together_as_they_are_alone(hand_made: Any, known: LorsaHeads, made: Prompts) -> None:
+    others: dict[str, Any] = {"MHSA": MHSAHeads(hand_made.site(0)), "again": known}
     few = {name: made.sets[name] for name in ("induction", "previous_token")}
     sets = {name: prompt_set.where(prompt_set.pair < 12) for name, prompt_set in few.items()}
-    others = {name: each for name, each in kinds.items() if name}
-    together = discovery.discover(hand_made, 0, lorsa, sets, others=others, progress=False)
+    together = discovery.discover(hand_made, 0, known, sets, others=others, progress=False)
     assert list(together.others) == ["MHSA", "again"]
     for name, some in sets.items():
         for number, (half, part) in enumerate(zip(("discovery", "confirmation"), some.halves(), strict=True)):
-            for kind, each in kinds.items():
+            for kind, each in [(None, known), *others.items()]:
                 alone = discovery.read(hand_made, 0, {"units": each}, part, seed=number)["units"].scores
                 pd.testing.assert_frame_equal(together.halves(name, kind)[half], alone, check_names=False)
-    apart = discovery.discover(hand_made, 0, lorsa, sets, progress=False)
+    apart = discovery.discover(hand_made, 0, known, sets, progress=False)
     pd.testing.assert_frame_equal(apart.names, together.names)
     assert apart.others == {}
     assert apart.null.empty

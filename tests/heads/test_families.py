@@ -1,51 +1,49 @@
 """Every consumer knows every family: one entry is enough."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
-from hand_model import known_lorsa
+from hand_model import HandModel
 
-from lorsa_utils.heads import discovery, prompts, survey, units
+from lorsa_utils.heads import discovery, survey
 from lorsa_utils.heads.families import FAMILIES
+from lorsa_utils.heads.prompts import Passage
+from lorsa_utils.heads.units import LorsaHeads
 from lorsa_utils.text import Sequences
 from lorsa_utils.view import evidence, explorer, pages
 
 
 @pytest.fixture(scope="module")
-def sequences(hand_made: Any, texts: list[prompts.Passage]) -> Sequences:
-    sequences: Sequences = hand_made.sequences(texts[:4])
-    return sequences
+def sequences(hand_made: HandModel, texts: list[Passage]) -> Sequences:
+    return hand_made.sequences(texts[:4])
 
 
 @pytest.fixture(scope="module")
-def seen(hand_made: Any, sequences: Sequences) -> survey.Survey:
-    return survey.survey(hand_made, 0, units.LorsaHeads(known_lorsa(hand_made)), sequences, progress=False)
+def seen(hand_made: Any, known: LorsaHeads, sequences: Sequences) -> survey.Survey:
+    return survey.survey(hand_made, 0, known, sequences, progress=False)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_names_tables_and_pages(
-    name: str, hand_made: Any, texts: list[prompts.Passage], sequences: Sequences, seen: survey.Survey
+    name: str, hand_made: Any, known: LorsaHeads, texts: list[Passage], sequences: Sequences, seen: survey.Survey
 ) -> None:
     made = FAMILIES[name].make(hand_made.vocabulary, texts, scale=0.1)
     assert made.predicts or not FAMILIES[name].logit_sign, "a sign needs a predicted token"
-    heads = units.LorsaHeads(known_lorsa(hand_made))
-    found = discovery.discover(hand_made, 0, heads, {name: made}, progress=False)
+    found = discovery.discover(hand_made, 0, known, {name: made}, progress=False)
     assert found.counts().keys() == {name}
     named = dataclasses.replace(found, names=pd.DataFrame({"unit": [5], "family": [name], "named": [True]}))
-    row = survey.table(named, seen, heads, hand_made, sequences).iloc[5]
+    row = survey.table(named, seen, known, hand_made, sequences).iloc[5]
     assert row["family"] == name
     assert f"{name}_share" in row
-    known = evidence.named(row)
-    labels = known["families"]
+    told = evidence.named(row)
+    labels = told["families"]
     head: Any = SimpleNamespace(head=5, n_heads=24, layer=0, model="m", group=5, n_tokens=9, dead=False)
     head.families, head.facts = labels, {"frequency": 0.1}
     assert FAMILIES[name].meaning in pages.describe(head)
-    assert list(known["scores"]) == labels == [explorer._label(name)]
+    assert list(told["scores"]) == labels == [explorer._label(name)]
 
 
 def test_each_family_has_its_own_draws_and_words() -> None:

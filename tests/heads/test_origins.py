@@ -1,7 +1,5 @@
 """Shares against plain loops and against layers in which the answer is known."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -12,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_heads import random_heads
 from tiny_models import save_tiny_model
+from torch import Tensor
 from toys import random_sequences
 
 from lorsa_utils.exceptions import UserError
@@ -31,18 +30,22 @@ def lorsa(model: LanguageModel) -> Lorsa:
 
 
 SEQUENCES = random_sequences(6, 16)
+TOKENS = SEQUENCES.tokens.long()
 
 
-def mean_of(model: LanguageModel) -> torch.Tensor:
-    x, _ = model.capture(SEQUENCES.tokens.long(), [1])[1]
+@pytest.fixture(scope="module")
+def x(model: LanguageModel) -> Tensor:
+    return model.capture(TOKENS, [1])[1][0]
+
+
+@pytest.fixture(scope="module")
+def mean(model: LanguageModel, x: Tensor) -> Tensor:
     return units.mean_head_values(model.site(1), x, SEQUENCES.mask).float()
 
 
-def test_shares_by_hand(model: LanguageModel, lorsa: Lorsa) -> None:
-    mean, site = mean_of(model), model.site(1)
+def test_shares_by_hand(model: LanguageModel, lorsa: Lorsa, x: Tensor, mean: Tensor) -> None:
+    site, output = model.site(1), lorsa(x)
     found = origins.mhsa_shares(model, 1, lorsa, mean, SEQUENCES, batch_size=4, progress=False)
-    x, _ = model.capture(SEQUENCES.tokens.long(), [1])[1]
-    output = lorsa(x)
     outputs = site.head_outputs(x) - torch.einsum("he,hed->hd", mean, site.W_O)
     parts, tokens, squares = np.zeros((24, 4)), np.zeros(24), np.zeros(24)
     for i, j in SEQUENCES.mask.nonzero().tolist():
@@ -63,7 +66,7 @@ def test_shares_by_hand(model: LanguageModel, lorsa: Lorsa) -> None:
     assert torch.equal(exchanged.n_active, found.n_active)
 
 
-def test_heads_that_write_along_one_mhsa_head_come_from_it(model: LanguageModel, lorsa: Lorsa) -> None:
+def test_heads_that_write_along_one_mhsa_head_come_from_it(model: LanguageModel, lorsa: Lorsa, mean: Tensor) -> None:
     """Only head 2 of this layer writes anything."""
     alone = load_model(model.name)
     with torch.no_grad():
@@ -71,7 +74,7 @@ def test_heads_that_write_along_one_mhsa_head_come_from_it(model: LanguageModel,
         keep = torch.zeros(weight.shape[1], dtype=torch.bool)
         keep[32:48] = True
         weight[:, ~keep] = 0
-    found = origins.mhsa_shares(alone, 1, lorsa, mean_of(alone), SEQUENCES, progress=False)
+    found = origins.mhsa_shares(alone, 1, lorsa, mean, SEQUENCES, progress=False)
     alive = ~found.shares.isnan().any(dim=1)
     assert alive.any()
     assert (found.shares[alive][:, 2] == 1).all()
@@ -89,8 +92,7 @@ def test_heads_needed_is_the_smallest_number(weights: list[int], threshold: floa
         origins.heads_needed(shares, 0)
 
 
-def test_unit_effects(model: LanguageModel, lorsa: Lorsa) -> None:
-    mean = mean_of(model)
+def test_unit_effects(model: LanguageModel, lorsa: Lorsa, x: Tensor, mean: Tensor) -> None:
     found = origins.mhsa_shares(model, 1, lorsa, mean, SEQUENCES, progress=False)
     head = int(found.n_active.argmax())
     table = origins.unit_effects(model, 1, lorsa, head, [0, 3], mean, SEQUENCES, batch_size=4).set_index("removed")
@@ -98,26 +100,24 @@ def test_unit_effects(model: LanguageModel, lorsa: Lorsa) -> None:
     written: Any = table["written"]
     assert written["MHSA 0"] + written["MHSA 3"] == pytest.approx(written["MHSA 0 + 3"], rel=1e-3)
     assert (table["n"] == table["n"].iloc[0]).all()
-    x, _ = model.capture(SEQUENCES.tokens.long(), [1])[1]
     output = lorsa(x)
     z = (output.values * (output.indices == head)).sum(dim=-1) * lorsa.W_O[head].norm() * SEQUENCES.mask
     followed = torch.cat([SEQUENCES.mask[:, 1:], torch.zeros(6, 1, dtype=torch.bool)], dim=1)
     active = (z > 0) & followed
     assert table["n"].iloc[0] == int(active.sum())
     assert written["the Lorsa head"] == pytest.approx(float(z[active].mean()), rel=1e-4)
-    without = units.LorsaHeads(lorsa)
-    losses, _ = model.loss(SEQUENCES.tokens.long(), SEQUENCES.mask)
-    with model.splice({1: lambda a, b: b - without.written(a, b, torch.tensor([head])) * SEQUENCES.mask[..., None]}):
-        changed, _ = model.loss(SEQUENCES.tokens.long(), SEQUENCES.mask)
-    assert table["effect"]["the Lorsa head"] == pytest.approx(
-        float((changed - losses)[active[:, :-1]].mean()), abs=1e-4
-    )
+    heads = units.LorsaHeads(lorsa)
+    losses, _ = model.loss(TOKENS, SEQUENCES.mask)
+    with model.splice({1: lambda a, b: b - heads.written(a, b, torch.tensor([head])) * SEQUENCES.mask[..., None]}):
+        changed, _ = model.loss(TOKENS, SEQUENCES.mask)
+    effect = float((changed - losses)[active[:, :-1]].mean())
+    assert table["effect"]["the Lorsa head"] == pytest.approx(effect, abs=1e-4)
     nothing = dataclasses.replace(SEQUENCES, tokens=SEQUENCES.tokens[:0], mask=SEQUENCES.mask[:0])
     with pytest.raises(UserError, match="not active in this text"):
         origins.unit_effects(model, 1, lorsa, head, [0], mean, nothing)
 
 
-def random_pattern(n: int, length: int, seed: int) -> torch.Tensor:
+def random_pattern(n: int, length: int, seed: int) -> Tensor:
     scores = torch.randn(n, length, length, generator=torch.Generator().manual_seed(seed))
     return scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf).softmax(dim=-1)
 
@@ -145,10 +145,10 @@ def copied_groups(site: AttentionSite) -> Lorsa:
     return copied
 
 
-def test_a_copied_group_overlaps_with_its_head(model: LanguageModel) -> None:
-    site, tokens = model.site(1), SEQUENCES.tokens[1:2].long()
-    x, counted = model.capture(tokens, [1])[1][0], SEQUENCES.mask[1]
-    within = origins.overlap(origins.patterns(copied_groups(site), x), origins.patterns(site, x), counted)
+def test_a_copied_group_overlaps_with_its_head(model: LanguageModel, x: Tensor) -> None:
+    site = model.site(1)
+    copied, own = (origins.patterns(part, x[1:2]) for part in (copied_groups(site), site))
+    within = origins.overlap(copied, own, SEQUENCES.mask[1])
     assert torch.allclose(within.max(dim=1).values, torch.ones(8), atol=1e-5)
     assert torch.equal(within.argmax(dim=1), torch.arange(8) % 4)
 

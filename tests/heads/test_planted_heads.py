@@ -1,16 +1,10 @@
 """Real Lorsa heads built by hand, from activations to explanations: digits, a comma as source, a word seen before."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import pytest
 import torch
 from hand_model import BEFORE, CODE, D_MODEL, DAY, FIRST, PLACE, PLACE_BEFORE, SHARP, TOKEN, HandModel
-from test_prompts import word_tokenizer
+from judged_text import SAID, make_tokens
 from toys import sequences_of
 
 from lorsa_utils.activations import ActivationStream
@@ -20,26 +14,6 @@ from lorsa_utils.autointerp.judges import RulesJudge
 from lorsa_utils.config import LorsaConfig
 from lorsa_utils.heads.prompts import Vocabulary
 from lorsa_utils.lorsa import Lorsa
-from lorsa_utils.text import Sequences
-
-LENGTH = 32
-
-
-def text(model: HandModel, digits: Sequence[int], comma: int) -> Sequences:
-    """Few commas, digits and repetitions."""
-    rng, rows = np.random.default_rng(0), []
-    for _ in range(260):
-        row = rng.choice(np.array(model.vocabulary.words), LENGTH - 1, replace=False)
-        places = rng.permutation(np.arange(3, LENGTH - 2))
-        if rng.random() < 0.5:
-            row[places[0]] = comma
-        if rng.random() < 0.5:
-            row[places[1]] = rng.choice(digits)
-        if rng.random() < 0.5:
-            row[max(places[2:4])] = row[min(places[2:4])]
-        rows.append([model.vocabulary.bos_id, *row.tolist()])
-    tokens = torch.tensor(rows)
-    return sequences_of(tokens, tokens != model.vocabulary.bos_id)
 
 
 def planted(model: HandModel, comma: int) -> Lorsa:
@@ -60,31 +34,17 @@ def planted(model: HandModel, comma: int) -> Lorsa:
     return lorsa.requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def scores() -> pd.DataFrame:
-    tokenizer = word_tokenizer()
-    model = HandModel(Vocabulary(tokenizer, tokenizer.bos_token_id))
-    digits = [model.vocabulary.encode(str(digit))[0] for digit in range(10)]
-    comma = model.vocabulary.single(",")
-    assert comma is not None
+def test_planted_heads_are_explained_and_score_above_nine_tenths(words: Vocabulary) -> None:
+    model: Any = HandModel(words)
+    digits, (comma,) = [words.encode(str(digit))[0] for digit in range(10)], words.encode(",")
     model.days = torch.tensor(digits)  # what the stream marks
     budget = Budget(units=3, shown=40, contrast=40, scored=20, oversampling=1)
-    dictionary = Dictionary("Lorsa", 0, planted(model, comma))
-    any_model: Any = model
-    source = ActivationStream(any_model, text(model, digits, comma), [0])
-    firings = examples.record_firings(source, [dictionary], {0: model.site(0)}, tokenizer, budget, 64, progress=False)
+    tokens = torch.from_numpy(make_tokens(260, words.words, digits, comma, model.vocabulary.bos_id))
+    source = ActivationStream(model, sequences_of(tokens, tokens != model.vocabulary.bos_id), [0])
+    dictionary, sites = Dictionary("Lorsa", 0, planted(model, comma)), {0: model.site(0)}
+    firings = examples.record_firings(source, [dictionary], sites, words.tokenizer, budget, 64, progress=False)
     sets = [examples.examples(one, budget) for one in firings]
-    return study.study(sets, RulesJudge(), progress=False).set_index("unit")
-
-
-def test_planted_heads_are_explained(scores: pd.DataFrame) -> None:
-    assert scores["explanation"].to_dict() == {
-        0: "Active on a digit.",
-        1: 'Active on a token right after ",".',
-        2: "Active on a token that occurred earlier.",
-    }
-
-
-def test_planted_heads_score_above_nine_tenths(scores: pd.DataFrame) -> None:
-    assert (scores[["detection", "fuzzing", "simulation"]] > 0.9).all().all()
+    scores = study.study(sets, RulesJudge(), progress=False).set_index("unit")
+    assert scores["explanation"].to_dict() == dict(enumerate(SAID))
+    assert (scores[["detection", "fuzzing", "simulation"]] > 0.9).all(axis=None)
     assert (scores["shuffled"] < 0.7).all()

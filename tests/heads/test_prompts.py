@@ -1,7 +1,5 @@
 """Labels are checked against the text they stand on, with tokenizers that have words, digits, or nothing but bytes."""
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Callable, Iterator
@@ -30,32 +28,21 @@ def word_tokenizer(numbers: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on names, series and words; digits are single tokens, or whole numbers are."""
     rng = random.Random(0)
     series = [word for members in prompts.SERIES.values() for word in members if not word.isdigit()]
-    pool = [
-        *prompts.NAMES,
-        *series,
-        *WORDS,
-        *" ".join(prompts.TEMPLATES).translate(str.maketrans("{},", "   ")).split(),
-    ]
+    sentences = " ".join(prompts.TEMPLATES).translate(str.maketrans("{},", "   "))
+    pool = [*prompts.NAMES, *series, *WORDS, *sentences.split()]
     lines = [" " + " ".join(rng.choices(pool, k=60)) + ", " for _ in range(300)]
     if numbers:
         lines += [" ".join(str(number) for number in range(100)) + " " for _ in range(20)]
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=not numbers)
-    # type: ignore[assignment]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    special = ["<bos>", "<eos>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    options = {"special_tokens": ["<bos>", "<eos>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=1500, show_progress=False, **options))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 
-@pytest.fixture(scope="module")
-def bytes_only() -> Vocabulary:
-    return Vocabulary(byte_tokenizer(), 256)
+BYTES = Vocabulary(byte_tokenizer(), 256)
 
 
 def documents(n: int = 6, length: int = 400) -> list[tuple[str, str]]:
@@ -93,33 +80,31 @@ def check(found: PromptSet) -> None:
 
 
 @given(n_pairs=st.integers(1, 4), length=st.integers(2, 20), seed=st.integers(0, 99))
-def test_induction(bytes_only: Vocabulary, n_pairs: int, length: int, seed: int) -> None:
-    found = families.induction(bytes_only, n_pairs, seed, length=length)
+def test_induction(n_pairs: int, length: int, seed: int) -> None:
+    found = families.induction(BYTES, n_pairs, seed, length=length)
     check(found)
     assert found.predicts
     assert int(found.pair.max()) == n_pairs - 1
-    assert torch.equal(
-        found.predicted[found.positive], torch.stack([tokens[at + 1] for tokens, at, _ in queries(found)])
-    )
-    for tokens, position, (source,) in queries(found):
-        assert tokens[source - 1] == tokens[position], "after the earlier occurrence of this token"
+    for predicted, (tokens, position, (source,)) in zip(found.predicted[found.positive], queries(found), strict=True):
+        assert predicted == tokens[position + 1]
+        assert tokens[source - 1] == tokens[position], "after this token earlier"
         assert tokens[source] == tokens[position + 1]
         assert (tokens[:position] == tokens[position]).sum() == 1
     for tokens, position, _ in queries(found, positive=False):
         assert tokens[position] not in tokens[:position], "nothing is repeated at a control"
-    assert torch.equal(found.tokens, families.induction(bytes_only, n_pairs, seed, length=length).tokens)
-    assert not torch.equal(found.tokens, families.induction(bytes_only, n_pairs, seed + 1, length=length).tokens)
+    assert torch.equal(found.tokens, families.induction(BYTES, n_pairs, seed, length=length).tokens)
+    assert not torch.equal(found.tokens, families.induction(BYTES, n_pairs, seed + 1, length=length).tokens)
 
 
-def test_controls_stand_on_the_same_tokens(bytes_only: Vocabulary) -> None:
-    found = families.induction(bytes_only, 1, 0, length=8)
+def test_controls_stand_on_the_same_tokens() -> None:
+    found = families.induction(BYTES, 1, 0, length=8)
     at = found.tokens[found.row, found.position]
     others = ~found.positive & (found.row == 0), found.row == 1
     assert [at[side].tolist() for side in others] == 2 * [at[found.positive].tolist()]
 
 
-def test_duplicate_tokens(bytes_only: Vocabulary) -> None:
-    found = families.duplicate_token(bytes_only, 3)
+def test_duplicate_tokens() -> None:
+    found = families.duplicate_token(BYTES, 3)
     check(found)
     for tokens, position, (source,) in queries(found):
         assert tokens[source] == tokens[position]
@@ -127,13 +112,10 @@ def test_duplicate_tokens(bytes_only: Vocabulary) -> None:
 
 
 def test_bos_is_in_front_or_nowhere() -> None:
-    tokenizer = byte_tokenizer()
-    assert (families.induction(Vocabulary(tokenizer, 0), 2).tokens[:, 0] == 0).all(), (
-        "token id 0 is a token like any other"
-    )
-    without = families.induction(Vocabulary(tokenizer, None), 2)
-    assert without.tokens.shape[1] == families.induction(Vocabulary(tokenizer, 256), 2).tokens.shape[1] - 1
-    assert (without.tokens < 256).all()
+    last, zero, without = (families.induction(Vocabulary(byte_tokenizer(), bos), 2).tokens for bos in (256, 0, None))
+    assert (zero[:, 0] == 0).all(), "token id 0 is a token like any other"
+    assert without.shape[1] == last.shape[1] - 1
+    assert (without < 256).all()
 
 
 # ---- positions
@@ -147,8 +129,8 @@ def test_bos_is_in_front_or_nowhere() -> None:
         ("local", lambda i: list(range(i - families.LOCAL_WINDOW, i + 1))),
     ],
 )
-def test_positional_families(bytes_only: Vocabulary, name: str, wanted: Callable[[int], list[int]]) -> None:
-    found = families.FAMILIES[name](bytes_only, 10, 0, prompts.passages(documents(), bytes_only, 10, 64))
+def test_positional_families(name: str, wanted: Callable[[int], list[int]]) -> None:
+    found = families.FAMILIES[name](BYTES, 10, 0, prompts.passages(documents(), BYTES, 10, 64))
     check(found)
     assert not found.has_controls
     assert not found.predicts
@@ -156,15 +138,15 @@ def test_positional_families(bytes_only: Vocabulary, name: str, wanted: Callable
         assert sources == wanted(position)
 
 
-def test_passages(bytes_only: Vocabulary) -> None:
-    texts = prompts.passages([*documents(3), ("short", "too short")], bytes_only, 9, 64)
+def test_passages() -> None:
+    texts = prompts.passages([*documents(3), ("short", "too short")], BYTES, 9, 64)
     assert [passage.document for passage in texts].count("d0") == 3, "as many documents as possible"
     assert {passage.document for passage in texts} == {"d0", "d1", "d2"}
     assert all(len(passage.ids) == 64 for passage in texts)
-    assert bytes_only.tokenizer.decode(texts[0].ids) in dict(documents(3))[texts[0].document]
-    assert len(prompts.passages([("d", 2000 * "a")], bytes_only, 100, 64)) == 8, "of one document"
+    assert BYTES.tokenizer.decode(texts[0].ids) in dict(documents(3))[texts[0].document]
+    assert len(prompts.passages([("d", 2000 * "a")], BYTES, 100, 64)) == 8, "of one document"
     with pytest.raises(UserError, match="no document of 64 tokens"):
-        prompts.passages([("short", "too short")], bytes_only, 100, 64)
+        prompts.passages([("short", "too short")], BYTES, 100, 64)
 
 
 def test_thematic_anchors_differ_in_the_beginning_alone(words: Vocabulary) -> None:
@@ -180,9 +162,9 @@ def test_thematic_anchors_differ_in_the_beginning_alone(words: Vocabulary) -> No
 
 
 @pytest.mark.parametrize(("n", "length", "told"), [(1, 80, "two documents"), (3, 40, "passages of 56")])
-def test_thematic_anchors_need_text(bytes_only: Vocabulary, n: int, length: int, told: str) -> None:
+def test_thematic_anchors_need_text(n: int, length: int, told: str) -> None:
     with pytest.raises(UserError, match=told):
-        families.thematic_anchor(bytes_only, 4, passages=prompts.passages(documents(n), bytes_only, 9, length))
+        families.thematic_anchor(BYTES, 4, passages=prompts.passages(documents(n), BYTES, 9, length))
 
 
 # ---- words
@@ -192,10 +174,8 @@ def test_indirect_objects(words: Vocabulary) -> None:
     found = families.name_mover(words, 40)
     check(found)
     to = words.single(" to")
-    orders = set()
-    for (tokens, position, (source,)), (other, same, _) in zip(
-        queries(found), queries(found, positive=False), strict=True
-    ):
+    orders, controls = set(), queries(found, positive=False)
+    for (tokens, position, (source,)), (other, same, _) in zip(queries(found), controls, strict=True):
         assert tokens[position] == to
         assert tokens[source] == tokens[position + 1], "the name that was said once"
         assert (tokens[: position + 1] == tokens[source]).sum() == 1
@@ -204,7 +184,7 @@ def test_indirect_objects(words: Vocabulary) -> None:
         assert (tokens[: position + 1] == tokens[names[2]]).sum() == 2, "the other name is said twice"
         orders.add(source == names[0])
         changed = (tokens != other)[: position + 1].nonzero()[:, 0].tolist()
-        assert changed == names, "the same sentence with other words in the places of the names"
+        assert changed == names, "other words in the places of the names"
         assert not {words.texts[int(other[i])][1:] for i in changed} & set(prompts.NAMES)
         assert position == same
     assert orders == {True, False}
@@ -221,16 +201,11 @@ def test_successors(words: Vocabulary) -> None:
         assert prompts.SERIES[kind].index(after) == prompts.SERIES[kind].index(shown) + 1
         assert comma == ","
     assert set(found.kind[~found.positive.numpy()]) == {"unrelated words"}
-    controls = {
-        words.texts[int(tokens[position - 1])].strip() for tokens, position, _ in queries(found, positive=False)
-    }
-    assert not controls & {member for members in prompts.SERIES.values() for member in members}
-
-
-def test_numerals_go_without_spaces_where_digits_stand_alone(words: Vocabulary) -> None:
-    found = families.successor(words, 3)
-    numerals = found.tokens[found.row[torch.from_numpy(found.kind == "numerals")]]
-    assert all(words.tokenizer.decode(row).rstrip("0123456789")[-1] == "," for row in numerals)
+    members = {member for members in prompts.SERIES.values() for member in members}
+    for tokens, position, _ in queries(found, positive=False):
+        assert words.texts[int(tokens[position - 1])].strip() not in members
+    for row in found.tokens[found.row[torch.from_numpy(found.kind == "numerals")]]:
+        assert words.tokenizer.decode(row).rstrip("0123456789")[-1] == ",", "no space where digits stand alone"
 
 
 def test_split_words(words: Vocabulary) -> None:
@@ -247,7 +222,7 @@ def test_subtoken_induction(words: Vocabulary) -> None:
     check(found)
     assert set(found.kind) == {"subtoken", "random", "token"}
     assert found.tokens.shape[0] == 36
-    assert len(found.position.unique()) == 1, "all three prompts of a pair are equally long"
+    assert len(found.position.unique()) == 1, "three equally long prompts a pair"
     for first, (row, place, (source,)) in zip(range(0, 36, 3), queries(found), strict=True):
         assert words.texts[int(row[source])] == " " + "".join(words.texts[int(row[i])] for i in (place, place + 1))
         for kind, tokens in zip(found.kind[first : first + 3], found.tokens[first : first + 3], strict=True):
@@ -281,14 +256,11 @@ def test_standard_makes_every_family(words: Vocabulary) -> None:
         check(made)
 
 
-def test_standard_skips_what_a_tokenizer_lacks_with_a_sentence(bytes_only: Vocabulary) -> None:
-    found = families.standard(bytes_only, [], scale=0.1)
+def test_standard_skips_what_a_tokenizer_lacks_with_a_sentence() -> None:
+    found = families.standard(BYTES, [], scale=0.1)
     assert set(found.sets) == {"induction", "duplicate_token", "successor", "arithmetic"}
-    names = found.skipped["name_mover"]
-    assert (
-        names
-        == "Family name_mover needs 8 first names that are single tokens, this tokenizer has 0. The family is skipped."
-    )
+    needed = "8 first names that are single tokens, this tokenizer has 0"
+    assert found.skipped["name_mover"] == f"Family name_mover needs {needed}. The family is skipped."
     assert found.skipped["local"].startswith("Family local needs passages of real text; give a longer text.")
     assert set(found.skipped) == set(families.FAMILIES) - set(found.sets)
     tiny: Any = Vocabulary(byte_tokenizer(), None)
@@ -297,8 +269,8 @@ def test_standard_skips_what_a_tokenizer_lacks_with_a_sentence(bytes_only: Vocab
         families.induction(tiny, 4)
 
 
-def test_some_of_the_queries(bytes_only: Vocabulary) -> None:
-    found = families.induction(bytes_only, 6)
+def test_some_of_the_queries() -> None:
+    found = families.induction(BYTES, 6)
     even, odd = found.halves()
     assert set(even.pair.tolist()) == {0, 2, 4}
     assert len(even.row) + len(odd.row) == len(found.row)

@@ -1,7 +1,5 @@
 """Text statistics against the module's own methods, and the table of a layer built by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -41,9 +39,7 @@ def test_survey_and_table(hand_made: Any, found: Discovery, texts: list[prompts.
         assert torch.allclose(kept[row, position - 1, unit], values[unit, number], atol=1e-5)
     assert int((seen.sampled[23, :, 0] >= 0).sum()) == 0, "a dead head has no active token to draw"
     drawn = seen.sampled[0, :, 0][seen.sampled[0, :, 0] >= 0].tolist()
-    assert len(set(drawn)) == len(drawn) == int((kept[:, :, 0] > 0).any(dim=1).sum()), (
-        "one token of every text where it is active"
-    )
+    assert len(set(drawn)) == len(drawn) == int((kept[:, :, 0] > 0).any(dim=1).sum()), "one of every text"
     rows = survey.table(found, seen, each, hand_made, sequences)
     assert rows["head"].tolist() == list(range(24))
     assert rows["family"].tolist()[:4] == list(KNOWN)
@@ -72,23 +68,18 @@ def test_survey_does_not_depend_on_the_batch_size(hand_made: Any, texts: list[pr
 def test_describe_is_the_whole_way(hand_made: Any, texts: list[prompts.Passage]) -> None:
     sequences = hand_made.sequences(texts)
     documents = [(passage.document, hand_made.tokenizer.decode(passage.ids)) for passage in texts]
-    found = survey.describe(
-        hand_made, 0, known_lorsa(hand_made), sequences, documents, removed=2, scale=0.75, progress=False
-    )
+    lorsa = known_lorsa(hand_made)
+    found = survey.describe(hand_made, 0, lorsa, sequences, documents, removed=2, scale=0.75, progress=False)
     assert found.table["family"].tolist()[:4:3] == ["induction", "successor"]
     assert found.table.loc[3, "effect"] > 0.1
-    assert found.table["effect"].notna().sum() == 2, (
-        "induction and successor predict a token, previous token and sink do not"
-    )
-    assert set(found.discovery.skipped) == {"previous_token", "attention_sink", "local", "thematic_anchor"}, (
-        "no passage is 96 tokens long"
-    )
-    dead = known_lorsa(hand_made)
+    assert found.table["effect"].notna().sum() == 2, "only these predict a token"
+    short = {"previous_token", "attention_sink", "local", "thematic_anchor"}
+    assert set(found.discovery.skipped) == short, "no passage is 96 tokens long"
     with torch.no_grad():
-        dead.W_V.zero_()
-        dead.b_V.zero_()
+        lorsa.W_V.zero_()
+        lorsa.b_V.zero_()
     with pytest.raises(UserError, match="all are dead"):
-        survey.describe(hand_made, 0, dead, sequences, documents, progress=False)
+        survey.describe(hand_made, 0, lorsa, sequences, documents, progress=False)
 
 
 def test_thinned_keeps_pairs_from_everywhere(made: Prompts) -> None:

@@ -1,7 +1,5 @@
 """Pairs differ in what decides the answer and nothing else; metrics are their formulas; bad prompts are refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given
@@ -36,11 +34,9 @@ def test_induction_asks_for_what_followed(words: Vocabulary) -> None:
         for row, position, answer in zip(side, task.position, answers[:, 0], strict=True):
             earlier = (row[:position] == row[position]).nonzero()[0, 0]
             assert row[earlier + 1] == answer
-    moved = [
-        int((clean[:-1] == clean[-1]).nonzero()[0, 0]) != int((other[:-1] == other[-1]).nonzero()[0, 0])
-        for clean, other in zip(task.clean, task.corrupted, strict=True)
-    ]
-    assert all(moved), "the place that is looked up differs as well"
+    for sides in zip(task.clean, task.corrupted, strict=True):
+        clean, other = ((row[:-1] == row[-1]).nonzero()[0, 0] for row in sides)
+        assert clean != other, "the place looked up differs, too"
 
 
 def test_indirect_object_is_the_other_name(words: Vocabulary) -> None:
@@ -63,11 +59,7 @@ def test_greater_than_splits_the_digits(words: Vocabulary) -> None:
 def test_metrics_are_their_formulas(seed: int, n: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits, reference = torch.randn(2, n, 9, generator=generator, dtype=torch.float64).unbind()
-    tokens, answers, wrong = (
-        torch.zeros(n, 2, dtype=torch.long),
-        torch.tensor([[1, 2]] * n),
-        torch.tensor([[4, -1]] * n),
-    )
+    tokens, answers, wrong = (torch.tensor([pair] * n) for pair in ([0, 0], [1, 2], [4, -1]))
     task = tasks.Task("t", tokens, tokens, tokens[:, 0] + 1, answers, wrong)
     odds, p, q = logits.exp(), reference.softmax(dim=1), logits.softmax(dim=1)
     right = odds[:, 1] + odds[:, 2]

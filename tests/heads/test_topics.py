@@ -1,7 +1,5 @@
 """Topic words by hand; prompts checked against the text; a planted anchor is found first, and is worth something."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 
@@ -48,17 +46,12 @@ def test_topic_prompts(words: Vocabulary, texts: list[Passage], scrambled: bool)
     topics = families.topic_words(texts, words)
     assert found.predicts
     assert found.has_controls
-    for query in range(len(found.row)):
-        row, position = found.tokens[found.row[query]], int(found.position[query])
-        topic = topics[int(found.row[query])]
-        sources = found.sources[query].nonzero()[:, 0].tolist()
-        if found.positive[query]:
-            assert int(row[position + 1]) in topic
-            assert sources == [j for j in range(1, position - FAR) if int(row[j]) in topic]
-            assert int(row[position + 1]) in row[sources]
-        else:
-            assert int(row[position + 1]) not in topic
-            assert not sources
+    for number, position, positive, where in zip(found.row, found.position, found.positive, found.sources, strict=True):
+        row, topic, sources = found.tokens[number], topics[number], where.nonzero()[:, 0].tolist()
+        after = int(row[position + 1])
+        assert (after in topic) == positive
+        assert sources == [j for j in range(1, position - FAR) if positive and int(row[j]) in topic]
+        assert not positive or after in row[sources]
     for number, passage in enumerate(texts[: len(found.tokens)]):
         row = found.tokens[number, 1:].tolist()
         assert sorted(row) == sorted(passage.ids)

@@ -1,7 +1,5 @@
 """Units against the modules' own methods; shares sum to one; removing nothing changes nothing, bit for bit."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -14,7 +12,9 @@ from torch import Tensor
 from toys import D_MODEL, random_inputs, random_lorsa, random_sae, toy_site
 
 from lorsa_utils.exceptions import UserError
-from lorsa_utils.heads import families, prompts, units
+from lorsa_utils.heads import families, units
+from lorsa_utils.heads.prompts import Vocabulary
+from lorsa_utils.heads.units import LorsaHeads, MHSAHeads, Removals, SAEFeatures, Unembedding, Units, ablate
 from lorsa_utils.models import LanguageModel, load_model
 
 LENGTH = 9
@@ -24,18 +24,17 @@ def layer_output(x: Tensor) -> Tensor:
     return toy_site().head_outputs(x).sum(dim=2) + toy_site().b_O
 
 
-def kinds() -> dict[str, units.Units]:
-    return {
-        "lorsa": units.LorsaHeads(random_lorsa(score="relu")),
-        "signed": units.LorsaHeads(random_lorsa(score="abs")),
-        "sae": units.SAEFeatures(random_sae(), toy_site()),
-        "mhsa": units.MHSAHeads(toy_site()),
-    }
+KINDS: dict[str, Units] = {
+    "lorsa": LorsaHeads(random_lorsa(score="relu")),
+    "signed": LorsaHeads(random_lorsa(score="abs")),
+    "sae": SAEFeatures(random_sae(), toy_site()),
+    "mhsa": MHSAHeads(toy_site()),
+}
 
 
-@given(kind=st.sampled_from(sorted(kinds())), seed=st.integers(0, 20))
+@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 20))
 def test_masses_split_over_all_sources(kind: str, seed: int) -> None:
-    each, x = kinds()[kind], random_inputs(2, LENGTH, seed=seed)
+    each, x = KINDS[kind], random_inputs(2, LENGTH, seed=seed)
     positions = torch.tensor([0, 3, LENGTH - 1])
     one_by_one = torch.eye(LENGTH)[:, None].expand(-1, 3, -1)
     rows = each.rows(each.prepare(x, layer_output(x)), 1, positions, one_by_one)
@@ -47,7 +46,7 @@ def test_masses_split_over_all_sources(kind: str, seed: int) -> None:
 
 def test_lorsa_heads_are_the_modules() -> None:
     module, x = random_lorsa(), random_inputs(1, LENGTH)
-    each = units.LorsaHeads(module)
+    each = LorsaHeads(module)
     batch, positions = each.prepare(x, x), torch.arange(LENGTH)
     source = torch.zeros(1, LENGTH, LENGTH)
     source[0, :, 2] = 1
@@ -65,7 +64,7 @@ def test_lorsa_heads_are_the_modules() -> None:
 
 
 def test_patterns_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    each, x = units.LorsaHeads(random_lorsa()), random_inputs(1, LENGTH)
+    each, x = LorsaHeads(random_lorsa()), random_inputs(1, LENGTH)
     arguments = (each.prepare(x, x), 0, torch.arange(LENGTH), torch.rand(2, LENGTH, LENGTH))
     whole = each.rows(*arguments)
     monkeypatch.setattr(units, "_PATTERN_VALUES_AT_ONCE", LENGTH**2)
@@ -77,7 +76,7 @@ def test_attribution_of_sae_features_is_exact() -> None:
     sae, site, x = random_sae(), toy_site(), random_inputs(1, LENGTH)
     y = layer_output(x)
     pre = sae.pre_activations(y)[0]
-    each = units.SAEFeatures(sae, site)
+    each = SAEFeatures(sae, site)
     rows = each.rows(each.prepare(x, y), 0, torch.arange(LENGTH), torch.zeros(0, LENGTH, LENGTH))
     pattern, moved = site.pattern(x)[0], site.values(x)[0] @ site.W_O
     parts = torch.einsum("hij,hjd,nd->ijn", pattern, moved, sae.W_E)
@@ -86,7 +85,7 @@ def test_attribution_of_sae_features_is_exact() -> None:
     active = rows.value > 0
     assert torch.allclose(rows.total[active], parts.abs().sum(dim=1)[active], atol=1e-4)
     with pytest.raises(UserError, match="transcoder"):
-        units.SAEFeatures(random_sae(kind="transcoder"), site)
+        SAEFeatures(random_sae(kind="transcoder"), site)
 
 
 def test_mhsa_heads() -> None:
@@ -95,7 +94,7 @@ def test_mhsa_heads() -> None:
     mask[:, 0] = False
     mean = units.mean_head_values(site, x, mask)
     assert torch.allclose(mean, site.head_values(x)[mask].mean(dim=0).double(), atol=1e-6)
-    each = units.MHSAHeads(site, mean)
+    each = MHSAHeads(site, mean)
     rows = each.rows(each.prepare(x, x), 2, torch.tensor([4]), torch.ones(1, 1, LENGTH))
     expected = torch.einsum("he,hed->hd", site.head_values(x)[2, 4] - mean.float(), site.W_O)
     assert torch.allclose(rows.activation[0], expected.norm(dim=1), atol=1e-5)
@@ -105,18 +104,14 @@ def test_mhsa_heads() -> None:
         units.mean_head_values(site, x, torch.zeros_like(mask))
 
 
-@pytest.mark.parametrize("kind", sorted(kinds()))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_what_all_units_write_is_what_the_module_writes(kind: str) -> None:
-    each, x = kinds()[kind], random_inputs(2, LENGTH)
+    each, x = KINDS[kind], random_inputs(2, LENGTH)
     y = layer_output(x)
     written = each.written(x, y, torch.arange(each.n))
-    whole = {
-        "mhsa": lambda: y - toy_site().b_O,
-        "sae": lambda: random_sae()(y).y - random_sae().b_O,
-        "lorsa": lambda: random_lorsa()(x).y - random_lorsa().b_O,
-        "signed": lambda: random_lorsa(score="abs")(x).y - random_lorsa().b_O,
-    }[kind]()
-    assert torch.allclose(written, whole, atol=1e-4)
+    module: Any = toy_site() if kind == "mhsa" else each.module  # type: ignore[attr-defined]
+    whole = y if kind == "mhsa" else module(module.input_from(x, y)).y
+    assert torch.allclose(written, whole - module.b_O, atol=1e-4)
     directions = torch.randn(LENGTH, D_MODEL, generator=torch.Generator().manual_seed(0))
     batch, positions = each.prepare(x, y), torch.arange(LENGTH)
     value = each.rows(batch, 1, positions, torch.zeros(0, LENGTH, LENGTH)).value
@@ -136,11 +131,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def heads(model: LanguageModel) -> units.LorsaHeads:
-    return units.LorsaHeads(random_heads(model.site(1), scale=0.2))
+def heads(model: LanguageModel) -> LorsaHeads:
+    return LorsaHeads(random_heads(model.site(1), scale=0.2))
 
 
-def test_direct_effect_on_logits_is_the_models(model: LanguageModel) -> None:
+def test_direct_effect_on_logits_is_the_models(model: LanguageModel, heads: LorsaHeads) -> None:
     """With the norm's scale frozen, a vector added to what the norm reads changes centred logits by its dot product."""
     found: dict[str, Tensor] = {}
     norm = units.final_norm(model)
@@ -148,48 +143,39 @@ def test_direct_effect_on_logits_is_the_models(model: LanguageModel) -> None:
     logits = model.logits(random_tokens(2, 7))
     handle.remove()
     residual, tokens = found["residual"][0], torch.tensor([5, 9, 200, 31, 7, 7, 0])
-    unembedding = units.Unembedding(model)
-    directions = unembedding.directions(residual, tokens)
+    unembedding = Unembedding(model)
     bias = getattr(norm, "bias", None)
     constant = 0.0 if bias is None else unembedding.weight[tokens] @ bias
     centred = logits[0] - logits[0].mean(dim=-1, keepdim=True)
-    whole = (directions * residual).sum(dim=1) + constant
+    whole = (unembedding.directions(residual, tokens) * residual).sum(dim=1) + constant
     assert torch.allclose(whole, centred.gather(1, tokens[:, None])[:, 0], atol=1e-3)
-
-
-def test_top_tokens(model: LanguageModel, heads: units.LorsaHeads) -> None:
-    unembedding = units.Unembedding(model)
     write = heads.lorsa.W_O
-    top, bottom = (unembedding.top_tokens(write, 3, largest) for largest in (True, False))
     logits = unembedding.logits(write)
-    assert torch.equal(top[:, 0], logits.argmax(dim=1))
-    assert torch.equal(bottom[:, 0], logits.argmin(dim=1))
+    assert torch.equal(unembedding.top_tokens(write, 3, True)[:, 0], logits.argmax(dim=1))
+    assert torch.equal(unembedding.top_tokens(write, 3, False)[:, 0], logits.argmin(dim=1))
 
 
-@pytest.fixture
-def found() -> prompts.PromptSet:
-    return families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 3, length=8)
+BYTES = Vocabulary(byte_tokenizer(), 256)
+FOUND = families.induction(BYTES, 3, length=8)
 
 
-def test_ablate_nothing_changes_nothing(
-    model: LanguageModel, heads: units.LorsaHeads, found: prompts.PromptSet
-) -> None:
-    logits, untouched = model.logits(found.tokens), model.loss(found.tokens)[0]
-    last = torch.zeros(len(found.tokens), 1, heads.n + 1)
+def test_ablate_nothing_changes_nothing(model: LanguageModel, heads: LorsaHeads) -> None:
+    logits, untouched = model.logits(FOUND.tokens), model.loss(FOUND.tokens)[0]
+    last = torch.zeros(len(FOUND.tokens), 1, heads.n + 1)
     for nothing in ([], {3: 0.0}, last):
-        with units.ablate(model, {1: heads}, {1: nothing}):
-            assert torch.equal(model.logits(found.tokens), logits)
+        with ablate(model, {1: heads}, {1: nothing}):
+            assert torch.equal(model.logits(FOUND.tokens), logits)
     last[-1, :, :-1] = 1
-    with units.ablate(model, {1: heads}, {1: last}):
-        changed = model.logits(found.tokens)
+    with ablate(model, {1: heads}, {1: last}):
+        changed = model.logits(FOUND.tokens)
     assert torch.equal(changed[:-1], logits[:-1]), "the other sequences keep theirs"
     assert not torch.equal(changed[-1], logits[-1])
-    removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
-    assert torch.equal(removals.untouched, untouched[found.row, found.position])
+    removals = Removals(model, 1, FOUND, batch_size=len(FOUND.tokens))
+    assert torch.equal(removals.untouched, untouched[FOUND.row, FOUND.position])
     assert torch.equal(removals.losses(heads, []), removals.untouched)
 
 
-def test_ablate_takes_shares_the_error_and_another_prompt(model: LanguageModel, heads: units.LorsaHeads) -> None:
+def test_ablate_takes_shares_the_error_and_another_prompt(model: LanguageModel, heads: LorsaHeads) -> None:
     """With `ablate` a layer's output moves by what is removed and what comes in its place."""
     tokens, other = random_tokens(2, 9), random_tokens(2, 9, seed=7)
     (x, y), elsewhere = model.capture(tokens, [1])[1], model.capture(other, [1])[1]
@@ -202,17 +188,15 @@ def test_ablate_takes_shares_the_error_and_another_prompt(model: LanguageModel, 
         (everything, {1: heads.activity(*elsewhere)}, elsewhere[1]),
     ]
     for chosen, instead, output in expected:
-        with units.ablate(model, {1: heads}, {1: chosen}, instead):
+        with ablate(model, {1: heads}, {1: chosen}, instead):
             assert torch.allclose(model.capture(tokens, [1])[1][1], output, atol=1e-5)
-    with pytest.raises(UserError, match="choose one from 0 to 23"), units.ablate(model, {1: heads}, {1: [3, 24]}):
+    with pytest.raises(UserError, match="choose one from 0 to 23"), ablate(model, {1: heads}, {1: [3, 24]}):
         pass
 
 
-def test_removal_is_the_splice_without_those_heads(
-    model: LanguageModel, heads: units.LorsaHeads, found: prompts.PromptSet
-) -> None:
+def test_removal_is_the_splice_without_those_heads(model: LanguageModel, heads: LorsaHeads) -> None:
     lorsa = heads.lorsa
-    chosen = [int(unit) for unit in lorsa(model.capture(found.tokens, [1])[1][0]).indices[0, 12]]
+    chosen = [int(unit) for unit in lorsa(model.capture(FOUND.tokens, [1])[1][0]).indices[0, 12]]
 
     def by_hand(x: Tensor, y: Tensor) -> Tensor:
         output = lorsa(x)
@@ -220,59 +204,54 @@ def test_removal_is_the_splice_without_those_heads(
         return lorsa.decode(output.indices, output.values.masked_fill(gone, 0.0)) + y - output.y
 
     with model.splice({1: by_hand}):
-        expected, _ = model.loss(found.tokens)
-    removals = units.Removals(model, 1, found, batch_size=3)
+        expected, _ = model.loss(FOUND.tokens)
+    removals = Removals(model, 1, FOUND, batch_size=3)
     values = removals.losses(heads, chosen)
-    assert torch.allclose(values, expected[found.row, found.position], atol=1e-4)
+    assert torch.allclose(values, expected[FOUND.row, FOUND.position], atol=1e-4)
     table = removals.effects(heads, {"none": [], "some": chosen})
     assert table["n"].tolist() == [0, len(chosen)]
     assert table.loc[0, ["labelled", "controls"]].tolist() == [0.0, 0.0]
-    difference = (values - removals.untouched)[found.positive]
+    difference = (values - removals.untouched)[FOUND.positive]
     assert table.loc[1, "labelled"] == pytest.approx(float(difference.mean()), abs=1e-4)
 
 
 def test_effect_error_is_over_pairs() -> None:
-    found: Any = families.induction(prompts.Vocabulary(byte_tokenizer(), 256), 2, length=4)
+    found: Any = families.induction(BYTES, 2, length=4)
     changed = torch.where(found.pair == 0, 1.0, 3.0)
     effect = units.effect(changed, torch.zeros(len(found.row)), found, found.pair == 1)
     assert effect.labelled == 2.0
     assert effect.labelled_error == pytest.approx(1.0)
-    assert effect.p == pytest.approx(0.25, abs=0.02), "of four ways to flip two pairs one gives as much"
+    assert effect.p == pytest.approx(0.25, abs=0.02), "one of four ways to flip two pairs"
     assert (effect.where_active, effect.active) == (3.0, 0.5)
     assert effect.controls == 2.0
 
 
 def test_prompts_where_no_removed_unit_is_active_are_not_run(
-    model: LanguageModel, heads: units.LorsaHeads, found: prompts.PromptSet, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, heads: LorsaHeads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    removals = units.Removals(model, 1, found)
-    whole = {unit: removals.losses(heads, [unit]) for unit in range(heads.n)}
-    active = heads.active(*model.capture(found.tokens, [1])[1]).any(dim=1)
-    some = [unit for unit in range(heads.n) if 0 < int(active[:, unit].sum()) < len(found.tokens)]
-    ran: list[int] = []
+    removals, real, ran = Removals(model, 1, FOUND), model.loss, list[int]()
     untouched = removals.untouched
-    real = model.loss
+    whole = {unit: removals.losses(heads, [unit]) for unit in range(heads.n)}
+    active = heads.active(*model.capture(FOUND.tokens, [1])[1]).any(dim=1)
+    some = [unit for unit in range(heads.n) if 0 < int(active[:, unit].sum()) < len(FOUND.tokens)]
     monkeypatch.setattr(model, "loss", lambda tokens, *rest: (ran.append(len(tokens)), real(tokens, *rest))[1])
     table = removals.effects(heads, {str(unit): [unit] for unit in some})
     assert some
     assert sum(ran) == int(active[:, some].sum())
     for unit, measured in zip(some, table["labelled"], strict=True):
-        assert measured == pytest.approx(float((whole[unit] - untouched)[found.positive].mean()), abs=1e-6)
+        assert measured == pytest.approx(float((whole[unit] - untouched)[FOUND.positive].mean()), abs=1e-6)
 
 
-def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(
-    model: LanguageModel, heads: units.LorsaHeads, found: prompts.PromptSet
-) -> None:
-    kinds = {"lorsa": heads, "mhsa": units.MHSAHeads(model.site(1))}
+def test_units_of_several_kinds_share_one_pass_over_the_first_blocks(model: LanguageModel, heads: LorsaHeads) -> None:
+    kinds = {"lorsa": heads, "mhsa": MHSAHeads(model.site(1))}
     passes: list[int] = []
     hook = model.attention_module(0).register_forward_hook(lambda module, args, output: passes.append(1))
-    removals = units.Removals(model, 1, found, batch_size=len(found.tokens))
+    removals = Removals(model, 1, FOUND, batch_size=len(FOUND.tokens))
     tables = {name: removals.effects(each, {"first": [0], "all": range(each.n)}) for name, each in kinds.items()}
     hook.remove()
     assert len(passes) == 1
     with model.splice({1: lambda x, y: y - kinds["mhsa"].written(x, y, torch.arange(4))}):
-        changed, _ = model.loss(found.tokens)
-    difference = changed - model.loss(found.tokens)[0]
-    expected = difference[found.row, found.position][found.positive]
+        changed, _ = model.loss(FOUND.tokens)
+    expected = (changed[FOUND.row, FOUND.position] - removals.untouched)[FOUND.positive]
     assert tables["mhsa"].loc[1, "labelled"] == pytest.approx(float(expected.mean()), abs=1e-5)
     assert (tables["lorsa"]["labelled"] != tables["mhsa"]["labelled"]).all()

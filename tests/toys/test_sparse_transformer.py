@@ -35,8 +35,9 @@ def sparse(model: LanguageModel, language: Language) -> SparseTransformer:
     return NOTEBOOK.make_sparse(model, language, 0)
 
 
-def tokens_of(language: Language, n: int = 3) -> Tensor:
-    return language.sample(n, torch.Generator().manual_seed(1)).tokens
+@pytest.fixture(scope="module")
+def tokens(language: Language) -> Tensor:
+    return language.sample(3, torch.Generator().manual_seed(1)).tokens
 
 
 def test_rules_hold_where_they_are_told(language: Language) -> None:
@@ -61,8 +62,7 @@ def test_training_learns(model: LanguageModel, language: Language) -> None:
     assert set(losses) == {"all", *RULES}
 
 
-def test_layers_are_read_where_they_are(model: LanguageModel, language: Language) -> None:
-    tokens = tokens_of(language)
+def test_layers_are_read_where_they_are(model: LanguageModel, tokens: Tensor) -> None:
     batch = sparse_transformer.read_layers(model, tokens)
     assert set(batch.inputs) == {0, 1, 2, 3}
     for layer, (x, y) in model.capture(tokens, [0, 1]).items():
@@ -73,9 +73,8 @@ def test_layers_are_read_where_they_are(model: LanguageModel, language: Language
 
 
 @torch.no_grad()
-def test_sparse_model_runs_on_its_modules_alone(sparse: SparseTransformer, language: Language) -> None:
-    model, tokens = sparse.model, tokens_of(language)
-    llama = model.model.model
+def test_sparse_model_runs_on_its_modules_alone(sparse: SparseTransformer, tokens: Tensor) -> None:
+    model, llama = sparse.model, sparse.model.model.model
     stream = llama.embed_tokens(tokens)
     for layer in (0, 1):
         stream = stream + sparse.modules[layer](llama.layers[layer].input_layernorm(stream)).y
@@ -88,21 +87,22 @@ def test_sparse_model_runs_on_its_modules_alone(sparse: SparseTransformer, langu
     with sparse.installed({("attention", 0): every, ("attention", 1): every}):
         cut = model.logits(tokens)
     assert not torch.allclose(cut, expected, atol=1e-2)
-    assert torch.allclose(cut[:, 0], cut[:1, 0].expand(3, -1), atol=1e-5), "without attention BOS alone decides at BOS"
+    assert torch.allclose(cut[:, 0], cut[:1, 0].expand(3, -1), atol=1e-5), "BOS alone decides at BOS"
     assert {module.k for module in sparse.modules} == {8}
 
 
 @torch.no_grad()
-def test_saved_and_loaded(sparse: SparseTransformer, language: Language, tmp_path: Path) -> None:
+def test_saved_and_loaded(sparse: SparseTransformer, tokens: Tensor, tmp_path: Path) -> None:
     sparse.save(tmp_path)
     again = SparseTransformer.load(tmp_path)
     with sparse.installed(), again.installed():
-        assert torch.allclose(*(toy.model.logits(tokens_of(language)) for toy in (sparse, again)), atol=1e-5)
+        assert torch.allclose(*(toy.model.logits(tokens) for toy in (sparse, again)), atol=1e-5)
 
 
 @torch.no_grad()
-def test_weights_of_notebook_14_are_what_the_modules_compute(sparse: SparseTransformer, language: Language) -> None:
-    tokens = tokens_of(language, 20)
+def test_weights_of_notebook_14_are_what_the_modules_compute(
+    sparse: SparseTransformer, language: Language, tokens: Tensor
+) -> None:
     gains, lorsa, llama = NOTEBOOK.mean_gains(sparse, tokens), sparse.modules[1], sparse.model.model.model
     with sparse.installed():
         stream = sparse.model.residual(tokens, 1)

@@ -1,7 +1,5 @@
 """What a page shows, against the module's own methods in plain form."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 
@@ -56,17 +54,18 @@ def test_contexts_are_exact(tiny: Tiny) -> None:
 
 def test_places_are_what_they_say(tiny: Tiny) -> None:
     (head, other) = collected(tiny, 2, 3)
-    kinds = {kind: [c for c in head.contexts if c.place.kind == kind] for kind in ("top", "sample", "random")}
-    sizes = {kind: [float(c.activation[c.peak]) for c in contexts] for kind, contexts in kinds.items()}
-    for kind in ("top", "sample"):
-        assert sizes[kind] == sorted(sizes[kind], reverse=True)
-    assert sizes["top"][0] == pytest.approx(head.facts["max_activation"], rel=1e-4)
-    assert min(sizes["sample"]) > 0
-    ranks = [context.place.rank for context in kinds["sample"]]
-    assert ranks == sorted(ranks, reverse=True)
-    assert 0 < min(ranks) < max(ranks) < 1
-    drawn = [context.place for context in other.contexts if context.place.kind == "random"]
-    assert [context.place for context in kinds["random"]] == drawn, "random places are the same for all heads"
+    tops, samples = (
+        [float(context.activation[context.peak]) for context in head.contexts if context.place.kind == kind]
+        for kind in ("top", "sample")
+    )
+    ranks = [context.place.rank for context in head.contexts if context.place.kind == "sample"]
+    for falling in (tops, samples, ranks):
+        assert falling == sorted(falling, reverse=True)
+    assert tops[0] == pytest.approx(head.facts["max_activation"], rel=1e-4)
+    assert samples[-1] > 0
+    assert 0 < ranks[-1] < ranks[0] < 1
+    drawn, same = ([c.place for c in each.contexts if c.place.kind == "random"] for each in (head, other))
+    assert drawn == same, "random places are the same for all heads"
 
 
 def test_many_heads_are_those_taken_alone(tiny: Tiny) -> None:
@@ -120,9 +119,8 @@ def test_weights_are_compared_by_cosine(tiny: Tiny) -> None:
 
 def test_names_scores_and_explanations(tiny: Tiny) -> None:
     table = pd.DataFrame({"head": range(24), "families": "", "effect": np.nan, "effect_error": np.nan})
-    table.loc[1, "families"] = "induction; local"
-    columns = ["induction_share", "induction_auc", "local_share", "effect", "effect_error"]
-    table.loc[1, columns] = [0.9, 0.8, 0.7, 0.02, 0.01]
+    columns = ["families", "induction_share", "induction_auc", "local_share", "effect", "effect_error"]
+    table.loc[1, columns] = ["induction; local", 0.9, 0.8, 0.7, 0.02, 0.01]
     shares = torch.full((24, 4), 0.25)
     shares[2] = float("nan")
     one, two = collected(tiny, 1, 2, table=table, shares=shares, explanations={2: ("colours", 0.75)})
@@ -172,7 +170,7 @@ def test_token_texts_keep_every_character(text: str) -> None:
 
 
 def test_half_a_character_shows_its_bytes() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer, shown = byte_tokenizer(), ["a", "⟨F0⟩", "⟨9F⟩", "⟨98⟩", "😀"]
     ids = tokenizer.encode("a😀")
-    assert evidence.token_texts(tokenizer, ids) == ["a", "⟨F0⟩", "⟨9F⟩", "⟨98⟩", "😀"]
-    assert evidence.token_texts(tokenizer, ids[:3]) == ["a", "⟨F0⟩", "⟨9F⟩"]
+    assert evidence.token_texts(tokenizer, ids) == shown
+    assert evidence.token_texts(tokenizer, ids[:3]) == shown[:3]

@@ -1,7 +1,5 @@
 """The explorer: its numbers against the module, steering against the untouched model, and widgets that react."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -20,8 +18,8 @@ SENTENCE = "The cat sat on the mat. The cat"
 @pytest.fixture(scope="module")
 def view(tiny: Tiny) -> View:
     table = pd.concat([pd.DataFrame({"head": range(24)}), tiny.found.facts], axis=1)
-    table["family"] = ["induction", "", "local", *[""] * 21]
-    table["families"] = ["induction; local", "", "local", *[""] * 21]
+    table["family"] = table["families"] = ["induction", "", "local", *[""] * 21]
+    table.loc[0, "families"] = "induction; local"
     table["top_logits"] = [[f"t{head}", "Cat"] if head < 3 else ["x"] for head in range(24)]
     return View(tiny.model, LAYER, tiny.lorsa, table, 256, LENGTH)
 
@@ -37,11 +35,14 @@ def test_choose_heads(view: View) -> None:
     assert DEAD not in alive["head"].tolist()
     assert alive["frequency"].is_monotonic_decreasing
     assert len(choose_heads(view.table, dead=True)) == 24
-    assert set(choose_heads(view.table, "local")["head"]) == {0, 2}
-    assert set(choose_heads(view.table, "-")["head"]) == set(alive["head"]) - {0, 2}
-    assert choose_heads(view.table, search="7")["head"].tolist() == [7], "a number is a head, not a piece of a token"
-    assert set(choose_heads(view.table, search=" cat ")["head"]) == {0, 1, 2}
-    assert choose_heads(view.table, search="nothing like it").empty
+    for options, chosen in (
+        ({"family": "local"}, {0, 2}),
+        ({"family": "-"}, set(alive["head"]) - {0, 2}),
+        ({"search": "7"}, {7}),  # a number is a head, not a piece of a token
+        ({"search": " cat "}, {0, 1, 2}),
+        ({"search": "nothing like it"}, set()),
+    ):
+        assert set(choose_heads(view.table, **options)["head"]) == chosen
     assert choose_heads(view.table, order="head")["head"].is_monotonic_increasing
     assert choose_heads(view.table, order="max_activation")["max_activation"].is_monotonic_decreasing
 
@@ -76,6 +77,8 @@ def test_sentences_that_are_too_long_or_empty_or_strange(view: View, explorer: E
         view.read("")
     with pytest.raises(UserError, match="choose one from 0 to 23"):
         view.context_of(long, 24, 3)
+    with pytest.raises(UserError, match="no layer to explore"):
+        Explorer([], SENTENCE)
     before = explorer.shown.value
     for sentence, shown in (
         ("", "nothing to read yet"),
@@ -99,7 +102,7 @@ def test_steering_tells_probabilities(tiny: Tiny, view: View) -> None:
     assert np.abs(changes["after"] - changes["before"]).max() > 1e-3
     for nothing in ({head: 1.0}, {DEAD: 8.0}):
         same = view.steer(ids, nothing)
-        assert (same["before"] == same["after"]).all(), "scale 1 and a dead head leave the model alone, bit for bit"
+        assert (same["before"] == same["after"]).all(), "scale 1 and a dead head change nothing"
     with pytest.raises(UserError, match="no unit 99"):
         view.steer(ids, {99: 0.0})
     first = view.steer(ids, {head: 0.0}, position=3)
@@ -131,8 +134,3 @@ def test_widgets_react(explorer: Explorer) -> None:
     explorer.layer.value = 0
     assert explorer.view.layer == 0
     assert explorer.context.tokens[1:] == list("Another sentence")
-
-
-def test_no_layer_no_explorer() -> None:
-    with pytest.raises(UserError, match="no layer to explore"):
-        Explorer([], SENTENCE)

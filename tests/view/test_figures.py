@@ -18,25 +18,24 @@ def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "can_draw_png", lambda: False)
 
 
-def drawings() -> dict[str, go.Figure]:
-    labels = {"title": "t", "x_title": "layer", "y_title": "FVU"}
-    return {
-        "lines": figures.lines(LAYERS, "layer", "fvu", "module", **labels),
-        "one_line": figures.lines(LAYERS[:3], "layer", "fvu", **labels),
-        "bars": figures.bars(LAYERS, "layer", "fvu", "module", **labels),
-        "map": figures.new_figure("t", "source", "destination").add_heatmap(z=[[1, 2], [3, 4], [5, 6]]),
-    }
+LABELS = {"title": "t", "x_title": "layer", "y_title": "FVU"}
+DRAWINGS = {
+    "lines": figures.lines(LAYERS, "layer", "fvu", "module", **LABELS),
+    "one_line": figures.lines(LAYERS[:3], "layer", "fvu", **LABELS),
+    "bars": figures.bars(LAYERS, "layer", "fvu", "module", **LABELS),
+    "map": figures.new_figure("t", "source", "destination").add_heatmap(z=[[1, 2], [3, 4], [5, 6]]),
+}
 
 
-@pytest.mark.parametrize("name", sorted(drawings()))
+@pytest.mark.parametrize("name", DRAWINGS)
 def test_every_drawing_has_titles_and_fits_600_pixels(name: str) -> None:
-    layout = drawings()[name].layout
+    layout = DRAWINGS[name].layout
     assert all(part.title.text for part in (layout, layout.xaxis, layout.yaxis))
     assert (layout.width or layout.template.layout.width) == 600
 
 
 def test_lines_are_one_per_group_in_the_order_of_the_data() -> None:
-    figure = drawings()["lines"]
+    figure = DRAWINGS["lines"]
     assert [trace.name for trace in figure.data] == ["Lorsa", "SAE"]
     assert list(figure.data[1].y) == [0.05, 0.1, 0.2]
     assert len({trace.line.color for trace in figure.data} | {trace.marker.symbol for trace in figure.data}) == 4
@@ -44,7 +43,7 @@ def test_lines_are_one_per_group_in_the_order_of_the_data() -> None:
 
 def test_saved_figure_opens_offline_and_shares_one_plotly(tmp_path: Path) -> None:
     for name in ("P4_a", "P4_b"):
-        saved = figures.save_figure(drawings()["lines"], name, tmp_path, caption="Lower is <b>better</b>.")
+        saved = figures.save_figure(DRAWINGS["lines"], name, tmp_path, caption="Lower is <b>better</b>.")
     page = saved.read_text(encoding="utf-8")
     assert 'src="plotly.min.js"' in page
     assert len(page) < 200_000
@@ -54,15 +53,13 @@ def test_saved_figure_opens_offline_and_shares_one_plotly(tmp_path: Path) -> Non
 
 
 def test_csv_holds_the_given_numbers_or_those_of_the_traces(tmp_path: Path) -> None:
-    for data in (None, LAYERS):
-        figures.save_figure(drawings()["lines"], "P4", tmp_path, data)
-        table = pd.read_csv(tmp_path / "P4.csv")
-        if data is None:
-            assert list(table["trace"]) == list(LAYERS["module"])
-            assert np.allclose(table["y"], LAYERS["fvu"])
-        else:
-            pd.testing.assert_frame_equal(table, data)
-    table = figures.figure_data(drawings()["map"])
+    figures.save_figure(DRAWINGS["lines"], "P4", tmp_path)
+    table = pd.read_csv(tmp_path / "P4.csv")
+    assert list(table["trace"]) == list(LAYERS["module"])
+    assert np.allclose(table["y"], LAYERS["fvu"])
+    figures.save_figure(DRAWINGS["lines"], "P4", tmp_path, LAYERS)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "P4.csv"), LAYERS)
+    table = figures.figure_data(DRAWINGS["map"])
     assert table["z"].tolist() == [1, 2, 3, 4, 5, 6], "a map has one row per entry"
     assert table["y"].tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -72,7 +69,7 @@ def test_image_is_written_when_it_can_be_drawn_and_an_old_one_removed(
 ) -> None:
     for image in (b"png", None):
         monkeypatch.setattr(figures, "draw_png", lambda figure, image=image: image)
-        file = figures.save_figure(drawings()["bars"], "P8", tmp_path).with_suffix(".png")
+        file = figures.save_figure(DRAWINGS["bars"], "P8", tmp_path).with_suffix(".png")
         assert (file.read_bytes() if file.exists() else None) == image
 
 
@@ -85,14 +82,14 @@ def test_a_browser_that_fails_is_no_failure(
     monkeypatch.setattr(figures, "can_draw_png", lambda: True)
     monkeypatch.setattr("kaleido.start_sync_server", broken)
     for _ in range(2):
-        assert figures.draw_png(drawings()["bars"]) is None
+        assert figures.draw_png(DRAWINGS["bars"]) is None
         assert "no display" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "P4 a"])
 def test_names_that_cannot_be_files_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="cannot name"):
-        figures.save_figure(drawings()["bars"], name, tmp_path)
+        figures.save_figure(DRAWINGS["bars"], name, tmp_path)
 
 
 @pytest.mark.browser
@@ -100,8 +97,8 @@ def test_a_real_browser_draws_a_png(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     if not figures.can_draw_png():
         pytest.skip("no Chrome or Chromium here")
-    small = drawings()["lines"].update_layout(width=300, height=200)
-    for figure in (drawings()["lines"], small):  # the second in the browser of the first
+    small = go.Figure(DRAWINGS["lines"]).update_layout(width=300, height=200)
+    for figure in (DRAWINGS["lines"], small):  # the second in the browser of the first
         image = figures.draw_png(figure)
         assert image is not None
         assert image.startswith(b"\x89PNG")

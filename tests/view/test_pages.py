@@ -1,7 +1,5 @@
 """The HTML of head pages: everything is there, nothing is code that came as text, nothing asks the network."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import html
@@ -16,7 +14,7 @@ import pytest
 import torch
 from tiny_heads import DEAD, LAYER, Tiny
 
-from lorsa_utils.view import evidence, pages
+from lorsa_utils.view import pages
 from lorsa_utils.view.evidence import Feature, Head
 
 NASTY = "</script><script>alert(1)</script>"
@@ -71,22 +69,16 @@ def test_a_page_is_one_file_that_asks_nobody(many: list[Head]) -> None:
 
 
 def test_token_text_stays_text(many: list[Head]) -> None:
-    def nasty(context: evidence.Context) -> evidence.Context:
-        return dataclasses.replace(context, tokens=[NASTY if token else "" for token in context.tokens])
-
     features = [Feature(1, 0.5, [NASTY])]
+    contexts = [
+        dataclasses.replace(one, tokens=[NASTY if token else "" for token in one.tokens]) for one in many[0].contexts
+    ]
     head = dataclasses.replace(
-        many[0],
-        model=NASTY,
-        raised=[(NASTY, 1.0)],
-        lowered=[(NASTY, -1.0)],
-        scores={NASTY: {"share": 1.0}},
-        explanation=NASTY,
-        contexts=[nasty(context) for context in many[0].contexts],
+        many[0], model=NASTY, explanation=NASTY, scores={NASTY: {"share": 1.0}},
+        raised=[(NASTY, 1.0)], lowered=[(NASTY, -1.0)], written_features=features, read_features=features,
+        contexts=contexts,
         siblings=many[0].siblings.assign(families=NASTY, tokens=[[NASTY]] * len(many[0].siblings)),
-        written_features=features,
-        read_features=features,
-    )
+    )  # fmt: skip
     reader = Reader(pages.head_page(head, {1: f"{NASTY}.html"}))
     assert reader.tags["script"] == 2
     assert "alert(1)" not in "".join(reader.scripts)
@@ -115,16 +107,11 @@ def test_numbers_of_the_script_are_those_of_the_head(many: list[Head]) -> None:
 
 
 def test_what_a_page_says(many: list[Head]) -> None:
+    scores = {"induction": {"share": 0.9, "auc": 0.75, "logit": -0.25}}
     head = dataclasses.replace(
-        many[3],
-        families=["induction", "local/positional"],
-        named=True,
-        scores={"induction": {"share": 0.9, "auc": 0.75, "logit": -0.25}},
-        effect=(0.02, 0.01),
-        shares=[0.7, 0.3],
-        explanation="Colours.",
-        score=0.8,
-    )
+        many[3], families=["induction", "local/positional"], named=True, scores=scores, effect=(0.02, 0.01),
+        shares=[0.7, 0.3], explanation="Colours.", score=0.8,
+    )  # fmt: skip
     text = " ".join(Reader(pages.head_page(head)).text.split())
     said = ("Induction head: after A B ... A it looks at B", "more names: local/positional", "0.90", "0.75", "−0.25")
     said += ("0.02 ± 0.01 nats", "head 070 %", "Colours.", "balanced accuracy 0.80", "Siblings in QK group 0")
@@ -149,21 +136,11 @@ def test_contexts_show_the_chosen_token_and_its_sources(many: list[Head]) -> Non
         assert sum(piece["hidden"] for piece in pieces) == len(far)
 
 
-@pytest.mark.parametrize(
-    ("token", "shown"),
-    [
-        ("\n", "⏎"),
-        ("  ", "␣␣"),
-        (" a", " a"),
-        ("a\tb", "a⇥b"),
-        ("", "∅"),
-        ("\u00a0", "⟨U+00A0⟩"),
-        ("\u202eevil", "⟨U+202E⟩evil"),
-        ("\x00", "⟨U+0000⟩"),
-        ("👩\u200d🚀", "👩\u200d🚀"),
-        ("שלום", "שלום"),
-    ],
-)
+SHOWN = {"\n": "⏎", "  ": "␣␣", " a": " a", "a\tb": "a⇥b", "": "∅", "\u00a0": "⟨U+00A0⟩", "\x00": "⟨U+0000⟩"}
+SHOWN |= {"\u202eevil": "⟨U+202E⟩evil"} | {same: same for same in ("👩\u200d🚀", "שלום")}
+
+
+@pytest.mark.parametrize(("token", "shown"), SHOWN.items())
 def test_invisible_characters_become_signs(token: str, shown: str) -> None:
     assert pages.visible(token) == shown
 
