@@ -402,14 +402,7 @@ def trace_graph(
     always, never = ([end.kind in kinds for end in ends] for kinds in (("embedding", "logit"), ("bias",)))
     shown = (keep_cumulative(reach, node_share) | torch.tensor(always)) & ~torch.tensor(never)
     nodes = {i: _node(trace, ends[i], float(reach[i]), probability, page) for i in shown.nonzero()[:, 0].tolist()}
-    links, flows = [], []
-    for target, row in inputs.items():
-        flow = reach[target] * _shares(row)
-        for source in [i for i in nodes if target in nodes and i < len(row) and row[i]]:
-            pair = {"source": nodes[source]["node_id"], "target": nodes[target]["node_id"]}
-            links.append(pair | {"weight": float(row[source])})
-            flows.append(float(flow[source]))
-    links = list(itertools.compress(links, keep_cumulative(torch.tensor(flows), edge_share)))
+    links = _links(nodes, inputs, reach, edge_share)
     used = {link[end] for link in links for end in ("source", "target")}
     texts = [trace.model.tokenizer.decode([token]) for token in trace.tokens.tolist()]
     metadata = {
@@ -429,6 +422,19 @@ def trace_graph(
         "nodes": [node for i, node in nodes.items() if always[i] or node["node_id"] in used],
         "links": links,
     }
+
+
+def _links(
+    nodes: Mapping[int, Mapping[str, Any]], inputs: Mapping[int, Tensor], reach: Tensor, edge_share: float
+) -> list[dict[str, Any]]:
+    links, flows = [], []
+    for target, row in inputs.items():
+        flow = reach[target] * _shares(row)
+        for source in [i for i in nodes if target in nodes and i < len(row) and row[i]]:
+            pair = {"source": nodes[source]["node_id"], "target": nodes[target]["node_id"]}
+            links.append(pair | {"weight": float(row[source])})
+            flows.append(float(flow[source]))
+    return list(itertools.compress(links, keep_cumulative(torch.tensor(flows), edge_share)))
 
 
 def _traced(trace: Trace, n_traced: int, progress: bool) -> tuple[dict[int, Tensor], float]:
