@@ -70,9 +70,9 @@ class Layer:
     @cached_property
     def units(self) -> Units:
         """The module's heads or features, see `heads.units`."""
-        from lorsa_utils.heads.units import LorsaHeads, SAEFeatures
+        from lorsa_utils.heads.units import units_of
 
-        return LorsaHeads(self.module) if isinstance(self.module, Lorsa) else SAEFeatures(self.module, self.site)
+        return units_of(self.model, self.number, self.module)
 
     def text(self, n_tokens: int = 50_000, files: Sequence[str | Path] = (), seed: int | None = None) -> Sequences:
         """Sequences from files, or else the held-out part of the module's training text.

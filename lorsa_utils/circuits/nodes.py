@@ -26,13 +26,12 @@ from lorsa_utils.heads.units import (
     Activity,
     ConstantActivity,
     HeadActivity,
-    LorsaHeads,
     MHSAHeads,
-    SAEFeatures,
     SparseActivity,
     SparseUnits,
     Units,
     ablate,
+    units_of,
 )
 from lorsa_utils.lorsa import SAE, Lorsa
 from lorsa_utils.models import LanguageModel, Replacement
@@ -127,8 +126,7 @@ def decompose(model: LanguageModel, modules: Mapping[int, Lorsa | SAE] | Sequenc
     def units(layer: int) -> Units:
         if not isinstance(modules, Mapping):
             return MHSAHeads(model.site(layer))
-        module = modules[layer]
-        return LorsaHeads(module) if isinstance(module, Lorsa) else SAEFeatures(module, model.site(layer))
+        return units_of(model, layer, modules[layer])
 
     return SparseModel(model, {layer: units(layer) for layer in modules})
 

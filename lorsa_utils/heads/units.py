@@ -383,6 +383,11 @@ def mean_head_values(site: AttentionSite, x: Tensor, mask: Tensor) -> Tensor:
 # ---- removing units
 
 
+def units_of(model: LanguageModel, layer: int, module: Lorsa | SAE) -> LorsaHeads | SAEFeatures:
+    """Heads or features of a module for that layer."""
+    return LorsaHeads(module) if isinstance(module, Lorsa) else SAEFeatures(module, model.site(layer))
+
+
 @contextlib.contextmanager
 def ablate(
     model: LanguageModel,

@@ -272,9 +272,10 @@ def profile_of_run(folder: str | Path, profile: str) -> str:
 
 def _show_banner(folder: Path, name: str, banner: str | None) -> None:
     file = folder / BANNERS_FILE
-    kept = read_object(file)
-    if kept.pop(name, None) is not None or banner:
-        store.write_json(file, kept | ({name: banner} if banner else {}))
+    if banner or name in read_object(file):
+        with changed_json(file) as kept:
+            kept.pop(name, None)
+            kept |= {name: banner} if banner else {}
     style = "border: 2px solid #b45309; background: #fef3c7; color: #451a03; padding: 0.6em 1em; font-weight: bold"
     page = f'<div role="alert" style="{style}">{html.escape(banner or "")}</div>'
     if banner and not _display({"text/plain": banner, "text/html": page}):
@@ -298,7 +299,7 @@ def read_results(folder: str | Path) -> dict[str, dict[str, Any]]:
 def changed_json(file: Path) -> Iterator[dict[str, Any]]:
     """Content of a file to change; locked, because notebooks may run side by side in one folder."""
     with FileLock(file.with_name(f".{file.name}.lock")):
-        content = dict(store.read_json(file)) if file.is_file() else {}
+        content = read_object(file)
         yield content
         store.write_json(file, content)
 
